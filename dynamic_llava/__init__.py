@@ -1,0 +1,61 @@
+"""Dynamic-LLaVA: learned sparsification of image and output tokens, on transformers 5.
+
+The public names below are loaded when they are first used; importing the package itself imports nothing else.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import SparsityConfig
+    from .layout import Packing, TokenLayout
+    from .methods import METHODS, Method, get_method
+    from .model import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration, SparsityRecord
+    from .processing import DynamicLlavaProcessor
+    from .sparsity import ImagePredictor, OutputPredictor, masked_softmax_attention
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "DynamicLlavaConfig",
+    "DynamicLlavaForConditionalGeneration",
+    "DynamicLlavaProcessor",
+    "ImagePredictor",
+    "Method",
+    "OutputPredictor",
+    "Packing",
+    "SparsityConfig",
+    "SparsityRecord",
+    "TokenLayout",
+    "get_method",
+    "masked_softmax_attention",
+]
+
+_HOME_OF = {
+    "SparsityConfig": "config",
+    "TokenLayout": "layout",
+    "Packing": "layout",
+    "ImagePredictor": "sparsity",
+    "OutputPredictor": "sparsity",
+    "masked_softmax_attention": "sparsity",
+    "METHODS": "methods",
+    "Method": "methods",
+    "get_method": "methods",
+    "DynamicLlavaConfig": "model",
+    "DynamicLlavaForConditionalGeneration": "model",
+    "SparsityRecord": "model",
+    "DynamicLlavaProcessor": "processing",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"{__name__} has no attribute {name!r}; its public names are {', '.join(__all__)}")
+    value = getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,216 @@
+"""Settings: frozen dataclasses, one line of meaning under each field (standard library only).
+
+SparsityConfig is the method; ModelConfig, DataConfig and TrainConfig are the sections of a training run's file.
+"""
+
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+SPARSITY_MODES = ("both", "image", "output", "none")
+SparsityMode = Literal["both", "image", "output", "none"]
+"""Which context is sparsified in a call: image tokens, output tokens, both or neither."""
+
+
+@dataclass(frozen=True)
+class SparsityConfig:
+    """Everything that defines Dynamic-LLaVA's sparsity; stored under the key `sparsity` of a checkpoint's config.json.
+
+    Raises ValueError when a value is outside its range. The defaults are the paper's (Sec. 4.1, A.2).
+    """
+
+    sparse_layer: int = 2
+    """l: decoder layers 0..l-1 see every token; the decision is taken on the hidden states that enter layer l."""
+    image_keep_rate: float = 0.2
+    """r_I: share of each image's tokens that the layers >= l see."""
+    output_keep_rate: float = 0.5
+    """r_OT: target of the keep-rate regulariser for output tokens in training; at inference the predictor decides."""
+    image_selection: Literal["topk", "threshold"] = "topk"
+    """Image decision at inference: the floor(r_I * n) highest margins (Eq. 11), or every positive margin (Eq. 5)."""
+    output_threshold: float = 0.0
+    """An output token is kept where keep logit - drop logit exceeds this; 0 is the paper's rule (Eq. 5)."""
+    output_min_length: int = 50
+    """LEN_OT: shorter answers are not sparsified in training."""
+    output_segments: Literal["last", "all"] = "last"
+    """Which answers of a multi-turn training sample count as output: the last one (published results), or all."""
+    predictor_width: int = 512
+    """Width of both predictors after their down-projection (A.4.1)."""
+    predictor_heads: int = 8
+    """Attention heads of the image predictor's transformer blocks."""
+    predictor_mlp: int = 2048
+    """MLP width of the image predictor's transformer blocks."""
+    predictor_blocks: int = 2
+    """Number of transformer blocks in the image predictor."""
+    cache_block: int = 64
+    """Slots by which the key-value cache grows."""
+    keep_rate_weight: float = 100.0
+    """lambda: weight of the keep-rate regulariser (Eq. 10)."""
+    keep_rate_reduction: Literal["batch", "applicable"] = "batch"
+    """Denominator of the regulariser: every sample (published results), or the samples a term applies to."""
+    keep_rate_distance: Literal["squared", "absolute"] = "squared"
+    """Distance between realised and target keep rate: the square is what the published results used."""
+    mask_grad_clip: float | None = None
+    """Elementwise bound on the task gradient that enters the keep mask; None (the paper) leaves it unbounded."""
+    masked_softmax: Literal["auto", "reference", "chunked"] = "auto"
+    """Implementation of MaskedSoftmax attention (Eq. 7) in training."""
+
+    def __post_init__(self) -> None:
+        _at_least("sparse_layer", self.sparse_layer, 1, "layer 0 has no earlier layer whose output could be judged")
+        check_keep_rate("image_keep_rate", self.image_keep_rate)
+        check_keep_rate("output_keep_rate", self.output_keep_rate)
+        for name, low in (("predictor_width", 4), ("predictor_heads", 1), ("predictor_mlp", 1), ("cache_block", 1)):
+            _at_least(name, getattr(self, name), low, "choose a larger value")
+        for name in ("output_min_length", "predictor_blocks", "keep_rate_weight"):
+            _at_least(name, getattr(self, name), 0, "choose 0 or more")
+        if self.predictor_width % self.predictor_heads:
+            raise ValueError(
+                f"predictor_width={self.predictor_width} is not a multiple of predictor_heads={self.predictor_heads}; "
+                "choose a number of heads that divides the width"
+            )
+        _one_of("image_selection", self.image_selection, ("topk", "threshold"))
+        _one_of("output_segments", self.output_segments, ("last", "all"))
+        _one_of("keep_rate_reduction", self.keep_rate_reduction, ("batch", "applicable"))
+        _one_of("keep_rate_distance", self.keep_rate_distance, ("squared", "absolute"))
+        _one_of("masked_softmax", self.masked_softmax, ("auto", "reference", "chunked"))
+        if self.mask_grad_clip is not None and self.mask_grad_clip <= 0:
+            raise ValueError(f"mask_grad_clip={self.mask_grad_clip} must be positive; use None to switch it off")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "SparsityConfig":
+        """Build from a plain dict; an unknown key is a ValueError that lists the known ones."""
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"unknown sparsity settings {unknown}; the known ones are {known}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plain dict that config.json stores."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Section `model`: where training starts."""
+
+    base: str = ""
+    """Checkpoint to start from: a folder or hub name in llava-hf layout, or `tiny` for the shipped tiny LLaVA."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the weights; train.bf16 computes in bfloat16 over float32 weights."""
+
+    def __post_init__(self) -> None:
+        _one_of("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Section `data`: LLaVA-format samples."""
+
+    json: str = ""
+    """LLaVA-format JSON file: a list of {"id", "image", "conversations"}."""
+    image_folder: str = ""
+    """Folder that the image paths in the JSON are relative to; none may leave it."""
+    text_only: Literal["skip", "dense"] = "skip"
+    """Samples without an image: leave them out (the paper), or train on them without sparsity."""
+    max_length: int = 2048
+    """Most tokens of a sample, image tokens included; longer text is cut, but a sample whose image is cut is left out."""
+    workers: int = 0
+    """Processes that decode images beside the training process."""
+    cache_images: int = 0
+    """Prepared images kept in memory by each of these processes (for small data that shows an image several times)."""
+
+    def __post_init__(self) -> None:
+        _one_of("data.text_only", self.text_only, ("skip", "dense"))
+        _at_least("data.max_length", self.max_length, 1, "LLaVA-1.5 uses 2048")
+        _at_least("data.workers", self.workers, 0, "0 decodes images in the training process")
+        _at_least("data.cache_images", self.cache_images, 0, "0 keeps none")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Section `train`: the optimisation. The defaults are the paper's (A.2), the batch and its length apart."""
+
+    sparsity_mode: SparsityMode = "both"
+    """What is sparsified: both (I|T), image (I), output (T), or none (the dense control: same data, no predictors)."""
+    learning_rate: float = 5e-6
+    """Peak learning rate of the language model."""
+    predictor_learning_rate: float = 2e-4
+    """Peak learning rate of the predictors."""
+    projector_learning_rate: float | None = None
+    """Peak learning rate of the projector; None keeps it frozen, as the paper says. The vision tower is always frozen."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    batch_size: int = 8
+    """Samples per process and accumulation step."""
+    gradient_accumulation: int = 1
+    """Batches per optimizer step; losses and noise do not depend on how a global batch is split."""
+    epochs: float = 1.0
+    """Passes over the data, unless max_steps is set."""
+    max_steps: int | None = None
+    """Optimizer steps; None trains for `epochs`."""
+    warmup_ratio: float = 0.03
+    """Share of the steps over which the learning rates rise; afterwards they follow a cosine to 0."""
+    tau_start: float = 1.0
+    """Temperature of the Gumbel-Softmax at the first step."""
+    tau_end: float = 0.1
+    """Temperature at the end; it decays exponentially."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 leaves them as they are."""
+    clip_predictors_separately: bool = False
+    """Clip each predictor's gradient by its own norm, so that a large mask gradient does not shrink the rest."""
+    bf16: bool = False
+    """Compute in bfloat16 (autocast)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+    seed: int = 0
+    """Seed of data order, new weights and Gumbel noise."""
+    log_every: int = 10
+    """Steps between two lines of metrics.jsonl; values are means over these steps."""
+    keep_rate_tolerance: float = 0.1
+    """A warning is given when the mean keep rate over keep_rate_window steps is farther than this from its target."""
+    keep_rate_window: int = 50
+    """Steps of that mean."""
+
+    def __post_init__(self) -> None:
+        _one_of("train.sparsity_mode", self.sparsity_mode, SPARSITY_MODES)
+        for name in ("batch_size", "gradient_accumulation", "log_every", "keep_rate_window"):
+            _at_least(f"train.{name}", getattr(self, name), 1, "give 1 or more")
+        rates = ("learning_rate", "predictor_learning_rate", "weight_decay", "max_grad_norm", "keep_rate_tolerance")
+        for name in (*rates, "warmup_ratio", "seed"):
+            _at_least(f"train.{name}", getattr(self, name), 0, "give 0 or more")
+        if self.projector_learning_rate is not None:
+            _at_least("train.projector_learning_rate", self.projector_learning_rate, 0, "null keeps it frozen")
+        if self.max_steps is not None:
+            _at_least("train.max_steps", self.max_steps, 1, "null trains for train.epochs")
+        if self.warmup_ratio >= 1:
+            raise ValueError(f"train.warmup_ratio={self.warmup_ratio} is a share of the steps; give a number below 1")
+        for name in ("epochs", "tau_start", "tau_end"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"train.{name}={getattr(self, name)} must be positive")
+
+
+def cache_folder() -> Path:
+    """Return the folder of generated files: $DYNAMIC_LLAVA_CACHE, or ~/.cache/dynamic_llava."""
+    return Path(os.environ.get("DYNAMIC_LLAVA_CACHE") or Path.home() / ".cache" / "dynamic_llava")
+
+
+def check_keep_rate(name: str, value: float) -> None:
+    """Raise ValueError unless 0 < value <= 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise ValueError(f"{name}={value!r} is not a keep rate; give a number in (0, 1], 1 keeps every token")
+
+
+def check_sparsity_mode(value: str) -> None:
+    """Raise ValueError unless `value` names a sparsity mode."""
+    _one_of("sparsity", value, SPARSITY_MODES)
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, allowed))}")
+
+
+def _at_least(name: str, value: float, low: float, advice: str) -> None:
+    if value < low:
+        raise ValueError(f"{name}={value!r} is below its least value {low}; {advice}")

@@ -1,0 +1,7 @@
+"""LLaVA-format data: reading and checking the JSON, tokenised samples on disk, and batches."""
+
+from dynamic_llava.data.collate import Collator
+from dynamic_llava.data.llava_json import LlavaSample, read_samples, resolve_image
+from dynamic_llava.data.sft import SftDataset, SftSample
+
+__all__ = ["Collator", "LlavaSample", "SftDataset", "SftSample", "read_samples", "resolve_image"]

@@ -1,0 +1,1 @@
+"""Evaluation: answers and perplexities through the ordinary pipeline, metrics, costs and the tables made of them."""

@@ -1,0 +1,96 @@
+"""What a row costs: image tokens per layer, prefill FLOPs, bytes in the cache, measured milliseconds."""
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from dynamic_llava.config import SparsityConfig
+from dynamic_llava.costs import DecoderShape, average_tokens, flops_exact, flops_paper, head_flops, predictor_flops
+from dynamic_llava.eval.predict import Batch, Prediction, to_device
+
+
+def decoder_shape(config: Any) -> DecoderShape:
+    """The sizes of a checkpoint's language model, from its config."""
+    text = config.text_config
+    return DecoderShape(
+        hidden=text.hidden_size,
+        layers=text.num_hidden_layers,
+        intermediate=text.intermediate_size,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        vocab=text.vocab_size,
+    )
+
+
+def prefill_costs(
+    shape: DecoderShape,
+    settings: SparsityConfig,
+    predictions: Sequence[Prediction],
+    tokens_per_image: int,
+    *,
+    predictor: bool,
+) -> dict[str, float]:
+    """Average image tokens per layer and prefill FLOPs of the prompts that were answered, means over the rows.
+
+    `prefill_gflop_exact` counts the real module shapes on the whole prompt (causal attention, the head on one token and,
+    with `predictor`, the image predictor); `prefill_gflop_paper` is Eq. 13 on the image tokens alone.
+    """
+    layer = settings.sparse_layer
+    average, exact, paper = [], [], []
+    for prediction in predictions:
+        images = len(prediction.image_kept)
+        total, kept = images * tokens_per_image, sum(len(one) for one in prediction.image_kept)
+        text = prediction.prompt_tokens - total
+        average.append(average_tokens(total, kept, shape.layers, layer))
+        paper.append(flops_paper(total, shape.hidden, shape.layers, kept=kept, sparse_layer=layer))
+        flops = flops_exact(text + total, shape, kept=text + kept, sparse_layer=layer, causal=True)
+        flops += head_flops(1, shape)
+        if predictor:
+            flops += predictor_flops(
+                shape.hidden,
+                tokens_per_image,
+                images=images,
+                width=settings.predictor_width,
+                mlp=settings.predictor_mlp,
+                blocks=settings.predictor_blocks,
+            )
+        exact.append(flops)
+    return {
+        "image_tokens_per_layer": statistics.fmean(average),
+        "prefill_gflop_exact": statistics.fmean(exact) / 1e9,
+        "prefill_gflop_paper": statistics.fmean(paper) / 1e9,
+    }
+
+
+@torch.no_grad()
+def measure_speed(
+    model: Any,
+    batch: Batch,
+    *,
+    switches: Mapping[str, Any],
+    use_cache: bool,
+    tokens: int,
+    repeats: int,
+) -> dict[str, float]:
+    """Milliseconds of one prefill of the batch (images included), and per further decoded token of the whole batch.
+
+    Medians over `repeats` after one warm-up; decoding is the time of 1 + `tokens` new tokens less that of one.
+    """
+    model.eval()
+    inputs = to_device(batch.inputs, model.device)
+
+    def seconds(count: int) -> float:
+        begun = time.perf_counter()
+        model.generate(
+            **inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False, use_cache=use_cache, **switches
+        )
+        return time.perf_counter() - begun
+
+    seconds(2)
+    first = [seconds(1) for _ in range(repeats)]
+    whole = [seconds(1 + tokens) for _ in range(repeats)]
+    prefill = statistics.median(first)
+    return {"prefill_ms": 1e3 * prefill, "decode_ms": 1e3 * (statistics.median(whole) - prefill) / tokens}

@@ -1,0 +1,41 @@
+"""Methods behind the same two hooks (base.py): Dynamic-LLaVA and its rivals. A new method is one file and one row here."""
+
+from typing import Any
+
+from dynamic_llava.methods.base import ImageTokens, Method, OutputTokens, Predictors
+from dynamic_llava.methods.dense import Dense
+from dynamic_llava.methods.dynamic import Dynamic
+from dynamic_llava.methods.fastv import FastV
+from dynamic_llava.methods.random import Random
+from dynamic_llava.methods.structure import Structure
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Dense, Dynamic, FastV, Random, Structure)}
+"""Registered name -> class."""
+
+
+def get_method(name: str, **settings: Any) -> Method:
+    """Build the method registered under `name` with its settings; ValueError for an unknown name or setting."""
+    if name not in METHODS:
+        raise ValueError(f"method {name!r} is not known; choose one of {', '.join(map(repr, METHODS))}")
+    try:
+        return METHODS[name](**settings)
+    except TypeError as error:
+        known = ", ".join(METHODS[name].__dataclass_fields__)
+        raise ValueError(
+            f"method {name!r} cannot be built from {settings}: {error}; its settings are {known}"
+        ) from error
+
+
+__all__ = [
+    "METHODS",
+    "Dense",
+    "Dynamic",
+    "FastV",
+    "ImageTokens",
+    "Method",
+    "OutputTokens",
+    "Predictors",
+    "Random",
+    "Structure",
+    "get_method",
+]

@@ -1,0 +1,79 @@
+"""Dynamic-LLaVA: two learned predictors decide (Sec. 3.2, 3.3; Eq. 5, 6, 11)."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from dynamic_llava.config import SparsityConfig, SparsityMode, check_keep_rate, check_sparsity_mode
+from dynamic_llava.methods.base import (
+    ImageTokens,
+    Method,
+    OutputTokens,
+    Predictors,
+    keep_all_image,
+    keep_all_output,
+)
+from dynamic_llava.sparsity.decisions import budget, threshold_keep, top_k_keep
+from dynamic_llava.sparsity.predictors import keep_margin
+
+
+@dataclass(frozen=True)
+class Dynamic(Method):
+    """Image tokens: the floor(r_I * n) highest keep margins of each image. Output tokens: margin above a threshold."""
+
+    name: ClassVar[str] = "dynamic"
+
+    sparsity: SparsityMode = "both"
+    """Which context is sparsified: both, image, output or none."""
+    image_keep_rate: float = 0.2
+    """r_I of Eq. 11."""
+    image_selection: Literal["topk", "threshold"] = "topk"
+    """Eq. 11 (top-k) or Eq. 5 (every positive margin)."""
+    output_threshold: float = 0.0
+    """An output token stays where keep logit - drop logit exceeds this; 0 is Eq. 5."""
+
+    def __post_init__(self) -> None:
+        check_sparsity_mode(self.sparsity)
+        check_keep_rate("image_keep_rate", self.image_keep_rate)
+
+    @classmethod
+    def from_config(cls, config: SparsityConfig, sparsity: SparsityMode = "both") -> "Dynamic":
+        """Return the method as a checkpoint's settings describe it."""
+        return cls(
+            layer=config.sparse_layer,
+            sparsity=sparsity,
+            image_keep_rate=config.image_keep_rate,
+            image_selection=config.image_selection,
+            output_threshold=config.output_threshold,
+        )
+
+    @property
+    def is_dense(self) -> bool:
+        """True when neither context is sparsified."""
+        return self.sparsity == "none"
+
+    @property
+    def sparsifies_image(self) -> bool:
+        """Whether image tokens may be dropped."""
+        return self.sparsity in ("both", "image")
+
+    @property
+    def sparsifies_output(self) -> bool:
+        """Whether output tokens may be dropped."""
+        return self.sparsity in ("both", "output")
+
+    def keep_image(self, images: ImageTokens, predictors: Predictors) -> Tensor:
+        """(I, n) bool from the image predictor."""
+        if not self.sparsifies_image:
+            return keep_all_image(images)
+        margin_In = keep_margin(predictors.image(images.hidden))
+        if self.image_selection == "threshold":
+            return threshold_keep(margin_In)
+        return top_k_keep(margin_In, budget(self.image_keep_rate, margin_In.shape[1]))
+
+    def keep_output(self, outputs: OutputTokens, predictors: Predictors) -> Tensor:
+        """(T,) bool from the output predictor."""
+        if not self.sparsifies_output:
+            return keep_all_output(outputs)
+        return threshold_keep(keep_margin(predictors.output(outputs.hidden)), self.output_threshold)

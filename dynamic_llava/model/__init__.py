@@ -1,0 +1,31 @@
+"""Dynamic-LLaVA on transformers 5: configuration, model, generation. Importing registers the Auto classes."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+
+from dynamic_llava.model.cache import AdmissionCache
+from dynamic_llava.model.configuration import DynamicLlavaConfig
+from dynamic_llava.model.llava import DynamicLlavaForConditionalGeneration, DynamicLlavaModel
+from dynamic_llava.model.outputs import DynamicLlavaOutput, SparsityRecord
+
+AutoConfig.register("dynamic_llava", DynamicLlavaConfig)
+AutoModel.register(DynamicLlavaConfig, DynamicLlavaModel)
+AutoModelForImageTextToText.register(DynamicLlavaConfig, DynamicLlavaForConditionalGeneration)
+# A class of another name does not inherit LLaVA's tensor names: without these two lines a dense checkpoint would load
+# with a randomly initialised head.
+register_checkpoint_conversion_mapping("DynamicLlavaModel", get_checkpoint_conversion_mapping("LlavaModel"))
+register_checkpoint_conversion_mapping(
+    "DynamicLlavaForConditionalGeneration", get_checkpoint_conversion_mapping("llava")
+)
+
+__all__ = [
+    "AdmissionCache",
+    "DynamicLlavaConfig",
+    "DynamicLlavaForConditionalGeneration",
+    "DynamicLlavaModel",
+    "DynamicLlavaOutput",
+    "SparsityRecord",
+]

@@ -1,0 +1,85 @@
+"""Llama attention with MaskedSoftmax (Eq. 7) where a keep mask rides along, and one recomputed attention row.
+
+Shape suffixes: B rows, N tokens, H heads, D hidden size.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, apply_rotary_pos_emb
+
+from dynamic_llava.sparsity.masked_softmax import masked_softmax_attention
+
+
+class DynamicLlamaAttention(LlamaAttention):
+    """transformers' LlamaAttention; with `keep_mask` given, dropped tokens are masked by Eq. 7 instead of removed."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        keep_mask: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        masked_softmax: str = "auto",
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from (B, N, D) to (B, N, D).
+
+        keep_mask is (B, N) float, 1 = kept, its gradient is exact; padding_mask is (B, N) bool, True = real token; both
+        belong to a whole sequence without cache. Without keep_mask this is the parent's forward.
+        """
+        if keep_mask is None:
+            return super().forward(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        if past_key_values is not None or position_embeddings is None:
+            raise ValueError("a keep mask needs the whole sequence: no cache, and position_embeddings for every token")
+        if self.training and self.attention_dropout:
+            raise ValueError(
+                f"attention_dropout={self.attention_dropout} is not supported with MaskedSoftmax; set it to 0"
+            )
+        query, key, value = self._project(hidden_states, position_embeddings)
+        out_BHNd = masked_softmax_attention(
+            query,
+            key,
+            value,
+            keep_mask,
+            padding_mask=padding_mask,
+            scale=self.scaling,
+            implementation=masked_softmax,
+        )
+        out_BND = out_BHNd.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)
+        return self.o_proj(out_BND), None
+
+    def _project(self, hidden_BND: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        shape = (*hidden_BND.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_BND).view(shape).transpose(1, 2)
+        key = self.k_proj(hidden_BND).view(shape).transpose(1, 2)
+        value = self.v_proj(hidden_BND).view(shape).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *rotation)
+        return query, key, value
+
+
+def attention_row(
+    layer: LlamaDecoderLayer, hidden_BND: Tensor, rotation: tuple[Tensor, Tensor], query_B: Tensor, valid_BN: Tensor
+) -> Tensor:
+    """Recompute the head-mean attention of one query token per row in `layer`; returns (B, N) float32.
+
+    hidden_BND is what entered the layer, query_B (B,) int64 the query's index, valid_BN (B, N) bool marks real tokens.
+    One row costs O(N), so no method ever forces attention weights out of the other layers.
+    """
+    attention = layer.self_attn
+    query, key, _ = attention._project(layer.input_layernorm(hidden_BND), rotation)
+    batch, heads, tokens, width = query.shape
+    row_BH1d = query.gather(2, query_B[:, None, None, None].expand(batch, heads, 1, width))
+    key = key.repeat_interleave(heads // key.shape[1], dim=1)
+    scores_BHN = (row_BH1d @ key.transpose(2, 3))[:, :, 0].float() * attention.scaling
+    seen_BN = valid_BN & (torch.arange(tokens, device=query_B.device) <= query_B[:, None])
+    return scores_BHN.masked_fill(~seen_BN[:, None], -torch.inf).softmax(-1).nan_to_num(0.0).mean(1)

@@ -1,0 +1,180 @@
+"""The admission cache (sparsity/cache.py) as a transformers `Cache`: two groups of layers, two sets of row lengths.
+
+Layers below the sparse layer store every token; the sparse layer and all later ones store kept image tokens, prompt
+tokens and admitted output tokens. Shape suffixes: B rows, H key-value heads, N tokens, D head dimension.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from dynamic_llava.layout import Packing
+from dynamic_llava.sparsity.cache import AdmissionSlots, SlotStorage
+
+
+class AdmissionLayer(CacheLayerMixin):
+    """Keys and values of one decoder layer in admission slots."""
+
+    is_sliding = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self, slots: AdmissionSlots, cache: "AdmissionCache") -> None:
+        super().__init__()
+        self.slots = slots
+        self._cache = cache
+        self._keys: SlotStorage | None = None
+        self._values: SlotStorage | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Store the opening chunk, (B, H, N, D) each."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._keys, self._values = SlotStorage(self.slots, key_states), SlotStorage(self.slots, value_states)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store new tokens; returns what attention reads: the opening chunk itself, later the whole storage."""
+        if self._keys is None or self._values is None:
+            self.lazy_initialization(key_states, value_states)
+            return key_states, value_states
+        self.keys, self.values = self._keys.write(key_states), self._values.write(value_states)
+        return self.keys, self.values
+
+    def storages(self) -> tuple[SlotStorage, ...]:
+        """The two storages, or none before the first chunk."""
+        return () if self._keys is None or self._values is None else (self._keys, self._values)
+
+    def get_seq_length(self) -> int:
+        """Tokens seen so far, padding and dropped ones included: what `generate` slices its inputs by."""
+        return self._cache.seen_tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Slots of the storage; the masks themselves are made by the decoder."""
+        return max(self.slots.capacity, query_length), 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """No maximum (the name that earlier transformers 5 releases ask for)."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._keys = self._values = self.keys = self.values = None
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Choose rows, for beam search; the bookkeeping is reordered by the cache, once for all layers."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        for storage in self.storages():
+            storage.select_rows(lambda data: data.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Choose rows."""
+        for storage in self.storages():
+            storage.select_rows(lambda data: data[indices.to(data.device)])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse: dropped tokens are gone, so an earlier state cannot be restored."""
+        if tokens_to_remove != 0:
+            raise ValueError(
+                f"cannot remove {tokens_to_remove} tokens: an admission cache has no roll-back; "
+                "decode without assistant or prompt look-up, or with sparsity='none'"
+            )
+
+
+class AdmissionCache(Cache):
+    """The live state of one generation; belongs to its caller, never to the model."""
+
+    def __init__(self, num_layers: int, sparse_layer: int, block: int = 64) -> None:
+        """Create an empty cache; layers 0..sparse_layer-1 are dense. Raises ValueError for a layer out of range."""
+        if not 1 <= sparse_layer < num_layers:
+            raise ValueError(
+                f"sparse_layer={sparse_layer} is outside 1..{num_layers - 1} of a {num_layers}-layer model"
+            )
+        self.sparse_layer = sparse_layer
+        self.dense, self.sparse = AdmissionSlots(block), AdmissionSlots(block)
+        self.seen_tokens = 0
+        """Columns seen so far, padding and dropped tokens included; known on the host."""
+        self.seen_outputs: Tensor | None = None
+        """(B,) int64: output tokens seen so far in each row."""
+        self.seen_images: Tensor | None = None
+        """(B,) int64: images seen so far in each row."""
+        groups = [self.dense] * sparse_layer + [self.sparse] * (num_layers - sparse_layer)
+        super().__init__(layers=[AdmissionLayer(slots, self) for slots in groups])
+
+    @property
+    def is_live(self) -> bool:
+        """Whether a first chunk has been stored; known on the host."""
+        return self.dense.is_open
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the cache, -1 while it is empty."""
+        return -1 if self.dense.lengths is None else self.dense.lengths.shape[0]
+
+    def open_dense(self, valid_BN: Tensor | None, batch: int, tokens: int, device: torch.device) -> None:
+        """Begin the dense group with a chunk; valid_BN is None where nothing is padding."""
+        if valid_BN is None:
+            self.dense.open(torch.full((batch,), tokens, device=device), tokens)
+        else:
+            self.dense.open(valid_BN.sum(1), tokens, Packing.of(valid_BN))
+
+    def count(self, tokens: int, outputs_B: Tensor, images_B: Tensor) -> None:
+        """Record how many columns, output tokens and images a chunk had."""
+        self.seen_tokens += tokens
+        self.seen_outputs = outputs_B if self.seen_outputs is None else self.seen_outputs + outputs_B
+        self.seen_images = images_B if self.seen_images is None else self.seen_images + images_B
+
+    def commit_chunk(self, dense_admit_BN: Tensor, sparse_admit_BK: Tensor) -> None:
+        """Admit a chunk's tokens in both groups and close the gaps that dropped tokens left."""
+        for layers, slots, admit in (
+            (self.layers[: self.sparse_layer], self.dense, dense_admit_BN),
+            (self.layers[self.sparse_layer :], self.sparse, sparse_admit_BK),
+        ):
+            source, target = slots.commit_chunk(admit)
+            for layer in layers:
+                for storage in layer.storages():
+                    storage.move(source, target)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.dense, self.sparse = AdmissionSlots(self.dense.block), AdmissionSlots(self.sparse.block)
+        for index, layer in enumerate(self.layers):
+            layer.slots = self.dense if index < self.sparse_layer else self.sparse
+        self.seen_tokens, self.seen_outputs, self.seen_images = 0, None, None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Choose rows, for beam search."""
+        super().reorder_cache(beam_idx)
+        self._select_rows(lambda values: values[beam_idx.to(values.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        super().batch_repeat_interleave(repeats)
+        self._select_rows(lambda values: values.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Choose rows."""
+        super().batch_select_indices(indices)
+        self._select_rows(lambda values: values[indices.to(values.device)])
+
+    def _select_rows(self, choose: Any) -> None:
+        self.dense.select_rows(choose)
+        self.sparse.select_rows(choose)
+        if self.seen_outputs is not None and self.seen_images is not None:
+            self.seen_outputs, self.seen_images = choose(self.seen_outputs), choose(self.seen_images)
+
+    def allocated_bytes(self) -> int:
+        """Bytes of key and value storage, all layers."""
+        return sum(
+            storage.data.numel() * storage.data.element_size() for layer in self.layers for storage in layer.storages()
+        )

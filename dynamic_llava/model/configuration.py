@@ -1,0 +1,55 @@
+"""The configuration of a Dynamic-LLaVA checkpoint: LLaVA-1.5's own plus the sparsity settings."""
+
+from typing import Any
+
+from transformers import LlavaConfig
+
+from dynamic_llava.config import SparsityConfig
+
+
+class DynamicLlavaConfig(LlavaConfig):
+    """LlavaConfig with `sparsity`; a dense llava-hf config.json is accepted and gets the paper's settings.
+
+    Setting `sparsity` to a dict changes the named settings and keeps the others, so
+    `from_pretrained(folder, sparsity={"image_keep_rate": 0.3})` overrides one value of a checkpoint.
+    Raises ValueError when the sparse layer is outside 1..L-1 or a setting is unknown or out of range.
+    """
+
+    model_type = "dynamic_llava"
+    sparsity: Any = None
+    """SparsityConfig, or a dict of some of its fields, or None for the paper's values."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        kwargs.pop("model_type", None)  # a dense config.json says "llava", which would shadow the class attribute
+        if self.sparsity is None:
+            self.sparsity = SparsityConfig()
+        super().__post_init__(**kwargs)
+        self._check_layer()
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        if key != "sparsity" or value is None:
+            super().__setattr__(key, value)
+            return
+        if isinstance(value, dict):
+            current = self.__dict__.get("sparsity")
+            value = SparsityConfig.from_dict({**(current.to_dict() if current is not None else {}), **value})
+        if not isinstance(value, SparsityConfig):
+            raise ValueError(f"sparsity={value!r} must be a SparsityConfig or a dict of its fields")
+        super().__setattr__(key, value)
+        if hasattr(self.__dict__.get("text_config"), "num_hidden_layers"):
+            self._check_layer()
+
+    def _check_layer(self) -> None:
+        layers = self.text_config.num_hidden_layers
+        if not 1 <= self.sparsity.sparse_layer < layers:
+            raise ValueError(
+                f"sparse_layer={self.sparsity.sparse_layer} is outside 1..{layers - 1} of a {layers}-layer language "
+                "model; choose a layer that has one before it"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plain dict that config.json stores."""
+        values = super().to_dict()
+        if isinstance(values.get("sparsity"), SparsityConfig):
+            values["sparsity"] = values["sparsity"].to_dict()
+        return values

@@ -1,0 +1,124 @@
+"""One decision per token, on the hidden states that enter the sparse layer: hard at inference, sampled in training.
+
+Shape suffixes: B rows, N tokens, I images, n tokens of one image, T output tokens of the batch, D hidden size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dynamic_llava.config import SparsityConfig
+from dynamic_llava.layout import TokenLayout
+from dynamic_llava.methods import Dynamic, ImageTokens, Method, OutputTokens, Predictors
+from dynamic_llava.sparsity.decisions import gumbel_keep
+from dynamic_llava.sparsity.noise import fold_key, gumbel_noise
+
+
+@dataclass(frozen=True)
+class Past:
+    """What a row has seen before this chunk, so that a token gets the same draw on every path; zero without a cache."""
+
+    images: Tensor | None = None
+    """(B,) int64: images seen."""
+    outputs: Tensor | None = None
+    """(B,) int64: output tokens seen."""
+
+
+def hard_keep_mask(
+    method: Method,
+    predictors: Predictors,
+    hidden_BND: Tensor,
+    layout: TokenLayout,
+    sample_key_B: Tensor,
+    attention_BN: Tensor | None = None,
+    past: Past | None = None,
+) -> Tensor:
+    """Decide at inference (Eq. 5, 11); returns (B, N) bool, True at kept tokens and False at padding.
+
+    attention_BN is the row of `model.attention.attention_row` for methods that need it. Prompt tokens always stay.
+    """
+    past = past or Past()
+    keep_BN = layout.valid.clone()
+    if bool(layout.image.any()):
+        images = ImageTokens(
+            hidden=layout.gather_images(hidden_BND),
+            key=_image_keys(layout, sample_key_B, past.images),
+            attention=None if attention_BN is None else layout.gather_images(attention_BN),
+        )
+        keep_BN = layout.scatter_images(method.keep_image(images, predictors), keep_BN)
+    if bool(layout.output.any()):
+        rank_BN = layout.output_rank() if past.outputs is None else layout.output_rank() + past.outputs[:, None]
+        outputs = OutputTokens(
+            hidden=hidden_BND[layout.output],
+            rank=rank_BN[layout.output],
+            key=sample_key_B[:, None].expand_as(rank_BN)[layout.output],
+        )
+        keep_BN = keep_BN.masked_scatter(layout.output, method.keep_output(outputs, predictors))
+    return keep_BN
+
+
+def admit_token(
+    method: Method, predictors: Predictors, hidden_B1D: Tensor, layout: TokenLayout, key_B: Tensor, seen_B: Tensor
+) -> Tensor:
+    """Decide on the single new token of each row (Eq. 6); returns (B,) bool. No host read."""
+    outputs = OutputTokens(hidden=hidden_B1D[:, 0], rank=seen_B, key=key_B)
+    admitted_B = method.keep_output(outputs, predictors) | ~layout.output[:, 0]
+    return admitted_B & layout.valid[:, 0]
+
+
+def sampled_keep_mask(
+    method: Dynamic,
+    config: SparsityConfig,
+    predictors: Predictors,
+    hidden_BND: Tensor,
+    layout: TokenLayout,
+    sample_key_B: Tensor,
+    tau: float,
+) -> tuple[Tensor, Tensor]:
+    """Draw the training keep mask (Sec. 3.3.3): Gumbel-Softmax with a straight-through gradient.
+
+    Returns M (B, N) float32 and the (B, N) bool output tokens that were decided about: answers of at least
+    `output_min_length` tokens. Both predictors take part in the graph whatever the batch holds, so that every rank of a
+    distributed run has a gradient for all parameters.
+    """
+    keep_BN = layout.valid.float()
+    if method.sparsifies_image:
+        if bool(layout.image.any()):
+            keep_In = _sample_images(predictors, hidden_BND, layout, sample_key_B, tau)
+            keep_BN = layout.scatter_images(keep_In, keep_BN)
+        else:
+            keep_BN = keep_BN + 0.0 * predictors.image(hidden_BND[:1]).float().sum()
+    decided_BN = layout.output & (layout.answer_lengths() >= config.output_min_length)
+    if not method.sparsifies_output:
+        return keep_BN, torch.zeros_like(decided_BN)
+    keep_T = _sample_outputs(predictors, hidden_BND, layout, sample_key_B, tau)
+    sampled_BN = keep_BN.masked_scatter(layout.output, keep_T.to(keep_BN.dtype))
+    keep_BN = torch.where(decided_BN, sampled_BN, keep_BN)
+    if keep_T.numel() == 0:
+        keep_BN = keep_BN + 0.0 * predictors.output(hidden_BND[:1, 0]).float().sum()
+    return keep_BN, decided_BN
+
+
+def _sample_images(
+    predictors: Predictors, hidden_BND: Tensor, layout: TokenLayout, sample_key_B: Tensor, tau: float
+) -> Tensor:
+    logits_In2 = predictors.image(layout.gather_images(hidden_BND))
+    place_n = torch.arange(layout.tokens_per_image, device=hidden_BND.device)
+    return gumbel_keep(logits_In2, gumbel_noise(_image_keys(layout, sample_key_B, None), place_n), tau)
+
+
+def _sample_outputs(
+    predictors: Predictors, hidden_BND: Tensor, layout: TokenLayout, sample_key_B: Tensor, tau: float
+) -> Tensor:
+    logits_T2 = predictors.output(hidden_BND[layout.output])
+    noise_BN2 = gumbel_noise(fold_key(sample_key_B, -1), layout.output_rank())
+    return gumbel_keep(logits_T2, noise_BN2[layout.output], tau)
+
+
+def _image_keys(layout: TokenLayout, sample_key_B: Tensor, seen_B: Tensor | None) -> Tensor:
+    place_I = layout.images_before()
+    rows_I = layout.image_rows()
+    if seen_B is not None:
+        place_I = place_I + seen_B[rows_I]
+    return fold_key(sample_key_B[rows_I], place_I)

@@ -1,0 +1,340 @@
+"""The language model: Llama whose layers from the sparse one on see only kept tokens. Four passes, one decision.
+
+dense   every layer, every token (transformers' own computation)
+masked  every layer, every token; from the sparse layer on MaskedSoftmax hides dropped tokens (training, teacher forcing)
+drop    from the sparse layer on only the kept tokens are computed (prefill, and decoding without a cache)
+step    one new token per row on a live cache (online admission, Eq. 6)
+turn    a chunk of several tokens on a live cache (a later user turn)
+
+Shape suffixes: B rows, N tokens, K packed tokens, Q new tokens, W cache slots, D hidden size.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+from transformers.models.llama.modeling_llama import LlamaModel
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from dynamic_llava.config import SparsityConfig
+from dynamic_llava.layout import Packing, TokenLayout
+from dynamic_llava.methods import Dynamic, Method, Predictors
+from dynamic_llava.model.attention import DynamicLlamaAttention, attention_row
+from dynamic_llava.model.cache import AdmissionCache
+from dynamic_llava.model.decide import Past, admit_token, hard_keep_mask, sampled_keep_mask
+from dynamic_llava.model.outputs import DynamicModelOutput, SparsityRecord
+from dynamic_llava.sparsity.decisions import clip_mask_gradient
+from dynamic_llava.sparsity.predictors import ImagePredictor, OutputPredictor
+
+LIVE_CACHE_ATTENTION = ("sdpa", "eager")
+"""Attention implementations that can read a cache whose rows have different lengths."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a pass needs to know besides the hidden states; made once per call, changed by none."""
+
+    method: Method
+    layout: TokenLayout
+    sample_key: Tensor
+    """(B,) int64: noise key of each sample."""
+    masked: bool = False
+    """Keep the full length and mask (training, teacher forcing) instead of removing tokens."""
+    tau: float = 1.0
+    """Temperature of the Gumbel-Softmax."""
+    keep_mask: Tensor | None = None
+    """(B, N): decisions given by the caller instead of made by the method."""
+
+
+class DynamicLlamaModel(LlamaModel):
+    """transformers' LlamaModel with the two predictors and a loop that changes at the sparse layer."""
+
+    def __init__(self, config: LlamaConfig, sparsity: SparsityConfig) -> None:
+        super().__init__(config)
+        self.sparsity = sparsity
+        for index, layer in enumerate(self.layers):
+            layer.self_attn = DynamicLlamaAttention(config, index)
+        self.image_predictor = ImagePredictor(
+            config.hidden_size,
+            width=sparsity.predictor_width,
+            heads=sparsity.predictor_heads,
+            mlp=sparsity.predictor_mlp,
+            blocks=sparsity.predictor_blocks,
+        )
+        self.output_predictor = OutputPredictor(config.hidden_size, width=sparsity.predictor_width)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        plan: Plan,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> DynamicModelOutput:
+        """Run the pass that `plan` and the cache call for; (B, N, D) in, DynamicModelOutput out."""
+        cache = past_key_values
+        if position_ids is None:
+            seen = cache.get_seq_length() if cache is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen)[None]
+        if plan.masked:
+            return self._masked_pass(inputs_embeds, plan, attention_mask, position_ids, kwargs)
+        if plan.method.is_dense:
+            return self._dense_pass(inputs_embeds, attention_mask, position_ids, cache, use_cache, kwargs)
+        position_ids = position_ids.expand(inputs_embeds.shape[:2])
+        if cache is None and use_cache:
+            cache = AdmissionCache(self.config.num_hidden_layers, plan.method.layer, self.sparsity.cache_block)
+        if cache is not None:
+            _check_cache(cache, plan, self.config._attn_implementation)
+        if cache is None or not cache.is_live:
+            return self._drop_pass(inputs_embeds, plan, attention_mask, position_ids, cache, kwargs)
+        if inputs_embeds.shape[1] == 1:
+            return self._step_pass(inputs_embeds, plan, position_ids, cache, kwargs)
+        return self._turn_pass(inputs_embeds, plan, position_ids, cache, kwargs)
+
+    def _dense_pass(
+        self,
+        hidden_BND: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        cache: Cache | None,
+        use_cache: bool | None,
+        kwargs: dict[str, Any],
+    ) -> DynamicModelOutput:
+        if isinstance(cache, AdmissionCache):
+            raise ValueError("this cache was opened by a sparse call; continue with the sparsity it was opened with")
+        if cache is None and use_cache:
+            from transformers import DynamicCache
+
+            cache = DynamicCache(config=self.config)
+        mask = create_causal_mask(self.config, hidden_BND, attention_mask, cache, position_ids)
+        rotation = self.rotary_emb(hidden_BND, position_ids=position_ids)
+        for layer in self.layers:
+            hidden_BND = layer(
+                hidden_BND,
+                attention_mask=mask,
+                position_embeddings=rotation,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return DynamicModelOutput(last_hidden_state=self.norm(hidden_BND), past_key_values=cache)
+
+    def _masked_pass(
+        self,
+        hidden_BND: Tensor,
+        plan: Plan,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        kwargs: dict[str, Any],
+    ) -> DynamicModelOutput:
+        mask = create_causal_mask(self.config, hidden_BND, attention_mask, None, position_ids)
+        rotation = self.rotary_emb(hidden_BND, position_ids=position_ids)
+        hidden_BND, row_BN = self._early_layers(hidden_BND, plan, mask, rotation, None, kwargs)
+        keep_BN, decided_BN = self._masked_decision(hidden_BND, plan, row_BN)
+        record = SparsityRecord(layout=plan.layout, keep_mask=keep_BN, sparsified_output=decided_BN)
+        entering_BN = clip_mask_gradient(keep_BN.float(), self.sparsity.mask_grad_clip)
+        entering_BN = record.mask_gradient.watch(entering_BN)
+        padding_mask = None if attention_mask is None else plan.layout.valid
+        for layer in self.layers[plan.method.layer :]:
+            hidden_BND = layer(
+                hidden_BND,
+                position_embeddings=rotation,
+                keep_mask=entering_BN,
+                padding_mask=padding_mask,
+                masked_softmax=self.sparsity.masked_softmax,
+                **kwargs,
+            )
+        return DynamicModelOutput(last_hidden_state=self.norm(hidden_BND), sparsity=record)
+
+    def _masked_decision(self, hidden_BND: Tensor, plan: Plan, row_BN: Tensor | None) -> tuple[Tensor, Tensor]:
+        if plan.keep_mask is not None:
+            return torch.where(plan.layout.valid, plan.keep_mask, 0).to(plan.keep_mask.dtype), plan.layout.output
+        if self.training and isinstance(plan.method, Dynamic):
+            return sampled_keep_mask(
+                plan.method, self.sparsity, self._predictors(), hidden_BND, plan.layout, plan.sample_key, plan.tau
+            )
+        keep_BN = hard_keep_mask(plan.method, self._predictors(), hidden_BND, plan.layout, plan.sample_key, row_BN)
+        return keep_BN, plan.layout.output
+
+    def _drop_pass(
+        self,
+        hidden_BND: Tensor,
+        plan: Plan,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        cache: AdmissionCache | None,
+        kwargs: dict[str, Any],
+    ) -> DynamicModelOutput:
+        layout, length = plan.layout, hidden_BND.shape[1]
+        mask = create_causal_mask(self.config, hidden_BND, attention_mask, None, position_ids)
+        rotation = self.rotary_emb(hidden_BND, position_ids=position_ids)
+        if cache is not None:
+            valid_BN = None if attention_mask is None else layout.valid
+            cache.open_dense(valid_BN, hidden_BND.shape[0], length, hidden_BND.device)
+        hidden_BND, row_BN = self._early_layers(hidden_BND, plan, mask, rotation, cache, kwargs)
+        keep_BN = self._hard_decision(hidden_BND, plan, row_BN, Past())
+        # The newest token takes part in its own step whatever was decided about it (Sec. 3.3.2).
+        last_B = layout.last_valid()[:, None]
+        kept_last_B = keep_BN.gather(1, last_B)[:, 0]
+        packing = Packing.of(keep_BN.scatter(1, last_B, layout.valid.gather(1, last_B)))
+        hidden_BKD = packing.take(hidden_BND)
+        rotation = self.rotary_emb(hidden_BKD, position_ids=packing.take(position_ids))
+        mask = create_causal_mask(self.config, hidden_BKD, None, None)  # filler lies behind every kept token
+        if cache is not None:
+            cache.sparse.open(packing.valid.sum(1), hidden_BKD.shape[1])
+        hidden_BKD = self._late_layers(hidden_BKD, plan, mask, rotation, cache, kwargs)
+        record = SparsityRecord(layout=layout, keep_mask=keep_BN, sparsified_output=layout.output)
+        if cache is not None:
+            cache.sparse.retract_last(~kept_last_B & layout.valid.any(1))
+            self._count(cache, layout)
+            record = _with_lengths(record, cache)
+        return DynamicModelOutput(
+            last_hidden_state=packing.put(self.norm(hidden_BKD), length), past_key_values=cache, sparsity=record
+        )
+
+    def _step_pass(
+        self, hidden_B1D: Tensor, plan: Plan, position_ids: Tensor, cache: AdmissionCache, kwargs: dict[str, Any]
+    ) -> DynamicModelOutput:
+        layout, sparse_layer = plan.layout, plan.method.layer
+        rotation = self.rotary_emb(hidden_B1D, position_ids=position_ids)
+        mask = self._cache_mask(cache.dense.place_token(), hidden_B1D.dtype)
+        for layer in self.layers[:sparse_layer]:
+            hidden_B1D = layer(
+                hidden_B1D, attention_mask=mask, position_embeddings=rotation, past_key_values=cache, **kwargs
+            )
+        if plan.keep_mask is not None:
+            admit_B = plan.keep_mask[:, -1].bool() & layout.valid[:, 0]
+        else:
+            admit_B = admit_token(
+                plan.method, self._predictors(), hidden_B1D, layout, plan.sample_key, cache.seen_outputs
+            )
+        mask = self._cache_mask(cache.sparse.place_token(), hidden_B1D.dtype)
+        hidden_B1D = self._late_layers(hidden_B1D, plan, mask, rotation, cache, kwargs)
+        cache.dense.commit_token(layout.valid[:, 0])
+        cache.sparse.commit_token(admit_B)
+        self._count(cache, layout)
+        record = SparsityRecord(layout=layout, keep_mask=admit_B[:, None], sparsified_output=layout.output)
+        return DynamicModelOutput(
+            last_hidden_state=self.norm(hidden_B1D), past_key_values=cache, sparsity=_with_lengths(record, cache)
+        )
+
+    def _turn_pass(
+        self, hidden_BQD: Tensor, plan: Plan, position_ids: Tensor, cache: AdmissionCache, kwargs: dict[str, Any]
+    ) -> DynamicModelOutput:
+        layout, length = plan.layout, hidden_BQD.shape[1]
+        if plan.method.needs_attention and bool(layout.image.any()):
+            raise ValueError(
+                f"method {plan.method.name!r} reads an attention row over the whole prompt, so it cannot take a new "
+                "image on a live cache; start a new cache, or give all images in the first turn"
+            )
+        rotation = self.rotary_emb(hidden_BQD, position_ids=position_ids)
+        mask = self._cache_mask(cache.dense.place_chunk(layout.valid, layout.valid), hidden_BQD.dtype)
+        for layer in self.layers[: plan.method.layer]:
+            hidden_BQD = layer(
+                hidden_BQD, attention_mask=mask, position_embeddings=rotation, past_key_values=cache, **kwargs
+            )
+        past = Past(images=cache.seen_images, outputs=cache.seen_outputs)
+        keep_BQ = self._hard_decision(hidden_BQD, plan, None, past)
+        # Dropped image tokens are not computed at all; dropped output tokens still see the kept past for their own step.
+        packing = Packing.of(keep_BQ | layout.output)
+        hidden_BKD, admit_BK = packing.take(hidden_BQD), packing.take(keep_BQ) & packing.valid
+        rotation = self.rotary_emb(hidden_BKD, position_ids=packing.take(position_ids))
+        mask = self._cache_mask(cache.sparse.place_chunk(packing.valid, admit_BK), hidden_BKD.dtype)
+        hidden_BKD = self._late_layers(hidden_BKD, plan, mask, rotation, cache, kwargs)
+        cache.commit_chunk(layout.valid, admit_BK)
+        self._count(cache, layout)
+        record = SparsityRecord(layout=layout, keep_mask=keep_BQ, sparsified_output=layout.output)
+        return DynamicModelOutput(
+            last_hidden_state=packing.put(self.norm(hidden_BKD), length),
+            past_key_values=cache,
+            sparsity=_with_lengths(record, cache),
+        )
+
+    def _early_layers(
+        self,
+        hidden_BND: Tensor,
+        plan: Plan,
+        mask: Tensor | None,
+        rotation: tuple[Tensor, Tensor],
+        cache: AdmissionCache | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run layers 0..l-1 on a whole sequence; also return the attention row (B, N) if the method wants one."""
+        row_BN = None
+        for index, layer in enumerate(self.layers[: plan.method.layer]):
+            if plan.method.needs_attention and index == plan.method.layer - 1:
+                row_BN = attention_row(layer, hidden_BND, rotation, plan.layout.question_end(), plan.layout.valid)
+            hidden_BND = layer(
+                hidden_BND, attention_mask=mask, position_embeddings=rotation, past_key_values=cache, **kwargs
+            )
+        return hidden_BND, row_BN
+
+    def _late_layers(
+        self,
+        hidden_BKD: Tensor,
+        plan: Plan,
+        mask: Tensor | None,
+        rotation: tuple[Tensor, Tensor],
+        cache: AdmissionCache | None,
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        # No position_ids here: with gaps in them, attention back ends would take one row for several packed sequences.
+        for layer in self.layers[plan.method.layer :]:
+            hidden_BKD = layer(
+                hidden_BKD, attention_mask=mask, position_embeddings=rotation, past_key_values=cache, **kwargs
+            )
+        return hidden_BKD
+
+    def _hard_decision(self, hidden_BND: Tensor, plan: Plan, row_BN: Tensor | None, past: Past) -> Tensor:
+        if plan.keep_mask is not None:
+            return plan.keep_mask.bool() & plan.layout.valid
+        return hard_keep_mask(plan.method, self._predictors(), hidden_BND, plan.layout, plan.sample_key, row_BN, past)
+
+    def _predictors(self) -> Predictors:
+        return Predictors(image=self.image_predictor, output=self.output_predictor)
+
+    def _cache_mask(self, visible_BQW: Tensor, dtype: torch.dtype) -> Tensor:
+        """Turn (B, Q, W) bool into the 4D mask of the attention implementation: bool for sdpa, additive for eager."""
+        visible = visible_BQW[:, None]
+        if self.config._attn_implementation == "sdpa":
+            return visible
+        return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(
+            ~visible, torch.finfo(dtype).min
+        )
+
+    @staticmethod
+    def _count(cache: AdmissionCache, layout: TokenLayout) -> None:
+        cache.count(layout.valid.shape[1], layout.output.sum(1), layout.image.sum(1) // layout.tokens_per_image)
+
+
+def _with_lengths(record: SparsityRecord, cache: AdmissionCache) -> SparsityRecord:
+    return replace(record, cache_lengths=cache.sparse.lengths, dense_cache_lengths=cache.dense.lengths)
+
+
+def _check_cache(cache: Cache, plan: Plan, implementation: str) -> None:
+    if not isinstance(cache, AdmissionCache):
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__}; sparse decoding needs the AdmissionCache that a sparse call "
+            "returns, or sparsity='none'"
+        )
+    if cache.sparse_layer != plan.method.layer:
+        raise ValueError(
+            f"the cache was opened with sparse layer {cache.sparse_layer} and this call asks for "
+            f"{plan.method.layer}; continue with the method it was opened with"
+        )
+    if implementation not in LIVE_CACHE_ATTENTION:
+        raise ValueError(
+            f"attn_implementation={implementation!r} cannot decode on an admission cache; load the model with one of "
+            f"{', '.join(map(repr, LIVE_CACHE_ATTENTION))}, or pass use_cache=False"
+        )

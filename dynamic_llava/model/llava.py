@@ -1,0 +1,316 @@
+"""Dynamic-LLaVA on transformers: vision tower, projector, the sparse language model and the head.
+
+Shape suffixes: B rows, N tokens, I images of the batch in row order, n tokens of one image, D hidden size, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel
+from transformers.cache_utils import Cache
+from transformers.models.llava.modeling_llava import (
+    LlavaForConditionalGeneration,
+    LlavaModel,
+    LlavaMultiModalProjector,
+    LlavaPreTrainedModel,
+)
+from transformers.utils.generic import can_return_tuple
+
+from dynamic_llava.config import SparsityMode
+from dynamic_llava.layout import TokenLayout
+from dynamic_llava.methods import Method
+from dynamic_llava.model.configuration import DynamicLlavaConfig
+from dynamic_llava.model.decoder import DynamicLlamaModel, Plan
+from dynamic_llava.model.generation import SparseGeneration
+from dynamic_llava.model.initialization import initialize_predictor
+from dynamic_llava.model.loading import CheckedLoading
+from dynamic_llava.model.losses import language_model_loss, regularisers
+from dynamic_llava.model.outputs import DynamicLlavaOutput, DynamicModelOutput
+from dynamic_llava.model.switches import choose_method
+from dynamic_llava.sparsity.predictors import ImagePredictor, OutputPredictor
+
+
+class DynamicLlavaPreTrainedModel(LlavaPreTrainedModel):
+    """Shared by both model classes: the configuration class and the initialisation of new predictors."""
+
+    config_class = DynamicLlavaConfig
+    config: DynamicLlavaConfig
+    _no_split_modules = ["LlamaDecoderLayer", "ImagePredictor", "OutputPredictor"]  # noqa: RUF012
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, (ImagePredictor, OutputPredictor)):
+            initialize_predictor(module)
+
+
+class DynamicLlavaModel(DynamicLlavaPreTrainedModel, LlavaModel):
+    """Vision tower, projector and sparse language model, without the head."""
+
+    def __init__(self, config: DynamicLlavaConfig) -> None:
+        # LlavaModel's own constructor would build a plain Llama.
+        LlavaPreTrainedModel.__init__(self, config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = LlavaMultiModalProjector(config)
+        self.language_model = DynamicLlamaModel(config.text_config, config.sparsity)
+        self.post_init()
+
+    @property
+    def tokens_per_image(self) -> int:
+        """n: image tokens that one image becomes."""
+        vision = self.config.vision_config
+        patches = (vision.image_size // vision.patch_size) ** 2
+        return patches if self.config.vision_feature_select_strategy == "default" else patches + 1
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        image_features: Tensor | None = None,
+        image_mask: Tensor | None = None,
+        output_mask: Tensor | None = None,
+        keep_mask: Tensor | None = None,
+        method: Method | None = None,
+        sample_key: Tensor | None = None,
+        masked: bool = False,
+        tau: float = 1.0,
+        **kwargs: Any,
+    ) -> DynamicModelOutput:
+        """Embed, place the image features, and run the language model; arguments as in the class with the head."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        image = self._image_mask(input_ids, inputs_embeds, image_mask)
+        if output_mask is None and image.shape[1] == 1 and _is_live(past_key_values):
+            output_mask = torch.ones_like(image)  # a single token on a live cache continues the answer
+        layout = TokenLayout.build(image, attention_mask, output_mask, self.tokens_per_image)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        features = self._features(pixel_values, image_features, layout)
+        if features is not None:
+            features = features.to(inputs_embeds.device, inputs_embeds.dtype)
+            inputs_embeds = inputs_embeds.masked_scatter(layout.image[..., None], features)
+        elif input_ids is not None and not _is_live(past_key_values) and bool(layout.image.any()):
+            raise ValueError(
+                f"input_ids hold {int(layout.image.sum())} image tokens but pixel_values is None; give the images, or "
+                "leave <image> out of the prompt"
+            )
+        batch, device = image.shape[0], inputs_embeds.device
+        plan = Plan(
+            method=method if method is not None else choose_method(self.config.sparsity),
+            layout=layout,
+            sample_key=torch.zeros(batch, dtype=torch.int64, device=device) if sample_key is None else sample_key,
+            masked=masked,
+            tau=tau,
+            keep_mask=_chunk_of(keep_mask, image),
+        )
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            plan=plan,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        outputs.image_hidden_states = features
+        return outputs
+
+    def _image_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, image_mask: Tensor | None) -> Tensor:
+        if image_mask is not None:
+            return image_mask.bool()
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        assert inputs_embeds is not None
+        return torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
+
+    def _features(
+        self, pixel_values: Tensor | None, image_features: Tensor | None, layout: TokenLayout
+    ) -> Tensor | None:
+        """Projected images (I, n, D), from pixels (I, 3, S, S) or as given; their number must fit the prompt."""
+        if pixel_values is not None and image_features is not None:
+            raise ValueError("give either pixel_values or image_features, not both")
+        given = pixel_values if pixel_values is not None else image_features
+        if given is None:
+            return None
+        self.check_images(given.shape[0], layout.image)
+        if image_features is not None:
+            return image_features
+        return torch.stack(list(self.get_image_features(pixel_values, return_dict=True).pooler_output))
+
+    def check_images(self, images: int, image_BN: Tensor) -> None:
+        """Raise ValueError unless `images` images fill the image tokens (B, N) bool, each row a whole number."""
+        places_B = image_BN.sum(1)
+        if int(places_B.sum()) != images * self.tokens_per_image:
+            raise ValueError(
+                f"{images} images of {self.tokens_per_image} tokens were given for {int(places_B.sum())} image tokens "
+                f"({int(places_B.sum()) / self.tokens_per_image:g} images); give one image per <image> place"
+            )
+        if bool((places_B % self.tokens_per_image).any()):
+            raise ValueError(
+                f"a row holds part of an image: its image tokens are not a multiple of {self.tokens_per_image}; "
+                "truncate prompts between images, never inside one"
+            )
+
+
+class DynamicLlavaForConditionalGeneration(
+    SparseGeneration, CheckedLoading, DynamicLlavaPreTrainedModel, LlavaForConditionalGeneration
+):
+    """Dynamic-LLaVA with its language-model head: train, prefill, decode with or without cache, all sparse.
+
+    Nothing about a generation is kept on the module: decisions, caches and noise keys travel with the call.
+    """
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: DynamicLlavaConfig) -> None:
+        LlavaPreTrainedModel.__init__(self, config)
+        self.model = DynamicLlavaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_mask: Tensor | None = None,
+        keep_mask: Tensor | None = None,
+        image_features: Tensor | None = None,
+        image_mask: Tensor | None = None,
+        use_cache: bool | None = None,
+        *,
+        sparsity: SparsityMode | None = None,
+        image_keep_rate: float | None = None,
+        output_keep_rate: float | None = None,
+        output_threshold: float | None = None,
+        method: Method | str | None = None,
+        tau: float | None = None,
+        sample_key: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        num_samples_in_batch: Tensor | int | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> DynamicLlavaOutput:
+        """Run one pass.
+
+        Args:
+            input_ids: (B, N) int64; every image is `tokens_per_image` image tokens.
+            pixel_values: (I, 3, S, S) float, all images of the batch in row order.
+            attention_mask: (B, N) 1 = real token; padding on either side. On a live cache it covers the past too.
+            labels: (B, N) int64, -100 = not learned. With labels nothing is removed: dropped tokens are masked
+                (Eq. 7), with sampled decisions in training mode and hard ones in eval mode. Without labels dropped
+                tokens are physically removed.
+            output_mask: (B, N) bool, tokens of an answer. By default the labelled tokens of each row's last answer
+                (of all answers with output_segments="all"), and on a live cache a single new token.
+            keep_mask: (B, N) 0/1, decisions given instead of made.
+            image_features: (I, n, D) projected images instead of pixel_values.
+            image_mask: (B, N) bool, only with inputs_embeds that already hold image features.
+            sparsity: "both", "image", "output" or "none"; default both.
+            image_keep_rate, output_threshold: override the checkpoint's settings for this call.
+            output_keep_rate: override r_OT of the regulariser, training only.
+            method: a Method or its registered name, instead of Dynamic-LLaVA's own decisions.
+            tau: Gumbel-Softmax temperature, needed in training mode.
+            sample_key: (B,) int64 noise keys; a sample with the same key gets the same noise in any batch. Default: in
+                training drawn from torch's generator, otherwise 0.
+            num_items_in_batch, num_samples_in_batch: global denominators of the LM loss (labelled tokens) and of the
+                regularisers (samples), across ranks and accumulation; default: this batch.
+
+        Raises ValueError for switches, masks, images and caches that do not fit.
+        """
+        masked = labels is not None
+        if masked and past_key_values is not None:
+            raise ValueError("labels need the whole sequence: leave past_key_values out")
+        chosen = choose_method(
+            self.config.sparsity,
+            sparsity=sparsity,
+            method=method,
+            image_keep_rate=image_keep_rate,
+            output_threshold=output_threshold,
+        )
+        if output_keep_rate is not None and not (masked and self.training):
+            raise ValueError(
+                "output_keep_rate is the target of training; at inference the output predictor decides token by token: "
+                "use output_threshold, or a method with a rate such as Random"
+            )
+        if masked and output_mask is None:
+            output_mask = _answers(labels, self.config.sparsity.output_segments)
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            image_features=image_features,
+            image_mask=image_mask,
+            output_mask=output_mask,
+            keep_mask=keep_mask,
+            method=chosen,
+            masked=masked and not (chosen.is_dense and keep_mask is None),
+            tau=1.0 if tau is None else tau,
+            sample_key=self._sample_key(sample_key, labels),
+            use_cache=False if masked else use_cache,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, kept])  # -0 is 0: the whole sequence
+        result = DynamicLlavaOutput(
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+            sparsity=outputs.sparsity,
+        )
+        if labels is None:
+            return result
+        result.lm_loss = language_model_loss(logits, labels, num_items_in_batch)
+        result.loss = result.lm_loss
+        if outputs.sparsity is not None:
+            result.image_keep_loss, result.output_keep_loss = regularisers(
+                outputs.sparsity, chosen, self.config.sparsity, output_keep_rate, num_samples_in_batch
+            )
+            weight = self.config.sparsity.keep_rate_weight
+            result.loss = result.lm_loss + weight * (result.image_keep_loss + result.output_keep_loss)
+        return result
+
+    def _sample_key(self, sample_key: Tensor | None, labels: Tensor | None) -> Tensor | None:
+        if sample_key is not None or labels is None or not self.training:
+            return sample_key
+        # The CPU generator, so that one torch.manual_seed gives the same decisions on every device.
+        return torch.randint(0, 2**62, (labels.shape[0],)).to(labels.device)
+
+
+def _answers(labels: Tensor, segments: str) -> Tensor:
+    """(B, N) bool: labelled tokens, of each row's last run of labels or of all runs."""
+    labelled = labels != -100
+    if segments == "all":
+        return labelled
+    starts = labelled & ~nn.functional.pad(labelled, (1, 0))[:, :-1]
+    run = starts.cumsum(1)
+    return labelled & (run == run[:, -1:])
+
+
+def _is_live(cache: Cache | None) -> bool:
+    return cache is not None and cache.get_seq_length() > 0
+
+
+def _chunk_of(keep_mask: Tensor | None, like: Tensor) -> Tensor | None:
+    if keep_mask is None:
+        return None
+    if keep_mask.dim() != 2 or keep_mask.shape[0] != like.shape[0] or keep_mask.shape[1] < like.shape[1]:
+        raise ValueError(
+            f"keep_mask has shape {tuple(keep_mask.shape)} but the tokens have shape {tuple(like.shape)}; give one "
+            "value per token"
+        )
+    return keep_mask[:, keep_mask.shape[1] - like.shape[1] :]

@@ -1,0 +1,113 @@
+"""What a forward pass returns: transformers' fields, the loss parts, and the record of what was kept."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import ModelOutput
+
+from dynamic_llava.layout import TokenLayout
+
+
+@dataclass
+class MaskGradient:
+    """Size of the task gradient that enters the keep mask (before clipping), filled in by the backward pass."""
+
+    largest: Tensor | None = None
+    """() float: largest magnitude over the batch; None before the backward pass."""
+
+    def watch(self, keep_mask: Tensor) -> Tensor:
+        """Return the keep mask unchanged, recording its gradient on the way back."""
+        watched = keep_mask.view_as(keep_mask)
+        if watched.requires_grad:
+            watched.register_hook(self._record)
+        return watched
+
+    def _record(self, gradient: Tensor) -> None:
+        self.largest = gradient.detach().abs().amax()
+
+
+@dataclass
+class SparsityRecord:
+    """Which tokens were kept. Shapes: B rows, N tokens of the pass (of the whole sequence after `generate`)."""
+
+    layout: TokenLayout
+    """The kind of each token."""
+    keep_mask: Tensor
+    """(B, N): M of Eq. 7, 1 (True) where a token is kept, at prompt tokens and padding too; float in training."""
+    sparsified_output: Tensor
+    """(B, N) bool: output tokens that a decision was made for."""
+    cache_lengths: Tensor | None = None
+    """(B,) int64: tokens in the cache of each sparse layer; None without a cache."""
+    dense_cache_lengths: Tensor | None = None
+    """(B,) int64: tokens in the cache of each layer below the sparse one."""
+    mask_gradient: MaskGradient = field(default_factory=MaskGradient)
+    """Filled in by the backward pass of a training step."""
+
+    @property
+    def image_keep_rate(self) -> Tensor:
+        """() float: share of image tokens kept; nan without images."""
+        return _mean_where(self.keep_mask, self.layout.image)
+
+    @property
+    def output_keep_rate(self) -> Tensor:
+        """() float: share kept of the output tokens that were decided about; nan without any."""
+        return _mean_where(self.keep_mask, self.sparsified_output)
+
+    @property
+    def image_indices(self) -> list[list[Tensor]]:
+        """Per row, per image: the kept tokens' offsets within the image, ascending (int64)."""
+        keep_In = self.layout.gather_images(self.keep_mask).bool()
+        rows: list[list[Tensor]] = [[] for _ in range(self.keep_mask.shape[0])]
+        for row, keep_n in zip(self.layout.image_rows().tolist(), keep_In, strict=True):
+            rows[row].append(keep_n.nonzero().flatten())
+        return rows
+
+    @property
+    def output_decisions(self) -> list[Tensor]:
+        """Per row: one bool per output token, in order; the last token of a generation was never fed, so has none."""
+        decided = self.layout.output & self.sparsified_output
+        return [keep[where].bool() for keep, where in zip(self.keep_mask, decided, strict=True)]
+
+
+def _mean_where(values: Tensor, where: Tensor) -> Tensor:
+    return (values.detach().float() * where).sum() / where.sum()
+
+
+@dataclass
+class DynamicModelOutput(ModelOutput):
+    """Output of the language model and of the model without head; fields as in transformers, plus the record."""
+
+    last_hidden_state: Tensor | None = None
+    """(B, N, D) in input order; rows of dropped tokens are zero."""
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    """Per layer; from the sparse layer on, the packed kept tokens where tokens were removed."""
+    attentions: tuple[Tensor, ...] | None = None
+    image_hidden_states: Tensor | None = None
+    sparsity: SparsityRecord | None = None
+
+
+@dataclass
+class DynamicLlavaOutput(ModelOutput):
+    """Output of DynamicLlavaForConditionalGeneration."""
+
+    loss: Tensor | None = None
+    """(): lm_loss + keep_rate_weight * (image_keep_loss + output_keep_loss)."""
+    logits: Tensor | None = None
+    """(B, N, V) in input order; rows of dropped tokens are those of a zero hidden state and carry no prediction."""
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    image_hidden_states: Tensor | None = None
+    lm_loss: Tensor | None = None
+    """(): cross entropy of the labelled tokens."""
+    image_keep_loss: Tensor | None = None
+    """(): keep-rate regulariser of the image tokens (Eq. 10), unweighted."""
+    output_keep_loss: Tensor | None = None
+    """(): keep-rate regulariser of the output tokens (Eq. 10), unweighted."""
+    sparsity: SparsityRecord | None = None
+    """What was kept; None for a dense pass."""
+
+
+__all__ = ["DynamicLlavaOutput", "DynamicModelOutput", "MaskGradient", "SparsityRecord"]

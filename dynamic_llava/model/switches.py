@@ -1,0 +1,39 @@
+"""The per-call switches of forward and generate, resolved into one method object."""
+
+from dataclasses import replace
+
+from dynamic_llava.config import SparsityConfig, SparsityMode
+from dynamic_llava.methods import Dynamic, Method, get_method
+
+
+def choose_method(
+    config: SparsityConfig,
+    *,
+    sparsity: SparsityMode | None = None,
+    method: Method | str | None = None,
+    image_keep_rate: float | None = None,
+    output_threshold: float | None = None,
+) -> Method:
+    """Return the method that a call asks for; by default Dynamic-LLaVA with the checkpoint's settings.
+
+    Raises ValueError for an unknown switch, a rate outside (0, 1], or switches that exclude each other.
+    """
+    switches = {"sparsity": sparsity, "image_keep_rate": image_keep_rate, "output_threshold": output_threshold}
+    given = {name: value for name, value in switches.items() if value is not None}
+    if isinstance(method, Method):
+        if given:
+            raise ValueError(
+                f"{sorted(given)} were given together with the method object {method}; set them on the object instead"
+            )
+        return method
+    if method is not None and not isinstance(method, str):
+        raise ValueError(f"method={method!r} is neither a registered name nor a Method object")
+    if method is None or method == Dynamic.name:
+        return replace(Dynamic.from_config(config), **given)
+    settings = {name: value for name, value in given.items() if name == "image_keep_rate"}
+    if len(settings) < len(given):
+        raise ValueError(
+            f"{sorted(set(given) - set(settings))} are switches of Dynamic-LLaVA and mean nothing to method {method!r}; "
+            "leave them out, or build the method object with its own settings"
+        )
+    return get_method(method, layer=config.sparse_layer, **settings)

@@ -1,0 +1,5 @@
+"""From text and images to model inputs: vicuna_v1 prompts, LLaVA's image preparation, and the processor of both."""
+
+from dynamic_llava.processing.processor import DynamicLlavaProcessor
+
+__all__ = ["DynamicLlavaProcessor"]

@@ -1,0 +1,122 @@
+"""Images as LLaVA-1.5 feeds them to CLIP: read, padded to a square, resized, normalised; Pillow and numpy only.
+
+Shapes: I images, S side length in pixels.
+"""
+
+import struct
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+"""Channel means of OpenAI CLIP."""
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Channel standard deviations of OpenAI CLIP."""
+MAX_SQUARE_PIXELS = 2 * 89_478_485
+"""Largest padded square that is accepted: Pillow's own limit for refusing a file (a side of 13,377 pixels)."""
+
+Colour = tuple[int, int, int]
+
+_BROKEN = (OSError, SyntaxError, EOFError, ValueError, IndexError, KeyError, TypeError, struct.error, zlib.error)
+"""What Pillow's decoders are known to raise on damaged files."""
+
+
+class _TooLarge(ValueError):
+    """Kept apart from the errors of a damaged file."""
+
+
+def load_image(path: str | Path, max_square_pixels: int = MAX_SQUARE_PIXELS) -> Image.Image:
+    """Read an image file and return it in RGB, whatever its mode (see `to_rgb`).
+
+    An animation gives its first frame. EXIF orientation is ignored, as LLaVA does. Raises FileNotFoundError when there
+    is no such file, and ValueError when it is no image, is broken or cut off, or is so long or so large that its padded
+    square exceeds `max_square_pixels` (checked before the pixels are decoded).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no image file {path}; check the name and the image folder")
+    try:
+        with Image.open(path) as image:
+            _check_size(image.size, max_square_pixels, path)
+            image.load()
+    except _TooLarge:
+        raise
+    except Image.DecompressionBombError as error:
+        raise _TooLarge(f"{path} is too large ({error}); shrink it before training") from None
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"{path} is no image that Pillow can read; replace it or leave the sample out") from None
+    except _BROKEN as error:
+        raise ValueError(f"{path} is broken or cut off ({error}); replace it or leave the sample out") from error
+    try:
+        return to_rgb(image)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return `image` in RGB: transparency is dropped without blending, as LLaVA does; 16-bit grey is scaled to 8 bits.
+
+    Raises ValueError for floating-point pixels, whose range is unknown.
+    """
+    if image.mode == "F":
+        raise ValueError("an image with floating-point pixels has no known range; save it with 8 bits per channel")
+    if image.mode.startswith("I"):
+        grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535) // 257
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def mean_colour(mean: Sequence[float]) -> Colour:
+    """Return the colour that LLaVA pads with: int(255 * mean) per channel."""
+    red, green, blue = (int(value * 255) for value in mean)
+    return red, green, blue
+
+
+def expand_to_square(image: Image.Image, colour: Colour) -> Image.Image:
+    """Return the RGB image centred on a square of its longer side filled with `colour` (LLaVA's `expand2square`)."""
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def preprocess(
+    images: Sequence[Image.Image],
+    size: int,
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+    *,
+    max_square_pixels: int = MAX_SQUARE_PIXELS,
+) -> torch.Tensor:
+    """Return (I, 3, S, S) float32 pixel values: square, bicubic resize to S = `size`, / 255, normalised per channel.
+
+    Equal to transformers' `LlavaImageProcessorPil(do_pad=True)`. No image gives an empty (0, 3, S, S) tensor.
+    """
+    pixels = np.empty((len(images), 3, size, size), dtype=np.float32)
+    mean_3, std_3 = np.array(mean, dtype=np.float32), np.array(std, dtype=np.float32)
+    for index, image in enumerate(images):
+        _check_size(image.size, max_square_pixels, f"image {index}")
+        square = expand_to_square(to_rgb(image), mean_colour(mean)).resize((size, size), Image.Resampling.BICUBIC)
+        unit = (np.asarray(square).astype(np.float64) * (1 / 255)).astype(np.float32)
+        pixels[index] = ((unit - mean_3) / std_3).transpose(2, 0, 1)
+    return torch.from_numpy(pixels)
+
+
+def _check_size(size: tuple[int, int], max_square_pixels: int, name: object) -> None:
+    width, height = size
+    if min(size) < 1:
+        raise ValueError(f"{name} is empty ({width} x {height} pixels); replace it or leave the sample out")
+    if max(size) ** 2 > max_square_pixels:
+        raise _TooLarge(
+            f"{name} has {width} x {height} pixels; padded to a square that is more than the {max_square_pixels:,} "
+            "allowed; shrink it before training"
+        )

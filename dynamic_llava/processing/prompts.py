@@ -1,0 +1,146 @@
+"""The vicuna_v1 conversation of LLaVA-1.5: its text, its token ids and LLaVA's label masking.
+
+The text is LLaVA's `conv_vicuna_v1` (SeparatorStyle.TWO, sep " ", sep2 "</s>"):
+`{system} USER: {question} ASSISTANT: {answer}</s>USER: {question} ASSISTANT: {answer}</s>`.
+Only the answers and the `</s>` behind each of them are learned (LLaVA's `preprocess_v1`).
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+"""System text of vicuna_v1."""
+IMAGE_PLACE = "<image>"
+"""Marks in a text where an image's tokens go."""
+END_OF_ANSWER = "</s>"
+"""Closes every answer; learned together with it."""
+IGNORED_LABEL = -100
+"""Label of every token that is not learned."""
+
+Turn = tuple[str, str | None]
+"""A question and its answer; None asks for the answer (only in the last turn)."""
+
+
+class EncodedConversation(NamedTuple):
+    """Token ids, labels and answers of one conversation.
+
+    `input_ids` and `labels` are int lists of one length N, image tokens included; `labels` is -100 except at answers.
+    `output_spans` has one half-open token range (start, end) per learned answer, its `</s>` included.
+    `shortened` says whether tokens were cut off at the end.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    output_spans: list[tuple[int, int]]
+    shortened: bool = False
+
+
+class ImageCutError(ValueError):
+    """A length limit falls into or before an image: the sample cannot be shortened without losing image tokens."""
+
+
+def conversation_prompt(turns: Sequence[Turn], system: str = SYSTEM) -> str:
+    """Return the vicuna_v1 text of `turns`; it ends in `ASSISTANT:` when the last answer is None.
+
+    Raises ValueError when there is no turn, or when an answer other than the last is None.
+    """
+    return "".join(_prompt_parts(turns, system)[0])
+
+
+def image_places(text: str) -> int:
+    """Return how many images `text` asks for."""
+    return text.count(IMAGE_PLACE)
+
+
+def encode_prompt(tokenizer: Any, text: str, tokens_per_image: int, image_token_id: int) -> list[int]:
+    """Return the token ids of a finished prompt text, each `<image>` as `tokens_per_image` times `image_token_id`.
+
+    The pieces between images are tokenised separately and the start token comes once, as in LLaVA's
+    `tokenizer_image_token`; tokenised in one go, a tokenizer with `legacy=False` would lose a word-start piece.
+    """
+    return _encode(tokenizer, text, tokens_per_image, image_token_id)[0]
+
+
+def encode_conversation(
+    tokenizer: Any,
+    turns: Sequence[Turn],
+    tokens_per_image: int,
+    image_token_id: int,
+    *,
+    max_length: int | None = None,
+    system: str = SYSTEM,
+) -> EncodedConversation:
+    """Tokenise a conversation for training; labels are learned in every answer (LLaVA's `preprocess_v1`).
+
+    `tokenizer` is a fast transformers tokenizer (character offsets are needed to place the labels). A sequence longer
+    than `max_length` is cut at its end; the labels and spans behind the cut go with it. Raises ImageCutError when an
+    image does not lie wholly before the cut, and ValueError when an answer holds `<image>`.
+    """
+    parts, answers = _prompt_parts(turns, system)
+    ids, starts = _encode(tokenizer, "".join(parts), tokens_per_image, image_token_id)
+    labels = [IGNORED_LABEL] * len(ids)
+    spans = []
+    for start, end in answers:
+        learned = [i for i, at in enumerate(starts) if start <= at < end]
+        if learned:
+            spans.append((learned[0], learned[-1] + 1))
+            labels[learned[0] : learned[-1] + 1] = ids[learned[0] : learned[-1] + 1]
+    if max_length is None or len(ids) <= max_length:
+        return EncodedConversation(ids, labels, spans)
+    if image_token_id in ids[max_length:]:
+        raise ImageCutError(
+            f"the conversation has {len(ids)} tokens and an image would be cut at max_length={max_length}; "
+            "raise max_length or leave the sample out"
+        )
+    spans = [(start, min(end, max_length)) for start, end in spans if start < max_length]
+    return EncodedConversation(ids[:max_length], labels[:max_length], spans, shortened=True)
+
+
+def _prompt_parts(turns: Sequence[Turn], system: str) -> tuple[list[str], list[tuple[int, int]]]:
+    """Return the text in parts (in order) and the character range of every answer with its `</s>`."""
+    if not turns:
+        raise ValueError("a conversation needs at least one (question, answer) turn; none was given")
+    parts, answers = [system + " "], []
+    position = len(parts[0])
+    for index, (question, answer) in enumerate(turns):
+        asked = f"USER: {question} ASSISTANT:"
+        parts.append(asked)
+        position += len(asked)
+        if answer is None:
+            if index != len(turns) - 1:
+                raise ValueError(f"turn {index} of {len(turns)} has no answer; only the last answer may be None")
+            continue
+        if IMAGE_PLACE in answer:
+            raise ValueError(f"the answer of turn {index} holds {IMAGE_PLACE!r}; images belong into questions")
+        answered = f" {answer}{END_OF_ANSWER}"
+        parts.append(answered)
+        answers.append((position, position + len(answered)))
+        position += len(answered)
+    return parts, answers
+
+
+def _encode(tokenizer: Any, text: str, tokens_per_image: int, image_token_id: int) -> tuple[list[int], list[int]]:
+    """Return token ids and, for each, the character of `text` where it starts (-1 for image and start tokens)."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"{type(tokenizer).__name__} gives no character offsets, which place the labels; "
+            "load the fast tokenizer (a folder with tokenizer.json, or transformers' PreTrainedTokenizerFast)"
+        )
+    ids, starts = [], []
+    first = tokenizer("").input_ids[:1]
+    if tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]:
+        ids, starts = list(first), [-1]
+    offset = 0
+    for number, piece in enumerate(text.split(IMAGE_PLACE)):
+        if number:
+            ids += [image_token_id] * tokens_per_image
+            starts += [-1] * tokens_per_image
+        if piece:
+            encoded = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
+            ids += encoded.input_ids
+            starts += [offset + start for start, _ in encoded.offset_mapping]
+        offset += len(piece) + len(IMAGE_PLACE)
+    return ids, starts

@@ -1,0 +1,154 @@
+"""Online KV-cache admission (Sec. 3.3.2, Eq. 6): where each token's keys and values go, and which of them stay.
+
+Every row fills slots 0 .. length-1 of a rectangular storage that grows in blocks. The newest token is always written to
+slot `length` of its row, so it can attend to itself; admitting it advances the length by one, dropping it leaves the
+slot to be overwritten by the next token. All layers of a group share one `AdmissionSlots`; each has its own storage.
+Shape suffixes: B rows, W slots (capacity), Q new tokens, H key-value heads, D head dimension.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dynamic_llava.layout import Packing
+
+
+class AdmissionSlots:
+    """The bookkeeping of one group of layers: how many slots each row has filled, and where new tokens are written."""
+
+    def __init__(self, block: int) -> None:
+        self.block = block
+        self.capacity = 0
+        """W: slots per row of every storage of the group."""
+        self.lengths: Tensor | None = None
+        """(B,) int64: filled slots of each row; None until the cache is opened."""
+        self.packing: Packing | None = None
+        """How the tokens of the opening chunk are gathered into slots; None when they already are in order."""
+        self.write: Tensor | None = None
+        """(B, Q) int64: slots of the chunk in flight."""
+        self._bound = 0  # host-side upper bound of the longest row, so that lengths need not be read at every step
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a first chunk has been stored; known on the host."""
+        return self.lengths is not None
+
+    def open(self, lengths_B: Tensor, tokens: int, packing: Packing | None = None) -> None:
+        """Begin with a chunk of `tokens` columns that fills lengths_B slots of each row, gathered by `packing`."""
+        self.packing = packing
+        self.lengths = lengths_B
+        self._bound = tokens if packing is None else packing.index.shape[1]
+        self.capacity = self._bound
+
+    def place_token(self) -> Tensor:
+        """Reserve one slot in every row for a single new token; returns what it sees, (B, 1, W) bool."""
+        lengths_B = self._reserve(1)
+        self.write = lengths_B[:, None]
+        return (self._slots() <= lengths_B[:, None])[:, None]
+
+    def place_chunk(self, valid_BQ: Tensor, admit_BQ: Tensor) -> Tensor:
+        """Reserve slots for a chunk; returns what each of its tokens sees, (B, Q, W) bool.
+
+        A token sees the filled slots, the admitted tokens before it in the chunk, and itself. Padding goes to a spare
+        last slot that no valid token sees.
+        """
+        count = valid_BQ.shape[1]
+        lengths_B = self._reserve(count + 1)
+        rank_BQ = valid_BQ.cumsum(1) - 1
+        self.write = torch.where(valid_BQ, lengths_B[:, None] + rank_BQ, self.capacity - 1)
+        past_BW = self._slots() < lengths_B[:, None]
+        itself_QQ = torch.eye(count, dtype=torch.bool, device=valid_BQ.device)
+        earlier_QQ = torch.ones_like(itself_QQ).tril(-1)
+        seen_BQQ = (admit_BQ & valid_BQ)[:, None, :] & earlier_QQ | itself_QQ
+        among_BQW = past_BW.new_zeros(past_BW.shape[0], count, self.capacity)
+        # Several padding tokens share the spare slot: a sum, not a write, so that none of them hides another.
+        among_BQW = among_BQW.to(torch.uint8).scatter_add(
+            2, self.write[:, None, :].expand_as(seen_BQQ), seen_BQQ.to(torch.uint8)
+        )
+        return past_BW[:, None, :] | (among_BQW > 0)
+
+    def commit_token(self, admit_B: Tensor) -> None:
+        """Admit or drop the single token in flight, after the last layer has used it."""
+        self.lengths = self._open_lengths() + admit_B.to(torch.int64)
+        self.write = None
+
+    def commit_chunk(self, admit_BQ: Tensor) -> tuple[Tensor, Tensor]:
+        """Admit the chosen tokens of the chunk in flight; returns (from, to) slots (B, Q) for the storages to move."""
+        if self.write is None:
+            raise RuntimeError("commit_chunk needs a chunk in flight; call place_chunk first")
+        lengths_B = self._open_lengths()
+        order_BQ = (~admit_BQ).to(torch.uint8).argsort(dim=1, stable=True)
+        source_BQ = self.write.gather(1, order_BQ)
+        place_Q = torch.arange(admit_BQ.shape[1], device=admit_BQ.device)
+        target_BQ = torch.where(
+            place_Q < admit_BQ.sum(1, keepdim=True), lengths_B[:, None] + place_Q, self.capacity - 1
+        )
+        self.lengths = lengths_B + admit_BQ.sum(1)
+        self.write = None
+        return source_BQ, target_BQ
+
+    def retract_last(self, drop_B: Tensor) -> None:
+        """Give up each chosen row's last filled slot: an opening chunk that ended in a token that was not admitted."""
+        self.lengths = self._open_lengths() - drop_B.to(torch.int64)
+
+    def select_rows(self, choose: Callable[[Tensor], Tensor]) -> None:
+        """Apply a choice of rows (reorder, repeat, select) to the bookkeeping."""
+        if self.lengths is not None:
+            self.lengths = choose(self.lengths)
+
+    def _open_lengths(self) -> Tensor:
+        if self.lengths is None:
+            raise RuntimeError("the cache is empty; open it with a first chunk")
+        return self.lengths
+
+    def _slots(self) -> Tensor:
+        return torch.arange(self.capacity, device=self._open_lengths().device)
+
+    def _reserve(self, count: int) -> Tensor:
+        lengths_B = self._open_lengths()
+        if self._bound + count > self.capacity:
+            self._bound = int(lengths_B.max())  # the one host read, only when the bound has used up the block
+            blocks = -(-(self._bound + count) // self.block)
+            self.capacity = max(self.capacity, blocks * self.block)
+        self._bound += count
+        return lengths_B
+
+
+class SlotStorage:
+    """Keys or values of one layer, (B, H, W, D), written in place; it grows when its group's capacity has grown."""
+
+    def __init__(self, slots: AdmissionSlots, opening_BHND: Tensor) -> None:
+        self.slots = slots
+        packing = slots.packing
+        if packing is None:
+            self.data = opening_BHND
+        else:
+            index = packing.index[:, None, :, None].expand(-1, opening_BHND.shape[1], -1, opening_BHND.shape[3])
+            self.data = opening_BHND.gather(2, index)
+
+    def write(self, new_BHQD: Tensor) -> Tensor:
+        """Store the new tokens in the slots reserved for them; returns the whole storage (B, H, W, D)."""
+        if self.slots.write is None:
+            raise RuntimeError("no slots are reserved; call place_token or place_chunk first")
+        if self.data.shape[2] < self.slots.capacity:
+            self._grow()
+        index = self.slots.write[:, None, :, None].expand_as(new_BHQD)
+        self.data.scatter_(2, index, new_BHQD)
+        return self.data
+
+    def move(self, source_BQ: Tensor, target_BQ: Tensor) -> None:
+        """Move admitted tokens of a chunk to the front of its slots."""
+        shape = (self.data.shape[0], self.data.shape[1], source_BQ.shape[1], self.data.shape[3])
+        moved = self.data.gather(2, source_BQ[:, None, :, None].expand(shape))
+        self.data.scatter_(2, target_BQ[:, None, :, None].expand(shape), moved)
+
+    def select_rows(self, choose: Callable[[Tensor], Tensor]) -> None:
+        """Apply a choice of rows to the storage."""
+        self.data = choose(self.data)
+
+    def _grow(self) -> None:
+        batch, heads, filled, width = self.data.shape
+        grown = self.data.new_zeros(batch, heads, self.slots.capacity, width)
+        grown[:, :, :filled] = self.data
+        self.data = grown

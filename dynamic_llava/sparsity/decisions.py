@@ -1,0 +1,112 @@
+"""From predictor logits to keep masks: Gumbel-Softmax in training, top-k or threshold at inference (Sec. 3.2, 3.3).
+
+Shape suffixes: I images, N tokens of one image. A keep mask is 1 (True) where the token is kept.
+"""
+
+from collections.abc import Callable
+from decimal import Decimal
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from dynamic_llava.config import check_keep_rate
+from dynamic_llava.sparsity.predictors import KEEP
+
+
+def budget(rate: float, n: int, minimum: int = 1) -> int:
+    """Return how many of `n` tokens a keep rate leaves: floor(rate * n), exact in decimals, at least `minimum`.
+
+    The rate counts as written: 0.29 of 100 is 29, although the binary value of 0.29 is smaller. Never more than n.
+    Raises ValueError unless 0 < rate <= 1 (0 is allowed with minimum=0) and n >= 0.
+    """
+    if not (minimum == 0 and rate == 0):
+        check_keep_rate("rate", rate)
+    if n < 0:
+        raise ValueError(f"n={n} is not a number of tokens; give 0 or more")
+    return min(n, max(minimum, int(Decimal(str(rate)) * n)))
+
+
+def top_k_keep(
+    score_IN: Tensor, k: int | Tensor | None = None, valid: Tensor | None = None, *, rate: float | None = None
+) -> Tensor:
+    """Keep the tokens with the highest score in each row (Eq. 11); equal scores go to the lower index.
+
+    score_IN (I, N) float, usually `keep_margin`; exactly one of k (an int, or (I,) integers: one count per row) and
+    rate (the budget is `budget(rate, valid tokens of the row)`); valid (I, N) bool: only these can be kept.
+    Returns (I, N) bool. No host read.
+    """
+    if (k is None) == (rate is None):
+        raise ValueError(
+            f"k={k} and rate={rate} were given; give exactly one: k counts tokens, rate is a share of them"
+        )
+    tokens = score_IN.shape[-1]
+    if rate is not None:
+        k = _budget_per_row(rate, tokens, score_IN, valid)
+    elif not isinstance(k, Tensor) and (isinstance(k, bool) or not isinstance(k, int) or k < 0):
+        raise ValueError(f"k={k!r} is not a count of tokens; give an int of 0 or more, or rate= for a share")
+    limit = k[..., None] if isinstance(k, Tensor) and k.dim() else k
+    order = torch.sort(score_IN, dim=-1, descending=True, stable=True).indices
+    if valid is not None:
+        valid_first = torch.sort((~valid).gather(-1, order).to(torch.uint8), dim=-1, stable=True).indices
+        order = order.gather(-1, valid_first)
+    within = (torch.arange(tokens, device=score_IN.device) < limit).expand_as(order)
+    keep_IN = torch.zeros_like(score_IN, dtype=torch.bool).scatter(-1, order, within)
+    return keep_IN if valid is None else keep_IN & valid
+
+
+def threshold_keep(margin: Tensor, threshold: float = 0.0) -> Tensor:
+    """Keep where keep logit - drop logit exceeds the threshold (Eq. 5 at 0). margin (...) float -> (...) bool."""
+    return margin > threshold
+
+
+def gumbel_keep(logits: Tensor, gumbel: Tensor, tau: float) -> Tensor:
+    """Draw hard decisions with a straight-through gradient (Gumbel-Softmax, Sec. 3.3.3).
+
+    logits (..., 2) and gumbel (..., 2): drop and keep channel. Returns (...) float32 (float64 for float64 logits),
+    exactly 0 or 1; its gradient is that of the soft keep probability softmax((log_softmax(logits) + gumbel) / tau)[1].
+    """
+    if logits.shape[-1] != 2 or gumbel.shape != logits.shape:
+        raise ValueError(
+            f"logits {tuple(logits.shape)} and gumbel {tuple(gumbel.shape)} do not fit; give two equal shapes (..., 2)"
+        )
+    if not tau > 0:
+        raise ValueError(f"tau={tau} must be positive; the schedule runs from 1.0 to 0.1")
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    noisy = (torch.log_softmax(logits, dim=-1) + gumbel.to(logits.dtype)) / tau
+    soft = torch.softmax(noisy, dim=-1)[..., KEEP]
+    hard = (noisy.detach().argmax(dim=-1) == KEEP).to(soft.dtype)
+    # soft - soft.detach() is exactly 0, so the value stays 0 or 1; hard - soft + soft would round.
+    return hard + (soft - soft.detach())
+
+
+def clip_mask_gradient(keep_mask: Tensor, limit: float | None) -> Tensor:
+    """Return the keep mask unchanged, its incoming gradient clamped elementwise to [-limit, limit] on the way back.
+
+    Put it between the decisions and the attention, not before the keep-rate regulariser. None switches it off.
+    """
+    if limit is None:
+        return keep_mask
+    if not limit > 0:
+        raise ValueError(f"limit={limit} must be positive; use None to leave the gradient as it is")
+    return cast(Callable[..., Tensor], _ClampGradient.apply)(keep_mask, limit)
+
+
+class _ClampGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, keep_mask: Tensor, limit: float) -> Tensor:
+        ctx.limit = limit
+        return keep_mask.view_as(keep_mask)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].clamp(-ctx.limit, ctx.limit), None
+
+
+def _budget_per_row(rate: float, tokens: int, score_IN: Tensor, valid: Tensor | None) -> int | Tensor:
+    if valid is None:
+        return budget(rate, tokens)
+    # A table over every possible count keeps the exact decimal floor without reading the counts on the host.
+    table = torch.tensor([budget(rate, n) for n in range(tokens + 1)], device=score_IN.device)
+    return table[valid.sum(dim=-1)]

@@ -1,0 +1,115 @@
+"""MaskedSoftmax attention (Eq. 7): every query sees itself and the KEPT keys of its past.
+
+With scores X, keep mask M and gates G[i, j] = M[j] for i != j, G[i, i] = 1, over the visible keys (causal, no padding)
+
+    P[i, j] = exp(X[i, j]) G[i, j] / sum_k exp(X[i, k]) G[i, k]
+
+A dropped token is invisible to all others but still sees itself and the kept past. The gradient with respect to M is
+part of the method, also at dropped keys, where P is 0. Two implementations, one function: `reference` is this formula
+under plain autograd; `chunked` (kernels/chunked.py) saves nothing of size N x N for its backward pass.
+
+Stability: both subtract the row maximum over the kept visible keys, which changes nothing in the formula. A dropped key
+may lie above that maximum; its exponent is clamped at EXPONENT_CAP. Outputs and the gradients of query, key and value
+do not depend on the clamp (a dropped key has weight 0); the gradient of M is exact up to a dominance of EXPONENT_CAP
+and has the right sign and a finite size beyond it.
+Shape suffixes: B batch, H heads, N tokens, D head size.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dynamic_llava.sparsity.kernels import EXPONENT_CAP, compute_dtype
+from dynamic_llava.sparsity.kernels.chunked import chunked_attention
+
+Implementation = Literal["auto", "reference", "chunked"]
+IMPLEMENTATIONS = ("auto", "reference", "chunked")
+
+
+def masked_softmax_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep_mask: Tensor,
+    *,
+    padding_mask: Tensor | None = None,
+    scale: float | None = None,
+    implementation: Implementation = "auto",
+) -> Tensor:
+    """Causal attention with MaskedSoftmax (Eq. 7); returns (B, H, N, D) in the query's dtype.
+
+    query (B, H, N, D); key, value (B, K, N, D) of the same dtype, K dividing H (grouped-query attention); keep_mask
+    (B, N), 1 = kept: bool, or float 0/1 with a gradient (values between 0 and 1 are weighted as Eq. 7 says);
+    padding_mask (B, N) bool, True = real token, whatever the side: a padding key is invisible to every query, itself
+    included, and a query that sees nothing gives 0. scale: 1 / sqrt(D) by default. implementation: `chunked` (= `auto`)
+    or `reference`. Half types are computed and accumulated in float32, float64 in float64. Raises ValueError.
+    """
+    _check(query, key, value, keep_mask, padding_mask, implementation)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    # Autocast would turn the float32 scores back into half precision.
+    with torch.autocast(query.device.type, enabled=False):
+        if implementation == "reference":
+            return _reference_attention(query, key, value, keep_mask, padding_mask, scale)
+        return chunked_attention(query, key, value, keep_mask, padding_mask, scale)
+
+
+def masked_softmax_weights(scores_BHNN: Tensor, keep_mask_BN: Tensor, visible: Tensor) -> Tensor:
+    """Return the weights P of Eq. 7, (B, H, N, N) in the dtype of the scores: the definition, under plain autograd.
+
+    scores_BHNN (B, H, N, N) float32 or float64; keep_mask_BN (B, N) float or bool; visible: bool, broadcastable to the
+    scores, True where query i may see key j at all (causal, no padding). Rows that see nothing are 0.
+    """
+    itself = torch.eye(scores_BHNN.shape[-1], dtype=torch.bool, device=scores_BHNN.device)
+    gates = torch.where(itself, 1.0, keep_mask_BN.to(scores_BHNN.dtype)[:, None, None, :])
+    kept_scores = scores_BHNN.detach().masked_fill(~(visible & (gates > 0)), -torch.inf)
+    row_max = kept_scores.amax(dim=-1, keepdim=True)
+    row_max = torch.where(row_max.isfinite(), row_max, 0.0)
+    exponent = (scores_BHNN - row_max).clamp(max=EXPONENT_CAP).masked_fill(~visible, -torch.inf)
+    numerator = exponent.exp() * gates
+    total = numerator.sum(dim=-1, keepdim=True)
+    return numerator / torch.where(total > 0, total, 1.0)
+
+
+def _reference_attention(
+    query: Tensor, key: Tensor, value: Tensor, keep_mask: Tensor, padding_mask: Tensor | None, scale: float
+) -> Tensor:
+    dtype = compute_dtype(query)
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.to(dtype).repeat_interleave(groups, dim=1) for x in (key, value))
+    tokens = query.shape[2]
+    visible = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()
+    if padding_mask is not None:
+        visible = visible & padding_mask[:, None, None, :]
+    scores = query.to(dtype) @ key.transpose(-1, -2) * scale
+    return (masked_softmax_weights(scores, keep_mask, visible) @ value).to(query.dtype)
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep_mask: Tensor,
+    padding_mask: Tensor | None,
+    implementation: str,
+) -> None:
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r} is not known; choose one of {IMPLEMENTATIONS}")
+    if query.dim() != 4 or key.shape != value.shape or key.dim() != 4 or query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)} do not fit; give query "
+            "(B, H, N, D) and key, value (B, K, N, D) with K dividing H"
+        )
+    if (query.shape[0], *query.shape[2:]) != (key.shape[0], *key.shape[2:]):
+        raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} differ in B, N or D; make them equal")
+    if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
+        raise ValueError(f"query, key, value are {query.dtype}, {key.dtype}, {value.dtype}; give one float dtype")
+    rows = (query.shape[0], query.shape[2])
+    if keep_mask.shape != rows:
+        raise ValueError(f"keep_mask has shape {tuple(keep_mask.shape)}; give {rows}, one entry per token")
+    if keep_mask.dtype == torch.float16 and keep_mask.requires_grad:
+        raise ValueError("the gradient of a float16 keep_mask overflows; give a float32 keep_mask")
+    if padding_mask is not None and (padding_mask.shape != rows or padding_mask.dtype != torch.bool):
+        raise ValueError(
+            f"padding_mask is {padding_mask.dtype} of shape {tuple(padding_mask.shape)}; give bool of shape {rows}"
+        )

@@ -1,0 +1,138 @@
+"""The two predictors (Sec. 3.2, A.4.1, Fig. 5): small networks that score every image and every output token.
+
+Shape suffixes: I images, N tokens of one image, D hidden size, W predictor width, H heads.
+Both return two logits per token: index 0 = drop, index 1 = keep (Eq. 5).
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+DROP = 0
+"""Index of the drop logit."""
+KEEP = 1
+"""Index of the keep logit."""
+
+_NORM_EPS = 1e-5
+
+
+def keep_margin(logits: Tensor) -> Tensor:
+    """Return keep logit - drop logit, the score by which tokens are ranked (monotone in the keep log-probability).
+
+    logits (..., 2) of any float dtype -> (...) float32 (float64 for float64 logits).
+    """
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    return logits[..., KEEP] - logits[..., DROP]
+
+
+class ImagePredictor(nn.Module):
+    """Scores the tokens of each image jointly: pre-norm transformer blocks, then a local and a global half (A.4.1).
+
+    The global half is the mean over the image's valid tokens (DynamicViT's feature; the paper is silent, the published
+    code does it). Images never see each other. Raises ValueError when the width does not suit the heads or the halves.
+    """
+
+    def __init__(self, hidden_size: int, width: int = 512, heads: int = 8, mlp: int = 2048, blocks: int = 2) -> None:
+        super().__init__()
+        _check_width(width)
+        self.down = _down_projection(hidden_size, width)
+        self.blocks = nn.ModuleList(_Block(width, heads, mlp) for _ in range(blocks))
+        self.head = _head(width)
+
+    def forward(self, hidden_IND: Tensor, valid_IN: Tensor | None = None) -> Tensor:
+        """Return the logits (I, N, 2) of the hidden states (I, N, D).
+
+        valid_IN (I, N) bool marks the real tokens of images padded to a common N; None means all of them. Padding,
+        whatever it contains, has no influence on valid tokens; its own logits are finite and meaningless.
+        """
+        if hidden_IND.dim() != 3:
+            raise ValueError(f"hidden has shape {tuple(hidden_IND.shape)}; give (images, tokens, hidden size)")
+        if valid_IN is not None:
+            if valid_IN.shape != hidden_IND.shape[:2] or valid_IN.dtype != torch.bool:
+                raise ValueError(
+                    f"valid is {valid_IN.dtype} of shape {tuple(valid_IN.shape)}; give bool of shape "
+                    f"{tuple(hidden_IND.shape[:2])}, the images and tokens of hidden"
+                )
+            hidden_IND = hidden_IND.masked_fill(~valid_IN[..., None], 0)
+        x_INW = self.down(hidden_IND)
+        for block in self.blocks:
+            x_INW = block(x_INW, valid_IN)
+        local, pooled = x_INW.chunk(2, dim=-1)
+        mean = _mean_over_valid(pooled, valid_IN).expand_as(pooled)
+        logits: Tensor = self.head(torch.cat((local, mean), dim=-1))
+        return logits
+
+
+class OutputPredictor(nn.Module):
+    """Scores one output token from its own hidden state only, so training and decoding decide by the same function."""
+
+    def __init__(self, hidden_size: int, width: int = 512) -> None:
+        super().__init__()
+        _check_width(width)
+        self.down = _down_projection(hidden_size, width)
+        self.head = _head(width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the logits (..., 2) of the hidden states (..., D)."""
+        logits: Tensor = self.head(self.down(hidden))
+        return logits
+
+
+class _Block(nn.Module):
+    """Pre-norm transformer block without dropout."""
+
+    def __init__(self, width: int, heads: int, mlp: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width, eps=_NORM_EPS)
+        self.attention = _Attention(width, heads)
+        self.mlp_norm = nn.LayerNorm(width, eps=_NORM_EPS)
+        self.mlp = nn.Sequential(nn.Linear(width, mlp), nn.GELU(), nn.Linear(mlp, width))
+
+    def forward(self, x_INW: Tensor, valid_IN: Tensor | None) -> Tensor:
+        x_INW = x_INW + self.attention(self.attention_norm(x_INW), valid_IN)
+        x_INW = x_INW + self.mlp(self.mlp_norm(x_INW))
+        return x_INW
+
+
+class _Attention(nn.Module):
+    """Bidirectional self-attention over the valid tokens of one image; the rows of `qkv` are q, k, v in this order."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        if heads < 1 or width % heads:
+            raise ValueError(f"heads={heads} does not divide width={width}; choose a number of heads that divides it")
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x_INW: Tensor, valid_IN: Tensor | None) -> Tensor:
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x_INW).chunk(3, dim=-1))
+        visible = None
+        if valid_IN is not None:
+            # An image slot without any valid token sees its (zeroed) padding: a fully masked softmax is not defined.
+            visible = (valid_IN | ~valid_IN.any(dim=-1, keepdim=True))[:, None, None, :]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        projected: Tensor = self.proj(out.transpose(1, 2).flatten(-2))
+        return projected
+
+
+def _down_projection(hidden_size: int, width: int) -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(hidden_size, eps=_NORM_EPS), nn.Linear(hidden_size, width), nn.GELU())
+
+
+def _head(width: int) -> nn.Sequential:
+    half, quarter = width // 2, width // 4
+    return nn.Sequential(nn.Linear(width, half), nn.GELU(), nn.Linear(half, quarter), nn.GELU(), nn.Linear(quarter, 2))
+
+
+def _check_width(width: int) -> None:
+    if width < 4 or width % 4:
+        raise ValueError(f"width={width} is not usable; the head halves it twice: choose a positive multiple of 4")
+
+
+def _mean_over_valid(x_INW: Tensor, valid_IN: Tensor | None) -> Tensor:
+    if valid_IN is None:
+        return x_INW.mean(dim=1, keepdim=True)
+    weight = valid_IN[..., None].to(x_INW.dtype)
+    return (x_INW * weight).sum(dim=1, keepdim=True) / weight.sum(dim=1, keepdim=True).clamp(min=1)

@@ -1,0 +1,64 @@
+"""Settings of the tiny world's main job that are not training settings (standard library only)."""
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True)
+class TinyJobConfig:
+    """What the main job evaluates, how much of it, and what it draws.
+
+    The defaults keep the whole job (three trainings included) within eight minutes on two CPU cores.
+    Raises ValueError when a value is outside its range.
+    """
+
+    seeds: int = 1
+    """How many seeds to train and evaluate, counted up from the training seed; several print mean and interval."""
+    untrained_base: bool = False
+    """Also train from a randomly initialised language model: the control of the overlap table (`--full`)."""
+    dynamic_image: bool = True
+    """Also train the model whose image tokens alone are sparsified (row "Dynamic I")."""
+    train_images: int = 6000
+    """Scenes of the training split from which the samples of the trainings are made."""
+    test_images: int = 600
+    """Unseen scenes of the test split."""
+    data_seed: int = 0
+    """Seed of the world's train and test scenes; the training seed leaves them unchanged."""
+    questions: int = 700
+    """Short questions per row, spread evenly over the kinds."""
+    descriptions: int = 64
+    """Descriptions per row: perplexity, attribute recall and the cache are measured on them."""
+    uncached_questions: int = 70
+    """Questions of the row that decodes without a cache (a subset of the row above it)."""
+    uncached_descriptions: int = 12
+    """Descriptions of the row that decodes without a cache (a subset of the row above it)."""
+    batch_size: int = 100
+    """Rows per batch in evaluation; the answers do not depend on it."""
+    answer_tokens: int = 6
+    """Most tokens of a short answer."""
+    description_tokens: int = 120
+    """Most tokens of a description."""
+    timing_batch: int = 8
+    """Rows of the batch whose prefill and decoding are timed."""
+    timing_tokens: int = 32
+    """Decoded tokens that are timed."""
+    timing_repeats: int = 3
+    """Repetitions of each timing; the median is reported."""
+    picture_scenes: int = 6
+    """Test scenes in the picture of kept patches."""
+    picture_answers: int = 3
+    """Descriptions in the picture of greyed answers."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type in (bool, "bool") or field.name == "data_seed":
+                continue
+            least = 0 if field.name.startswith(("uncached_", "picture_")) else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"tiny.{field.name}={value!r} is not allowed; give a whole number of at least {least}")
+        for part, whole in (("uncached_questions", "questions"), ("uncached_descriptions", "descriptions")):
+            if getattr(self, part) > getattr(self, whole):
+                raise ValueError(
+                    f"tiny.{part}={getattr(self, part)} exceeds tiny.{whole}={getattr(self, whole)}; "
+                    "the row without a cache is compared on a subset, so give a smaller number"
+                )

@@ -1,0 +1,66 @@
+"""Curves of training runs: realised keep rates against their targets, and the loss."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from dynamic_llava.viz import style
+
+_KEEP_CURVES = (("image_keep_rate", "image tokens", style.ACCENT), ("output_keep_rate", "output tokens", style.SECOND))
+
+
+def draw_training_curves(
+    path: Path,
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    targets: Mapping[str, float],
+    *,
+    loss_key: str = "lm_loss",
+    title: str = "",
+) -> Path:
+    """Draw a PNG with one panel of keep rates per sparse run and one panel of every run's loss.
+
+    `runs` maps a run's title to its logged records, each a dict with "step" and any of image_keep_rate,
+    output_keep_rate and `loss_key`; `targets` maps the two keep rates to their targets. Runs that log no keep rate
+    appear in the loss panel only. Returns the path; ValueError without any record.
+    """
+    if not any(runs.values()):
+        raise ValueError("no training records were given; give the lines of at least one metrics.jsonl")
+    sparse = [name for name, log in runs.items() if any(_curve(log, key)[0] for key, _, _ in _KEEP_CURVES)]
+    figure = style.new_figure(4.6 * (len(sparse) + 1), 3.5)
+    axes = figure.subplots(1, len(sparse) + 1, squeeze=False)[0]
+    for axis, name in zip(axes, sparse, strict=False):
+        _draw_keep_rates(axis, runs[name], targets, f"keep rates, {name}")
+    last = axes[-1]
+    style.tidy_axes(last, "language-model loss", "step", "")
+    for (name, log), color in zip(runs.items(), style.SERIES * 4, strict=False):
+        steps, values = _curve(log, loss_key)
+        if steps:
+            last.plot(steps, values, color=color, linewidth=1.6, label=name)
+    last.set_ylim(bottom=0)
+    last.legend(frameon=False, fontsize=9, labelcolor=style.INK)
+    if title:
+        figure.suptitle(title, fontsize=12, color=style.INK, fontweight="bold", x=0.01, ha="left")
+    return style.save(figure, path)
+
+
+def _draw_keep_rates(axes: Axes, log: Sequence[Mapping[str, Any]], targets: Mapping[str, float], title: str) -> None:
+    style.tidy_axes(axes, title, "step", "kept, %")
+    for key, label, color in _KEEP_CURVES:
+        steps, values = _curve(log, key)
+        if not steps:
+            continue
+        axes.plot(steps, [100 * value for value in values], color=color, linewidth=1.6, label=label)
+        if key in targets:
+            goal = f"target {100 * targets[key]:.0f} %"
+            axes.axhline(100 * targets[key], color=color, linewidth=1, linestyle=(0, (4, 3)), label=goal)
+    axes.set_ylim(0, 100)
+    axes.legend(frameon=False, fontsize=9, labelcolor=style.INK, ncols=2, loc="upper right")
+
+
+def _curve(log: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """Steps and values of the records that hold `key` as a number (NaN and missing values are left out)."""
+    points = [(record["step"], record[key]) for record in log if isinstance(record.get(key), int | float)]
+    points = [(step, value) for step, value in points if value == value]
+    return [step for step, _ in points], [value for _, value in points]

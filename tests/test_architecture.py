@@ -1,0 +1,230 @@
+"""The rules of docs/architecture.md, read from the source: layers, packages in their rooms, sizes, forbidden words."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "dynamic_llava"
+FILES = sorted(PACKAGE.rglob("*.py"))
+# The public table of names at the top belongs to no layer.
+LAYERED = [path for path in FILES if path != PACKAGE / "__init__.py"]
+
+LAYER = {
+    "config": 0, "layout": 0,
+    "sparsity": 1, "costs": 1,
+    "methods": 2, "projectors": 2,
+    "model": 3,
+    "processing": 4, "checkpoints": 4,
+    "data": 5, "tiny": 5,
+    "train": 6, "eval": 6, "profile": 6, "viz": 6,
+    "cli": 7, "apps": 7, "integrations": 7,
+}  # fmt: skip
+ENTRY_LAYER = 7
+
+# Where a package from outside may be imported; "*" is every layer from L3 up.
+UPPER = {room for room, layer in LAYER.items() if layer >= 3}
+ROOMS = {
+    "torch": set(LAYER),
+    "transformers": {"model", "processing", "checkpoints", "tiny", "train", "eval", "profile"},
+    "safetensors": {"checkpoints", "tiny", "train"},
+    "tokenizers": {"processing", "tiny"},
+    "numpy": UPPER,
+    "tqdm": {"data", "tiny", "train", "eval", "profile", "apps", "cli"},
+    "accelerate": {"train"}, "deepspeed": {"train"}, "peft": {"train"}, "wandb": {"train"},
+    "omegaconf": {"cli"}, "tyro": {"cli"},
+    "PIL": {"processing", "viz", "tiny", "data"},
+    "datasets": {"data", "eval"},
+    "matplotlib": {"viz"},
+    "nltk": {"eval"},
+    "gradio": {"apps"},
+    "triton": {"sparsity"},
+}  # fmt: skip
+
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_NESTING = 400, 80, 4
+METHOD_PROTOCOL = {"base", "registry"}
+"""Modules of methods/ that concrete methods share; every other module there is one method."""
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+def tree_of(path):
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def room_of(path):
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def layer_of(path):
+    """Entry points (`__main__.py`) stand above everything, wherever they lie."""
+    return ENTRY_LAYER if path.name == "__main__.py" else LAYER[room_of(path)]
+
+
+def imported_modules(path):
+    """Yield (line, dotted module) of every import, relative ones resolved, type-checking and lazy ones included."""
+    package = ("dynamic_llava", *path.relative_to(PACKAGE).parent.parts)
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            # `from . import decoder` names a module; `from .decoder import f` names a function of one.
+            if node.module is None or module == "dynamic_llava":
+                yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+            else:
+                yield node.lineno, module
+
+
+def own_imports(path):
+    """Yield (line, parts below dynamic_llava) of the imports from this package."""
+    for line, module in imported_modules(path):
+        head, *rest = module.split(".")
+        if head == "dynamic_llava":
+            yield line, rest
+
+
+def functions(path):
+    return [node for node in ast.walk(tree_of(path)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+def nesting(node, depth=0):
+    """Depth of the deepest block; `elif` continues its `if`, a nested function starts anew."""
+    blocks = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try, ast.Match)
+    deepest = depth
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
+            continue
+        is_elif = isinstance(node, ast.If) and isinstance(child, ast.If) and node.orelse == [child]
+        deeper = depth + (isinstance(child, blocks) and not is_elif)
+        deepest = max(deepest, nesting(child, deeper))
+    return deepest
+
+
+def test_every_room_has_a_layer():
+    unknown = sorted({room_of(path) for path in LAYERED} - set(LAYER))
+    assert not unknown, f"give {unknown} a place in LAYER and in docs/architecture.md"
+
+
+@pytest.mark.parametrize("path", LAYERED, ids=name_of)
+def test_a_layer_imports_only_lower_layers(path):
+    here, layer, wrong = room_of(path), layer_of(path), []
+    for line, rest in own_imports(path):
+        if not rest or rest[0].startswith("__"):
+            continue
+        target = rest[0]
+        assert target in LAYER, f"{name_of(path)}:{line} imports {target}, which has no layer"
+        same_room = target == here
+        below = LAYER[target] < layer
+        peers_within_l0 = layer == LAYER[target] == 0
+        if not (same_room or below or peers_within_l0 or (layer == LAYER[target] == ENTRY_LAYER)):
+            wrong.append(f"line {line}: L{layer} {here} imports L{LAYER[target]} {target}")
+    assert not wrong, f"{name_of(path)}: {wrong}"
+
+
+def test_modules_form_no_cycle():
+    """Module by module, imports inside functions included: a cycle is a missing seam."""
+    modules = {}
+    for path in LAYERED:
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        modules[parts[:-1] if parts[-1] == "__init__" else parts] = path
+    edges = {}
+    for parts, path in modules.items():
+        targets = set()
+        for _, rest in own_imports(path):
+            target = tuple(rest)
+            while target and target not in modules:
+                target = target[:-1]
+            if target and target != parts:
+                targets.add(target)
+        edges[parts] = targets
+    done, active = set(), []
+
+    def visit(parts):
+        if parts in active:
+            chain = [".".join(p) for p in [*active[active.index(parts) :], parts]]
+            pytest.fail(f"import cycle: {' -> '.join(chain)}")
+        if parts in done:
+            return
+        active.append(parts)
+        for target in edges[parts]:
+            visit(target)
+        active.pop()
+        done.add(parts)
+
+    for parts in modules:
+        visit(parts)
+
+
+@pytest.mark.parametrize("path", LAYERED, ids=name_of)
+def test_outside_packages_stay_in_their_rooms(path):
+    room, wrong = room_of(path), []
+    for line, module in imported_modules(path):
+        head = module.split(".")[0]
+        if head == "dynamic_llava" or head in sys.stdlib_module_names:
+            continue
+        if head not in ROOMS:
+            wrong.append(f"line {line}: {head} has no room; name one in ROOMS, pyproject.toml and docs/architecture.md")
+        elif room not in ROOMS[head]:
+            wrong.append(f"line {line}: {head} may be imported in {sorted(ROOMS[head])} only")
+        elif head == "transformers" and "." in module and room != "model":
+            wrong.append(f"line {line}: {module} is an internal of transformers; only model/ may use those")
+        elif head == "triton" and (path.parent.name != "kernels" or not path.stem.startswith("triton")):
+            wrong.append(f"line {line}: triton is imported in sparsity/kernels/triton*.py only")
+    assert not wrong, f"{name_of(path)}: {wrong}"
+
+
+def test_methods_do_not_see_each_other():
+    for path in sorted((PACKAGE / "methods").glob("*.py")):
+        if path.stem in METHOD_PROTOCOL or path.stem == "__init__":
+            continue
+        seen = {rest[1] for _, rest in own_imports(path) if rest[0] == "methods" and len(rest) > 1}
+        assert seen <= METHOD_PROTOCOL, f"{name_of(path)} imports {sorted(seen - METHOD_PROTOCOL)}"
+
+
+def test_the_model_knows_the_protocol_and_no_concrete_method():
+    for path in sorted((PACKAGE / "model").glob("*.py")):
+        for line, rest in own_imports(path):
+            if rest[:1] == ["methods"] and len(rest) > 1:
+                assert rest[1] in METHOD_PROTOCOL, f"{name_of(path)}:{line} imports the method {rest[1]}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_sizes(path):
+    lines = path.read_text(encoding="utf-8").count("\n")
+    wrong = [f"{lines} lines, at most {MAX_FILE_LINES}"] if lines > MAX_FILE_LINES else []
+    for function in functions(path):
+        length = function.end_lineno - function.lineno + 1
+        if length > MAX_FUNCTION_LINES:
+            wrong.append(f"{function.name}: {length} lines, at most {MAX_FUNCTION_LINES}")
+        if nesting(function) > MAX_NESTING:
+            wrong.append(f"{function.name}: nesting {nesting(function)}, at most {MAX_NESTING}")
+    assert not wrong, f"{name_of(path)}: {wrong}"
+
+
+def test_device_names_stand_in_one_function():
+    """Device and dtype come from tensors; at most one function decides a default and may say "cuda"."""
+    places = set()
+    for path in FILES:
+        text = path.read_text(encoding="utf-8").lower().split("\n")
+        for number in (i for i, line in enumerate(text, 1) if "cuda" in line):
+            inside = [f.name for f in functions(path) if f.lineno <= number <= f.end_lineno]
+            places.add((name_of(path), inside[0] if inside else f"line {number}"))
+    assert len(places) <= 1, f"'cuda' stands in {sorted(places)}"
+
+
+def test_model_files_keep_real_annotations():
+    """transformers reads `config: X` annotations as classes; postponed evaluation turns them into strings."""
+    for path in sorted((PACKAGE / "model").rglob("*.py")):
+        assert "__future__" not in {module for _, module in imported_modules(path)}, name_of(path)
+
+
+def test_scripts_stay_short():
+    for path in sorted((ROOT / "scripts").glob("*.sh")):
+        lines = path.read_text(encoding="utf-8").count("\n")
+        assert lines < 60, f"{name_of(path)}: {lines} lines; a script parses, calls and prints"
