@@ -1,6 +1,6 @@
 """Configuration files and command lines: YAML through OmegaConf, overrides and --help through tyro; nowhere else.
 
-    config = load_config(RunConfig, ["configs/tiny.yaml", "--train.learning-rate", "1e-5"])
+config = load_config(RunConfig, ["configs/tiny.yaml", "--train.learning-rate", "1e-5"])
 """
 
 import sys

@@ -114,7 +114,7 @@ class DataConfig:
     text_only: Literal["skip", "dense"] = "skip"
     """Samples without an image: leave them out (the paper), or train on them without sparsity."""
     max_length: int = 2048
-    """Most tokens of a sample, image tokens included; longer text is cut, but a sample whose image is cut is left out."""
+    """Most tokens of a sample, image tokens included; longer text is cut; a sample whose image would be is left out."""
     workers: int = 0
     """Processes that decode images beside the training process."""
     cache_images: int = 0
@@ -138,7 +138,7 @@ class TrainConfig:
     predictor_learning_rate: float = 2e-4
     """Peak learning rate of the predictors."""
     projector_learning_rate: float | None = None
-    """Peak learning rate of the projector; None keeps it frozen, as the paper says. The vision tower is always frozen."""
+    """Peak learning rate of the projector; None keeps it frozen, as the paper says. The vision tower always is."""
     weight_decay: float = 0.0
     """AdamW's weight decay."""
     batch_size: int = 8

@@ -137,6 +137,10 @@ class Row:
     keep: torch.Tensor
     """(N,) bool: random decisions at image and output tokens, True at prompt tokens."""
 
+    def __repr__(self):
+        image, output = (self.ids == IMAGE_TOKEN).tolist(), self.output.tolist()
+        return f"Row({''.join('i' if i else 'o' if o else 't' for i, o in zip(image, output, strict=True))})"
+
 
 def words(count, generator):
     """Return `count` random text token ids."""

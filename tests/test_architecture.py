@@ -20,7 +20,7 @@ LAYER = {
     "processing": 4, "checkpoints": 4,
     "data": 5, "tiny": 5,
     "train": 6, "eval": 6, "profile": 6, "viz": 6,
-    "cli": 7, "apps": 7, "integrations": 7,
+    "cli": 7, "apps": 7, "integrations": 7, "main_job": 7,
 }  # fmt: skip
 ENTRY_LAYER = 7
 

@@ -1,4 +1,4 @@
-"""LLaVA-format files: a JSON list of samples, each with `image` (a path or a list) and `conversations`, and an image folder.
+"""LLaVA-format files: a JSON list of samples with `image` (a path or a list) and `conversations`, and an image folder.
 
 A sample: {"id": ..., "image": "a/b.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
 {"from": "gpt", "value": "A cat."}]}. Other keys are left alone.
@@ -113,7 +113,9 @@ def _parse_turns(messages: Any) -> list[Turn]:
     if messages and messages[0].get("from") == ANSWERER:
         messages = messages[1:]  # LLaVA skips an answer that nobody asked for
     if not messages or len(messages) % 2:
-        raise ValueError(f"{len(messages)} messages make no whole questions and answers; end with a '{ANSWERER}' message")
+        raise ValueError(
+            f"{len(messages)} messages make no whole questions and answers; end with a '{ANSWERER}' message"
+        )
     for number, message in enumerate(messages):
         expected = ANSWERER if number % 2 else QUESTIONER
         if message.get("from") != expected:

@@ -35,8 +35,8 @@ def prefill_costs(
 ) -> dict[str, float]:
     """Average image tokens per layer and prefill FLOPs of the prompts that were answered, means over the rows.
 
-    `prefill_gflop_exact` counts the real module shapes on the whole prompt (causal attention, the head on one token and,
-    with `predictor`, the image predictor); `prefill_gflop_paper` is Eq. 13 on the image tokens alone.
+    `prefill_gflop_exact` counts the real module shapes on the whole prompt (causal attention, the head on one token,
+    and with `predictor` the image predictor); `prefill_gflop_paper` is Eq. 13 on the image tokens alone.
     """
     layer = settings.sparse_layer
     average, exact, paper = [], [], []

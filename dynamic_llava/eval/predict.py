@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import logging as transformers_logging
 
 from dynamic_llava.data.collate import Collator
 from dynamic_llava.data.sft import SftSample
@@ -34,6 +35,8 @@ class Query:
     """The reference answer."""
     kind: str
     """Kind of question; "description" for descriptions."""
+    subset: str = ""
+    """Part of a kind that is scored by itself (POPE's random, popular and adversarial); "" where there is none."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,10 @@ class Prediction:
     """One decision per generated token before the last (which is never fed back)."""
     prompt_tokens: int
     """Length of the prompt, image tokens included."""
+    cache_bytes: int
+    """Bytes of the row's keys and values in the cache when the batch ended (filled slots); 0 without a cache."""
+    allocated_bytes: int
+    """The row's share of the cache's storage as it lay in memory, unfilled slots included."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,8 @@ def generate_answers(
     `switches` are keyword arguments of generate() (sparsity=..., method=..., rates). The model is put into eval mode.
     """
     model.eval()
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends])
     found: dict[int, Prediction] = {}
     for batch in progress(batches, title):
         output = model.generate(
@@ -131,7 +140,7 @@ def generate_answers(
             return_dict_in_generate=True,
             **switches,
         )
-        found.update(zip(batch.places, _read(output, batch, processor, model.generation_config), strict=True))
+        found.update(zip(batch.places, _read(output, batch, processor, ends), strict=True))
     return [found[place] for place in sorted(found)]
 
 
@@ -161,8 +170,13 @@ def likelihood(model: Any, batches: Sequence[Batch], *, switches: Mapping[str, A
 
 
 def progress(items: Iterable[Any], title: str) -> Iterable[Any]:
-    """A progress bar that stays readable in a log file; none without a title."""
-    return tqdm(items, desc=title, leave=False, mininterval=2.0, ncols=100, disable=not title)
+    """A progress bar on a terminal; none without a title, nor in a log file (each row prints its own line)."""
+    return tqdm(items, desc=title, leave=False, ncols=100, disable=None if title else True)
+
+
+def hide_library_progress() -> None:
+    """Switch off transformers' own bars (loading and writing weights); for entry points that show their own."""
+    transformers_logging.disable_progress_bar()
 
 
 def to_device(inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -170,26 +184,61 @@ def to_device(inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, T
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
-def _read(output: Any, batch: Batch, processor: DynamicLlavaProcessor, generation: Any) -> Iterator[Prediction]:
-    """Cut each row of generate()'s output at its end token and pair it with its record."""
-    prompt_BN, mask_BN = batch.inputs["input_ids"], batch.inputs["attention_mask"]
-    ends = generation.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
-    record = output.sparsity
-    image_indices = None if record is None else record.image_indices
-    decisions = None if record is None else record.output_decisions
-    for row, sequence in enumerate(output.sequences[:, prompt_BN.shape[1] :].tolist()):
-        length = next((i + 1 for i, token in enumerate(sequence) if token in ends), len(sequence))
+def _read(output: Any, batch: Batch, processor: DynamicLlavaProcessor, ends: set[int]) -> Iterator[Prediction]:
+    """Cut each row of generate()'s output at its end token and pair it with what was kept of it."""
+    prompt_BN = batch.inputs["input_ids"]
+    answers = output.sequences[:, prompt_BN.shape[1] :].tolist()
+    image_kept, decisions = _decisions(output.sparsity, prompt_BN, processor)
+    prompt_tokens = batch.inputs["attention_mask"].sum(1).tolist()
+    lengths = [next((i + 1 for i, token in enumerate(row) if token in ends), len(row)) for row in answers]
+    steps = output.sequences.shape[1] - prompt_BN.shape[1] - 1  # the last token is never fed back
+    fed = [prompt + min(length, steps) for prompt, length in zip(prompt_tokens, lengths, strict=True)]
+    filled, allocated = _cache_bytes(output, fed)
+    for row, (length, sequence) in enumerate(zip(lengths, answers, strict=True)):
         tokens = tuple(sequence[:length])
-        if record is None:
-            images = int((prompt_BN[row] == processor.image_token_id).sum()) // processor.tokens_per_image
-            image_kept = (tuple(range(processor.tokens_per_image)),) * images
-            output_kept = (True,) * (length - 1)
+        yield Prediction(
+            text=processor.decode(tokens).strip(),
+            tokens=tokens,
+            image_kept=image_kept[row],
+            output_kept=(decisions[row] if decisions is not None else (True,) * length)[: length - 1],
+            prompt_tokens=prompt_tokens[row],
+            cache_bytes=filled[row],
+            allocated_bytes=allocated // len(answers),
+        )
+
+
+def _decisions(
+    record: Any, prompt_BN: Tensor, processor: DynamicLlavaProcessor
+) -> tuple[list[tuple[tuple[int, ...], ...]], list[tuple[bool, ...]] | None]:
+    """Kept offsets per row and image, and output decisions per row (None where all stay: a dense call)."""
+    if record is None:
+        all_kept = tuple(range(processor.tokens_per_image))
+        images = (prompt_BN == processor.image_token_id).sum(1) // processor.tokens_per_image
+        return [(all_kept,) * count for count in images.tolist()], None
+    kept = [tuple(tuple(one.tolist()) for one in row) for row in record.image_indices]
+    return kept, [tuple(row.tolist()) for row in record.output_decisions]
+
+
+def _cache_bytes(output: Any, fed: Sequence[int]) -> tuple[list[int], int]:
+    """Bytes of each row's filled slots, and bytes of the whole storage, read from the cache after a generation.
+
+    `fed` holds each row's tokens that went through the model: what a dense cache holds of it besides padding.
+    """
+    cache, record = output.past_key_values, output.sparsity
+    if cache is None:
+        return [0] * len(fed), 0
+    sparse = record is not None
+    filled, allocated = [0] * len(fed), 0
+    for index, layer in enumerate(cache.layers):
+        stored = [s.data for s in layer.storages()] if sparse else [layer.keys, layer.values]
+        slot = sum(tensor.shape[1] * tensor.shape[3] * tensor.element_size() for tensor in stored)
+        allocated += sum(tensor.numel() * tensor.element_size() for tensor in stored)
+        if sparse:
+            lengths = record.dense_cache_lengths if index < cache.sparse_layer else record.cache_lengths
+            filled = [size + slot * count for size, count in zip(filled, lengths.tolist(), strict=True)]
         else:
-            image_kept = tuple(tuple(kept.tolist()) for kept in image_indices[row])
-            output_kept = tuple(decisions[row].tolist())[: length - 1]
-        text = processor.decode(tokens).strip()
-        yield Prediction(text, tokens, image_kept, output_kept, int(mask_BN[row].sum()))
+            filled = [size + slot * count for size, count in zip(filled, fed, strict=True)]
+    return filled, allocated
 
 
 def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -1,5 +1,6 @@
 """The tiny world's evaluation: every row of the table on unseen images, from checkpoints to plain numbers."""
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,8 @@ from dynamic_llava.tiny.descriptions import parse_attributes
 
 OVERLAP_ROWS = (REFERENCE, "dynamic_image", "fastv", "random_image")
 """Rows whose kept patches are compared with the objects."""
+UNTRAINED = "untrained"
+"""Key of the untrained-base control."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,23 @@ class Evaluation:
     overlap: list[dict[str, Any]]
     agreement: dict[str, float]
     outputs: dict[str, RowOutput]
+
+    def write_outputs(self, folder: Path, test: TestSet) -> None:
+        """Write every row's answers to <folder>/<row>.jsonl, one query per line, with what was kept."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for key, output in self.outputs.items():
+            pairs = [
+                *zip(test.questions, output.answers, strict=False),
+                *zip(test.descriptions, output.descriptions, strict=False),
+            ]
+            with (folder / f"{key}.jsonl").open("w", encoding="utf-8") as file:
+                for query, said in pairs:
+                    line = {
+                        "id": query.id, "image": query.image.name, "kind": query.kind, "answer": query.answer,
+                        "text": said.text, "image_kept": said.image_kept[0],
+                        "output_kept": [int(kept) for kept in said.output_kept],
+                    }  # fmt: skip
+                    file.write(json.dumps(line) + "\n")
 
 
 @dataclass(frozen=True)
@@ -100,8 +120,8 @@ class Evaluator:
         subset = bool(self.config.uncached_questions and self.config.uncached_descriptions)
         for row in first_rows(self.settings, dynamic_image="image" in self.models, uncached=subset):
             self._add(row)
-        if subset:
-            self._add_cached_subset()
+            if row.key == UNCACHED:
+                self._add_cached_subset()
         forced = self._metrics(REFERENCE)["keep_output_forced"]
         for row in equal_keep_rows(self.settings, forced):
             self._add(row)
@@ -166,9 +186,9 @@ class Evaluator:
         texts = [answer.text for answer in output.answers]
         accuracy = accuracy_by_kind(texts, [q.answer for q in questions], [q.kind for q in questions])
         metrics = {f"accuracy/{kind}": value for kind, value in accuracy.items()}
-        exist = [(text, q.answer.lower()) for text, q in zip(texts, questions, strict=True) if q.kind == EXISTENCE]
-        if exist:
-            metrics["pope_f1"] = yes_no_scores(*zip(*exist, strict=True))["f1"]
+        f1 = _pope_f1(texts, questions)
+        if f1 is not None:
+            metrics["pope_f1"] = f1
         described = self.test.descriptions[: len(output.descriptions)]
         metrics["attribute_recall"] = statistics.fmean(
             len(parse_attributes(said.text) & truth) / len(truth)
@@ -189,6 +209,7 @@ class Evaluator:
             predictor=row.learned,
         )
         metrics["kv_kib"] = statistics.fmean(said.cache_bytes for said in output.descriptions) / 1024
+        metrics["kv_allocated_kib"] = statistics.fmean(said.allocated_bytes for said in output.descriptions) / 1024
         return metrics | measure_speed(
             model,
             self.timing,
@@ -241,15 +262,33 @@ class Evaluator:
         objects = [self.test.object_patches[image] for image in kept]
         return patch_overlap(list(kept.values()), objects, self.processor.tokens_per_image)
 
-    def overlap_control(self, checkpoint: Path) -> dict[str, float]:
-        """Overlap of another sparse checkpoint (the untrained-base control): prefill and one token per question."""
-        model = DynamicLlavaForConditionalGeneration.from_pretrained(str(checkpoint))
+    def add_untrained(self, evaluation: Evaluation, checkpoint: Path) -> None:
+        """Add the overlap of the untrained-base control's checkpoint: prefill and one token per question."""
         answers = predict.generate_answers(
-            model,
+            DynamicLlavaForConditionalGeneration.from_pretrained(str(checkpoint)),
             self.processor,
             self.whole.questions,
             max_new_tokens=1,
             switches={"sparsity": "both"},
             title="untrained base: kept patches",
         )
-        return self.overlap_of(answers)
+        evaluation.outputs[UNTRAINED] = RowOutput(answers, [])
+        evaluation.overlap.append(
+            {
+                "key": UNTRAINED,
+                "title": "untrained base, I|T",
+                "note": "the same sparse training from a random language model: how much overlap needs no trained base",
+                "metrics": self.overlap_of(answers),
+            }
+        )
+
+
+def _pope_f1(texts: Sequence[str], questions: Sequence[predict.Query]) -> float | None:
+    """Mean F1 over POPE's subsets, as POPE's headline number; None without existence questions."""
+    subsets: dict[str, list[tuple[str, str]]] = {}
+    for text, question in zip(texts, questions, strict=True):
+        if question.kind == EXISTENCE:
+            subsets.setdefault(question.subset, []).append((text, question.answer.lower()))
+    if not subsets:
+        return None
+    return statistics.fmean(yes_no_scores(*zip(*pairs, strict=True))["f1"] for pairs in subsets.values())

@@ -19,6 +19,19 @@ class DynamicLlavaConfig(LlavaConfig):
     sparsity: Any = None
     """SparsityConfig, or a dict of some of its fields, or None for the paper's values."""
 
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read config.json; a dense LLaVA-1.5 one counts as ours. ValueError for any other architecture."""
+        values, rest = super().get_config_dict(*args, **kwargs)
+        found = values.get("model_type", cls.model_type)
+        if found not in ("llava", cls.model_type):
+            raise ValueError(
+                f"{args[0] if args else 'the checkpoint'} has model_type {found!r}; give a LLaVA-1.5 checkpoint in "
+                f"llava-hf layout ('llava') or one of ours ({cls.model_type!r})"
+            )
+        values["model_type"] = cls.model_type
+        return values, rest
+
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop("model_type", None)  # a dense config.json says "llava", which would shadow the class attribute
         if self.sparsity is None:

@@ -1,7 +1,7 @@
 """The language model: Llama whose layers from the sparse one on see only kept tokens. Four passes, one decision.
 
 dense   every layer, every token (transformers' own computation)
-masked  every layer, every token; from the sparse layer on MaskedSoftmax hides dropped tokens (training, teacher forcing)
+masked  every layer, every token; from the sparse layer on MaskedSoftmax hides dropped tokens (training, scoring)
 drop    from the sparse layer on only the kept tokens are computed (prefill, and decoding without a cache)
 step    one new token per row on a live cache (online admission, Eq. 6)
 turn    a chunk of several tokens on a live cache (a later user turn)
@@ -88,7 +88,7 @@ class DynamicLlamaModel(LlamaModel):
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen)[None]
         if plan.masked:
             return self._masked_pass(inputs_embeds, plan, attention_mask, position_ids, kwargs)
-        if plan.method.is_dense:
+        if plan.method.is_dense and plan.keep_mask is None:
             return self._dense_pass(inputs_embeds, attention_mask, position_ids, cache, use_cache, kwargs)
         position_ids = position_ids.expand(inputs_embeds.shape[:2])
         if cache is None and use_cache:
@@ -246,7 +246,7 @@ class DynamicLlamaModel(LlamaModel):
             )
         past = Past(images=cache.seen_images, outputs=cache.seen_outputs)
         keep_BQ = self._hard_decision(hidden_BQD, plan, None, past)
-        # Dropped image tokens are not computed at all; dropped output tokens still see the kept past for their own step.
+        # Dropped image tokens are not computed at all; dropped output tokens still see the kept past in their own step.
         packing = Packing.of(keep_BQ | layout.output)
         hidden_BKD, admit_BK = packing.take(hidden_BQD), packing.take(keep_BQ) & packing.valid
         rotation = self.rotary_emb(hidden_BKD, position_ids=packing.take(position_ids))

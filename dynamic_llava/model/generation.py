@@ -65,8 +65,9 @@ class SparseGeneration:
             inputs: (B, N) input ids (or input_ids=), left padded, with attention_mask (B, N).
             generation_config: transformers' GenerationConfig.
             kwargs: pixel_values (I, 3, S, S) in row order; the switches sparsity, method, image_keep_rate and
-                output_threshold of `forward`; sample_key (B,); past_key_values of an earlier call for a later turn;
-                output_mask (B, N) bool if some of the given tokens belong to an answer; use_cache.
+                output_threshold of `forward`; sample_key (B,); use_cache; output_mask (B, N) bool if some of the given
+                tokens belong to an answer. A later turn passes the past_key_values of the earlier call, all ids so far,
+                and the pixel_values of the new images only.
 
         With return_dict_in_generate=True the output has `sparsity`, a SparsityRecord of the whole sequence (None for a
         dense generation). Raises ValueError before any computation for modes that sparse decoding cannot serve.
@@ -79,22 +80,29 @@ class SparseGeneration:
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         pixel_values = kwargs.pop("pixel_values", None)
         if pixel_values is not None:
-            kwargs["image_features"] = self._encode_images(pixel_values, input_ids)
+            kwargs["image_features"] = self._encode_images(pixel_values, input_ids, kwargs.get("past_key_values"))
         steps = StepRecords(cached=_setting(settings, kwargs, "use_cache") is not False)
         result = super().generate(  # type: ignore[misc]
             inputs, generation_config=generation_config, method=method, step_records=steps, **kwargs
         )
         if not isinstance(result, Tensor):
-            beams = (_setting(settings, kwargs, "num_beams") or 1) > 1
-            result.sparsity = self._replay(result.sequences, input_ids, method, kwargs) if beams else steps.joined()
+            result.sparsity = steps.joined()
+            if (_setting(settings, kwargs, "num_beams") or 1) > 1:
+                ends = _setting(settings, kwargs, "eos_token_id")
+                result.sparsity = self._replay(result.sequences, input_ids, method, ends, kwargs)
         return result
 
-    def _encode_images(self, pixel_values: Tensor, input_ids: Tensor | None) -> Tensor:
-        """Encode every image once, (I, 3, S, S) -> (I, n, D), whatever the number of beams and steps."""
+    def _encode_images(self, pixel_values: Tensor, input_ids: Tensor | None, cache: Any) -> Tensor:
+        """Encode every new image once, (I, 3, S, S) -> (I, n, D), whatever the number of beams and steps."""
         if input_ids is not None:
-            self.model.check_images(pixel_values.shape[0], input_ids == self.config.image_token_id)
+            self.model.check_images(pixel_values.shape[0], self._new_image_tokens(input_ids, cache))
         pixel_values = pixel_values.to(self.device, self.dtype)
         return torch.stack(list(self.model.get_image_features(pixel_values, return_dict=True).pooler_output))
+
+    def _new_image_tokens(self, input_ids: Tensor, cache: Any) -> Tensor:
+        """(B, N') bool: the image tokens that a live cache has not seen yet."""
+        seen = 0 if cache is None else cache.get_seq_length()
+        return input_ids[:, seen:] == self.config.image_token_id
 
     def prepare_inputs_for_generation(
         self,
@@ -130,7 +138,8 @@ class SparseGeneration:
         )
         if features is not None:
             # transformers would repeat image by image, which mixes up rows that hold several.
-            images_B = (input_ids == self.config.image_token_id).sum(1) // features.shape[1]
+            new_BN = self._new_image_tokens(input_ids, model_kwargs.get("past_key_values"))
+            images_B = new_BN.sum(1) // features.shape[1]
             model_kwargs["image_features"] = _repeat_rows(features, images_B, expand_size)
         return expanded_ids, model_kwargs
 
@@ -162,9 +171,9 @@ class SparseGeneration:
         )
 
     def _replay(
-        self, sequences: Tensor, prompt: Tensor | None, method: Method, kwargs: dict[str, Any]
+        self, sequences: Tensor, prompt: Tensor | None, method: Method, ends: Any, kwargs: dict[str, Any]
     ) -> SparsityRecord | None:
-        """Make the decisions of finished beams again, in one masked pass: search leaves no row per returned sequence."""
+        """Decide on finished beams again, in one masked pass: search leaves no row per returned sequence."""
         if method.is_dense or prompt is None or kwargs.get("past_key_values") is not None:
             return None
         fed, repeats = sequences[:, :-1], sequences.shape[0] // prompt.shape[0]
@@ -173,8 +182,8 @@ class SparseGeneration:
         mask = torch.ones_like(fed)
         if kwargs.get("attention_mask") is not None:
             mask[:, : prompt.shape[1]] = kwargs["attention_mask"].repeat_interleave(repeats, dim=0)
-        end_ids = torch.as_tensor(self.generation_config.eos_token_id, device=fed.device).flatten()
-        mask = _without_fillers(fed, mask, output, end_ids)
+        if ends is not None:
+            mask = _without_fillers(fed, mask, output, torch.as_tensor(ends, device=fed.device).flatten())
         features, key = kwargs.get("image_features"), kwargs.get("sample_key")
         if features is not None:
             images_B = (prompt == self.config.image_token_id).sum(1) // features.shape[1]
@@ -215,6 +224,13 @@ def _refuse_unsupported(settings: Any, kwargs: dict[str, Any]) -> None:
             f"past_key_values is a {type(cache).__name__}; continue with the cache that a sparse call returned, or use "
             "sparsity='none'"
         )
+    for name in ("num_beams", "num_return_sequences"):
+        copies = _setting(settings, kwargs, name) or 1
+        if cache is not None and cache.get_seq_length() and copies > 1:
+            raise ValueError(
+                f"{name}={copies} is not supported on a live cache, which holds one row per conversation; repeat its "
+                "rows with cache.batch_repeat_interleave and those of the inputs, or start a new cache"
+            )
 
 
 def _refuse_right_padding(attention_mask: Tensor | None) -> None:

@@ -1,6 +1,6 @@
 """Dynamic-LLaVA on transformers: vision tower, projector, the sparse language model and the head.
 
-Shape suffixes: B rows, N tokens, I images of the batch in row order, n tokens of one image, D hidden size, V vocabulary.
+Shape suffixes: B rows, N tokens, I images of the batch in row order, n tokens of one image, D hidden size.
 """
 
 from typing import Any
@@ -120,11 +120,17 @@ class DynamicLlavaModel(DynamicLlavaPreTrainedModel, LlavaModel):
         return outputs
 
     def _image_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, image_mask: Tensor | None) -> Tensor:
-        if image_mask is not None:
-            return image_mask.bool()
-        if input_ids is not None:
+        if inputs_embeds is None:
+            if image_mask is not None:
+                raise ValueError("image_mask belongs to inputs_embeds; input_ids already say where images are")
             return input_ids == self.config.image_token_id
-        assert inputs_embeds is not None
+        if image_mask is not None:
+            if image_mask.shape != inputs_embeds.shape[:2]:
+                raise ValueError(
+                    f"image_mask has shape {tuple(image_mask.shape)} but the tokens have shape "
+                    f"{tuple(inputs_embeds.shape[:2])}; give one value per token"
+                )
+            return image_mask.bool()
         return torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
 
     def _features(
@@ -218,7 +224,7 @@ class DynamicLlavaForConditionalGeneration(
             image_keep_rate, output_threshold: override the checkpoint's settings for this call.
             output_keep_rate: override r_OT of the regulariser, training only.
             method: a Method or its registered name, instead of Dynamic-LLaVA's own decisions.
-            tau: Gumbel-Softmax temperature, needed in training mode.
+            tau: Gumbel-Softmax temperature of training mode, 1.0 by default.
             sample_key: (B,) int64 noise keys; a sample with the same key gets the same noise in any batch. Default: in
                 training drawn from torch's generator, otherwise 0.
             num_items_in_batch, num_samples_in_batch: global denominators of the LM loss (labelled tokens) and of the

@@ -1,4 +1,4 @@
-"""Loading that never leaves a tensor random by accident: only predictors may be missing from a checkpoint."""
+"""Loading that never leaves a tensor random by accident: only both predictors together may be missing."""
 
 import logging
 from typing import Any
@@ -15,20 +15,29 @@ class CheckedLoading:
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Load a llava-hf folder (predictors newly initialised, and said so) or one of ours.
 
-        Raises ValueError when a tensor other than a predictor's is missing, has no place or has another shape.
+        Raises ValueError when any other tensor is missing, has no place or has another shape.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        if kwargs.get("ignore_mismatched_sizes"):
+        if kwargs.pop("ignore_mismatched_sizes", False):
             raise ValueError("ignore_mismatched_sizes would leave tensors random; repair the checkpoint instead")
-        try:
-            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
-        except RuntimeError as error:
-            if "ismatch" not in str(error):
-                raise
-            raise ValueError(f"the checkpoint does not fit the model: {error}") from error
+        # Mismatches are let through here only to be named in the error below.
+        model, info = super().from_pretrained(  # type: ignore[misc]
+            *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
         source = str(args[0]) if args else str(kwargs.get("pretrained_model_name_or_path"))
         check_loaded(source, info)
         return (model, info) if wants_info else model
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        # transformers has initialised the missing tensors by now; one clear line replaces its table of them.
+        super()._adjust_missing_and_unexpected_keys(loading_info)  # type: ignore[misc]
+        predictors = {name for name in self.state_dict() if name.startswith(PREDICTOR_PREFIXES)}  # type: ignore[attr-defined]
+        if predictors and predictors <= set(loading_info.missing_keys):
+            loading_info.missing_keys -= predictors
+            logger.warning(
+                "a dense checkpoint: the %d predictor tensors are newly initialised; train before sparse inference",
+                len(predictors),
+            )
 
     def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> Any:
         """Save as transformers does, but under the module's own names, which resuming a Trainer needs."""
@@ -36,24 +45,17 @@ class CheckedLoading:
 
 
 def check_loaded(source: str, info: dict[str, Any]) -> None:
-    """Raise ValueError unless the loading report of `source` shows nothing wrong; log newly initialised predictors."""
-    missing = sorted(info["missing_keys"])
-    lost = [name for name in missing if not name.startswith(PREDICTOR_PREFIXES)]
-    problems = [f"missing tensors {_some(lost)}"] if lost else []
-    if info["unexpected_keys"]:
-        problems.append(f"tensors without a place {_some(sorted(info['unexpected_keys']))}")
-    if info.get("mismatched_keys"):
-        problems.append(f"wrongly shaped tensors {_some(sorted(map(str, info['mismatched_keys'])))}")
+    """Raise ValueError unless the loading report of `source` is empty: nothing missing, left over or misshapen."""
+    findings = {
+        "missing tensors": info["missing_keys"],
+        "tensors without a place": info["unexpected_keys"],
+        "wrongly shaped tensors": info.get("mismatched_keys", ()),
+    }
+    problems = [f"{what} {_some(sorted(map(str, names)))}" for what, names in findings.items() if names]
     if problems:
         raise ValueError(
-            f"{source} is not a LLaVA-1.5 checkpoint of this configuration: {'; '.join(problems)}. Only predictor "
-            "tensors may be missing; check that the folder is complete and in llava-hf layout"
-        )
-    if missing:
-        logger.warning(
-            "%s is a dense checkpoint: its %d predictor tensors are newly initialised; train before sparse inference",
-            source,
-            len(missing),
+            f"{source} is not a LLaVA-1.5 checkpoint of this configuration: {'; '.join(problems)}. Only both "
+            "predictors as a whole may be missing; check that the folder is complete and in llava-hf layout"
         )
 
 

@@ -33,7 +33,7 @@ def choose_method(
     settings = {name: value for name, value in given.items() if name == "image_keep_rate"}
     if len(settings) < len(given):
         raise ValueError(
-            f"{sorted(set(given) - set(settings))} are switches of Dynamic-LLaVA and mean nothing to method {method!r}; "
-            "leave them out, or build the method object with its own settings"
+            f"{sorted(set(given) - set(settings))} are switches of Dynamic-LLaVA and mean nothing to method "
+            f"{method!r}; leave them out, or build the method object with its own settings"
         )
     return get_method(method, layer=config.sparse_layer, **settings)

@@ -68,7 +68,8 @@ def masked_softmax_weights(scores_BHNN: Tensor, keep_mask_BN: Tensor, visible: T
     exponent = (scores_BHNN - row_max).clamp(max=EXPONENT_CAP).masked_fill(~visible, -torch.inf)
     numerator = exponent.exp() * gates
     total = numerator.sum(dim=-1, keepdim=True)
-    return numerator / torch.where(total > 0, total, 1.0)
+    # Dividing by infinity gives a row that sees nothing the value 0 and the gradient 0.
+    return numerator / torch.where(total > 0, total, torch.inf)
 
 
 def _reference_attention(

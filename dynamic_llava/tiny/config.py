@@ -17,9 +17,9 @@ class TinyJobConfig:
     """Also train from a randomly initialised language model: the control of the overlap table (`--full`)."""
     dynamic_image: bool = True
     """Also train the model whose image tokens alone are sparsified (row "Dynamic I")."""
-    train_images: int = 6000
+    train_images: int = 5000
     """Scenes of the training split from which the samples of the trainings are made."""
-    test_images: int = 600
+    test_images: int = 800
     """Unseen scenes of the test split."""
     data_seed: int = 0
     """Seed of the world's train and test scenes; the training seed leaves them unchanged."""

@@ -1,6 +1,6 @@
 """Long descriptions of a scene (50 to 100 tokens) in two styles, and the way back from text to attributes.
 
-The wording of the request decides the style, so nothing in an answer has to be guessed. Objects come from left to right.
+The wording of the request decides the style, so nothing in an answer has to be guessed. Objects come left to right.
 """
 
 import re
@@ -47,7 +47,7 @@ class _Writer:
 
 
 def describe(scene: Scene, style: str) -> Description:
-    """The reference description. Scenes with one or two objects get a second sentence per object, to stay above 50 tokens.
+    """The reference description. With one or two objects each gets a second sentence, to stay above 50 tokens.
 
     Raises ValueError for an unknown style.
     """

@@ -1,4 +1,4 @@
-"""The tiny LLaVA: the classes of transformers' LLaVA (CLIP tower, two-layer projector, Llama) at about 1.8 M parameters."""
+"""The tiny LLaVA: transformers' own classes (CLIP tower, two-layer projector, Llama) at 1.7 million parameters."""
 
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration

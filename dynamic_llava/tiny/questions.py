@@ -150,7 +150,7 @@ def _popular_pairs() -> list[tuple[str, str]]:
 
 
 def _adversarial_pairs(objects: tuple[SceneObject, ...], mixed: bool) -> list[tuple[str, str]]:
-    """Pairs that share an attribute with a present object; `mixed` asks for the colour of one on the shape of another."""
+    """Pairs sharing an attribute with a present object; `mixed` asks for the colour of one on the shape of another."""
     here = {(o.color, o.shape) for o in objects}
     crossed = [(a.color, b.shape) for a in objects for b in objects if (a.color, b.shape) not in here]
     if mixed and crossed:

@@ -1,7 +1,8 @@
 """A word-level tokenizer for the tiny world: every word of its questions, descriptions and of the vicuna_v1 prompt.
 
-Words carry their leading space (`▁red`), punctuation stands alone, and a piece of text always starts with a space mark,
-as with LLaMA's tokenizer: text may be cut at `<image>` or `</s>` without changing the ids. decode(encode(text)) == text.
+Words carry their leading space (`▁red`), punctuation stands alone, and a piece of text always starts with a space
+mark, as with LLaMA's tokenizer: text may be cut at `<image>` or `</s>` without changing the ids, and
+decode(encode(text)) == text.
 """
 
 import re
@@ -10,7 +11,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from dynamic_llava.tiny.descriptions import STYLES, REQUESTS, describe
+from dynamic_llava.tiny.descriptions import REQUESTS, STYLES, describe
 from dynamic_llava.tiny.questions import KINDS, NUMBERS, ask
 from dynamic_llava.tiny.world import BACKGROUNDS, COLORS, COLUMNS, ROWS, SHAPES, SIZES, sample_scene
 
@@ -67,7 +68,7 @@ def _words(text: str) -> set[str]:
 
 
 def _world_words() -> set[str]:
-    """Every attribute word, and the words of the templates as met in 300 fixed scenes (far more than all templates need)."""
+    """Every attribute word, and the words of the templates as met in 300 fixed scenes (far more than they need)."""
     words = {w for group in (COLORS, SHAPES, SIZES, BACKGROUNDS, ROWS, COLUMNS, NUMBERS, ("Yes", "No")) for w in group}
     words |= _words(" ".join(request for requests in REQUESTS.values() for request in requests))
     rng = np.random.default_rng(0)

@@ -45,19 +45,19 @@ def test_a_second_turn_on_a_live_cache_equals_recomputation(examples):
         model = shared_model(kv_heads)
         first = collate([part(row, 0, turn) for row, turn in batch], "left")
         second = collate([part(row, turn, None) for row, turn in batch], "left")
-        out = model(**first, use_cache=True)
         width = first["input_ids"].shape[1]
         both = {
             name: torch.cat([first[name], second[name]], 1)
             for name in ("attention_mask", "output_mask", "keep_mask")
         }
-        # Padding inside a sequence has no position of its own.
-        positions = (both["attention_mask"].cumsum(1) - 1).clamp(min=0)[:, width:]
+        # Padding has no position of its own, here also inside the sequence.
+        positions = (both["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        out = model(**first, position_ids=positions[:, :width], use_cache=True)
         out = model(
             input_ids=second["input_ids"],
             pixel_values=second["pixel_values"],
             past_key_values=out.past_key_values,
-            position_ids=positions,
+            position_ids=positions[:, width:],
             use_cache=True,
             **both,
         )

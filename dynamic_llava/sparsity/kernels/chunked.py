@@ -33,7 +33,7 @@ def chunked_attention(
     own_BN = torch.ones_like(gate_BN, requires_grad=False)
     if padding_mask is not None:
         own_BN = padding_mask.to(dtype)
-        gate_BN = gate_BN * own_BN
+        gate_BN = torch.where(padding_mask, gate_BN, 0.0)
     return cast(Callable[..., Tensor], _ChunkedAttention.apply)(query, key, value, gate_BN, own_BN, scale)
 
 
@@ -69,33 +69,50 @@ class _ChunkedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, gate_BN, own_BN, out, row_max, row_sum = ctx.saved_tensors
-        dtype = gate_BN.dtype
-        q, k, v = _grouped(query, key, value, dtype)
-        # 1 / Z_i is carried by the gradient's rows instead of by an N x N matrix.
-        d_out = grad_out.to(dtype).reshape(q.shape) * _reciprocal(row_sum)[..., None]
-        d_row = (d_out * out.to(dtype).reshape(q.shape)).sum(dim=-1)
-        gate_B1N1 = gate_BN[:, None, :, None]
-        gated_k = gate_B1N1 * k
-        d_q = torch.empty_like(q)
-        d_k, d_v, d_gate = torch.zeros_like(k), torch.zeros_like(v), torch.zeros_like(gate_BN)
-        for start, stop in _blocks(q.shape[3]):
-            rows = slice(start, stop)
-            q_rows, d_out_rows = q[:, :, :, rows] * ctx.scale, d_out[:, :, :, rows]
-            exponent = _times_keys(q_rows, k[:, :, :stop]).sub_(row_max[..., rows, None])
-            weight = exponent.clamp_(max=EXPONENT_CAP).exp_()
-            weight[..., rows].masked_fill_(_not_past(stop - start, q.device), 0)
-            _add_columns(d_v[:, :, :stop], weight, d_out_rows)
-            change = _times_keys(d_out_rows, v[:, :, :stop]).sub_(d_row[..., rows, None]).mul_(weight)
-            _add_columns(d_k[:, :, :stop], change, q_rows)
-            d_gate[:, :stop] += change.sum(dim=(1, 2, 3))
-            d_q[:, :, :, rows] = _times_values(change, gated_k[:, :, :stop])
-        own = (_own_score(q, k, own_BN, ctx.scale) - row_max).exp()
-        change_own = own * ((d_out * v[:, :, None]).sum(dim=-1) - d_row)
-        d_q = (d_q + change_own[..., None] * k[:, :, None]) * ctx.scale
-        d_k = gate_B1N1 * d_k + (change_own[..., None] * q).sum(dim=2) * ctx.scale
-        d_v = gate_B1N1 * d_v + (own[..., None] * d_out).sum(dim=2)
-        return d_q.flatten(1, 2).to(query.dtype), d_k.to(key.dtype), d_v.to(value.dtype), d_gate, None, None
+        with torch.autocast(grad_out.device.type, enabled=False):
+            return *_gradients(ctx.scale, grad_out, *ctx.saved_tensors), None, None
+
+
+def _gradients(
+    scale: float,
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate_BN: Tensor,
+    own_BN: Tensor,
+    out: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key, value and gate by the formulas at the top."""
+    dtype = gate_BN.dtype
+    q, k, v = _grouped(query, key, value, dtype)
+    # 1 / Z_i is carried by the gradient's rows instead of by an N x N matrix.
+    d_out = grad_out.to(dtype).reshape(q.shape) * _reciprocal(row_sum)[..., None]
+    d_row = (d_out * out.to(dtype).reshape(q.shape)).sum(dim=-1)
+    gate_B1N1 = gate_BN[:, None, :, None]
+    gated_k = gate_B1N1 * k
+    d_q = torch.empty_like(q)
+    d_k, d_v, d_gate = torch.zeros_like(k), torch.zeros_like(v), torch.zeros_like(gate_BN)
+    for start, stop in _blocks(q.shape[3]):
+        rows = slice(start, stop)
+        q_rows, d_out_rows = q[:, :, :, rows] * scale, d_out[:, :, :, rows]
+        exponent = _times_keys(q_rows, k[:, :, :stop]).sub_(row_max[..., rows, None])
+        weight = exponent.clamp_(max=EXPONENT_CAP).exp_()
+        weight[..., rows].masked_fill_(_not_past(stop - start, q.device), 0)
+        _add_columns(d_v[:, :, :stop], weight, d_out_rows)
+        change = _times_keys(d_out_rows, v[:, :, :stop]).sub_(d_row[..., rows, None]).mul_(weight)
+        _add_columns(d_k[:, :, :stop], change, q_rows)
+        d_gate[:, :stop] += change.sum(dim=(1, 2, 3))
+        d_q[:, :, :, rows] = _times_values(change, gated_k[:, :, :stop])
+    own = (_own_score(q, k, own_BN, scale) - row_max).exp()
+    change_own = own * ((d_out * v[:, :, None]).sum(dim=-1) - d_row)
+    d_q = (d_q + change_own[..., None] * k[:, :, None]) * scale
+    # At a dropped key these sums hold what the mask gradient needs, and may overflow: 0 * inf must not become NaN.
+    d_k = (gate_B1N1 * d_k).masked_fill_(gate_B1N1 == 0, 0) + (change_own[..., None] * q).sum(dim=2) * scale
+    d_v = (gate_B1N1 * d_v).masked_fill_(gate_B1N1 == 0, 0) + (own[..., None] * d_out).sum(dim=2)
+    return d_q.flatten(1, 2).to(query.dtype), d_k.to(key.dtype), d_v.to(value.dtype), d_gate
 
 
 def _blocks(tokens: int) -> Iterator[tuple[int, int]]:

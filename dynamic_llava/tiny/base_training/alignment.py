@@ -1,8 +1,8 @@
-"""Stage 2: the projector learns to put every patch near the words that name it, and the decoder gets its initial values.
+"""Stage 2: the projector learns to put every patch near the words that name it; the decoder gets its initial values.
 
-Crutches, disclosed: patch-level words (LLaVA's alignment stage has captions only), unit-scale embeddings with a tied-like
-head, and a "mimetic" start of the attention in layers >= 2. Without them a decoder of this size does not begin to read
-the picture within any affordable number of steps.
+Crutches, disclosed: patch-level words (LLaVA's alignment stage has captions only), unit-scale embeddings with a head
+that starts as their multiple, and a "mimetic" start of the attention in layers >= 2. Without them a decoder of this
+size does not begin to read the picture within any affordable number of steps.
 
 Legend: I images, P patches, D tower width, W words per patch.
 """

@@ -35,7 +35,7 @@ def question_accuracy(
     pictures: list[Picture],
     questions: list[tuple[int, Question]],
 ) -> dict[str, float]:
-    """Share of questions whose first answer token and the </s> behind it are the greedy choice, by kind and over all."""
+    """Share of questions whose greedy answer is right, word and </s>, by kind and over all."""
     writer, right = SegmentWriter(tokenizer), {kind: [] for kind in KINDS}
     prompts = [writer.prompt(question.text) for _, question in questions]
     order = sorted(range(len(questions)), key=lambda i: len(prompts[i]))
@@ -53,7 +53,7 @@ def question_accuracy(
             question = questions[i][1]
             right[question.kind].append(text.strip() == question.answer)
     result = {kind: float(np.mean(values)) for kind, values in right.items()}
-    return {**result, "all": float(np.mean(sum(right.values(), [])))}
+    return {**result, "all": float(np.mean([value for values in right.values() for value in values]))}
 
 
 @torch.no_grad()

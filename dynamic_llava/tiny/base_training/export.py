@@ -1,4 +1,4 @@
-"""Writes the trained base as an ordinary llava-hf folder: config, float32 safetensors, tokenizer, image settings, provenance."""
+"""Writes the base as an ordinary llava-hf folder: config, safetensors, tokenizer, image settings, provenance."""
 
 import copy
 import json
@@ -71,6 +71,8 @@ def export(
     _write_json(fresh / "provenance.json", provenance)
     if log is not None:
         shutil.copyfile(log, fresh / "training_log.jsonl")
+    for path in fresh.iterdir():
+        path.chmod(0o644)  # safetensors writes files that only their owner may read
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

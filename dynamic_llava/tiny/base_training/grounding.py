@@ -22,11 +22,14 @@ class AttentionTap:
     """While entered, remembers the inputs of one Llama attention module during the last forward pass."""
 
     def __init__(self, attention: nn.Module, heads: int) -> None:
+        """Taps the first `heads` heads of `attention` (a LlamaAttention)."""
         self._attention, self._heads = attention, heads
         self._inputs: dict[str, Any] = {}
         self._handle: torch.utils.hooks.RemovableHandle | None = None
 
     def __enter__(self) -> "AttentionTap":
+        """Starts to remember."""
+
         def remember(_: nn.Module, __: tuple, kwargs: dict[str, Any]) -> None:
             self._inputs = {"hidden": kwargs["hidden_states"], "rotation": kwargs["position_embeddings"]}
 
@@ -34,6 +37,7 @@ class AttentionTap:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Removes the hook and forgets the inputs."""
         if self._handle is not None:
             self._handle.remove()
         self._inputs = {}

@@ -29,18 +29,19 @@ class LanguageSettings:
     """Settings of stage 3."""
 
     images: int = 12000
-    steps: int = 4000
+    steps: int = 2000
     batch: int = 10
     questions: int = 9
     """Short questions per row, besides one description."""
     muon_lr: float = 0.015
     adam_lr: float = 2e-3
     warmup: int = 30
-    decay_share: float = 0.5
+    decay: int = 900
+    """Last steps, over which the learning rates fall linearly."""
     grounding_layer: int = 3
     grounding_heads: int = 2
-    grounding_until: float = 0.7
-    """Share of the steps after which the grounding auxiliary has fallen to zero."""
+    grounding_steps: int = 1500
+    """Steps over which the weight of the grounding auxiliary falls from 1 to 0."""
     save_every: int = 200
 
 
@@ -63,21 +64,25 @@ def train_language(
 ) -> Iterator[int]:
     """Trains `model` in place; yields the step number after each saved checkpoint, for measurements in between.
 
+    A finished run is loaded and yields its last step once more.
+
     Batches depend on (seed, step) alone, so a run that is resumed from `checkpoint` continues exactly.
     """
     writer = SegmentWriter(tokenizer)
     optimizer = _optimizer(model, settings)
     first = _resume(model, optimizer, checkpoint, settings)
+    if first == settings.steps:
+        yield first
     start, mean = time.monotonic(), {}
     for step in range(first, settings.steps):
         rng = np.random.default_rng((seed, 30, step))
         chosen = rng.integers(0, len(world.scenes), settings.batch)
         rows = [sample_row(world.scenes[i], writer, rng, settings.questions) for i in chosen]
         batch = collate(rows, writer.prefix, world.patch_object[chosen], tokenizer.pad_token_id)
-        grounding = max(0.0, 1 - step / (settings.grounding_until * settings.steps))
+        grounding = max(0.0, 1 - step / settings.grounding_steps)
         losses = _losses(model, world.features[torch.from_numpy(chosen)], batch, settings, grounding > 0)
         loss = losses["answers"] + grounding * losses.get("grounding", torch.zeros(()))
-        optimizer.step(loss, trapezoid_factor(step, settings.steps, settings.warmup, settings.decay_share))
+        optimizer.step(loss, trapezoid_factor(step, settings.steps, settings.warmup, settings.decay))
         for name, value in losses.items():
             mean[name] = 0.97 * mean.get(name, value.item()) + 0.03 * value.item()
         if step % 50 == 49:
@@ -129,9 +134,7 @@ def _answer_loss(head: nn.Module, hidden_BND: torch.Tensor, batch: Batch) -> tor
     return (errors * weight[learned]).sum() / weight[learned].sum()
 
 
-def _save(
-    model: nn.Module, optimizer: MuonAdamW, checkpoint: Path, settings: LanguageSettings, step: int
-) -> None:
+def _save(model: nn.Module, optimizer: MuonAdamW, checkpoint: Path, settings: LanguageSettings, step: int) -> None:
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "for": asdict(settings)}
     partial = checkpoint.with_suffix(".partial")
     torch.save(state, partial)

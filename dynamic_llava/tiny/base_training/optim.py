@@ -24,6 +24,7 @@ class MuonAdamW:
         weight_decay: float = 0.02,
         clip: float = 1.0,
     ) -> None:
+        """Raises ValueError where `matrices` holds a tensor that is not 2-D."""
         self._matrices, self._others, self._clip = list(matrices), list(others), clip
         bad = [tuple(p.shape) for p in self._matrices if p.dim() != 2]
         if bad:
@@ -61,7 +62,7 @@ def cosine_factor(step: int, total: int, warmup: int, floor: float = 0.03) -> fl
     return min(1.0, (step + 1) / warmup) * (floor + (1 - floor) * cosine)
 
 
-def trapezoid_factor(step: int, total: int, warmup: int, decay_share: float, floor: float = 0.02) -> float:
-    """Linear warm-up, a constant stretch, and a linear descent to `floor` over the last `decay_share` of the steps."""
-    left = (total - step) / max(1.0, decay_share * total)
+def trapezoid_factor(step: int, total: int, warmup: int, decay: int, floor: float = 0.02) -> float:
+    """Linear warm-up, a constant stretch, and a linear descent to `floor` over the last `decay` steps."""
+    left = (total - step) / max(1, decay)
     return min(1.0, (step + 1) / warmup) * max(floor, min(1.0, left))

@@ -38,8 +38,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class Batch:
-    """ids, positions (B, N) int64; visible (B, 1, N, N) bool; weight (B, N) float32, loss weight of the token as a target;
-    refer_row, refer_at (R,) int64: places whose NEXT token names objects; refer_patches (R, P) float32, their patches.
+    """One step's input.
+
+    ids, positions: (B, N) int64. visible: (B, 1, N, N) bool. weight: (B, N) float32, weight of the token as a target.
+    refer_row, refer_at: (R,) int64, places whose NEXT token names objects; refer_patches: (R, P) float32, where.
     """
 
     ids: torch.Tensor
@@ -55,6 +57,7 @@ class SegmentWriter:
     """Turns questions and descriptions into segments, by the ordinary conversation encoder cut behind the image."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Finds the prefix that every conversation about one image starts with."""
         self._tokenizer = tokenizer
         self._image_id = tokenizer.convert_tokens_to_ids(IMAGE)
         whole = self._encode([("<image>\n", None)])
@@ -105,9 +108,7 @@ class SegmentWriter:
         return tuple(ids[len(self.prefix) :])
 
 
-def sample_row(
-    scene: Scene, writer: SegmentWriter, rng: np.random.Generator, questions: int
-) -> list[Segment]:
+def sample_row(scene: Scene, writer: SegmentWriter, rng: np.random.Generator, questions: int) -> list[Segment]:
     """One description and about `questions` short questions; every third row joins some of them into genuine turns."""
     asked: dict[str, Question] = {}
     for i in range(questions):

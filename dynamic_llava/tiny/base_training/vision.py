@@ -51,12 +51,16 @@ class VisionSettings:
     muon_lr: float = 0.02
     adam_lr: float = 2e-3
     warmup: int = 30
+    measured: int = 400
+    """Unseen pictures for the accuracies that are reported at the end."""
 
 
 @dataclass(frozen=True)
 class PatchLabels:
-    """kinds (B, P, 3) int64: shape (0 = ground), colour, size, -100 = not scored; place (B, P, 3) centre and radius;
-    owned (B, P) bool; background (B,) int64.
+    """The truth per patch.
+
+    kinds: (B, P, 3) int64, shape (0 = ground), colour, size; -100 = not scored. place: (B, P, 3) float32, centre and
+    radius of the object in units of half a picture and of a patch. owned: (B, P) bool. background: (B,) int64.
     """
 
     kinds: torch.Tensor
@@ -87,6 +91,7 @@ class PatchHeads(nn.Module):
     """Read-outs of stage 1, thrown away afterwards."""
 
     def __init__(self, width: int) -> None:
+        """`width` is the tower's."""
         super().__init__()
         self.kinds = nn.ModuleList(nn.Linear(width, classes) for classes in LABEL_CLASSES)
         self.place = nn.Linear(width, 3)
@@ -94,7 +99,7 @@ class PatchHeads(nn.Module):
 
 
 def pixel_values(pixels: torch.Tensor) -> torch.Tensor:
-    """(B, 64, 64, 3) uint8 to (B, 3, 64, 64) float32 with CLIP's mean and deviation (64 px squares need no resizing)."""
+    """(B, 64, 64, 3) uint8 to (B, 3, 64, 64) float32 with CLIP's mean and deviation; 64 px squares need no resizing."""
     mean, std = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
     return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
@@ -135,9 +140,7 @@ def train_tower(tower: CLIPVisionModel, settings: VisionSettings, seed: int) -> 
     convolution = tower.get_submodule("embeddings.patch_embedding")
     parametrize.register_parametrization(convolution, "weight", _AsConvolution(convolution.weight.shape))
     matrices, others = _split(tower)
-    optimizer = MuonAdamW(
-        matrices, [*others, *heads.parameters()], muon_lr=settings.muon_lr, adam_lr=settings.adam_lr
-    )
+    optimizer = MuonAdamW(matrices, [*others, *heads.parameters()], muon_lr=settings.muon_lr, adam_lr=settings.adam_lr)
     rng, start = np.random.default_rng((seed, 2)), time.monotonic()
     tower.train()
     for step in range(settings.steps):
@@ -150,11 +153,11 @@ def train_tower(tower: CLIPVisionModel, settings: VisionSettings, seed: int) -> 
             logger.info("tower step %d, %.0f s: %s", step + 1, time.monotonic() - start, parts)
     parametrize.remove_parametrizations(convolution, "weight", leave_parametrized=True)
     tower.eval()
-    return tower_accuracy(tower, heads, seed)
+    return tower_accuracy(tower, heads, seed, settings.measured)
 
 
 @torch.no_grad()
-def tower_accuracy(tower: CLIPVisionModel, heads: PatchHeads, seed: int, images: int = 400) -> dict[str, float]:
+def tower_accuracy(tower: CLIPVisionModel, heads: PatchHeads, seed: int, images: int) -> dict[str, float]:
     """Patch accuracy for shape, colour and size on object patches, and for the ground, on unseen ordinary scenes."""
     scenes, pictures = sample_pictures(images, (seed, 3))
     labels = patch_labels(scenes, pictures)

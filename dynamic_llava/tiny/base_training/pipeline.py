@@ -1,16 +1,5 @@
-"""Trains the dense base of the tiny world from scratch: `python -m dynamic_llava.tiny.train_base --config configs/tiny_base.yaml`.
+"""All stages of the base's training in order, and what is written down about the result."""
 
-Three stages: vision tower, alignment, language. Every stage leaves a file in the output folder and is skipped or resumed
-from it. The result is a llava-hf folder `export/` with provenance and log; `--install` also puts it into the package
-(dynamic_llava/tiny/weights).
-
-Crutches of this base that no real LLaVA has, all before the sparse training and none of them in it:
-patch-level labels for the tower; a projector aligned to the words that name each patch; unit-scale embeddings and mimetic
-attention at the start; a loss that points two heads of one layer to the object named next, gone after half of the steps;
-several conversations per row behind a block-diagonal mask.
-"""
-
-import argparse
 import dataclasses
 import json
 import logging
@@ -24,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-import yaml
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionModel, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from dynamic_llava.processing.prompts import SYSTEM
+from dynamic_llava.tiny import BASE_WEIGHTS
 from dynamic_llava.tiny.base_training.alignment import (
     AlignmentSettings,
     align_projector,
@@ -44,7 +33,6 @@ from dynamic_llava.tiny.tokenizer import IMAGE, build_tokenizer
 from dynamic_llava.tiny.world import Picture, Scene, sample_pictures
 
 logger = logging.getLogger(__name__)
-WEIGHTS = Path(__file__).parent / "weights"
 _CRUTCHES = (
     "patch-level labels for the vision tower",
     "projector aligned to the words that name each patch",
@@ -59,27 +47,19 @@ class BaseConfig:
     """Everything that configs/tiny_base.yaml says."""
 
     output: str = "runs/tiny_base"
+    """Folder of the run: stage files, log and export/. A run that finds its own files there goes on from them."""
     seed: int = 0
+    """Seed of scenes, initial values and batches."""
     threads: int = 2
+    """CPU threads of torch."""
+    install: bool = False
+    """Also replace the weights inside the package by every export."""
     vision: VisionSettings = field(default_factory=VisionSettings)
     alignment: AlignmentSettings = field(default_factory=AlignmentSettings)
     language: LanguageSettings = field(default_factory=LanguageSettings)
 
 
-def load_config(path: Path) -> BaseConfig:
-    """Reads the YAML file; an unknown key or a missing file is an error that names it."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no configuration at {path}; the shipped one is configs/tiny_base.yaml")
-    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    sections = {"vision": VisionSettings, "alignment": AlignmentSettings, "language": LanguageSettings}
-    values = {
-        key: _typed(sections[key], value, f"{path}: {key}") if key in sections else value
-        for key, value in content.items()
-    }
-    return _typed(BaseConfig, values, str(path))
-
-
-def train_base(config: BaseConfig, *, install: bool = False) -> dict[str, Any]:
+def train_base(config: BaseConfig) -> dict[str, Any]:
     """Runs all stages, exports the base and returns its provenance (accuracies included)."""
     torch.set_num_threads(config.threads)
     torch.set_flush_denormal(True)
@@ -114,17 +94,9 @@ def train_base(config: BaseConfig, *, install: bool = False) -> dict[str, Any]:
         _append(log, {"step": step, "seconds": round(time.monotonic() - started), **scores})
         logger.info("step %d of %d: %s", step, steps, json.dumps(scores))
         provenance = _provenance(config, step, scale, scores)
-        for target in [folder / "export", *([WEIGHTS] if install else [])]:
+        for target in [folder / "export", *([BASE_WEIGHTS] if config.install else [])]:
             export(shipped, tokenizer, target, provenance, log)
     return provenance
-
-
-def _typed(kind: type, values: dict[str, Any], where: str) -> Any:
-    allowed = {f.name for f in dataclasses.fields(kind)}
-    unknown = sorted(set(values) - allowed)
-    if unknown:
-        raise ValueError(f"{where}: unknown keys {unknown}; allowed: {sorted(allowed)}")
-    return kind(**values)
 
 
 def _tower_stage(model: LlavaForConditionalGeneration, config: BaseConfig, folder: Path) -> dict[str, float]:
@@ -178,7 +150,7 @@ def _measure(
 
 def _provenance(config: BaseConfig, step: int, scale: float, scores: dict[str, Any]) -> dict[str, Any]:
     return {
-        "made_by": "python -m dynamic_llava.tiny.train_base --config configs/tiny_base.yaml",
+        "made_by": "python -m dynamic_llava.tiny.train_base configs/tiny_base.yaml",
         "config": dataclasses.asdict(config),
         "language_steps_done": step,
         "storage_dtype": "float32",
@@ -206,17 +178,3 @@ def _commit() -> str:
 def _append(log: Path, entry: dict[str, Any]) -> None:
     with log.open("a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
-
-
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="YAML file; the shipped one: configs/tiny_base.yaml")
-    parser.add_argument("--install", action="store_true", help="also replace the weights inside the package")
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    print(json.dumps(train_base(load_config(arguments.config), install=arguments.install), indent=2))
-
-
-if __name__ == "__main__":
-    main()

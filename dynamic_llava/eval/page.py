@@ -1,0 +1,99 @@
+"""The tiny world's report: all tables of a job as text, and the page docs/results/tiny.md."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dynamic_llava.config import SparsityConfig
+from dynamic_llava.eval.report import COST_COLUMNS, OVERLAP_COLUMNS, aggregate, notes, quality_columns, table
+from dynamic_llava.eval.targets import target_table
+
+ANALYSIS = "<!-- analysis: written by hand, kept when the page is generated again -->"
+"""What follows this line on a results page is not generated."""
+
+
+def report_text(results: Sequence[Mapping[str, Any]], settings: SparsityConfig, *, escape: bool = True) -> str:
+    """All tables of the given seeds' results, as markdown; `escape=False` for a terminal.
+
+    Raises ValueError when no result is given.
+    """
+    rows, overlap = aggregate(results), aggregate(results, "overlap")
+    parts = [
+        f"## Quality\n\n{_intro(results)}\n\n" + table(rows, quality_columns(rows), escape=escape),
+        f"## Cost\n\n{_cost_intro(results)}\n\n" + table(rows, COST_COLUMNS, escape=escape),
+        "## Kept patches and objects\n\nPercent; one question per image.\n\n"
+        + table(overlap, OVERLAP_COLUMNS, escape=escape),
+        "## Cached = uncached\n\n" + _agreement(results),
+        "## Targets\n\n" + target_table(results, settings, escape=escape),
+        "## Rows\n\n" + notes([*rows, *overlap]),
+    ]
+    return "\n\n".join(parts)
+
+
+def write_results_page(folder: Path, page: Path, settings: SparsityConfig, command: str) -> Path:
+    """Write the results page of a finished job's folder; hand-written analysis on an existing page is kept.
+
+    Raises FileNotFoundError when the folder holds no results.json.
+    """
+    source = folder / "results.json"
+    if not source.is_file():
+        raise FileNotFoundError(f"{folder} holds no results.json; run `{command}` first")
+    results = json.loads(source.read_text(encoding="utf-8"))["seeds"]
+    analysis = ""
+    if page.is_file() and ANALYSIS in page.read_text(encoding="utf-8"):
+        analysis = page.read_text(encoding="utf-8").split(ANALYSIS, 1)[1].strip()
+    head = f"# The tiny world, measured\n\nGenerated from results.json of `{command}`. {_environment(results)}"
+    text = f"{head}\n\n{report_text(results, settings)}\n\n{ANALYSIS}\n\n{analysis}".rstrip() + "\n"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(text, encoding="utf-8")
+    return page
+
+
+def _intro(results: Sequence[Mapping[str, Any]]) -> str:
+    seeds = ", ".join(str(result["seed"]) for result in results)
+    first = results[0]
+    text = (
+        f"Percent, perplexity apart; {first['questions']} questions and {first['descriptions']} descriptions of unseen "
+        f"images per row; seed {seeds}."
+    )
+    if len(results) > 1:
+        text += f" Mean over {len(results)} seeds ± half-width of the 95 % t-interval."
+    return text
+
+
+def _cost_intro(results: Sequence[Mapping[str, Any]]) -> str:
+    environments = [result["environment"] for result in results]
+    threads = sorted({str(one["threads"]) for one in environments})
+    return (
+        "Prefill FLOPs are those of one description's prompt in the language model, image predictor included (exact: "
+        "module shapes, causal; Eq. 13: image tokens only). Key-value bytes per description at its end. Milliseconds "
+        f"are of a whole batch of {results[0]['timing_batch']}, on {'/'.join(threads)} CPU thread(s); at this size "
+        "they measure overhead more than arithmetic."
+    )
+
+
+def _agreement(results: Sequence[Mapping[str, Any]]) -> str:
+    """How many outputs of the cached and the uncached path are token for token the same."""
+    found = [result["agreement"] for result in results if result["agreement"]]
+    if not found:
+        return "Not run."
+    parts = []
+    for name in ("answers", "descriptions"):
+        count = sum(one[name] for one in found)
+        same, decided = (
+            100 * sum(one[name] * one[f"{name}_{what}"] for one in found) / count
+            for what in ("equal", "decisions_equal")
+        )
+        parts.append(f"{same:.1f} % of {count:.0f} {name} have the same tokens, {decided:.1f} % the same decisions")
+    return "Decoding without a cache against decoding with one: " + "; ".join(parts) + "."
+
+
+def _environment(results: Sequence[Mapping[str, Any]]) -> str:
+    kinds = {
+        f"torch {one['torch']}, transformers {one['transformers']}, Python {one['python']}, {one['machine']}, "
+        f"{one['cores']} cores, commit {one['commit']}"
+        for one in (result["environment"] for result in results)
+    }
+    seconds = [result["seconds"] for result in results]
+    return f"{'; '.join(sorted(kinds))}. {sum(seconds) / len(seconds):.0f} s per seed."

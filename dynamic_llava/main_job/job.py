@@ -1,0 +1,215 @@
+"""The tiny world's main job: train I|T, I and the dense control, evaluate every row, draw, report.
+
+    runs/<name>/                 config.yaml, metrics.jsonl, results.json, table.md and pictures/ of the whole job
+    runs/<name>/seed<k>/         the same of one seed, and a folder per training (both, image, control, untrained)
+
+With several seeds a finished seed is taken from its results.json, if its fingerprint (settings, base weights, library
+versions) is that of this job: an interrupted job goes on where it stopped.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dynamic_llava.config import SparsityMode
+from dynamic_llava.eval.page import report_text
+from dynamic_llava.eval.predict import hide_library_progress
+from dynamic_llava.eval.provenance import environment, fingerprint, source_digest
+from dynamic_llava.eval.tiny_data import TestSet, read_test_set
+from dynamic_llava.eval.tiny_world import UNTRAINED, Evaluation, Evaluator
+from dynamic_llava.eval.untrained import write_untrained_base
+from dynamic_llava.main_job.pictures import draw_pictures
+from dynamic_llava.processing import DynamicLlavaProcessor
+from dynamic_llava.tiny import BASE_WEIGHTS
+from dynamic_llava.tiny.config import TinyJobConfig
+from dynamic_llava.tiny.dataset import build_world
+from dynamic_llava.train.config import RunConfig
+from dynamic_llava.train.run import TINY_BASE, RunResult, run, write_config
+
+log = logging.getLogger(__name__)
+
+TRAININGS: dict[str, tuple[str, SparsityMode]] = {
+    "both": ("Dynamic I|T", "both"),
+    "image": ("Dynamic I", "image"),
+    "control": ("dense control", "none"),
+}
+"""Folder of a training -> its title and what it sparsifies."""
+END_OF_TRAINING = 0.2
+"""Share of a training's log, from its end, over which realised keep rates are averaged."""
+
+
+@dataclass(frozen=True)
+class SeedJob:
+    """One seed of the job: its settings and where its files lie."""
+
+    config: RunConfig
+    folder: Path
+    world: Path
+    base: Path
+
+    @property
+    def tiny(self) -> TinyJobConfig:
+        """The job's own settings."""
+        assert self.config.tiny is not None
+        return self.config.tiny
+
+    @property
+    def results(self) -> Path:
+        """Where the seed's numbers go."""
+        return self.folder / "results.json"
+
+    def fingerprint(self) -> str:
+        """Digest of everything the numbers depend on, the source code apart."""
+        settings = asdict(self.config)
+        for key in ("name", "output_folder"):
+            del settings[key]
+        for key in ("seeds", "picture_scenes", "picture_answers"):
+            del settings["tiny"][key]
+        return fingerprint(settings, self.base)
+
+
+def main(config: RunConfig) -> Path:
+    """Run the job that `config` (with its `tiny` section) describes; returns the folder of its files.
+
+    Raises ValueError when there is no `tiny` section or the settings do not fit the world.
+    """
+    if config.tiny is None:
+        raise ValueError("the main job needs a `tiny` section in its configuration file; see configs/tiny.yaml")
+    hide_library_progress()
+    begun, tiny, folder = time.perf_counter(), config.tiny, config.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    write_config(config, folder / "config.yaml")
+    print(f"building the tiny world: {tiny.train_images} training and {tiny.test_images} test images", flush=True)
+    world = build_world(train=tiny.train_images, test=tiny.test_images, seed=tiny.data_seed)
+    base = BASE_WEIGHTS if config.model.base == TINY_BASE else Path(config.model.base)
+    seeds = range(config.train.seed, config.train.seed + tiny.seeds)
+    jobs = [SeedJob(_seed_config(config, seed, world), folder / f"seed{seed}", world, base) for seed in seeds]
+    results = [_seed_result(job, resume=tiny.seeds > 1) for job in jobs]
+    _write_job(folder, config, jobs, results)
+    print("\n" + report_text(results, config.sparsity, escape=False))
+    seconds = time.perf_counter() - begun
+    print(f"\n{seconds:.0f} s in all; table: {folder / 'table.md'}; numbers: {folder / 'results.json'}")
+    print("pictures: " + ", ".join(str(path) for path in sorted((jobs[0].folder / "pictures").glob("*.png"))))
+    return folder
+
+
+def _seed_config(config: RunConfig, seed: int, world: Path) -> RunConfig:
+    data = replace(config.data, json=str(world / "train.json"), image_folder=str(world))
+    return replace(config, data=data, train=replace(config.train, seed=seed))
+
+
+def _seed_result(job: SeedJob, *, resume: bool) -> dict[str, Any]:
+    """The seed's results: read, if finished and wanted, else made."""
+    seed = job.config.train.seed
+    if resume and job.results.is_file():
+        result = json.loads(job.results.read_text(encoding="utf-8"))
+        if result["fingerprint"] == job.fingerprint():
+            print(f"seed {seed}: taken from {job.results}", flush=True)
+            if result["environment"]["source"] != source_digest():
+                log.warning("%s was made by other source code than this; delete it to measure anew", job.results)
+            return result
+        print(f"seed {seed}: {job.results} belongs to other settings or weights and is replaced", flush=True)
+    return _run_seed(job)
+
+
+def _run_seed(job: SeedJob) -> dict[str, Any]:
+    begun, seed = time.perf_counter(), job.config.train.seed
+    job.folder.mkdir(parents=True, exist_ok=True)
+    job.results.unlink(missing_ok=True)
+    test = read_test_set(job.world, job.tiny.questions, job.tiny.descriptions)
+    trained = {
+        key: _train(job, key, mode, title)
+        for key, (title, mode) in TRAININGS.items()
+        if key != "image" or job.tiny.dynamic_image
+    }
+    amount = f"{len(test.questions)} questions and {len(test.descriptions)} descriptions"
+    print(f"seed {seed}: evaluation, {amount} per row", flush=True)
+    checkpoints = {"base": job.base, **{key: result.folder for key, result in trained.items()}}
+    evaluator = Evaluator(checkpoints, test, job.tiny)
+    evaluation = evaluator.run()
+    if job.tiny.untrained_base:
+        _add_untrained(job, evaluator, evaluation)
+    result = {
+        "seed": seed,
+        "fingerprint": job.fingerprint(),
+        "seconds": round(time.perf_counter() - begun, 1),
+        "questions": len(test.questions),
+        "descriptions": len(test.descriptions),
+        "timing_batch": job.tiny.timing_batch,
+        "rows": evaluation.rows,
+        "overlap": evaluation.overlap,
+        "agreement": evaluation.agreement,
+        "training": _end_of_training(trained["both"].history),
+        "trainings": {key: one.metrics for key, one in trained.items()},
+        "environment": environment(),
+    }
+    _write_seed(job, test, evaluation, trained, result)
+    return result
+
+
+def _train(job: SeedJob, key: str, mode: SparsityMode, title: str, base: Path | None = None) -> RunResult:
+    """One training of the seed, in its own folder below the seed's."""
+    print(f"seed {job.config.train.seed}: training {title}", flush=True)
+    config = replace(
+        job.config,
+        name=key,
+        output_folder=str(job.folder),
+        model=job.config.model if base is None else replace(job.config.model, base=str(base)),
+        train=replace(job.config.train, sparsity_mode=mode),
+        tiny=None,
+    )
+    return run(config)
+
+
+def _add_untrained(job: SeedJob, evaluator: Evaluator, evaluation: Evaluation) -> None:
+    """Train I|T from a random language model and add its overlap: how much of it needs no trained base at all."""
+    base = write_untrained_base(job.base, job.folder / UNTRAINED / "base", job.config.train.seed)
+    trained = _train(job, UNTRAINED, "both", "the untrained-base control", base)
+    evaluator.add_untrained(evaluation, trained.folder)
+
+
+def _end_of_training(history: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Realised keep rates, averaged over the last part of the log."""
+    last = history[-max(1, round(END_OF_TRAINING * len(history))) :]
+    rates = {}
+    for name in ("image", "output"):
+        values = [line[f"{name}_keep_rate"] for line in last if f"{name}_keep_rate" in line]
+        if values:
+            rates[name] = sum(values) / len(values)
+    return rates
+
+
+def _write_seed(
+    job: SeedJob, test: TestSet, evaluation: Evaluation, trained: dict[str, RunResult], result: dict[str, Any]
+) -> None:
+    """Write a seed's metrics, outputs, pictures, table, and last results.json, which marks it as finished."""
+    write_config(job.config, job.folder / "config.yaml")
+    with (job.folder / "metrics.jsonl").open("w", encoding="utf-8") as file:
+        for key, one in trained.items():
+            file.writelines(json.dumps({"training": key, **line}) + "\n" for line in one.history)
+    evaluation.write_outputs(job.folder / "outputs", test)
+    draw_pictures(
+        job.folder / "pictures",
+        test,
+        evaluation,
+        DynamicLlavaProcessor.from_pretrained(job.base),
+        job.tiny,
+        {TRAININGS[key][0]: one.history for key, one in trained.items()},
+        job.config.sparsity,
+    )
+    (job.folder / "table.md").write_text(report_text([result], job.config.sparsity) + "\n", encoding="utf-8")
+    job.results.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_job(folder: Path, config: RunConfig, jobs: Sequence[SeedJob], results: Sequence[dict[str, Any]]) -> None:
+    """Write the files of the whole job beside those of its seeds."""
+    with (folder / "metrics.jsonl").open("w", encoding="utf-8") as file:
+        for job in jobs:
+            for line in (job.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+                file.write(json.dumps({"seed": job.config.train.seed, **json.loads(line)}) + "\n")
+    (folder / "results.json").write_text(json.dumps({"seeds": results}, indent=1) + "\n", encoding="utf-8")
+    (folder / "table.md").write_text(report_text(results, config.sparsity) + "\n", encoding="utf-8")

@@ -1,0 +1,171 @@
+"""transformers' Trainer with what Dynamic-LLaVA adds: temperature, noise keys, global denominators and its own logs."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from dynamic_llava.config import SparsityConfig, TrainConfig
+from dynamic_llava.layout import TokenLayout
+from dynamic_llava.model.outputs import DynamicLlavaOutput, MaskGradient
+from dynamic_llava.sparsity.noise import fold_key
+from dynamic_llava.sparsity.schedule import temperature
+from dynamic_llava.train.meter import Meter
+from dynamic_llava.train.optimizer import build_optimizer, clip_separately
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Denominators:
+    """What the losses of one optimizer step are divided by: counts over all its batches on all ranks, () float32."""
+
+    tokens: Tensor
+    """Learned tokens."""
+    image_samples: Tensor
+    """Samples of the image regulariser."""
+    output_samples: Tensor
+    """Samples of the output regulariser."""
+
+
+class DynamicLlavaTrainer(Trainer):
+    """Trains a DynamicLlavaForConditionalGeneration on batches of `data.Collator`.
+
+    Losses, noise and gradients of an optimizer step depend on its samples alone, not on how they are spread over
+    accumulation steps and processes: every loss is a sum divided by a count over the whole step, and noise is drawn per
+    sample from (seed, epoch, step, sample id).
+    """
+
+    # transformers >= 5.2x asks this attribute, earlier ones model_accepts_loss_kwargs: compute_loss scales by itself.
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *args: Any, train_config: TrainConfig, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"one process sees {self.args.n_gpu} GPUs, which would split batches by DataParallel; start one "
+                "process per GPU (torchrun --nproc_per_node), or make one GPU visible"
+            )
+        self.model_accepts_loss_kwargs = True
+        self.train_config = train_config
+        self.sparsity: SparsityConfig = self.accelerator.unwrap_model(self.model).config.sparsity
+        self.meter = Meter()
+        self._tau = train_config.tau_start
+        self._denominators: Denominators | None = None
+        self._mask_gradient: MaskGradient | None = None
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Build AdamW with the learning rates of `train_config`, once."""
+        if self.optimizer is None:
+            self.optimizer = build_optimizer(self.accelerator.unwrap_model(self.model), self.train_config)
+        return self.optimizer
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor]:
+        """Fetch the batches of one optimizer step and count over them, and over all ranks, what losses divide by."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._denominators = self._count(batches, device)
+        return batches, self._denominators.tokens
+
+    def training_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Tensor:
+        """Run forward and backward on one batch and note the gradient that entered the keep mask."""
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self._mask_gradient is not None:
+            largest = self._mask_gradient.largest
+            self.meter.add_peak("mask_gradient", loss.new_zeros(()) if largest is None else largest)
+            self._mask_gradient = None
+        return loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return this batch's part of the step's loss, times the number of ranks that the gradients are averaged over.
+
+        The model returns sums: its denominators are the step's count of tokens, and 1 for the regularisers, which are
+        divided here by the count of samples that each of them applies to (Eq. 10; method.md, "reduction").
+        """
+        counts = self._denominators
+        if counts is None or not model.training:
+            raise RuntimeError("compute_loss belongs to training; evaluate with the model itself")
+        inputs = dict(inputs)
+        self._tau = self.tau()
+        sample_key = self.sample_key(inputs.pop("sample_ids"))
+        outputs: DynamicLlavaOutput = model(
+            **inputs,
+            sparsity=self.train_config.sparsity_mode,
+            tau=self._tau,
+            sample_key=sample_key,
+            num_items_in_batch=counts.tokens,
+            num_samples_in_batch=1,
+        )
+        loss = outputs.lm_loss
+        self.meter.add_share("lm_loss", outputs.lm_loss)
+        self.meter.add_tokens(inputs["attention_mask"].sum())
+        if outputs.sparsity is not None:
+            image_loss = outputs.image_keep_loss / counts.image_samples
+            output_loss = outputs.output_keep_loss / counts.output_samples
+            loss = loss + self.sparsity.keep_rate_weight * (image_loss + output_loss)
+            self._note(outputs, image_loss, output_loss)
+        loss = loss.float() * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def tau(self) -> float:
+        """Return the temperature of the current step: a function of the step, so that a resumed run continues it."""
+        config = self.train_config
+        return temperature(self.state.global_step, self.state.max_steps, config.tau_start, config.tau_end)
+
+    def sample_key(self, sample_ids: Tensor) -> Tensor:
+        """Return (B,) int64 noise keys from (seed, epoch, step, sample id)."""
+        return fold_key(self.args.seed, int(self.state.epoch or 0), self.state.global_step, sample_ids)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the window's own values to the line of a training step."""
+        if "loss" in logs:
+            logs.update(self.meter.collect(self.accelerator, self.state.global_step))
+            self.meter = Meter(step=self.state.global_step)
+            if self.train_config.sparsity_mode != "none":
+                logs["tau"] = self._tau
+        super().log(logs, *args, **kwargs)
+
+    def clip_separately(self) -> None:
+        """Clip each predictor's gradient by itself and log the norms (`train.clip_predictors_separately`)."""
+        norms = clip_separately(self.accelerator.unwrap_model(self.model), self.train_config.max_grad_norm)
+        for part, norm in norms.items():
+            self.meter.add_peak(f"grad_norm_{part}", norm)
+
+    def _note(self, outputs: DynamicLlavaOutput, image_loss: Tensor, output_loss: Tensor) -> None:
+        record = outputs.sparsity
+        assert record is not None
+        self.meter.add_share("image_keep_loss", image_loss)
+        self.meter.add_share("output_keep_loss", output_loss)
+        for name, where in (("image_keep_rate", record.layout.image), ("output_keep_rate", record.sparsified_output)):
+            self.meter.add_ratio(name, (record.keep_mask * where).sum(), where.sum())
+        self._mask_gradient = record.mask_gradient
+
+    def _count(self, batches: list[Batch], device: torch.device) -> Denominators:
+        local = torch.zeros(4, dtype=torch.float64, device=device)
+        for batch in batches:
+            local += self._count_batch({name: tensor.to(device) for name, tensor in batch.items()})
+        # At least 1, so that a step without any learned token or applicable sample gives 0 and not NaN.
+        total = self.accelerator.reduce(local, reduction="sum").clamp(min=1).float()
+        tokens, samples, images, outputs = total
+        if self.sparsity.keep_rate_reduction == "batch":
+            return Denominators(tokens, samples, samples)
+        return Denominators(tokens, images, outputs)
+
+    def _count_batch(self, batch: Batch) -> Tensor:
+        """Return (4,) float64: learned tokens, samples, samples with an image, samples whose output is decided."""
+        model = self.accelerator.unwrap_model(self.model)
+        image = batch["input_ids"] == model.config.image_token_id
+        layout = TokenLayout.build(image, batch["attention_mask"], batch["output_mask"], 1)
+        counts = (
+            (batch["labels"][:, 1:] != -100).sum(),
+            torch.tensor(len(image), device=image.device),
+            layout.image.any(dim=1).sum(),
+            (layout.answer_lengths() >= self.sparsity.output_min_length).logical_and(layout.output).any(dim=1).sum(),
+        )
+        return torch.stack(counts).double()

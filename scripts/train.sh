@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Train; sets the environment up when needed.
+#   bash scripts/train.sh                              the tiny world: minutes on two CPU cores, no download
+#   bash scripts/train.sh --seed 1                     the same with another seed (--seeds 5: mean and interval)
+#   bash scripts/train.sh CONFIG.yaml [overrides]      any LLaVA-format data, e.g. --train.learning-rate 1e-5
+#   bash scripts/train.sh CONFIG.yaml --help           every setting with its meaning
+# Paths in a configuration file are relative to the folder this is called from.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+bash "$root/scripts/setup.sh"
+
+venv=${VENV:-.venv}
+case "$venv" in /*) ;; *) venv="$root/$venv" ;; esac
+config="$root/configs/tiny.yaml"
+if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
+  config=$1
+  shift
+fi
+export TOKENIZERS_PARALLELISM=false # worker processes are forked after the first use of the tokenizer
+exec "$venv/bin/python" -m dynamic_llava.train "$config" "$@"

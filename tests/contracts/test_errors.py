@@ -1,0 +1,230 @@
+"""What a user gets wrong is refused early: what was given, what is allowed, what to do."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import DynamicCache, GenerationConfig
+
+from dynamic_llava import DynamicLlavaConfig, SparsityConfig, get_method
+from tests.builders import LAYERS, build_model, collate, fixed_rows, prompts, shared_model, tiny_config
+
+
+@pytest.fixture
+def model():
+    return shared_model()
+
+
+@pytest.fixture
+def inputs():
+    return prompts(fixed_rows(seed=30, output=0))
+
+
+@pytest.fixture(params=["forward", "generate"])
+def call(request, model):
+    """Both entry points must refuse the same mistakes."""
+    if request.param == "forward":
+        return model.__call__
+    return lambda **kwargs: model.generate(**kwargs, max_new_tokens=2)
+
+
+def refused(call, *words, **kwargs):
+    """Assert a ValueError that contains every one of `words`."""
+    with pytest.raises(ValueError) as error, torch.no_grad():
+        call(**kwargs)
+    for word in words:
+        assert word in str(error.value), f"{word!r} is not in: {error.value}"
+
+
+def test_too_few_images(call, inputs):
+    inputs["pixel_values"] = inputs["pixel_values"][:-1]
+    refused(call, "5 images", "96 image tokens", "6 images", "one image per <image> place", **inputs)
+
+
+def test_too_many_images(call, inputs):
+    inputs["pixel_values"] = torch.cat([inputs["pixel_values"], inputs["pixel_values"][:1]])
+    refused(call, "7 images", "96 image tokens", **inputs)
+
+
+def test_no_images_at_all(call, inputs):
+    inputs["pixel_values"] = None
+    refused(call, "96 image tokens", "give the images", **inputs)
+
+
+def test_images_without_a_place(call, inputs):
+    text = {"input_ids": torch.randint(4, 100, (1, 6)), "attention_mask": torch.ones(1, 6, dtype=torch.long)}
+    refused(call, "1 images", "0 image tokens", **text, pixel_values=inputs["pixel_values"][:1])
+
+
+def test_an_image_cut_in_two(call, inputs):
+    """The right number of image tokens in the batch, the wrong number in a row."""
+    ids = inputs["input_ids"].clone()
+    place = (ids[0] == 3).nonzero()[0]
+    ids[0, place], ids[1, -1] = 50, 3
+    refused(call, "part of an image", "multiple of 16", **{**inputs, "input_ids": ids})
+
+
+@pytest.mark.parametrize("rate", [0, -0.1, 1.01, 20, True, "0.2"])
+def test_keep_rates_outside_their_range(call, inputs, rate):
+    refused(call, "image_keep_rate", repr(rate), "(0, 1]", **inputs, image_keep_rate=rate)
+
+
+@pytest.mark.parametrize("mode", ["images", "Both", "all", ""])
+def test_unknown_sparsity(call, inputs, mode):
+    refused(call, "sparsity", repr(mode), "'both', 'image', 'output', 'none'", **inputs, sparsity=mode)
+
+
+def test_unknown_method(call, inputs):
+    refused(call, "'h2o'", "'dynamic'", "'fastv'", **inputs, method="h2o")
+
+
+def test_a_method_that_is_no_method(call, inputs):
+    refused(call, "neither a registered name nor a Method", **inputs, method=0.5)
+
+
+def test_switches_that_exclude_each_other(call, inputs):
+    both = {"method": get_method("random"), "image_keep_rate": 0.5}
+    refused(call, "image_keep_rate", "set them on the object", **inputs, **both)
+    refused(call, "output_threshold", "'fastv'", **inputs, method="fastv", output_threshold=0.0)
+
+
+@pytest.mark.parametrize("layer", [0, LAYERS, LAYERS + 3, -1])
+def test_the_sparse_layer_of_a_configuration(layer):
+    with pytest.raises(ValueError, match=rf"sparse_layer={layer}\b"):
+        tiny_config(sparse_layer=layer)
+
+
+def test_the_sparse_layer_of_a_method(call, inputs):
+    for layer in (0, LAYERS):
+        with pytest.raises(ValueError, match=rf"{layer}.*1\.\.{LAYERS - 1}"), torch.no_grad():
+            call(**inputs, method=get_method("random", layer=layer))
+
+
+def test_unknown_settings_of_a_configuration():
+    with pytest.raises(ValueError, match=r"keep_rate_image.*image_keep_rate"):
+        DynamicLlavaConfig(sparsity={"keep_rate_image": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("image_keep_rate", 0.0, r"\(0, 1\]"),
+        ("output_keep_rate", 1.5, r"\(0, 1\]"),
+        ("image_selection", "top", "'topk', 'threshold'"),
+        ("output_segments", "first", "'last', 'all'"),
+        ("keep_rate_reduction", "mean", "'batch', 'applicable'"),
+        ("keep_rate_distance", "l2", "'squared', 'absolute'"),
+        ("masked_softmax", "flash", "'reference', 'chunked'"),
+        ("mask_grad_clip", -1.0, "None"),
+        ("predictor_heads", 3, "multiple"),
+        ("cache_block", 0, "least value 1"),
+    ],
+)
+def test_settings_outside_their_range(field, value, words):
+    with pytest.raises(ValueError, match=rf"{field}.*{words}|{words}.*{field}"):
+        replace(SparsityConfig(), **{field: value})
+
+
+def test_right_padding_in_generate(model):
+    inputs = prompts(fixed_rows(seed=31, output=0), side="right")
+    refused(model.generate, "rows [0, 1, 3]", "on the left", **inputs)
+
+
+def test_masks_of_another_shape(call, inputs):
+    short = inputs["attention_mask"][:, :-2]
+    refused(call, "attention_mask", str(tuple(short.shape)), **{**inputs, "attention_mask": short})
+    fewer = inputs["attention_mask"][:-1]
+    refused(call, "attention_mask", str(tuple(fewer.shape)), **{**inputs, "attention_mask": fewer})
+
+
+def test_decisions_of_another_shape(model, inputs):
+    keep = torch.ones(len(inputs["input_ids"]), 3, dtype=torch.bool)
+    refused(model, "keep_mask", "(4, 3)", **inputs, keep_mask=keep)
+
+
+def test_an_output_mask_of_another_shape(model, inputs):
+    refused(model, "output_mask", "(2, 2)", **inputs, output_mask=torch.ones(2, 2, dtype=torch.bool))
+
+
+def test_an_image_mask_that_does_not_fit(model, inputs):
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    refused(model, "image_mask", "input_ids", **inputs, image_mask=mask)
+    refused(model, "image_mask", "(2, 2)", "(1, 3)", inputs_embeds=torch.ones(1, 3, 64), image_mask=mask)
+
+
+def test_labels_on_a_live_cache(model, inputs):
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+    refused(model, "labels", "past_key_values", **inputs, labels=inputs["input_ids"], past_key_values=cache)
+
+
+def test_a_target_rate_at_inference(model, inputs):
+    refused(model, "output_keep_rate", "output_threshold", **inputs, output_keep_rate=0.5)
+
+
+def test_a_plain_cache_for_sparse_decoding(call, inputs):
+    refused(call, "DynamicCache", "sparsity='none'", **inputs, past_key_values=DynamicCache())
+
+
+def test_a_sparse_cache_for_dense_decoding(model, inputs):
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+    token = torch.full((4, 1), 9)
+    refused(model, "cache", "sparsity", input_ids=token, past_key_values=cache, sparsity="none")
+
+
+def test_a_cache_of_another_layer(model, inputs):
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+    method = get_method("random", layer=3)
+    refused(model, "sparse layer 2", "3", input_ids=torch.full((4, 1), 9), past_key_values=cache, method=method)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"cache_implementation": "static"},
+        {"cache_implementation": "quantized"},
+        {"prompt_lookup_num_tokens": 3},
+        {"prefill_chunk_size": 8},
+        {"guidance_scale": 1.5},
+    ],
+    ids=str,
+)
+def test_generation_modes_that_cannot_be_sparse(model, inputs, settings):
+    (name, value), *_ = settings.items()
+    refused(model.generate, name, repr(value), "sparsity='none'", **inputs, **settings, max_new_tokens=2)
+    given = GenerationConfig(max_new_tokens=2, pad_token_id=0, **settings)
+    refused(model.generate, name, repr(value), **inputs, generation_config=given)
+
+
+def test_an_assistant_model(model, inputs):
+    refused(model.generate, "assistant", "rolls the cache back", **inputs, assistant_model=model, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("copies", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}], ids=str)
+def test_several_sequences_from_one_live_cache(model, inputs, copies):
+    with torch.no_grad():
+        first = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)
+    text = {"input_ids": first.sequences, "past_key_values": first.past_key_values, "max_new_tokens": 2}
+    refused(model.generate, next(iter(copies)), "live cache", "batch_repeat_interleave", **text, **copies)
+
+
+def test_cropping_a_sparse_cache(model, inputs):
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="roll-back"):
+        cache.crop(3)
+
+
+def test_neither_ids_nor_embeddings(model):
+    refused(model, "input_ids", "inputs_embeds")
+
+
+def test_attention_dropout_in_training():
+    model = build_model().train()
+    for layer in model.model.language_model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    inputs = collate(fixed_rows(), "right")
+    inputs.pop("keep_mask")
+    refused(model, "attention_dropout=0.1", "set it to 0", **inputs, labels=inputs["input_ids"], tau=1.0)

@@ -1,0 +1,171 @@
+"""Every registered method behind the same engine: ragged batches, exact budgets, equal paths, rows alone."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from dynamic_llava import METHODS, get_method
+from dynamic_llava.sparsity import budget
+from tests.builders import (
+    LAYERS,
+    TOKENS_PER_IMAGE,
+    assert_same_logits,
+    collate,
+    fixed_rows,
+    prompts,
+    shared_model,
+)
+
+STEPS = 8
+CALL = {"max_new_tokens": STEPS, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+RATES = (0.1, 0.29, 0.5, 1.0)
+
+
+def accepts(name, setting):
+    return setting in {field.name for field in dataclasses.fields(METHODS[name])}
+
+
+@pytest.fixture(params=sorted(METHODS))
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return fixed_rows(seed=20, output=0)
+
+
+def test_the_registry_holds_the_first_peers():
+    assert {"dense", "dynamic", "fastv", "random", "structure"} <= set(METHODS)
+    for key, method in METHODS.items():
+        assert method.name == key and dataclasses.is_dataclass(method)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            get_method(key).layer = 3
+
+
+@torch.no_grad()
+def test_prefill_and_generate_on_a_ragged_batch(name, batch):
+    model, inputs = shared_model(), prompts(batch)
+    keys = torch.arange(len(batch)) + 5
+    out = model.generate(**inputs, **CALL, method=name, sample_key=keys)
+    assert out.sequences.shape == (len(batch), inputs["input_ids"].shape[1] + STEPS)
+    assert torch.isfinite(torch.stack(out.logits)).all()
+    if get_method(name).is_dense:
+        assert out.sparsity is None
+        return
+    # Prompt tokens are never dropped.
+    prompt = out.sparsity.layout.prompt
+    assert out.sparsity.keep_mask[prompt].bool().all()
+    kept = (out.sparsity.keep_mask.bool() & out.sparsity.layout.valid).sum(1)
+    assert out.sparsity.cache_lengths.tolist() == kept.tolist()
+    assert out.sparsity.dense_cache_lengths.tolist() == (inputs["attention_mask"].sum(1) + STEPS - 1).tolist()
+
+
+@torch.no_grad()
+def test_a_row_alone_equals_the_row_in_the_batch(name, batch):
+    model, keys = shared_model(), torch.arange(len(batch)) + 5
+    together = model.generate(**prompts(batch), **CALL, method=name, sample_key=keys)
+    for index, row in enumerate(batch):
+        alone = model.generate(**prompts([row]), **CALL, method=name, sample_key=keys[index : index + 1])
+        assert torch.equal(alone.sequences[0, -STEPS:], together.sequences[index, -STEPS:])
+        both = torch.stack(together.logits, 1)[index], torch.stack(alone.logits, 1)[0]
+        assert_same_logits(*both, what=f"row {index}")
+        if together.sparsity is not None:
+            for one, other in zip(alone.sparsity.image_indices[0], together.sparsity.image_indices[index], strict=True):
+                assert torch.equal(one, other)
+
+
+@torch.no_grad()
+def test_cached_uncached_and_masked_agree(name, batch):
+    model, inputs, keys = shared_model(2), prompts(batch), torch.arange(len(batch)) + 5
+    cached = model.generate(**inputs, **CALL, method=name, sample_key=keys)
+    uncached = model.generate(**inputs, **CALL, method=name, sample_key=keys, use_cache=False)
+    assert torch.equal(cached.sequences, uncached.sequences)
+    steps = torch.stack(cached.logits, 1)
+    assert_same_logits(torch.stack(uncached.logits, 1), steps)
+    width = inputs["input_ids"].shape[1]
+    output = torch.zeros_like(cached.sequences, dtype=torch.bool)
+    output[:, width:] = True
+    teacher = model(
+        input_ids=cached.sequences,
+        attention_mask=torch.nn.functional.pad(inputs["attention_mask"], (0, STEPS), value=1),
+        pixel_values=inputs["pixel_values"],
+        output_mask=output,
+        labels=cached.sequences,
+        method=name,
+        sample_key=keys,
+    )
+    assert_same_logits(teacher.logits[:, width - 1 : -1], steps)
+
+
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("name", [name for name in sorted(METHODS) if accepts(name, "image_keep_rate")])
+@torch.no_grad()
+def test_image_budgets_are_exact(name, batch, rate):
+    model, inputs = shared_model(), collate(batch, "left")
+    call = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    record = model(**call, method=get_method(name, image_keep_rate=rate)).sparsity
+    images = [image for row in record.image_indices for image in row]
+    assert len(images) == len(inputs["pixel_values"])
+    for kept in images:
+        assert len(kept) == budget(rate, TOKENS_PER_IMAGE) == max(1, int(rate * TOKENS_PER_IMAGE + 1e-9))
+        assert kept.tolist() == sorted(set(kept.tolist()))
+
+
+@pytest.mark.parametrize("name", ["random", "structure"])
+@torch.no_grad()
+def test_dropping_every_image_token_is_possible(name, batch):
+    """The proof that dropping matters: a rate of 0 leaves the text alone."""
+    model, inputs = shared_model(), prompts(batch)
+    record = model(**inputs, method=get_method(name, image_keep_rate=0)).sparsity
+    assert all(len(kept) == 0 for row in record.image_indices for kept in row)
+
+
+@torch.no_grad()
+def test_structure_keeps_every_other_output_token(batch):
+    model = shared_model()
+    out = model.generate(**prompts(batch), **CALL, method=get_method("structure", output_keep_rate=0.5))
+    for decisions in out.sparsity.output_decisions:
+        assert decisions.tolist() == [False, True] * 3 + [False]
+
+
+@torch.no_grad()
+def test_random_draws_follow_sample_and_seed(batch):
+    """Rows with different keys draw differently, equal keys alike, another seed anew."""
+    model, same = shared_model(), [batch[0]] * 3
+    keys = torch.tensor([1, 1, 2])
+
+    def kept(seed):
+        record = model(**prompts(same), method=get_method("random", seed=seed, image_keep_rate=0.5), sample_key=keys)
+        return [row[0].tolist() for row in record.sparsity.image_indices]
+
+    first = kept(seed=0)
+    assert first[0] == first[1] != first[2]
+    assert kept(seed=0) == first != kept(seed=1)
+
+
+@pytest.mark.parametrize("layer", [1, 3, LAYERS - 1])
+@torch.no_grad()
+def test_the_sparse_layer_of_a_method_is_respected(layer, batch):
+    model = shared_model()
+    out = model(**prompts(batch), method=get_method("fastv", layer=layer), use_cache=True)
+    lengths = [int(one.slots.lengths[0]) for one in out.past_key_values.layers]
+    assert lengths[:layer] == [len(batch[0].ids)] * layer
+    assert set(lengths[layer:]) == {len(batch[0].ids) - TOKENS_PER_IMAGE // 2}
+
+
+@torch.no_grad()
+def test_fastv_keeps_what_the_last_question_token_attends_to(batch):
+    """Against attention weights of an eager model, read from transformers' own implementation."""
+    from tests.builders import dense_twin
+
+    model = shared_model(4, "eager")
+    inputs = prompts([batch[0]])
+    attentions = dense_twin(model)(**inputs, output_attentions=True).attentions
+    image = (inputs["input_ids"][0] == model.config.image_token_id).nonzero().flatten()
+    for layer in (1, 2, 4):
+        record = model(**inputs, method=get_method("fastv", layer=layer, image_keep_rate=0.5)).sparsity
+        row = attentions[layer - 1][0].mean(0)[-1, image]
+        expected = row.topk(TOKENS_PER_IMAGE // 2).indices.sort().values
+        assert torch.equal(record.image_indices[0][0], expected)
