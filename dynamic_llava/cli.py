@@ -59,8 +59,10 @@ def read_yaml(config_class: type[Config], path: str | Path) -> Config:
         _check_keys(config_class, values, path)
         schema = OmegaConf.structured(config_class, flags={"readonly": False})
         return OmegaConf.to_object(OmegaConf.merge(schema, loaded))  # type: ignore[return-value]
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: {error}") from None
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{path}: {error.full_key}: {error.msg}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no valid YAML: {error}") from None
 
 
 def exit_on_mistake(error: ValueError | FileNotFoundError) -> int:

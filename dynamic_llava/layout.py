@@ -1,7 +1,7 @@
 """What every token of a batch is, and how the kept ones are gathered.
 
-Shape suffixes: B rows, N tokens of a row, K tokens of the longest packed row, I images of the whole batch, n tokens of one
-image, D hidden size.
+Shape suffixes: B rows, N tokens of a row, K tokens of the longest packed row, I images of the whole batch, n tokens of
+one image, D hidden size.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class TokenLayout:
     ) -> "TokenLayout":
         """Lay out a chunk of N tokens.
 
-        `image` is (B, N) bool. The masks may be longer than the chunk (a live cache): their last N columns belong to it.
+        `image` is (B, N) bool. On a live cache the masks are longer than the chunk: their last N columns belong to it.
         Raises ValueError when a mask is shorter than the chunk or has another batch size.
         """
         valid = torch.ones_like(image) if attention_mask is None else _tail("attention_mask", attention_mask, image)

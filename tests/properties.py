@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 
 few_or_many = pytest.mark.parametrize(
-    "examples", [pytest.param(5, id="few"), pytest.param(60, id="many", marks=pytest.mark.slow)]
+    "examples", [pytest.param(15, id="few"), pytest.param(200, id="many", marks=pytest.mark.slow)]
 )
 """Gives a test its argument `examples`."""
 

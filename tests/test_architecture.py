@@ -35,6 +35,7 @@ ROOMS = {
     "tqdm": {"data", "tiny", "train", "eval", "profile", "apps", "cli"},
     "accelerate": {"train"}, "deepspeed": {"train"}, "peft": {"train"}, "wandb": {"train"},
     "omegaconf": {"cli"}, "tyro": {"cli"},
+    "yaml": {"cli", "train"},
     "PIL": {"processing", "viz", "tiny", "data"},
     "datasets": {"data", "eval"},
     "matplotlib": {"viz"},
@@ -43,7 +44,11 @@ ROOMS = {
     "triton": {"sparsity"},
 }  # fmt: skip
 
+PUBLIC_TRANSFORMERS = {"transformers", "transformers.utils"}
+"""Everything below these is an internal that may change between releases."""
+
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_NESTING = 400, 80, 4
+PROTOCOL_NAMES = {"ImageTokens", "Method", "OutputTokens", "Predictors"}
 METHOD_PROTOCOL = {"base", "registry"}
 """Modules of methods/ that concrete methods share; every other module there is one method."""
 
@@ -74,11 +79,15 @@ def imported_modules(path):
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
             module = ".".join(part for part in (base, node.module) if part)
-            # `from . import decoder` names a module; `from .decoder import f` names a function of one.
-            if node.module is None or module == "dynamic_llava":
-                yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
-            else:
-                yield node.lineno, module
+            for alias in node.names:
+                # `from .decoder import f` names a function of a module, `from . import decoder` a module.
+                inner = f"{module}.{alias.name}"
+                yield node.lineno, inner if is_own_module(inner) or module == "dynamic_llava" else module
+
+
+def is_own_module(dotted):
+    path = ROOT / dotted.replace(".", "/")
+    return dotted.startswith("dynamic_llava.") and (path.with_suffix(".py").is_file() or path.is_dir())
 
 
 def own_imports(path):
@@ -172,7 +181,7 @@ def test_outside_packages_stay_in_their_rooms(path):
             wrong.append(f"line {line}: {head} has no room; name one in ROOMS, pyproject.toml and docs/architecture.md")
         elif room not in ROOMS[head]:
             wrong.append(f"line {line}: {head} may be imported in {sorted(ROOMS[head])} only")
-        elif head == "transformers" and "." in module and room != "model":
+        elif head == "transformers" and module not in PUBLIC_TRANSFORMERS and room != "model":
             wrong.append(f"line {line}: {module} is an internal of transformers; only model/ may use those")
         elif head == "triton" and (path.parent.name != "kernels" or not path.stem.startswith("triton")):
             wrong.append(f"line {line}: triton is imported in sparsity/kernels/triton*.py only")
@@ -187,11 +196,13 @@ def test_methods_do_not_see_each_other():
         assert seen <= METHOD_PROTOCOL, f"{name_of(path)} imports {sorted(seen - METHOD_PROTOCOL)}"
 
 
-def test_the_model_knows_the_protocol_and_no_concrete_method():
-    for path in sorted((PACKAGE / "model").glob("*.py")):
-        for line, rest in own_imports(path):
-            if rest[:1] == ["methods"] and len(rest) > 1:
-                assert rest[1] in METHOD_PROTOCOL, f"{name_of(path)}:{line} imports the method {rest[1]}"
+def test_the_decoder_knows_the_protocol_and_no_concrete_method():
+    """The loop over layers serves every method; only what makes training decisions may know Dynamic-LLaVA's own."""
+    path = PACKAGE / "model" / "decoder.py"
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dynamic_llava.methods"):
+            names = {alias.name for alias in node.names}
+            assert names <= PROTOCOL_NAMES, f"{name_of(path)}:{node.lineno} imports {sorted(names - PROTOCOL_NAMES)}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

@@ -6,11 +6,25 @@ from pathlib import Path
 from typing import Any
 
 from dynamic_llava.config import SparsityConfig
-from dynamic_llava.eval.report import COST_COLUMNS, OVERLAP_COLUMNS, aggregate, notes, quality_columns, table
+from dynamic_llava.eval.report import (
+    COST_COLUMNS,
+    DESCRIPTION_COLUMNS,
+    OVERLAP_COLUMNS,
+    aggregate,
+    answer_columns,
+    notes,
+    table,
+)
 from dynamic_llava.eval.targets import target_table
 
 ANALYSIS = "<!-- analysis: written by hand, kept when the page is generated again -->"
 """What follows this line on a results page is not generated."""
+
+DESCRIPTION_INTRO = (
+    "Perplexity of the reference descriptions (teacher-forced); recall of objects stated with size, colour and shape "
+    "in generated descriptions; their length; image and output tokens that stay from the sparse layer on (%), under "
+    "teacher forcing and in generation."
+)
 
 
 def report_text(results: Sequence[Mapping[str, Any]], settings: SparsityConfig, *, escape: bool = True) -> str:
@@ -20,7 +34,8 @@ def report_text(results: Sequence[Mapping[str, Any]], settings: SparsityConfig, 
     """
     rows, overlap = aggregate(results), aggregate(results, "overlap")
     parts = [
-        f"## Quality\n\n{_intro(results)}\n\n" + table(rows, quality_columns(rows), escape=escape),
+        f"## Short answers\n\n{_intro(results)}\n\n" + table(rows, answer_columns(rows), escape=escape),
+        f"## Descriptions\n\n{DESCRIPTION_INTRO}\n\n" + table(rows, DESCRIPTION_COLUMNS, escape=escape),
         f"## Cost\n\n{_cost_intro(results)}\n\n" + table(rows, COST_COLUMNS, escape=escape),
         "## Kept patches and objects\n\nPercent; one question per image.\n\n"
         + table(overlap, OVERLAP_COLUMNS, escape=escape),
@@ -54,8 +69,8 @@ def _intro(results: Sequence[Mapping[str, Any]]) -> str:
     seeds = ", ".join(str(result["seed"]) for result in results)
     first = results[0]
     text = (
-        f"Percent, perplexity apart; {first['questions']} questions and {first['descriptions']} descriptions of unseen "
-        f"images per row; seed {seeds}."
+        f"Exact-match accuracy by kind, %; {first['questions']} questions and {first['descriptions']} descriptions of "
+        f"unseen images per row; seed {seeds}."
     )
     if len(results) > 1:
         text += f" Mean over {len(results)} seeds ± half-width of the 95 % t-interval."
@@ -66,7 +81,7 @@ def _cost_intro(results: Sequence[Mapping[str, Any]]) -> str:
     environments = [result["environment"] for result in results]
     threads = sorted({str(one["threads"]) for one in environments})
     return (
-        "Prefill FLOPs are those of one description's prompt in the language model, image predictor included (exact: "
+        "FLOPs of the prefill of one description's prompt in the language model, image predictor included (exact: "
         "module shapes, causal; Eq. 13: image tokens only). Key-value bytes per description at its end. Milliseconds "
         f"are of a whole batch of {results[0]['timing_batch']}, on {'/'.join(threads)} CPU thread(s); at this size "
         "they measure overhead more than arithmetic."

@@ -36,23 +36,22 @@ class Cell:
     values: tuple[float, ...]
 
 
-QUALITY_TAIL = (
-    Column("accuracy/all", "all", 1, 100),
-    Column("pope_f1", "F1 exist", 1, 100),
+ANSWER_TAIL = (Column("accuracy/all", "all", 1, 100), Column("pope_f1", "F1 (POPE)", 1, 100))
+DESCRIPTION_COLUMNS = (
     Column("ppl", "PPL", 3),
-    Column("attribute_recall", "attr. recall", 1, 100),
-    Column("keep_image", "keep image", 1, 100),
-    Column("keep_output_forced", "keep output, forced", 1, 100),
-    Column("keep_output_generated", "keep output, generated", 1, 100),
+    Column("attribute_recall", "recall", 1, 100),
+    Column("description_tokens", "tokens", 1),
+    Column("keep_image", "image kept", 1, 100),
+    Column("keep_output_forced", "output kept, forced", 1, 100),
+    Column("keep_output_generated", "generating", 1, 100),
 )
 COST_COLUMNS = (
-    Column("image_tokens_per_layer", "image tokens per layer"),
-    Column("prefill_gflop_exact", "prefill GFLOP, exact", 4),
-    Column("prefill_gflop_paper", "prefill GFLOP, Eq. 13", 4),
+    Column("image_tokens_per_layer", "image tokens/layer"),
+    Column("prefill_gflop_exact", "GFLOP, exact", 3),
+    Column("prefill_gflop_paper", "Eq. 13", 3),
     Column("kv_kib", "KV KiB, filled"),
-    Column("kv_allocated_kib", "KV KiB, allocated"),
-    Column("description_tokens", "description tokens"),
-    Column("prefill_ms", "prefill ms", 2),
+    Column("kv_allocated_kib", "allocated"),
+    Column("prefill_ms", "prefill ms", 1),
     Column("decode_ms", "decode ms/token", 2),
 )
 OVERLAP_COLUMNS = (
@@ -65,8 +64,8 @@ OVERLAP_COLUMNS = (
 )
 
 
-def quality_columns(rows: Sequence[dict[str, Any]]) -> tuple[Column, ...]:
-    """Columns of the quality table: one per kind of question found in the rows, then the fixed ones."""
+def answer_columns(rows: Sequence[dict[str, Any]]) -> tuple[Column, ...]:
+    """Columns of the short answers: one per kind of question found in the rows, then all kinds and F1."""
     kinds: list[str] = []
     for row in rows:
         for key in row["metrics"]:
@@ -74,7 +73,7 @@ def quality_columns(rows: Sequence[dict[str, Any]]) -> tuple[Column, ...]:
             if kind != key and kind != "all" and kind not in kinds:
                 kinds.append(kind)
     heads = tuple(Column(f"accuracy/{kind}", kind.replace("_", " "), 1, 100) for kind in kinds)
-    return heads + QUALITY_TAIL
+    return heads + ANSWER_TAIL
 
 
 def aggregate(results: Sequence[dict[str, Any]], part: str = "rows") -> list[dict[str, Any]]:

@@ -80,6 +80,8 @@ def main(config: RunConfig) -> Path:
     if config.tiny is None:
         raise ValueError("the main job needs a `tiny` section in its configuration file; see configs/tiny.yaml")
     hide_library_progress()
+    # Every training of this job starts from a dense base: new predictors are the plan, not a surprise.
+    logging.getLogger("dynamic_llava.model.loading").setLevel(logging.ERROR)
     begun, tiny, folder = time.perf_counter(), config.tiny, config.folder
     folder.mkdir(parents=True, exist_ok=True)
     write_config(config, folder / "config.yaml")

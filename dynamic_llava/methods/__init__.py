@@ -1,4 +1,4 @@
-"""Methods behind the same two hooks (base.py): Dynamic-LLaVA and its rivals. A new method is one file and one row here."""
+"""Methods behind the same two hooks (base.py): Dynamic-LLaVA and its rivals. A new one is one file and one row here."""
 
 from typing import Any
 

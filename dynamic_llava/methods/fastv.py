@@ -1,8 +1,8 @@
 """FastV (Chen et al., 2024, arXiv:2403.06764): keep the image tokens that the question's last token attends to most.
 
-The published code ranks by the head-mean attention of the LAST prompt token in the layer before the sparse one, and keeps
-positions; this does the same from one recomputed attention row, so that no layer needs eager attention. In the original
-comparison of the paper: layer 3, keep rate 0.25.
+The published code ranks by the head-mean attention of the LAST prompt token in the layer before the sparse one, and
+keeps positions; this does the same from one recomputed attention row, so that no layer needs eager attention. In the
+original comparison of the paper: layer 3, keep rate 0.25.
 """
 
 from dataclasses import dataclass

@@ -20,7 +20,7 @@ from dynamic_llava.methods.base import (
 
 @dataclass(frozen=True)
 class Structure(Method):
-    """Keep token t where floor((t + 1) * rate) exceeds floor(t * rate), counted within the image or the row's output."""
+    """Keep token t where floor((t + 1) * rate) > floor(t * rate), counted within the image or the row's output."""
 
     name: ClassVar[str] = "structure"
 

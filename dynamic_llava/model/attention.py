@@ -46,6 +46,8 @@ class DynamicLlamaAttention(LlamaAttention):
                 f"attention_dropout={self.attention_dropout} is not supported with MaskedSoftmax; set it to 0"
             )
         query, key, value = self._project(hidden_states, position_embeddings)
+        # Under autocast the rotary embedding leaves them in float32.
+        query, key = query.to(value.dtype), key.to(value.dtype)
         out_BHNd = masked_softmax_attention(
             query,
             key,

@@ -4,6 +4,7 @@ Shape suffixes: B rows, N tokens, I images, n tokens of one image, T output toke
 """
 
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -65,6 +66,11 @@ def admit_token(
     outputs = OutputTokens(hidden=hidden_B1D[:, 0], rank=seen_B, key=key_B)
     admitted_B = method.keep_output(outputs, predictors) | ~layout.output[:, 0]
     return admitted_B & layout.valid[:, 0]
+
+
+def is_trainable(method: Method) -> TypeGuard[Dynamic]:
+    """Whether the method samples its decisions in training mode; every other one decides as at inference."""
+    return isinstance(method, Dynamic)
 
 
 def sampled_keep_mask(

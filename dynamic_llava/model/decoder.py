@@ -23,10 +23,10 @@ from transformers.utils.output_capturing import capture_outputs
 
 from dynamic_llava.config import SparsityConfig
 from dynamic_llava.layout import Packing, TokenLayout
-from dynamic_llava.methods import Dynamic, Method, Predictors
+from dynamic_llava.methods import Method, Predictors
 from dynamic_llava.model.attention import DynamicLlamaAttention, attention_row
 from dynamic_llava.model.cache import AdmissionCache
-from dynamic_llava.model.decide import Past, admit_token, hard_keep_mask, sampled_keep_mask
+from dynamic_llava.model.decide import Past, admit_token, hard_keep_mask, is_trainable, sampled_keep_mask
 from dynamic_llava.model.outputs import DynamicModelOutput, SparsityRecord
 from dynamic_llava.sparsity.decisions import clip_mask_gradient
 from dynamic_llava.sparsity.predictors import ImagePredictor, OutputPredictor
@@ -160,7 +160,7 @@ class DynamicLlamaModel(LlamaModel):
     def _masked_decision(self, hidden_BND: Tensor, plan: Plan, row_BN: Tensor | None) -> tuple[Tensor, Tensor]:
         if plan.keep_mask is not None:
             return torch.where(plan.layout.valid, plan.keep_mask, 0).to(plan.keep_mask.dtype), plan.layout.output
-        if self.training and isinstance(plan.method, Dynamic):
+        if self.training and is_trainable(plan.method):
             return sampled_keep_mask(
                 plan.method, self.sparsity, self._predictors(), hidden_BND, plan.layout, plan.sample_key, plan.tau
             )

@@ -168,6 +168,28 @@ class DynamicLlavaForConditionalGeneration(
     """Dynamic-LLaVA with its language-model head: train, prefill, decode with or without cache, all sparse.
 
     Nothing about a generation is kept on the module: decisions, caches and noise keys travel with the call.
+
+    Arguments of `forward`:
+        input_ids: (B, N) int64; every image is `tokens_per_image` image tokens.
+        pixel_values: (I, 3, S, S) float, all images of the batch in row order.
+        attention_mask: (B, N) 1 = real token; padding on either side. On a live cache it covers the past too.
+        labels: (B, N) int64, -100 = not learned. With labels nothing is removed: dropped tokens are masked
+            (Eq. 7), with sampled decisions in training mode and hard ones in eval mode. Without labels dropped
+            tokens are physically removed.
+        output_mask: (B, N) bool, tokens of an answer. By default the labelled tokens of each row's last answer
+            (of all answers with output_segments="all"), and on a live cache a single new token.
+        keep_mask: (B, N) 0/1, decisions given instead of made.
+        image_features: (I, n, D) projected images instead of pixel_values.
+        image_mask: (B, N) bool, only with inputs_embeds that already hold image features.
+        sparsity: "both", "image", "output" or "none"; default both.
+        image_keep_rate, output_threshold: override the checkpoint's settings for this call.
+        output_keep_rate: override r_OT of the regulariser, training only.
+        method: a Method or its registered name, instead of Dynamic-LLaVA's own decisions.
+        tau: Gumbel-Softmax temperature of training mode, 1.0 by default.
+        sample_key: (B,) int64 noise keys; a sample with the same key gets the same noise in any batch. Default: in
+            training drawn from torch's generator, otherwise 0.
+        num_items_in_batch, num_samples_in_batch: global denominators of the LM loss (labelled tokens) and of the
+            regularisers (samples), across ranks and accumulation; default: this batch.
     """
 
     accepts_loss_kwargs = True
@@ -206,29 +228,7 @@ class DynamicLlavaForConditionalGeneration(
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> DynamicLlavaOutput:
-        """Run one pass.
-
-        Args:
-            input_ids: (B, N) int64; every image is `tokens_per_image` image tokens.
-            pixel_values: (I, 3, S, S) float, all images of the batch in row order.
-            attention_mask: (B, N) 1 = real token; padding on either side. On a live cache it covers the past too.
-            labels: (B, N) int64, -100 = not learned. With labels nothing is removed: dropped tokens are masked
-                (Eq. 7), with sampled decisions in training mode and hard ones in eval mode. Without labels dropped
-                tokens are physically removed.
-            output_mask: (B, N) bool, tokens of an answer. By default the labelled tokens of each row's last answer
-                (of all answers with output_segments="all"), and on a live cache a single new token.
-            keep_mask: (B, N) 0/1, decisions given instead of made.
-            image_features: (I, n, D) projected images instead of pixel_values.
-            image_mask: (B, N) bool, only with inputs_embeds that already hold image features.
-            sparsity: "both", "image", "output" or "none"; default both.
-            image_keep_rate, output_threshold: override the checkpoint's settings for this call.
-            output_keep_rate: override r_OT of the regulariser, training only.
-            method: a Method or its registered name, instead of Dynamic-LLaVA's own decisions.
-            tau: Gumbel-Softmax temperature of training mode, 1.0 by default.
-            sample_key: (B,) int64 noise keys; a sample with the same key gets the same noise in any batch. Default: in
-                training drawn from torch's generator, otherwise 0.
-            num_items_in_batch, num_samples_in_batch: global denominators of the LM loss (labelled tokens) and of the
-                regularisers (samples), across ranks and accumulation; default: this batch.
+        """Run one pass; the class describes the arguments.
 
         Raises ValueError for switches, masks, images and caches that do not fit.
         """
@@ -267,9 +267,8 @@ class DynamicLlavaForConditionalGeneration(
             use_cache=False if masked else use_cache,
             **kwargs,
         )
-        hidden = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden[:, kept])  # -0 is 0: the whole sequence
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])  # -0 is 0: the whole sequence
         result = DynamicLlavaOutput(
             logits=logits,
             past_key_values=outputs.past_key_values,
@@ -278,17 +277,23 @@ class DynamicLlavaForConditionalGeneration(
             image_hidden_states=outputs.image_hidden_states,
             sparsity=outputs.sparsity,
         )
-        if labels is None:
-            return result
-        result.lm_loss = language_model_loss(logits, labels, num_items_in_batch)
-        result.loss = result.lm_loss
-        if outputs.sparsity is not None:
-            result.image_keep_loss, result.output_keep_loss = regularisers(
-                outputs.sparsity, chosen, self.config.sparsity, output_keep_rate, num_samples_in_batch
-            )
-            weight = self.config.sparsity.keep_rate_weight
-            result.loss = result.lm_loss + weight * (result.image_keep_loss + result.output_keep_loss)
+        if labels is not None:
+            result.lm_loss = language_model_loss(logits, labels, num_items_in_batch)
+            self._add_regularisers(result, chosen, output_keep_rate, num_samples_in_batch)
         return result
+
+    def _add_regularisers(
+        self, result: DynamicLlavaOutput, method: Method, target: float | None, samples: Tensor | int | None
+    ) -> None:
+        """Fill in the keep-rate terms (Eq. 10) and the total loss; a dense pass has no terms."""
+        result.loss = result.lm_loss
+        if result.sparsity is None:
+            return
+        settings = self.config.sparsity
+        result.image_keep_loss, result.output_keep_loss = regularisers(
+            result.sparsity, method, settings, target, samples
+        )
+        result.loss = result.lm_loss + settings.keep_rate_weight * (result.image_keep_loss + result.output_keep_loss)
 
     def _sample_key(self, sample_key: Tensor | None, labels: Tensor | None) -> Tensor | None:
         if sample_key is not None or labels is None or not self.training:

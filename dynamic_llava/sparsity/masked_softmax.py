@@ -1,6 +1,6 @@
 """MaskedSoftmax attention (Eq. 7): every query sees itself and the KEPT keys of its past.
 
-With scores X, keep mask M and gates G[i, j] = M[j] for i != j, G[i, i] = 1, over the visible keys (causal, no padding)
+With scores X, keep mask M and G[i, j] = M[j] for i != j, G[i, i] = 1, over the visible keys (causal, no padding)
 
     P[i, j] = exp(X[i, j]) G[i, j] / sum_k exp(X[i, k]) G[i, k]
 
@@ -61,12 +61,12 @@ def masked_softmax_weights(scores_BHNN: Tensor, keep_mask_BN: Tensor, visible: T
     scores, True where query i may see key j at all (causal, no padding). Rows that see nothing are 0.
     """
     itself = torch.eye(scores_BHNN.shape[-1], dtype=torch.bool, device=scores_BHNN.device)
-    gates = torch.where(itself, 1.0, keep_mask_BN.to(scores_BHNN.dtype)[:, None, None, :])
-    kept_scores = scores_BHNN.detach().masked_fill(~(visible & (gates > 0)), -torch.inf)
+    presence_B1NN = torch.where(itself, 1.0, keep_mask_BN.to(scores_BHNN.dtype)[:, None, None, :])
+    kept_scores = scores_BHNN.detach().masked_fill(~(visible & (presence_B1NN > 0)), -torch.inf)
     row_max = kept_scores.amax(dim=-1, keepdim=True)
     row_max = torch.where(row_max.isfinite(), row_max, 0.0)
     exponent = (scores_BHNN - row_max).clamp(max=EXPONENT_CAP).masked_fill(~visible, -torch.inf)
-    numerator = exponent.exp() * gates
+    numerator = exponent.exp() * presence_B1NN
     total = numerator.sum(dim=-1, keepdim=True)
     # Dividing by infinity gives a row that sees nothing the value 0 and the gradient 0.
     return numerator / torch.where(total > 0, total, torch.inf)

@@ -20,16 +20,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         config = load_config(RunConfig, sys.argv[1:] if arguments is None else arguments, PROGRAM, DESCRIPTION)
-        if config.tiny is not None:
-            from dynamic_llava.main_job import main as main_job
-
-            main_job(config)
-            return 0
-        from dynamic_llava.train.run import run
-
-        result = run(config)
+        return _train(config)
     except (ValueError, FileNotFoundError) as error:
         return exit_on_mistake(error)
+
+
+def _train(config: RunConfig) -> int:
+    # Imported here, so that --help and a mistyped key answer at once.
+    from transformers.utils import logging as transformers_logging
+
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()  # in a log file its bars are noise; the run prints lines
+    if config.tiny is not None:
+        from dynamic_llava.main_job import main as main_job
+
+        main_job(config)
+        return 0
+    from dynamic_llava.train.run import run
+
+    result = run(config)
     print(f"trained checkpoint: {result.folder}\nlog: {result.run_folder / 'metrics.jsonl'}")
     return 0
 

@@ -20,6 +20,12 @@ from dynamic_llava.train.trainer import DynamicLlavaTrainer
 
 log = logging.getLogger(__name__)
 
+_RECOMPUTE = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
+"""Gradient checkpointing was renamed within transformers 5."""
 TINY_BASE = "tiny"
 """Name of the base checkpoint that ships inside the package."""
 
@@ -135,7 +141,7 @@ def training_arguments(config: RunConfig) -> dict[str, Any]:
         "report_to": [],
         "disable_tqdm": True,
         "label_names": ["labels"],
-        **({"gradient_checkpointing": True} if settings.gradient_checkpointing else {}),
+        **({_RECOMPUTE: True} if settings.gradient_checkpointing else {}),
     }
 
 

@@ -12,18 +12,18 @@ from transformers import LlavaForConditionalGeneration
 
 from dynamic_llava.cli import read_yaml
 from dynamic_llava.processing.prompts import SYSTEM, encode_conversation
-from dynamic_llava.tiny.base_training.alignment import initialise_decoder, word_targets
+from dynamic_llava.tiny.base_training.alignment import AlignmentSettings, initialise_decoder, word_targets
 from dynamic_llava.tiny.base_training.evaluate import sample_questions
 from dynamic_llava.tiny.base_training.export import export, folded
 from dynamic_llava.tiny.base_training.grounding import AttentionTap, grounding_loss
 from dynamic_llava.tiny.base_training.language import CachedWorld, LanguageSettings, train_language
 from dynamic_llava.tiny.base_training.optim import MuonAdamW, cosine_factor, trapezoid_factor
-from dynamic_llava.tiny.base_training.pipeline import BaseConfig
+from dynamic_llava.tiny.base_training.pipeline import BaseConfig, train_base
 from dynamic_llava.tiny.base_training.sequences import SegmentWriter, collate, sample_row
 from dynamic_llava.tiny.base_training.vision import VisionSettings, patch_labels, pixel_values, train_tower
 from dynamic_llava.tiny.descriptions import describe
 from dynamic_llava.tiny.model import build_tiny_llava, build_tower, tiny_config
-from dynamic_llava.tiny.questions import Question
+from dynamic_llava.tiny.questions import KINDS, Question
 from dynamic_llava.tiny.tokenizer import build_tokenizer
 from dynamic_llava.tiny.world import BACKGROUNDS, COLORS, SHAPES, SIZES, sample_pictures
 
@@ -204,3 +204,24 @@ def test_questions_for_measurement_are_balanced_or_refused():
 def test_the_shipped_config_is_read(pytestconfig):
     config = read_yaml(BaseConfig, pytestconfig.rootpath / "configs" / "tiny_base.yaml")
     assert config.language.batch == 10 and not config.install
+
+
+def test_all_stages_run_resume_and_export(tmp_path):
+    config = BaseConfig(
+        output=str(tmp_path / "run"),
+        threads=1,
+        questions_per_kind=4,
+        descriptions=2,
+        vision=VisionSettings(images=4, steps=1, batch=2, measured=4),
+        alignment=AlignmentSettings(images=4, steps=1, batch=8),
+        language=LanguageSettings(images=4, steps=2, batch=1, questions=3, save_every=1),
+    )
+    first = train_base(config)
+    weights = (tmp_path / "run" / "export" / "model.safetensors").read_bytes()
+    assert first["language_steps_done"] == 2 and len(first["crutches"]) == 5
+    assert set(first["unseen_data_scores"]["short_answers"]) == {*KINDS, "all"}
+    again = train_base(config)
+    assert again == first
+    assert (tmp_path / "run" / "export" / "model.safetensors").read_bytes() == weights
+    log = (tmp_path / "run" / "export" / "training_log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == [1, 2, 2]

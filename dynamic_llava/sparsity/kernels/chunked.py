@@ -1,8 +1,8 @@
 """MaskedSoftmax attention in blocks of queries: linear memory forward and backward, plain torch.
 
-Every query sees itself with weight exp(X_ii) and the strict past with the gates M_j, so the gates act on key and value
-ROWS (M_j k_j, M_j v_j) and no N x N gate matrix exists; the diagonal is a separate term of size N. The backward pass
-is FlashAttention's with one more column reduction. With row maximum m, row sum Z, E_ij = exp(X_ij - m_i) for j < i
+Every query sees itself with weight exp(X_ii) and the strict past with the keep mask M_j, which acts on key and value
+ROWS (M_j k_j, M_j v_j), so G of Eq. 7 never exists; the diagonal is a separate term of size N. The backward pass is
+FlashAttention's with one more column reduction. With row maximum m, row sum Z, E_ij = exp(X_ij - m_i) for j < i
 (also for dropped j, clamped), O the output and dO its gradient:
 
     T_ij = E_ij (<dO_i, v_j> - <dO_i, O_i>) / Z_i,   dX_ij = M_j T_ij,   dM_j = sum over heads and i > j of T_ij
@@ -29,25 +29,25 @@ def chunked_attention(
 ) -> Tensor:
     """Return MaskedSoftmax attention as `masked_softmax_attention` defines it, whose checked arguments these are."""
     dtype = compute_dtype(query)
-    gate_BN = keep_mask.to(dtype)
-    own_BN = torch.ones_like(gate_BN, requires_grad=False)
+    keep_BN = keep_mask.to(dtype)
+    own_BN = torch.ones_like(keep_BN, requires_grad=False)
     if padding_mask is not None:
         own_BN = padding_mask.to(dtype)
-        gate_BN = torch.where(padding_mask, gate_BN, 0.0)
-    return cast(Callable[..., Tensor], _ChunkedAttention.apply)(query, key, value, gate_BN, own_BN, scale)
+        keep_BN = torch.where(padding_mask, keep_BN, 0.0)
+    return cast(Callable[..., Tensor], _ChunkedAttention.apply)(query, key, value, keep_BN, own_BN, scale)
 
 
 class _ChunkedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, gate_BN: Tensor, own_BN: Tensor, scale: float
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, keep_BN: Tensor, own_BN: Tensor, scale: float
     ) -> Tensor:
-        q, k, v = _grouped(query, key, value, gate_BN.dtype)
+        q, k, v = _grouped(query, key, value, keep_BN.dtype)
         out_BKGND = torch.empty_like(q)
         row_max, row_sum = q.new_empty(q.shape[:4]), q.new_empty(q.shape[:4])
-        gated_v = gate_BN[:, None, :, None] * v
+        kept_v = keep_BN[:, None, :, None] * v
         own_score = _own_score(q, k, own_BN, scale)
-        dropped_B111N = (gate_BN == 0)[:, None, None, None, :]
+        dropped_B111N = (keep_BN == 0)[:, None, None, None, :]
         for start, stop in _blocks(q.shape[3]):
             rows = slice(start, stop)
             score = _times_keys(q[:, :, :, rows] * scale, k[:, :, :stop])
@@ -57,12 +57,12 @@ class _ChunkedAttention(torch.autograd.Function):
             block_max = torch.where(block_max.isfinite(), block_max, 0.0)
             weight = score.sub_(block_max[..., None]).exp_()
             own = (own_score[..., rows] - block_max).exp()
-            block_sum = _times_values(weight, gate_BN[:, None, :stop, None])[..., 0] + own
-            total = _times_values(weight, gated_v[:, :, :stop]) + own[..., None] * v[:, :, None, rows]
+            block_sum = _times_values(weight, keep_BN[:, None, :stop, None])[..., 0] + own
+            total = _times_values(weight, kept_v[:, :, :stop]) + own[..., None] * v[:, :, None, rows]
             out_BKGND[:, :, :, rows] = total * _reciprocal(block_sum)[..., None]
             row_max[..., rows], row_sum[..., rows] = block_max, block_sum
         out = out_BKGND.flatten(1, 2).to(query.dtype)
-        ctx.save_for_backward(query, key, value, gate_BN, own_BN, out, row_max, row_sum)
+        ctx.save_for_backward(query, key, value, keep_BN, own_BN, out, row_max, row_sum)
         ctx.scale = scale
         return out
 
@@ -79,22 +79,22 @@ def _gradients(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    gate_BN: Tensor,
+    keep_BN: Tensor,
     own_BN: Tensor,
     out: Tensor,
     row_max: Tensor,
     row_sum: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key, value and gate by the formulas at the top."""
-    dtype = gate_BN.dtype
+    """Return the gradients of query, key, value and keep mask by the formulas at the top."""
+    dtype = keep_BN.dtype
     q, k, v = _grouped(query, key, value, dtype)
     # 1 / Z_i is carried by the gradient's rows instead of by an N x N matrix.
     d_out = grad_out.to(dtype).reshape(q.shape) * _reciprocal(row_sum)[..., None]
     d_row = (d_out * out.to(dtype).reshape(q.shape)).sum(dim=-1)
-    gate_B1N1 = gate_BN[:, None, :, None]
-    gated_k = gate_B1N1 * k
+    keep_B1N1 = keep_BN[:, None, :, None]
+    kept_k = keep_B1N1 * k
     d_q = torch.empty_like(q)
-    d_k, d_v, d_gate = torch.zeros_like(k), torch.zeros_like(v), torch.zeros_like(gate_BN)
+    d_k, d_v, d_keep = torch.zeros_like(k), torch.zeros_like(v), torch.zeros_like(keep_BN)
     for start, stop in _blocks(q.shape[3]):
         rows = slice(start, stop)
         q_rows, d_out_rows = q[:, :, :, rows] * scale, d_out[:, :, :, rows]
@@ -104,15 +104,15 @@ def _gradients(
         _add_columns(d_v[:, :, :stop], weight, d_out_rows)
         change = _times_keys(d_out_rows, v[:, :, :stop]).sub_(d_row[..., rows, None]).mul_(weight)
         _add_columns(d_k[:, :, :stop], change, q_rows)
-        d_gate[:, :stop] += change.sum(dim=(1, 2, 3))
-        d_q[:, :, :, rows] = _times_values(change, gated_k[:, :, :stop])
+        d_keep[:, :stop] += change.sum(dim=(1, 2, 3))
+        d_q[:, :, :, rows] = _times_values(change, kept_k[:, :, :stop])
     own = (_own_score(q, k, own_BN, scale) - row_max).exp()
     change_own = own * ((d_out * v[:, :, None]).sum(dim=-1) - d_row)
     d_q = (d_q + change_own[..., None] * k[:, :, None]) * scale
     # At a dropped key these sums hold what the mask gradient needs, and may overflow: 0 * inf must not become NaN.
-    d_k = (gate_B1N1 * d_k).masked_fill_(gate_B1N1 == 0, 0) + (change_own[..., None] * q).sum(dim=2) * scale
-    d_v = (gate_B1N1 * d_v).masked_fill_(gate_B1N1 == 0, 0) + (own[..., None] * d_out).sum(dim=2)
-    return d_q.flatten(1, 2).to(query.dtype), d_k.to(key.dtype), d_v.to(value.dtype), d_gate
+    d_k = (keep_B1N1 * d_k).masked_fill_(keep_B1N1 == 0, 0) + (change_own[..., None] * q).sum(dim=2) * scale
+    d_v = (keep_B1N1 * d_v).masked_fill_(keep_B1N1 == 0, 0) + (own[..., None] * d_out).sum(dim=2)
+    return d_q.flatten(1, 2).to(query.dtype), d_k.to(key.dtype), d_v.to(value.dtype), d_keep
 
 
 def _blocks(tokens: int) -> Iterator[tuple[int, int]]:

@@ -51,9 +51,13 @@ class BaseConfig:
     seed: int = 0
     """Seed of scenes, initial values and batches."""
     threads: int = 2
-    """CPU threads of torch."""
+    """CPU threads of torch, set by the entry point."""
     install: bool = False
     """Also replace the weights inside the package by every export."""
+    questions_per_kind: int = 400
+    """Unseen short questions per kind that the finished base is measured on; interim measurements take an eighth."""
+    descriptions: int = 152
+    """Unseen pictures that the finished base describes; interim measurements take an eighth."""
     vision: VisionSettings = field(default_factory=VisionSettings)
     alignment: AlignmentSettings = field(default_factory=AlignmentSettings)
     language: LanguageSettings = field(default_factory=LanguageSettings)
@@ -61,8 +65,6 @@ class BaseConfig:
 
 def train_base(config: BaseConfig) -> dict[str, Any]:
     """Runs all stages, exports the base and returns its provenance (accuracies included)."""
-    torch.set_num_threads(config.threads)
-    torch.set_flush_denormal(True)
     folder, started = Path(config.output), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer([SYSTEM, "USER: ASSISTANT:"])
@@ -90,7 +92,7 @@ def train_base(config: BaseConfig) -> dict[str, Any]:
     for step in train_language(model, tokenizer, world, config.language, config.seed, folder / "language.pt"):
         final = step == steps
         shipped = folded(model, scale)
-        scores = {"tower": tower_scores, **_measure(shipped, tokenizer, config.seed, thorough=final)}
+        scores = {"tower": tower_scores, **_measure(shipped, tokenizer, config, thorough=final)}
         _append(log, {"step": step, "seconds": round(time.monotonic() - started), **scores})
         logger.info("step %d of %d: %s", step, steps, json.dumps(scores))
         provenance = _provenance(config, step, scale, scores)
@@ -136,15 +138,16 @@ def _alignment_stage(
 
 
 def _measure(
-    model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, seed: int, *, thorough: bool
+    model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, config: BaseConfig, *, thorough: bool
 ) -> dict[str, Any]:
-    """Accuracy by kind and description scores on unseen pictures; `thorough` uses about eight times as many."""
-    scenes, pictures = sample_pictures(600 if thorough else 120, (seed, 5))
-    questions = sample_questions(scenes, 400 if thorough else 50, (seed, 6))
-    described = 150 if thorough else 30
+    """Accuracy by kind and description scores on pictures that no stage has seen."""
+    share = 1 if thorough else 8
+    per_kind, described = (max(1, count // share) for count in (config.questions_per_kind, config.descriptions))
+    scenes, pictures = sample_pictures(max(per_kind * 3 // 2, described), (config.seed, 5))
+    questions = sample_questions(scenes, per_kind, (config.seed, 6))
     return {
         "short_answers": question_accuracy(model, tokenizer, pictures, questions),
-        "descriptions": description_scores(model, tokenizer, scenes[:described], pictures[:described], seed),
+        "descriptions": description_scores(model, tokenizer, scenes[:described], pictures[:described], config.seed),
     }
 
 
