@@ -1,6 +1,7 @@
 """The tiny world's report: all tables of a job as text, and the page docs/results/tiny.md."""
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def report_text(results: Sequence[Mapping[str, Any]], settings: SparsityConfig, 
 def write_results_page(folder: Path, page: Path, settings: SparsityConfig, command: str) -> Path:
     """Write the results page of a finished job's folder; hand-written analysis on an existing page is kept.
 
+    The pictures of the job's first seed are copied beside the page and shown in it. `command` is what made the run.
     Raises FileNotFoundError when the folder holds no results.json.
     """
     source = folder / "results.json"
@@ -59,10 +61,22 @@ def write_results_page(folder: Path, page: Path, settings: SparsityConfig, comma
     if page.is_file() and ANALYSIS in page.read_text(encoding="utf-8"):
         analysis = page.read_text(encoding="utf-8").split(ANALYSIS, 1)[1].strip()
     head = f"# The tiny world, measured\n\nGenerated from results.json of `{command}`. {_environment(results)}"
-    text = f"{head}\n\n{report_text(results, settings)}\n\n{ANALYSIS}\n\n{analysis}".rstrip() + "\n"
     page.parent.mkdir(parents=True, exist_ok=True)
+    pictures = _copy_pictures(folder / f"seed{results[0]['seed']}" / "pictures", page)
+    parts = [head, report_text(results, settings), pictures, ANALYSIS, analysis]
+    text = "\n\n".join(part for part in parts if part).rstrip() + "\n"
     page.write_text(text, encoding="utf-8")
     return page
+
+
+def _copy_pictures(source: Path, page: Path) -> str:
+    """Copy a seed's pictures beside the page, as <page>_<picture>.png; returns the section that shows them."""
+    shown = []
+    for picture in sorted(source.glob("*.png")):
+        target = page.with_name(f"{page.stem}_{picture.name}")
+        shutil.copyfile(picture, target)
+        shown.append(f"![{picture.stem.replace('_', ' ')}]({target.name})")
+    return "## Pictures\n\n" + "\n\n".join(shown) if shown else ""
 
 
 def _intro(results: Sequence[Mapping[str, Any]]) -> str:

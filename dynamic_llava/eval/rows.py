@@ -91,6 +91,8 @@ class Row:
     """False: only perplexity is measured (a selection that needs the whole answer)."""
     subset: bool = False
     """Measure on the smaller subset of the row without a cache."""
+    answers_of: str | None = None
+    """Key of a row that differs in output tokens only: a one-word answer is complete before any can be dropped."""
 
     @property
     def learned(self) -> bool:
@@ -138,20 +140,23 @@ def equal_keep_rows(settings: SparsityConfig, output_rate: float) -> list[Row]:
     alternate = Structure(layer=layer, image_keep_rate=None, output_keep_rate=rate)
     share = f"{100 * rate:.1f} % of the output tokens, the learned model's realised rate"
     return [
-        Row("random_output", "control + random output", "control", {"method": random}, f"{share}; training-free"),
+        Row(
+            "random_output", "control + random output", "control", {"method": random},
+            f"{share}; training-free", answers_of="control",
+        ),
         Row(
             "alternate_output", "control + alternate output", "control", {"method": alternate},
-            f"{share}, evenly spaced; training-free",
+            f"{share}, evenly spaced; training-free", answers_of="control",
         ),
         Row(
             "inside_random", "Dynamic I|T, random output", "both",
             {"method": Mixed(layer=layer, image_by=learned, output_by=random)},
-            f"{share}, at random inside the trained model; image tokens learned",
+            f"{share}, at random inside the trained model; image tokens learned", answers_of=REFERENCE,
         ),
         Row(
             "inside_alternate", "Dynamic I|T, alternate output", "both",
             {"method": Mixed(layer=layer, image_by=learned, output_by=alternate)},
-            f"{share}, evenly spaced inside the trained model; image tokens learned",
+            f"{share}, evenly spaced inside the trained model; image tokens learned", answers_of=REFERENCE,
         ),
         Row(
             "inside_topk", "Dynamic I|T, top-k output", "both",

@@ -176,9 +176,18 @@ class Evaluator:
             )
 
         return RowOutput(
-            answer(inputs.questions, self.config.answer_tokens, "questions"),
+            self._shared_answers(row) or answer(inputs.questions, self.config.answer_tokens, "questions"),
             answer(inputs.prompts, self.config.description_tokens, "descriptions"),
         )
+
+    def _shared_answers(self, row: Row) -> Sequence[predict.Prediction]:
+        """Answers of a row whose output tokens alone are treated otherwise; none where they could differ.
+
+        The first word comes from the prompt, and the token after it from a step that the word itself takes part in,
+        whatever was decided about it: with at most two tokens the answers are the same.
+        """
+        shared = self.outputs[row.answers_of].answers if row.answers_of is not None else ()
+        return shared if all(len(answer.tokens) <= 2 for answer in shared) else ()
 
     def _quality(self, output: RowOutput) -> dict[str, float]:
         """Scores of the answers and descriptions, and the output keep rate realised while describing."""

@@ -80,7 +80,7 @@ class SparseGeneration:
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         pixel_values = kwargs.pop("pixel_values", None)
         if pixel_values is not None:
-            kwargs["image_features"] = self._encode_images(pixel_values, input_ids, kwargs.get("past_key_values"))
+            kwargs["image_features"] = self._encode_images(pixel_values, input_ids, kwargs)
         steps = StepRecords(cached=_setting(settings, kwargs, "use_cache") is not False)
         result = super().generate(  # type: ignore[misc]
             inputs, generation_config=generation_config, method=method, step_records=steps, **kwargs
@@ -92,17 +92,20 @@ class SparseGeneration:
                 result.sparsity = self._replay(result.sequences, input_ids, method, ends, kwargs)
         return result
 
-    def _encode_images(self, pixel_values: Tensor, input_ids: Tensor | None, cache: Any) -> Tensor:
+    def _encode_images(self, pixel_values: Tensor, input_ids: Tensor | None, given: dict[str, Any]) -> Tensor:
         """Encode every new image once, (I, 3, S, S) -> (I, n, D), whatever the number of beams and steps."""
         if input_ids is not None:
-            self.model.check_images(pixel_values.shape[0], self._new_image_tokens(input_ids, cache))
+            self.model.check_images(pixel_values.shape[0], self._new_image_tokens(input_ids, given))
         pixel_values = pixel_values.to(self.device, self.dtype)
         return torch.stack(list(self.model.get_image_features(pixel_values, return_dict=True).pooler_output))
 
-    def _new_image_tokens(self, input_ids: Tensor, cache: Any) -> Tensor:
-        """(B, N') bool: the image tokens that a live cache has not seen yet."""
-        seen = 0 if cache is None else cache.get_seq_length()
-        return input_ids[:, seen:] == self.config.image_token_id
+    def _new_image_tokens(self, input_ids: Tensor, given: dict[str, Any]) -> Tensor:
+        """(B, N') bool: the image tokens that the given cache, if any, has not seen yet."""
+        cache, output = given.get("past_key_values"), given.get("output_mask")
+        image = input_ids == self.config.image_token_id
+        if output is not None:
+            image = image & ~output.bool()  # an answer may contain the id of an image token: it is no image
+        return image if cache is None else image[:, cache.get_seq_length() :]
 
     def prepare_inputs_for_generation(
         self,
@@ -133,14 +136,15 @@ class SparseGeneration:
         if model_kwargs.get("output_mask") is None:
             given = input_ids if input_ids.shape[1] else model_kwargs["inputs_embeds"][..., 0]
             model_kwargs["output_mask"] = torch.zeros(given.shape, dtype=torch.bool, device=given.device)
+        if features is not None:
+            # transformers would repeat image by image, which mixes up rows that hold several.
+            images_B = self._new_image_tokens(input_ids, model_kwargs).sum(1) // features.shape[1]
+            features = _repeat_rows(features, images_B, expand_size)
         expanded_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         if features is not None:
-            # transformers would repeat image by image, which mixes up rows that hold several.
-            new_BN = self._new_image_tokens(input_ids, model_kwargs.get("past_key_values"))
-            images_B = new_BN.sum(1) // features.shape[1]
-            model_kwargs["image_features"] = _repeat_rows(features, images_B, expand_size)
+            model_kwargs["image_features"] = features
         return expanded_ids, model_kwargs
 
     def _update_model_kwargs_for_generation(
@@ -179,6 +183,8 @@ class SparseGeneration:
         fed, repeats = sequences[:, :-1], sequences.shape[0] // prompt.shape[0]
         output = torch.zeros_like(fed, dtype=torch.bool)
         output[:, prompt.shape[1] :] = True
+        if kwargs.get("output_mask") is not None:
+            output[:, : prompt.shape[1]] = kwargs["output_mask"].repeat_interleave(repeats, dim=0)
         mask = torch.ones_like(fed)
         if kwargs.get("attention_mask") is not None:
             mask[:, : prompt.shape[1]] = kwargs["attention_mask"].repeat_interleave(repeats, dim=0)
@@ -186,7 +192,7 @@ class SparseGeneration:
             mask = _without_fillers(fed, mask, output, torch.as_tensor(ends, device=fed.device).flatten())
         features, key = kwargs.get("image_features"), kwargs.get("sample_key")
         if features is not None:
-            images_B = (prompt == self.config.image_token_id).sum(1) // features.shape[1]
+            images_B = self._new_image_tokens(prompt, kwargs).sum(1) // features.shape[1]
             features = _repeat_rows(features, images_B, repeats)
         record = self.model(
             input_ids=fed,

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from dynamic_llava.config import SparsityConfig
+from dynamic_llava.eval.__main__ import main
 from dynamic_llava.eval.page import ANALYSIS, report_text, write_results_page
 from dynamic_llava.eval.report import Column, aggregate, answer_columns, markdown, table
 from dynamic_llava.eval.targets import Target, target_table, targets
@@ -123,6 +124,8 @@ def test_the_report_names_seeds_amounts_and_agreement():
 
 def test_the_results_page_keeps_the_analysis(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps({"seeds": [made_up(0), made_up(1)]}))
+    (tmp_path / "seed0" / "pictures").mkdir(parents=True)
+    (tmp_path / "seed0" / "pictures" / "kept_patches.png").write_bytes(b"png")
     page = tmp_path / "docs" / "tiny.md"
     write_results_page(tmp_path, page, SparsityConfig(), "bash scripts/train.sh --seeds 2")
     page.write_text(page.read_text() + "\nWhat we learned.\n")
@@ -130,5 +133,17 @@ def test_the_results_page_keeps_the_analysis(tmp_path):
     text = page.read_text()
     assert text.count(ANALYSIS) == 1 and text.endswith("What we learned.\n")
     assert "--seeds 2" in text and "±" in text
+    assert "![kept patches](tiny_kept_patches.png)" in text
+    assert (tmp_path / "docs" / "tiny_kept_patches.png").read_bytes() == b"png"
     with pytest.raises(FileNotFoundError, match=r"no results\.json"):
         write_results_page(tmp_path / "nowhere", page, SparsityConfig(), "x")
+
+
+def test_the_page_command_reads_a_run_folder(tmp_path, capsys):
+    (tmp_path / "results.json").write_text(json.dumps({"seeds": [made_up(0)]}))
+    (tmp_path / "config.yaml").write_text("sparsity:\n  image_keep_rate: 0.25\n")
+    page = tmp_path / "page.md"
+    assert main(["tiny-page", str(tmp_path), "--page", str(page), "--made-by", "made so"]) == 0
+    assert "`made so`" in page.read_text() and "20 to 30" in page.read_text()  # the bounds follow the run's settings
+    assert main(["tiny-page", str(tmp_path / "none"), "--page", str(page)]) == 2
+    assert "config.yaml" in capsys.readouterr().err

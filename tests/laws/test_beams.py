@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from tests.builders import assert_same_logits, fixed_rows, prompts, rows, shared_model
+from tests.builders import assert_same_logits, collate, fixed_rows, prompts, rows, shared_model
 from tests.laws.test_paths import KV_HEADS
 from tests.properties import few_or_many, for_all
 
@@ -57,3 +57,22 @@ def test_the_record_belongs_to_the_sequences_that_are_returned(call):
         assert torch.equal(decided, row.bool())
     kept = teacher.sparsity.keep_mask.bool() & mask.bool()
     assert out.sparsity.cache_lengths.tolist() == kept[:, :-1].sum(1).tolist()
+
+
+@torch.no_grad()
+def test_beams_over_a_conversation_with_an_earlier_answer():
+    """Given output tokens are decided about as well, in the search and in its record."""
+    model, batch = shared_model(), fixed_rows(seed=7, output=6)
+    inputs = collate(batch, "left")
+    inputs.pop("keep_mask")
+    question = torch.randint(4, 100, (len(batch), 3))
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], question], 1)
+    inputs["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, 3), value=1)
+    inputs["output_mask"] = torch.nn.functional.pad(inputs["output_mask"], (0, 3), value=False)
+    call = {**CALL, "num_beams": 3, "do_sample": False}
+    cached, uncached = (model.generate(**inputs, **call, use_cache=use) for use in (True, False))
+    assert torch.equal(cached.sequences, uncached.sequences)
+    assert all(len(decided) == 6 + call["max_new_tokens"] - 1 for decided in cached.sparsity.output_decisions)
+    start, real = inputs["input_ids"].shape[1], inputs["attention_mask"].bool()
+    prefill = model(**inputs).sparsity
+    assert torch.equal(cached.sparsity.keep_mask[:, :start][real].bool(), prefill.keep_mask[real])

@@ -34,8 +34,9 @@ def test_the_outline_of_two_neighbours_has_no_inner_edge():
 
 def test_kept_patches_are_drawn(tmp_path):
     choices = [PatchChoice("learned", [[0, 1], [3]]), PatchChoice("random", [[2], []])]
+    objects = [[[0], [5, 6]], [[3]]]
     path = draw_kept_patches(
-        tmp_path / "new" / "kept.png", [picture(), picture()], choices, (4, 4), objects=[[[0], [5, 6]], [[3]]], title="t"
+        tmp_path / "new" / "kept.png", [picture(), picture()], choices, (4, 4), objects=objects, title="t"
     )
     assert is_drawn(path)
     assert is_drawn(draw_kept_patches(tmp_path / "one.png", [picture()], [PatchChoice("x", [[1]])], (4, 4)))
