@@ -13,7 +13,7 @@ from dynamic_llava.layout import TokenLayout, after_end
 from dynamic_llava.methods import Method
 from dynamic_llava.model.cache import AdmissionCache
 from dynamic_llava.model.outputs import SparsityRecord
-from dynamic_llava.model.switches import choose_method
+from dynamic_llava.model.switches import choose_method, refuse_output_keep_rate
 
 SWITCHES = ("sparsity", "method", "image_keep_rate", "output_threshold")
 """Arguments of `generate` that choose the method; the same as those of `forward`."""
@@ -73,6 +73,7 @@ class SparseGeneration:
         dense generation). Raises ValueError before any computation for modes that sparse decoding cannot serve.
         """
         method = choose_method(self.config.sparsity, **{name: kwargs.pop(name, None) for name in SWITCHES})
+        refuse_output_keep_rate(kwargs.get("output_keep_rate"))
         settings = generation_config if generation_config is not None else self.generation_config
         _refuse_right_padding(kwargs.get("attention_mask"))
         if not method.is_dense:

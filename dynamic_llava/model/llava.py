@@ -27,7 +27,7 @@ from dynamic_llava.model.initialization import initialize_predictor
 from dynamic_llava.model.loading import CheckedLoading
 from dynamic_llava.model.losses import language_model_loss, regularisers
 from dynamic_llava.model.outputs import DynamicLlavaOutput, DynamicModelOutput
-from dynamic_llava.model.switches import choose_method
+from dynamic_llava.model.switches import choose_method, refuse_output_keep_rate
 from dynamic_llava.sparsity.predictors import ImagePredictor, OutputPredictor
 
 
@@ -242,11 +242,8 @@ class DynamicLlavaForConditionalGeneration(
             image_keep_rate=image_keep_rate,
             output_threshold=output_threshold,
         )
-        if output_keep_rate is not None and not (masked and self.training):
-            raise ValueError(
-                "output_keep_rate is the target of training; at inference the output predictor decides token by token: "
-                "use output_threshold, or a method with a rate such as Random"
-            )
+        if not (masked and self.training):
+            refuse_output_keep_rate(output_keep_rate)
         if masked and output_mask is None:
             output_mask = _answers(labels, self.config.sparsity.output_segments)
         outputs = self.model(

@@ -37,3 +37,12 @@ def choose_method(
             f"{method!r}; leave them out, or build the method object with its own settings"
         )
     return get_method(method, layer=config.sparse_layer, **settings)
+
+
+def refuse_output_keep_rate(output_keep_rate: float | None) -> None:
+    """Raise ValueError where an output keep rate is given to a call that does not train."""
+    if output_keep_rate is not None:
+        raise ValueError(
+            f"output_keep_rate={output_keep_rate} is the target of training; at inference the output predictor decides "
+            "token by token: use output_threshold, or a method with a rate such as Random"
+        )
