@@ -16,5 +16,7 @@ if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
   config=$1
   shift
 fi
+# Waiting threads sleep: on a machine that does other work too, spinning ones make small models many times slower.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 export TOKENIZERS_PARALLELISM=false # worker processes are forked after the first use of the tokenizer
 exec "$venv/bin/python" -m dynamic_llava.train "$config" "$@"

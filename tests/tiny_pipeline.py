@@ -51,14 +51,17 @@ def write_test_set(folder: Path, images: int = 6) -> TestSet:
             number = len(questions)
             questions.append(
                 Query(
-                    f"q{number}", number, path, f"<image>\n{question.text}", question.answer, question.kind,
+                    f"q{number}",
+                    number,
+                    path,
+                    f"<image>\n{question.text}",
+                    question.answer,
+                    question.kind,
                     question.negative or "",
                 )
             )
         text = describe(scene, "list").text
-        descriptions.append(
-            Query(f"d{i}", 1000 + i, path, f"<image>\n{REQUESTS['list'][0]}", text, "description")
-        )
+        descriptions.append(Query(f"d{i}", 1000 + i, path, f"<image>\n{REQUESTS['list'][0]}", text, "description"))
         attributes[path] = frozenset(scene_attributes(scene))
         patches[path] = [np.flatnonzero(picture.patch_object == j).tolist() for j in range(len(scene.objects))]
     return TestSet(questions, descriptions, attributes, patches)

@@ -102,9 +102,7 @@ def _cell(values: list[float]) -> Cell:
     return Cell(mean, half, tuple(values))
 
 
-def table(
-    rows: Sequence[dict[str, Any]], columns: Sequence[Column], *, first: str = "row", escape: bool = True
-) -> str:
+def table(rows: Sequence[dict[str, Any]], columns: Sequence[Column], *, first: str = "row", escape: bool = True) -> str:
     """Markdown table of aggregated rows; columns that no row fills, and rows without any of the columns, are left out.
 
     `escape=False` leaves the bar of "I|T" as it is: for reading on a terminal.

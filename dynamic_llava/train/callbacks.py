@@ -100,7 +100,10 @@ class Progress(TrainerCallback):
 
 
 class KeepRateWarning(TrainerCallback):
-    """Warns when a keep rate's mean over a window is too far from its target (Eq. 10 no longer holds it)."""
+    """Warns when a keep rate's mean over a window is too far from its target (Eq. 10 no longer holds it).
+
+    The first window is left out: new predictors keep about half of everything and need it to settle.
+    """
 
     def __init__(self, config: TrainConfig, sparsity: SparsityConfig) -> None:
         self.config = config
@@ -122,8 +125,9 @@ class KeepRateWarning(TrainerCallback):
         for name, window in self.windows.items():
             if self.config.sparsity_mode not in trained[name] or not logs or name not in logs:
                 continue
-            window.append(logs[name])
-            mean = sum(window) / len(window)
+            if state.global_step > self.config.keep_rate_window:
+                window.append(logs[name])
+            mean = sum(window) / max(len(window), 1)
             if len(window) == window.maxlen and abs(mean - self.targets[name]) > self.config.keep_rate_tolerance:
                 window.clear()
                 if state.is_world_process_zero:

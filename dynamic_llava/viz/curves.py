@@ -1,4 +1,4 @@
-"""Curves of training runs: realised keep rates against their targets, and the loss."""
+"""Curves: realised keep rates against their targets and the loss over a training, accuracy over the image budget."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,6 +42,32 @@ def draw_training_curves(
     last.legend(frameon=False, fontsize=9, labelcolor=style.INK)
     if title:
         figure.suptitle(title, fontsize=12, color=style.INK, fontweight="bold", x=0.01, ha="left")
+    return style.save(figure, path)
+
+
+def draw_budget_curves(path: Path, lines: Mapping[str, Mapping[float, float]], trained_rate: float) -> Path:
+    """Draw a PNG of accuracy (fractions) over the image keep rate, one curve per line; returns the path.
+
+    `trained_rate` is marked: the keep rate that the learned selection was trained at. ValueError without any line.
+    """
+    if not lines:
+        raise ValueError("no lines were given; give at least one mapping of keep rate to accuracy")
+    figure = style.new_figure(6.4, 3.9)
+    axes = figure.subplots()
+    style.tidy_axes(
+        axes, "Short answers over the image budget", "image tokens kept from the sparse layer on, %", "accuracy, %"
+    )
+    for (name, points), color in zip(
+        lines.items(), (style.QUIET, style.ACCENT, style.SECOND, style.THIRD), strict=False
+    ):
+        rates = sorted(points)
+        values = [100 * points[rate] for rate in rates]
+        axes.plot(
+            [100 * rate for rate in rates], values, color=color, linewidth=1.8, marker="o", markersize=4, label=name
+        )
+    axes.axvline(100 * trained_rate, color=style.GRID, linewidth=6, zorder=0, label="trained rate")
+    axes.set_ylim(top=101)
+    axes.legend(frameon=False, fontsize=9, labelcolor=style.INK, loc="lower right")
     return style.save(figure, path)
 
 

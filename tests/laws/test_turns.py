@@ -47,8 +47,7 @@ def test_a_second_turn_on_a_live_cache_equals_recomputation(examples):
         second = collate([part(row, turn, None) for row, turn in batch], "left")
         width = first["input_ids"].shape[1]
         both = {
-            name: torch.cat([first[name], second[name]], 1)
-            for name in ("attention_mask", "output_mask", "keep_mask")
+            name: torch.cat([first[name], second[name]], 1) for name in ("attention_mask", "output_mask", "keep_mask")
         }
         # Padding has no position of its own, here also inside the sequence.
         positions = (both["attention_mask"].cumsum(1) - 1).clamp(min=0)
@@ -102,5 +101,3 @@ def interleave(batch, questions):
     """Return every image in row order: those of a row's first turn, then those of its second."""
     pixels = torch.cat([torch.cat([row.pixels, later.pixels]) for row, later in zip(batch, questions, strict=False)])
     return pixels if len(pixels) else None
-
-

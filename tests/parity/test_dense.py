@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from transformers.generation import GenerationMixin
 
 from dynamic_llava import get_method
 from tests.builders import assert_same_logits, build_model, collate, dense_twin, fixed_rows, prompts
@@ -16,6 +17,8 @@ MODES = {
     "several": {"num_return_sequences": 3, "do_sample": True},
     "uncached": {"use_cache": False, "do_sample": False},
 }
+EXPANDS_ROWS_OF_IMAGES = hasattr(GenerationMixin, "_expand_multimodal_outputs")
+"""Earlier transformers repeat images one by one for beams, which mixes up rows that hold several; ours never do."""
 KEEP_EVERYTHING = {
     "none": {"sparsity": "none"},
     "dense": {"method": "dense"},
@@ -86,8 +89,10 @@ def test_the_masked_forward_with_everything_kept_agrees(pair):
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 @torch.no_grad()
 def test_generations_are_identical(pair, mode, switches):
-    inputs = prompts(fixed_rows(seed=4, output=0))
-    call = {**inputs, **mode, "max_new_tokens": 6}
+    rows = fixed_rows(seed=4, output=0)
+    if {"num_beams", "num_return_sequences"} & set(mode) and not EXPANDS_ROWS_OF_IMAGES:
+        rows = rows[:2]  # one image, and none
+    call = {**prompts(rows), **mode, "max_new_tokens": 6}
     torch.manual_seed(7)
     expected = pair.theirs.generate(**call)
     torch.manual_seed(7)

@@ -90,9 +90,7 @@ def teacher_forced(model, inputs, tokens):
     mask = inputs["attention_mask"]
     for token in tokens.T:
         mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-        out = model(
-            input_ids=token[:, None], attention_mask=mask, past_key_values=out.past_key_values, use_cache=True
-        )
+        out = model(input_ids=token[:, None], attention_mask=mask, past_key_values=out.past_key_values, use_cache=True)
         logits.append(out.logits[:, -1])
         admitted.append(out.sparsity.keep_mask[:, -1])
     return torch.stack(logits, 1), torch.stack(admitted, 1).long(), out.sparsity
