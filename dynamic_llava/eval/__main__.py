@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dynamic_llava.cli import exit_on_mistake, read_yaml
 from dynamic_llava.eval.budgets import accuracy_by_budget, budget_table, mean_by_budget
-from dynamic_llava.eval.page import write_results_page
+from dynamic_llava.eval.page import write_readme_table, write_results_page
 from dynamic_llava.eval.tiny_data import read_test_set
 from dynamic_llava.model import DynamicLlavaConfig
 from dynamic_llava.tiny.dataset import build_world
@@ -29,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = read_yaml(RunConfig, given.run / "config.yaml")
         if given.command == "tiny-page":
             print(write_results_page(given.run, given.page, config.sparsity, given.made_by))
+            if given.readme is not None:
+                print(write_readme_table(given.run, given.readme, given.made_by))
         else:
             _budgets(config, given.run, given.rates)
     except (ValueError, FileNotFoundError) as error:
@@ -45,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     page.add_argument("run", type=Path, help="folder of the job, e.g. runs/tiny")
     page.add_argument("--page", type=Path, default=Path("docs/results/tiny.md"), help="where the page goes")
     page.add_argument("--made-by", default="bash scripts/train.sh", help="the command that made the run, for the page")
+    page.add_argument("--readme", type=Path, help="also put the main rows between the markers of this README")
     budgets = commands.add_parser("tiny-budgets", help="accuracy at several image keep rates, from a job's checkpoints")
     budgets.add_argument("run", type=Path, help="folder of the job, e.g. runs/tiny")
     budgets.add_argument("--rates", type=float, nargs="+", default=RATES, help="image keep rates, in (0, 1]")

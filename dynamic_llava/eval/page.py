@@ -11,6 +11,7 @@ from dynamic_llava.eval.report import (
     COST_COLUMNS,
     DESCRIPTION_COLUMNS,
     OVERLAP_COLUMNS,
+    README_COLUMNS,
     aggregate,
     answer_columns,
     notes,
@@ -20,6 +21,11 @@ from dynamic_llava.eval.targets import target_table
 
 ANALYSIS = "<!-- analysis: written by hand, kept when the page is generated again -->"
 """What follows this line on a results page is not generated."""
+
+README_START, README_END = "<!-- tiny-table:start -->", "<!-- tiny-table:end -->"
+"""What stands between these lines of the README is generated."""
+README_ROWS = ("control", "dynamic_image", "dynamic", "fastv", "random_image", "inside_random", "inside_alternate")
+"""Rows that the README shows."""
 
 DESCRIPTION_INTRO = (
     "Perplexity of the reference descriptions (teacher-forced); recall of objects stated with size, colour and shape "
@@ -53,10 +59,7 @@ def write_results_page(folder: Path, page: Path, settings: SparsityConfig, comma
     The pictures of the job's first seed are copied beside the page and shown in it. `command` is what made the run.
     Raises FileNotFoundError when the folder holds no results.json.
     """
-    source = folder / "results.json"
-    if not source.is_file():
-        raise FileNotFoundError(f"{folder} holds no results.json; run `{command}` first")
-    results = json.loads(source.read_text(encoding="utf-8"))["seeds"]
+    results = read_results(folder, command)
     analysis = ""
     if page.is_file() and ANALYSIS in page.read_text(encoding="utf-8"):
         analysis = page.read_text(encoding="utf-8").split(ANALYSIS, 1)[1].strip()
@@ -67,6 +70,36 @@ def write_results_page(folder: Path, page: Path, settings: SparsityConfig, comma
     text = "\n\n".join(part for part in parts if part).rstrip() + "\n"
     page.write_text(text, encoding="utf-8")
     return page
+
+
+def write_readme_table(folder: Path, readme: Path, command: str) -> Path:
+    """Put the main rows of a finished job's folder between the README's two marker lines.
+
+    Raises FileNotFoundError without results.json, and ValueError when the README has no markers.
+    """
+    results = read_results(folder, command)
+    text = readme.read_text(encoding="utf-8")
+    if README_START not in text or README_END not in text:
+        raise ValueError(f"{readme} has no lines {README_START!r} and {README_END!r}; put them where the table goes")
+    rows = [row for row in aggregate(results) if row["key"] in README_ROWS]
+    seeds = f"mean over {len(results)} seeds ± 95 % interval" if len(results) > 1 else "one seed"
+    caption = (
+        f"Measured by `{command}` on unseen images ({results[0]['questions']} questions, {results[0]['descriptions']} "
+        f"descriptions, {seeds}). {_environment(results)}"
+    )
+    before, after = text.split(README_START, 1)[0], text.split(README_END, 1)[1]
+    shown = f"{README_START}\n{table(rows, README_COLUMNS)}\n\n{caption}\n{README_END}"
+    readme.write_text(before + shown + after, encoding="utf-8")
+    return readme
+
+
+def read_results(folder: Path, command: str) -> list[dict[str, Any]]:
+    """Return the seeds' results of a finished job's folder; FileNotFoundError when it holds no results.json."""
+    source = folder / "results.json"
+    if not source.is_file():
+        raise FileNotFoundError(f"{folder} holds no results.json; run `{command}` first")
+    seeds: list[dict[str, Any]] = json.loads(source.read_text(encoding="utf-8"))["seeds"]
+    return seeds
 
 
 def _copy_pictures(source: Path, page: Path) -> str:

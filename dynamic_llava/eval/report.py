@@ -54,6 +54,14 @@ COST_COLUMNS = (
     Column("prefill_ms", "prefill ms", 1),
     Column("decode_ms", "decode ms/token", 2),
 )
+README_COLUMNS = (
+    Column("accuracy/all", "short answers, %", 1, 100),
+    Column("ppl", "description PPL", 3),
+    Column("attribute_recall", "recall, %", 1, 100),
+    Column("image_tokens_per_layer", "image tokens/layer"),
+    Column("keep_output_generated", "output kept, %", 1, 100),
+    Column("kv_kib", "KV KiB"),
+)
 OVERLAP_COLUMNS = (
     Column("precision", "precision", 1, 100),
     Column("recall", "recall", 1, 100),

@@ -6,7 +6,7 @@ import pytest
 
 from dynamic_llava.config import SparsityConfig
 from dynamic_llava.eval.__main__ import main
-from dynamic_llava.eval.page import ANALYSIS, report_text, write_results_page
+from dynamic_llava.eval.page import ANALYSIS, report_text, write_readme_table, write_results_page
 from dynamic_llava.eval.report import Column, aggregate, answer_columns, markdown, table
 from dynamic_llava.eval.targets import Target, target_table, targets
 
@@ -137,6 +137,22 @@ def test_the_results_page_keeps_the_analysis(tmp_path):
     assert (tmp_path / "docs" / "tiny_kept_patches.png").read_bytes() == b"png"
     with pytest.raises(FileNotFoundError, match=r"no results\.json"):
         write_results_page(tmp_path / "nowhere", page, SparsityConfig(), "x")
+
+
+def test_the_readme_table_replaces_only_what_is_between_its_markers(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps({"seeds": [made_up(0), made_up(1)]}))
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- tiny-table:start -->\nold\n<!-- tiny-table:end -->\nafter\n")
+    write_readme_table(tmp_path, readme, "bash scripts/train.sh --seeds 2")
+    once = readme.read_text()
+    write_readme_table(tmp_path, readme, "bash scripts/train.sh --seeds 2")
+    assert readme.read_text() == once
+    assert once.startswith("before\n<!-- tiny-table:start -->\n| row")
+    assert once.endswith("<!-- tiny-table:end -->\nafter\n") and "old" not in once
+    assert "--seeds 2" in once and "mean over 2 seeds" in once
+    readme.write_text("no markers")
+    with pytest.raises(ValueError, match="tiny-table:start"):
+        write_readme_table(tmp_path, readme, "x")
 
 
 def test_the_page_command_reads_a_run_folder(tmp_path, capsys):
