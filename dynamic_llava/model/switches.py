@@ -1,6 +1,7 @@
 """The per-call switches of forward and generate, resolved into one method object."""
 
 from dataclasses import replace
+from typing import Any
 
 from dynamic_llava.config import SparsityConfig, SparsityMode
 from dynamic_llava.methods import Dynamic, Method, get_method
@@ -29,7 +30,9 @@ def choose_method(
     if method is not None and not isinstance(method, str):
         raise ValueError(f"method={method!r} is neither a registered name nor a Method object")
     if method is None or method == Dynamic.name:
-        return replace(Dynamic.from_config(config), **given)
+        chosen = replace(Dynamic.from_config(config), **given)
+        _refuse_idle_switches(chosen, given)
+        return chosen
     settings = {name: value for name, value in given.items() if name == "image_keep_rate"}
     if len(settings) < len(given):
         raise ValueError(
@@ -46,3 +49,13 @@ def refuse_output_keep_rate(output_keep_rate: float | None) -> None:
             f"output_keep_rate={output_keep_rate} is the target of training; at inference the output predictor decides "
             "token by token: use output_threshold, or a method with a rate such as Random"
         )
+
+
+def _refuse_idle_switches(method: Dynamic, given: dict[str, Any]) -> None:
+    """Raise ValueError for a switch that this call would not use."""
+    if "image_keep_rate" in given and not method.sparsifies_image:
+        raise ValueError(f"image_keep_rate has no use with sparsity={method.sparsity!r}; leave one of them out")
+    if "image_keep_rate" in given and method.image_selection == "threshold":
+        raise ValueError("image_keep_rate has no use with image_selection='threshold'; set image_selection='topk'")
+    if "output_threshold" in given and not method.sparsifies_output:
+        raise ValueError(f"output_threshold has no use with sparsity={method.sparsity!r}; leave one of them out")

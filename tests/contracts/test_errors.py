@@ -162,6 +162,25 @@ def test_a_target_rate_at_inference(model, inputs):
     refused(model, "output_keep_rate", "output_threshold", **inputs, output_keep_rate=0.5)
 
 
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {"sparsity": "none", "image_keep_rate": 0.5},
+        {"sparsity": "output", "image_keep_rate": 0.5},
+        {"sparsity": "image", "output_threshold": 0.5},
+    ],
+    ids=str,
+)
+def test_switches_that_a_call_would_not_use(call, inputs, switches):
+    refused(call, *switches, "no use", **inputs, **switches)
+
+
+def test_an_image_rate_where_a_threshold_decides():
+    model = build_model(image_selection="threshold")
+    inputs = prompts(fixed_rows(seed=31, output=0))
+    refused(model, "image_keep_rate", "topk", **inputs, image_keep_rate=0.5)
+
+
 def test_a_plain_cache_for_sparse_decoding(call, inputs):
     refused(call, "DynamicCache", "sparsity='none'", **inputs, past_key_values=DynamicCache())
 
