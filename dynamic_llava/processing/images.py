@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 """Channel means of OpenAI CLIP."""
@@ -47,7 +47,7 @@ def load_image(path: str | Path, max_square_pixels: int = MAX_SQUARE_PIXELS) -> 
         raise
     except Image.DecompressionBombError as error:
         raise _TooLarge(f"{path} is too large ({error}); shrink it before training") from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise ValueError(f"{path} is no image that Pillow can read; replace it or leave the sample out") from None
     except _BROKEN as error:
         raise ValueError(f"{path} is broken or cut off ({error}); replace it or leave the sample out") from error

@@ -67,6 +67,7 @@ def run(config: RunConfig) -> RunResult:
     trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
         processor.save_pretrained(folder)
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same
     history = [line for line in trainer.state.log_history if "lm_loss" in line]
     metrics = {**(history[-1] if history else {}), "steps": outcome.global_step}
     metrics["train_seconds"] = outcome.metrics["train_runtime"]

@@ -103,9 +103,10 @@ class DynamicLlavaTrainer(Trainer):
             num_samples_in_batch=1,
         )
         loss = outputs.lm_loss
-        self.meter.add_share("lm_loss", outputs.lm_loss)
+        assert loss is not None
+        self.meter.add_share("lm_loss", loss)
         self.meter.add_tokens(inputs["attention_mask"].sum())
-        if outputs.sparsity is not None:
+        if outputs.image_keep_loss is not None and outputs.output_keep_loss is not None:
             image_loss = outputs.image_keep_loss / counts.image_samples
             output_loss = outputs.output_keep_loss / counts.output_samples
             loss = loss + self.sparsity.keep_rate_weight * (image_loss + output_loss)
