@@ -16,8 +16,8 @@ if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
   config=$1
   shift
 fi
-# Waiting threads spin for microseconds only: long spinning makes small models many times slower on a machine that does
-# other work too, and not spinning at all costs a third of the speed on a free one.
+# Waiting threads spin for microseconds only: long spinning makes small models much slower on a machine that does other
+# work too, and not spinning at all makes them slower on a free one.
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}
 export TOKENIZERS_PARALLELISM=false # worker processes are forked after the first use of the tokenizer
 exec "$venv/bin/python" -m dynamic_llava.train "$config" "$@"
