@@ -3,8 +3,10 @@
 config = load_config(RunConfig, ["configs/tiny.yaml", "--train.learning-rate", "1e-5"])
 """
 
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,6 +21,8 @@ Config = TypeVar("Config")
 
 SHORT_FLAGS = {"--seed": "--train.seed", "--seeds": "--tiny.seeds", "--full": "--tiny.untrained-base"}
 """Short forms of often used flags."""
+EXTENDS = "extends"
+"""Key of a configuration file that names the file whose values it starts from."""
 
 
 def load_config(config_class: type[Config], arguments: Sequence[str], program: str, description: str) -> Config:
@@ -47,28 +51,77 @@ def load_config(config_class: type[Config], arguments: Sequence[str], program: s
 
 
 def read_yaml(config_class: type[Config], path: str | Path) -> Config:
-    """Return the configuration that a YAML file describes; what it leaves out keeps its default."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no configuration file {path}; see the folder configs")
-    try:
-        loaded = OmegaConf.load(path)
-        values = OmegaConf.to_container(loaded) or {}
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} holds a {type(values).__name__}; a configuration file holds key: value lines")
-        _check_keys(config_class, values, path)
-        schema = OmegaConf.structured(config_class, flags={"readonly": False})
-        return OmegaConf.to_object(OmegaConf.merge(schema, loaded))  # type: ignore[return-value]
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{path}: {error.full_key}: {error.msg}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {error}") from None
+    """Return the configuration that a YAML file describes; what it leaves out keeps its default.
+
+    A file that says `extends: other.yaml` (relative to itself; that one may extend a third) starts from the values of
+    that file, and its own keys override them one by one. Raises FileNotFoundError for a missing file, and ValueError
+    for files that extend one another in a circle and for a mistake in any of them, named with the file it is in.
+    """
+    merged = OmegaConf.structured(config_class, flags={"readonly": False})
+    for file, values in _chain(config_class, Path(path)):
+        with _naming(file):
+            merged = OmegaConf.merge(merged, values)
+    with _naming(path):
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+
+
+def choose_command(commands: Mapping[str, type], arguments: Sequence[str], program: str, description: str) -> Any:
+    """Return the instance of the dataclass in `commands` that the first argument names, filled in by the others.
+
+    Fields without a default are positional. `--help` and mistakes end the process, as in `load_config`.
+    """
+    return tyro.extras.subcommand_cli_from_dict(
+        dict(commands),
+        prog=program,
+        description=description,
+        args=list(arguments),
+        config=(tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff),
+    )
 
 
 def exit_on_mistake(error: ValueError | FileNotFoundError) -> int:
     """Print a user's mistake in one line on stderr and return the exit code for it."""
     print(f"error: {error}", file=sys.stderr)
     return 2
+
+
+def _chain(config_class: type, path: Path, below: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
+    """Return (file, values) of `path` and of the files it extends, the farthest first; `below` led to it."""
+    if not path.is_file():
+        named_by = f"; {below[-1]} extends it, relative to its own folder" if below else ""
+        raise FileNotFoundError(f"there is no configuration file {path}{named_by}; see the folder configs")
+    if path.resolve() in [file.resolve() for file in below]:
+        circle = " extends ".join(str(file) for file in (*below, path))
+        raise ValueError(f"{circle}: a circle; let the first of them stand on its own values")
+    values = _read_values(path)
+    if EXTENDS not in values:
+        _check_keys(config_class, values, path)
+        return [(path, values)]
+    above = values.pop(EXTENDS)
+    if not isinstance(above, str) or not above:
+        raise ValueError(f"{path}: {EXTENDS}={above!r} must be the name of one file, relative to this one")
+    _check_keys(config_class, values, path)
+    return [*_chain(config_class, Path(os.path.normpath(path.parent / above)), (*below, path)), (path, values)]
+
+
+@contextmanager
+def _naming(file: str | Path) -> Iterator[None]:
+    """Turn OmegaConf's exceptions into a ValueError that names the file and the key."""
+    try:
+        yield
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{file}: {error.full_key}: {error.msg}") from None
+
+
+def _read_values(path: Path) -> dict[str, Any]:
+    try:
+        with _naming(path):
+            values = OmegaConf.to_container(OmegaConf.load(path)) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}; a configuration file holds key: value lines")
+    return values  # type: ignore[return-value]
 
 
 def _check_keys(config_class: type, values: Mapping[str, Any], path: Path, prefix: str = "") -> None:

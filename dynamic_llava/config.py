@@ -1,6 +1,7 @@
 """Settings: frozen dataclasses, one line of meaning under each field (standard library only).
 
-SparsityConfig is the method; ModelConfig, DataConfig and TrainConfig are the sections of a training run's file.
+SparsityConfig is the method; ModelConfig, DataConfig, TrainConfig and LoraConfig are the sections of a training run's
+file.
 """
 
 import os
@@ -52,8 +53,12 @@ class SparsityConfig:
     """Distance between realised and target keep rate: the square is what the published results used."""
     mask_grad_clip: float | None = None
     """Elementwise bound on the task gradient that enters the keep mask; None (the paper) leaves it unbounded."""
+    relaxation: Literal["gumbel_st", "sigmoid_st", "soft_topk"] = "gumbel_st"
+    """How training decides with a gradient: Gumbel-Softmax (the paper), sign and sigmoid, or exact budget and top-k."""
+    dropped_tokens: Literal["masked_softmax", "zero_vectors"] = "masked_softmax"
+    """What training does with dropped tokens: hide them by Eq. 7 (the paper), or make them zero (Table 7, "w/o")."""
     masked_softmax: Literal["auto", "reference", "chunked"] = "auto"
-    """Implementation of MaskedSoftmax attention (Eq. 7) in training."""
+    """Implementation of MaskedSoftmax attention (Eq. 7) in training and scoring."""
 
     def __post_init__(self) -> None:
         _at_least("sparse_layer", self.sparse_layer, 1, "layer 0 has no earlier layer whose output could be judged")
@@ -72,6 +77,8 @@ class SparsityConfig:
         _one_of("output_segments", self.output_segments, ("last", "all"))
         _one_of("keep_rate_reduction", self.keep_rate_reduction, ("batch", "applicable"))
         _one_of("keep_rate_distance", self.keep_rate_distance, ("squared", "absolute"))
+        _one_of("relaxation", self.relaxation, ("gumbel_st", "sigmoid_st", "soft_topk"))
+        _one_of("dropped_tokens", self.dropped_tokens, ("masked_softmax", "zero_vectors"))
         _one_of("masked_softmax", self.masked_softmax, ("auto", "reference", "chunked"))
         if self.mask_grad_clip is not None and self.mask_grad_clip <= 0:
             raise ValueError(f"mask_grad_clip={self.mask_grad_clip} must be positive; use None to switch it off")
@@ -116,7 +123,7 @@ class DataConfig:
     max_length: int = 2048
     """Most tokens of a sample, image tokens included; longer text is cut; a sample whose image would be is left out."""
     workers: int = 0
-    """Processes that decode images beside the training process."""
+    """Processes that decode images beside each training process; preparing and checking take one per core for 0."""
     cache_images: int = 0
     """Prepared images kept in memory by each of these processes (for small data that shows an image several times)."""
 
@@ -133,18 +140,22 @@ class TrainConfig:
 
     sparsity_mode: SparsityMode = "both"
     """What is sparsified: both (I|T), image (I), output (T), or none (the dense control: same data, no predictors)."""
+    tune: Literal["full", "lora", "predictors"] = "full"
+    """What learns beside the predictors: the whole language model (the paper), LoRA adapters in it, or nothing."""
     learning_rate: float = 5e-6
-    """Peak learning rate of the language model."""
+    """Peak learning rate of the language model, or of its LoRA adapters; unused with tune: predictors."""
     predictor_learning_rate: float = 2e-4
     """Peak learning rate of the predictors."""
     projector_learning_rate: float | None = None
-    """Peak learning rate of the projector; None keeps it frozen, as the paper says. The vision tower always is."""
+    """Peak learning rate of the projector; None freezes it, as the paper says. The authors' script trains it."""
     weight_decay: float = 0.0
     """AdamW's weight decay."""
     batch_size: int = 8
     """Samples per process and accumulation step."""
     gradient_accumulation: int = 1
     """Batches per optimizer step; losses and noise do not depend on how a global batch is split."""
+    group_by_length: bool = False
+    """Put samples of similar length into a step: less padding, but steps that are no longer random samples."""
     epochs: float = 1.0
     """Passes over the data, unless max_steps is set."""
     max_steps: int | None = None
@@ -165,6 +176,18 @@ class TrainConfig:
     """Recompute activations in the backward pass instead of keeping them."""
     seed: int = 0
     """Seed of data order, new weights and Gumbel noise."""
+    peak_tflops: float | None = None
+    """Dense peak of one device in TFLOP/s, for the log's MFU; None looks it up by the device's name."""
+    deepspeed: str | None = None
+    """DeepSpeed's JSON file, e.g. configs/deepspeed/zero3.json; None trains without DeepSpeed."""
+    save_every: int | None = None
+    """Steps between two checkpoints to resume from; None writes one only when the run is told to stop (SIGTERM)."""
+    keep_checkpoints: int = 2
+    """Newest complete checkpoints that stay in the run's folder; one more lies there while it is written."""
+    resume: bool = True
+    """Go on from the newest complete checkpoint in the run's folder; false removes what is there and starts over."""
+    report_to: Literal["none", "wandb"] = "none"
+    """Where the lines of metrics.jsonl go as well: Weights & Biases, offline without an API key, or nowhere."""
     log_every: int = 10
     """Steps between two lines of metrics.jsonl; values are means over these steps."""
     keep_rate_tolerance: float = 0.1
@@ -174,6 +197,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _one_of("train.sparsity_mode", self.sparsity_mode, SPARSITY_MODES)
+        _one_of("train.tune", self.tune, ("full", "lora", "predictors"))
+        if self.tune == "predictors" and self.sparsity_mode == "none" and self.projector_learning_rate is None:
+            raise ValueError(
+                "train.tune='predictors' with train.sparsity_mode='none' trains nothing; choose another sparsity_mode "
+                "or another tune"
+            )
         for name in ("batch_size", "gradient_accumulation", "log_every", "keep_rate_window"):
             _at_least(f"train.{name}", getattr(self, name), 1, "give 1 or more")
         rates = ("learning_rate", "predictor_learning_rate", "weight_decay", "max_grad_norm", "keep_rate_tolerance")
@@ -183,11 +212,50 @@ class TrainConfig:
             _at_least("train.projector_learning_rate", self.projector_learning_rate, 0, "null keeps it frozen")
         if self.max_steps is not None:
             _at_least("train.max_steps", self.max_steps, 1, "null trains for train.epochs")
+        _one_of("train.report_to", self.report_to, ("none", "wandb"))
+        _at_least("train.keep_checkpoints", self.keep_checkpoints, 1, "a run needs one to go on from")
+        if self.save_every is not None:
+            _at_least("train.save_every", self.save_every, 1, "null writes none but when told to stop")
+        if self.deepspeed is not None and self.clip_predictors_separately:
+            raise ValueError("train.clip_predictors_separately needs whole gradients, which DeepSpeed keeps in parts")
         if self.warmup_ratio >= 1:
             raise ValueError(f"train.warmup_ratio={self.warmup_ratio} is a share of the steps; give a number below 1")
         for name in ("epochs", "tau_start", "tau_end"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be positive")
+        if self.peak_tflops is not None and not self.peak_tflops > 0:
+            raise ValueError(f"train.peak_tflops={self.peak_tflops} must be positive; null looks it up")
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """Return the parts that learn, by their names in train/optimizer.py, with their peak learning rates."""
+        rates = {"full": {"language_model": self.learning_rate}, "lora": {"adapters": self.learning_rate}}
+        learning = dict(rates.get(self.tune, {}))
+        for predictor in ("image", "output"):
+            if self.sparsity_mode in ("both", predictor):
+                learning[f"{predictor}_predictor"] = self.predictor_learning_rate
+        if self.projector_learning_rate is not None:
+            learning["projector"] = self.projector_learning_rate
+        return learning
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Section `lora`: the adapters of train.tune: lora, in every linear map of the language model's layers."""
+
+    rank: int = 128
+    """r: inner width of an adapter. The defaults are those of LLaVA-1.5's own LoRA recipe."""
+    alpha: float = 256.0
+    """An adapter's product is multiplied by alpha / rank."""
+    dropout: float = 0.05
+    """Dropout on what enters an adapter; drawn by torch's generator, so it differs between numbers of processes."""
+
+    def __post_init__(self) -> None:
+        _at_least("lora.rank", self.rank, 1, "128 is usual")
+        if not self.alpha > 0:
+            raise ValueError(f"lora.alpha={self.alpha} must be positive")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout={self.dropout} is a share; give a number in [0, 1)")
 
 
 def cache_folder() -> Path:

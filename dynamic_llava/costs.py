@@ -1,4 +1,4 @@
-"""What a forward pass costs: FLOPs, tokens per layer, key-value bytes. Pure arithmetic, no torch.
+"""What passes cost: parameters, FLOPs, tokens per layer, key-value bytes. Pure arithmetic, no torch.
 
 Two ways to count, never to be mixed in one table. `flops_paper` is Eq. 13 as the paper's tables use it: 32 N C^2 stands
 for ALL linear layers (four projections 8 N C^2, a three-matrix MLP of width 4C 24 N C^2) and 4 N^2 C for attention; the
@@ -7,9 +7,13 @@ ratios hold. `flops_exact` counts the real module shapes, two operations per mul
 softmax, embeddings and the vision tower; the head is `head_flops`.
 
 In every function `tokens` is what layers below `sparse_layer` see and `kept` what the others see; kept=None is dense.
+Training masks instead of removing, so `training_flops` counts every token; its bytes are in memory_costs.py.
 """
 
 from dataclasses import dataclass
+from typing import Any
+
+from dynamic_llava.config import LoraConfig, SparsityConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,108 @@ class DecoderShape:
         attention = 2 * self.hidden * self.hidden + 2 * self.hidden * self.kv_width
         return attention + 3 * self.hidden * self.intermediate
 
+    def adapter_parameters(self, rank: int) -> int:
+        """Weights of one layer's LoRA adapters: rank x (inputs + outputs) for each of its seven linear maps."""
+        attention = 2 * (2 * self.hidden) + 2 * (self.hidden + self.kv_width)
+        return rank * (attention + 3 * (self.hidden + self.intermediate))
+
+
+@dataclass(frozen=True)
+class VisionShape:
+    """The sizes of a CLIP vision tower."""
+
+    hidden: int
+    """Hidden size."""
+    layers: int
+    """Encoder layers."""
+    intermediate: int
+    """Width of the MLP."""
+    patch: int
+    """Side of a patch in pixels."""
+    patches: int
+    """Patches of an image; the class token comes on top."""
+
+    @property
+    def parameters(self) -> int:
+        """All weights: embeddings, encoder layers, and the norms before and after them."""
+        linear = 4 * self.hidden**2 + 2 * self.hidden * self.intermediate
+        layer = linear + (4 + 1 + 4) * self.hidden + self.intermediate  # biases and two layer norms
+        return 3 * self.patch**2 * self.hidden + (1 + self.patches + 1 + 4) * self.hidden + self.layers * layer
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of one image; the last layer counts, which LLaVA runs and does not use."""
+        tokens = self.patches + 1
+        linear = 2 * tokens * (4 * self.hidden**2 + 2 * self.hidden * self.intermediate)
+        embedding = 2 * self.patches * 3 * self.patch**2 * self.hidden
+        return embedding + self.layers * (linear + 4 * tokens**2 * self.hidden)
+
+
+@dataclass(frozen=True)
+class LlavaShape:
+    """The sizes of a whole LLaVA: vision tower, two-layer projector, decoder with an untied head."""
+
+    decoder: DecoderShape
+    """The language model."""
+    vision: VisionShape
+    """The vision tower."""
+    tokens_per_image: int
+    """n: image tokens of one image."""
+
 
 LLAVA_7B = DecoderShape(hidden=4096, layers=32, intermediate=11008, heads=32, kv_heads=32, vocab=32064)
 """The decoder of LLaVA-1.5-7B."""
 LLAVA_13B = DecoderShape(hidden=5120, layers=40, intermediate=13824, heads=40, kv_heads=40, vocab=32064)
 """The decoder of LLaVA-1.5-13B."""
+_CLIP_L_336 = VisionShape(hidden=1024, layers=24, intermediate=4096, patch=14, patches=576)
+LLAVA_SHAPES = {name: LlavaShape(decoder, _CLIP_L_336, 576) for name, decoder in (("7b", LLAVA_7B), ("13b", LLAVA_13B))}
+"""The published sizes of LLaVA-1.5."""
+
+
+def decoder_shape(config: Any) -> DecoderShape:
+    """Return the sizes of the language model in a DynamicLlavaConfig or LlavaConfig."""
+    text = config.text_config
+    return DecoderShape(
+        hidden=text.hidden_size,
+        layers=text.num_hidden_layers,
+        intermediate=text.intermediate_size,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        vocab=text.vocab_size,
+    )
+
+
+def llava_shape(config: Any) -> LlavaShape:
+    """Return the sizes in a DynamicLlavaConfig or LlavaConfig."""
+    vision = config.vision_config
+    tower = VisionShape(
+        hidden=vision.hidden_size,
+        layers=vision.num_hidden_layers,
+        intermediate=vision.intermediate_size,
+        patch=vision.patch_size,
+        patches=(vision.image_size // vision.patch_size) ** 2,
+    )
+    class_token = config.vision_feature_select_strategy != "default"
+    return LlavaShape(decoder_shape(config), tower, tower.patches + class_token)
+
+
+def parameter_counts(shape: LlavaShape, sparsity: SparsityConfig, lora: LoraConfig | None = None) -> dict[str, int]:
+    """Return the number of parameters of each part; the parts are those of train/optimizer.py."""
+    hidden, decoder, width = shape.decoder.hidden, shape.decoder, sparsity.predictor_width
+    layer = decoder.layer_parameters + 2 * hidden
+    half, quarter = width // 2, width // 4
+    ends = (2 * hidden + hidden * width + width) + (width * half + half) + (half * quarter + quarter)
+    ends += quarter * 2 + 2
+    mlp = sparsity.predictor_mlp
+    block = 4 * width + 4 * width**2 + width + 2 * width * mlp + mlp + width
+    return {
+        "language_model": decoder.layers * layer + hidden + 2 * decoder.vocab * hidden,
+        "vision_tower": shape.vision.parameters,
+        "projector": shape.vision.hidden * hidden + hidden**2 + 2 * hidden,
+        "image_predictor": ends + sparsity.predictor_blocks * block,
+        "output_predictor": ends,
+        "adapters": 0 if lora is None else decoder.layers * decoder.adapter_parameters(lora.rank),
+    }
 
 
 def average_tokens(total: float, kept: float, layers: int, sparse_layer: int) -> float:
@@ -119,6 +220,56 @@ def predictor_flops(
     token_wise = 2 * (hidden * width + head)
     block = 2 * (4 * width**2 + 2 * width * mlp) + 4 * image_tokens * width
     return images * image_tokens * (token_wise + blocks * block) + output_tokens * token_wise
+
+
+@dataclass(frozen=True)
+class TrainingFlops:
+    """FLOPs of a forward and backward pass, which are linear in what the batches hold. Recomputation never counts."""
+
+    per_token: int
+    """Linear maps of the decoder and its head."""
+    per_pair: int
+    """Attention; a sample of n tokens has n (n + 1) / 2 pairs of a query and a key that it sees."""
+    per_image: int
+    """Vision tower, projector and image predictor."""
+    per_output_token: int
+    """Output predictor."""
+
+
+def training_flops(
+    shape: LlavaShape, sparsity: SparsityConfig, train: TrainConfig, lora: LoraConfig | None = None
+) -> TrainingFlops:
+    """Return the FLOPs of training as `train` says: a gradient that nothing needs is not counted.
+
+    A linear map costs its forward pass once more for the gradient of its input and once more for that of its weight;
+    attention costs twice its forward pass. Predictors alone start at the sparse layer, where MaskedSoftmax passes a
+    gradient to the keep mask only: queries, keys and values get none, nor does anything below. Adapters start likewise
+    at layer 0, whose input needs no gradient.
+    """
+    decoder, hidden = shape.decoder, shape.decoder.hidden
+    full, projector = train.tune == "full", train.projector_learning_rate is not None
+    first = sparsity.sparse_layer if train.tune == "predictors" and not projector else 0
+    reached = decoder.layers - first
+    incoming = hidden * (hidden + 2 * decoder.kv_width)  # the maps to queries, keys and values of the first layer
+    linear = decoder.layers * decoder.layer_parameters * (2 if full else 1) + reached * decoder.layer_parameters
+    pairs = 4 * hidden * decoder.layers + 8 * hidden * reached
+    if train.tune == "lora" and not projector:
+        linear -= incoming
+    elif first and sparsity.dropped_tokens == "masked_softmax":
+        linear -= incoming
+        pairs -= 6 * hidden
+    head = hidden * decoder.vocab * (3 if full else 2)
+    if lora is not None:
+        linear += 3 * decoder.layers * decoder.adapter_parameters(lora.rank)
+        linear -= 0 if projector else 3 * lora.rank * hidden
+    maps = shape.vision.hidden * hidden, hidden**2
+    image = shape.vision.flops + 2 * shape.tokens_per_image * (sum(maps) + projector * (sum(maps) + maps[1]))
+    sizes = {"width": sparsity.predictor_width, "mlp": sparsity.predictor_mlp, "blocks": sparsity.predictor_blocks}
+    if train.sparsity_mode in ("both", "image"):
+        image += 3 * predictor_flops(hidden, shape.tokens_per_image, **sizes)
+    decides_output = train.sparsity_mode in ("both", "output")
+    output = 3 * predictor_flops(hidden, output_tokens=1, **sizes) if decides_output else 0
+    return TrainingFlops(2 * (linear + head), pairs, image, output)
 
 
 def kv_bytes(

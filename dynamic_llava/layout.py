@@ -74,12 +74,20 @@ class TokenLayout:
 
     def answer_lengths(self) -> Tensor:
         """(B, N) int64: at each output token the length of the answer (run of output tokens) it belongs to, else 0."""
-        starts = self.output & ~torch.nn.functional.pad(self.output, (1, 0))[:, :-1]
-        answer_BN = starts.cumsum(1) * self.output
+        answer_BN = self._answer_starts().cumsum(1) * self.output
         sizes = torch.zeros(
             answer_BN.shape[0], answer_BN.shape[1] + 1, dtype=torch.long, device=answer_BN.device
         ).scatter_add(1, answer_BN, self.output.long())
         return sizes.gather(1, answer_BN) * self.output
+
+    def answer_places(self) -> tuple[Tensor, Tensor]:
+        """(T,), (T,) int64: each output token's answer, counted over the batch, and its index within it; row order."""
+        starts_T = self._answer_starts()[self.output]
+        answer_T = starts_T.cumsum(0) - 1
+        return answer_T, torch.arange(len(answer_T), device=answer_T.device) - starts_T.nonzero()[:, 0][answer_T]
+
+    def _answer_starts(self) -> Tensor:
+        return self.output & ~torch.nn.functional.pad(self.output, (1, 0))[:, :-1]
 
     def last_valid(self) -> Tensor:
         """(B,) int64: index of each row's last real token (0 for a row of padding)."""

@@ -2,11 +2,11 @@
 # Create the virtual environment and install the project. Safe to run again: seconds when nothing changed.
 #   PYTHON           interpreter, default python3 (3.10 - 3.12)
 #   VENV             folder of the environment, default .venv
-#   EXTRAS           optional dependencies, default "train,deepspeed,wandb,dev"
+#   EXTRAS           optional dependencies, default "train,eval,deepspeed,wandb,dev"
 #   TORCH_INDEX_URL  wheel index for torch, default: whatever pip is configured with
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-PYTHON=${PYTHON:-python3} VENV=${VENV:-.venv} EXTRAS=${EXTRAS:-train,deepspeed,wandb,dev}
+PYTHON=${PYTHON:-python3} VENV=${VENV:-.venv} EXTRAS=${EXTRAS:-train,eval,deepspeed,wandb,dev}
 
 "$PYTHON" -c 'import sys; v = sys.version_info; sys.exit(None if (3, 10) <= v < (3, 13) else
 f"Python {v.major}.{v.minor} was found, 3.10 - 3.12 is needed; set PYTHON to such an interpreter")'

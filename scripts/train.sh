@@ -5,6 +5,10 @@
 #   bash scripts/train.sh CONFIG.yaml [overrides]      any LLaVA-format data, e.g. --train.learning-rate 1e-5
 #   bash scripts/train.sh CONFIG.yaml --help           every setting with its meaning
 # Paths in a configuration file are relative to the folder this is called from.
+# One process per visible GPU: plain python, torchrun, or with train.deepspeed the deepspeed launcher; a line says which.
+#   PROCESSES=2                                        another number, also on the CPU
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=... MASTER_PORT=...   several machines: the same command on each, by its rank
+# SIGTERM or Ctrl-C saves and stops (exit code 75); the same command goes on. 74: the disk is full. 2: a mistake.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bash "$root/scripts/setup.sh"
@@ -20,4 +24,4 @@ fi
 # work too, and not spinning at all makes them slower on a free one.
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}
 export TOKENIZERS_PARALLELISM=false # worker processes are forked after the first use of the tokenizer
-exec "$venv/bin/python" -m dynamic_llava.train "$config" "$@"
+exec "$venv/bin/python" -m dynamic_llava.train.launch "$config" "$@"

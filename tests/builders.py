@@ -27,7 +27,7 @@ TINY_SPARSITY = SparsityConfig(
 )
 
 
-def tiny_config(kv_heads=4, attention="sdpa", **sparsity):
+def tiny_config(kv_heads=4, attention="sdpa", layers=LAYERS, **sparsity):
     """Return a configuration of 6 layers, hidden 64, 16 tokens per image; kv_heads 4 is MHA, 2 is GQA."""
     vision = CLIPVisionConfig(
         hidden_size=32,
@@ -41,7 +41,7 @@ def tiny_config(kv_heads=4, attention="sdpa", **sparsity):
     text = LlamaConfig(
         hidden_size=HIDDEN,
         intermediate_size=128,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=kv_heads,
         vocab_size=VOCABULARY,
@@ -65,9 +65,9 @@ def tiny_config(kv_heads=4, attention="sdpa", **sparsity):
     return config
 
 
-def build_model(kv_heads=4, attention="sdpa", seed=0, **sparsity):
+def build_model(kv_heads=4, attention="sdpa", seed=0, layers=LAYERS, **sparsity):
     """Return a random model in eval mode whose output decisions are mixed; the same seed gives the same weights."""
-    config = tiny_config(kv_heads, attention, **sparsity)
+    config = tiny_config(kv_heads, attention, layers, **sparsity)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = DynamicLlavaForConditionalGeneration(config).eval()

@@ -7,10 +7,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TrainingArguments
 
+from dynamic_llava.config import TrainConfig
 from dynamic_llava.processing import DynamicLlavaProcessor
-from tests.builders import BOS, EOS, IMAGE_SIZE, IMAGE_TOKEN, PAD, PATCH, build_model
+from dynamic_llava.train.config import RunConfig
+from dynamic_llava.train.run import training_arguments
+from dynamic_llava.train.trainer import DynamicLlavaTrainer
+from tests.builders import BOS, EOS, IMAGE_SIZE, IMAGE_TOKEN, PAD, PATCH, build_model, dense_twin
 
 SPECIALS = {"<pad>": PAD, "<s>": BOS, "</s>": EOS, "<image>": IMAGE_TOKEN}
 SHAPES_OF_PICTURES = ((64, 48), (20, 90), (56, 56), (200, 33))
@@ -32,9 +36,10 @@ def tiny_processor():
     return DynamicLlavaProcessor(character_tokenizer(), IMAGE_SIZE, PATCH)
 
 
-def write_checkpoint(folder, seed=0, **sparsity):
-    """Save a tiny random model with its processor; return the folder."""
-    build_model(seed=seed, **sparsity).save_pretrained(folder)
+def write_checkpoint(folder, seed=0, dense=False, **settings):
+    """Save a tiny random model with its processor, `dense` without the predictors; return the folder."""
+    model = build_model(seed=seed, **settings)
+    (dense_twin(model) if dense else model).save_pretrained(folder)
     tiny_processor().save_pretrained(folder)
     return Path(folder)
 
@@ -72,3 +77,31 @@ def write_data(folder, samples=12, long_answer="It shows a cat that sits on a ma
     file = folder / "data.json"
     file.write_text(json.dumps(entries), encoding="utf-8")
     return file, images
+
+
+def trainer_around(model, folder, **train):
+    """Return the trainer of a model in memory, at step 0; it has no data: tests hand it batches with `take_step`."""
+    settings = TrainConfig(**{"max_steps": 10, **train})
+    config = RunConfig(output_folder=str(folder), sparsity=model.config.sparsity, train=settings)
+    arguments = TrainingArguments(**training_arguments(config))
+    trainer = DynamicLlavaTrainer(model=model, args=arguments, train_config=settings)
+    trainer.state.max_steps = settings.max_steps
+    return trainer
+
+
+def take_step(trainer, batches):
+    """Send the batches of one optimizer step down the trainer's own path: count, loss, backward; nothing is updated.
+
+    Returns the loss terms as they are logged, the model's outputs, and the step's gradients by parameter.
+    """
+    outputs, model = [], trainer.model
+    model.zero_grad(set_to_none=True)
+    trainer.restart_meter()
+    handle = model.register_forward_hook(lambda module, arguments, output: outputs.append(output))
+    fetched, tokens = trainer.get_batch_samples(iter(batches), len(batches), trainer.args.device)
+    losses = [trainer.training_step(model, batch, tokens) for batch in fetched]
+    handle.remove()
+    terms = {"loss": sum(losses).item(), **{name: share.item() for name, share in trainer.meter.shares.items()}}
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return terms, outputs, found

@@ -13,14 +13,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERED = [path for path in FILES if path != PACKAGE / "__init__.py"]
 
 LAYER = {
-    "config": 0, "layout": 0,
-    "sparsity": 1, "costs": 1,
+    "config": 0, "layout": 0, "costs": 0,
+    "sparsity": 1, "memory_costs": 1, "provenance": 1,
     "methods": 2, "projectors": 2,
     "model": 3,
     "processing": 4, "checkpoints": 4,
     "data": 5, "tiny": 5,
     "train": 6, "eval": 6, "profile": 6, "viz": 6,
-    "cli": 7, "apps": 7, "integrations": 7, "main_job": 7,
+    "cli": 7, "apps": 7, "integrations": 7, "main_job": 7, "sweep": 7,
 }  # fmt: skip
 ENTRY_LAYER = 7
 
@@ -28,19 +28,20 @@ ENTRY_LAYER = 7
 UPPER = {room for room, layer in LAYER.items() if layer >= 3}
 ROOMS = {
     "torch": set(LAYER),
-    "transformers": {"model", "processing", "checkpoints", "tiny", "train", "eval", "profile"},
-    "safetensors": {"checkpoints", "tiny", "train"},
-    "tokenizers": {"processing", "tiny"},
+    "transformers": {"model", "processing", "checkpoints", "tiny", "train", "eval", "profile", "integrations"},
+    "safetensors": {"model", "checkpoints", "tiny", "train"},
+    "tokenizers": {"processing", "data", "tiny"},
     "numpy": UPPER,
     "tqdm": {"data", "tiny", "train", "eval", "profile", "apps", "cli"},
-    "accelerate": {"train"}, "deepspeed": {"train"}, "peft": {"train"}, "wandb": {"train"},
+    "accelerate": {"train", "integrations"}, "deepspeed": {"train"}, "peft": {"train"}, "wandb": {"train"},
     "omegaconf": {"cli"}, "tyro": {"cli"},
     "yaml": {"cli", "train"},
-    "PIL": {"processing", "viz", "tiny", "data"},
-    "datasets": {"data", "eval"},
+    "PIL": {"processing", "viz", "tiny", "data", "integrations"},
+    "datasets": {"data", "eval"}, "filelock": {"data"},
     "matplotlib": {"viz"},
-    "nltk": {"eval"},
+    "nltk": {"eval"}, "openpyxl": {"eval"},
     "gradio": {"apps"},
+    "lmms_eval": {"integrations"},
     "triton": {"sparsity"},
 }  # fmt: skip
 

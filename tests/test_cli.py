@@ -3,6 +3,7 @@
 import pytest
 
 from dynamic_llava.cli import load_config, read_yaml
+from dynamic_llava.config import SparsityConfig
 from dynamic_llava.train.__main__ import main
 from dynamic_llava.train.config import RunConfig
 from dynamic_llava.train.run import write_config
@@ -95,3 +96,68 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(file, capsys):
     errors = capsys.readouterr().err
     assert "error: " in errors and "did you mean train.learning_rate?" in errors
     assert "data.json is not set" in errors and "Traceback" not in errors
+
+
+def write(folder, **texts):
+    """Write files given as name=text, a double underscore standing for a folder; return the last one's path."""
+    for name, text in texts.items():
+        path = folder / f"{name.replace('__', '/')}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return path
+
+
+def test_a_file_extends_another_key_by_key(tmp_path):
+    path = write(
+        tmp_path,
+        root="name: r\ntrain: {learning_rate: 1e-5, seed: 3}\ntiny: {questions: 99}\nsparsity: {mask_grad_clip: 0.1}",
+        more__middle="extends: ../root.yaml\ntrain: {seed: 4}\ntiny: null",
+        more__deep__leaf="extends: ../middle.yaml\nname: leaf\nsparsity: {mask_grad_clip: null, sparse_layer: 4}",
+    )
+    config = load(path, "--train.bf16")
+    assert (config.name, config.train.learning_rate, config.train.seed, config.train.bf16) == ("leaf", 1e-5, 4, True)
+    assert config.tiny is None and config.sparsity == SparsityConfig(sparse_layer=4)
+    assert read_yaml(RunConfig, tmp_path / "root.yaml").tiny.questions == 99
+
+
+def test_extending_and_adding_nothing_is_the_same_configuration(tmp_path):
+    path = write(tmp_path, root="name: root\ntrain: {seed: 3}", leaf="extends: root.yaml")
+    assert read_yaml(RunConfig, path) == read_yaml(RunConfig, tmp_path / "root.yaml")
+
+
+def test_the_written_configuration_of_an_extending_file_stands_alone(tmp_path):
+    config = read_yaml(RunConfig, write(tmp_path, root="train: {seed: 3}", leaf="extends: root.yaml\nname: leaf"))
+    write_config(config, tmp_path / "elsewhere.yaml")
+    assert "extends" not in (tmp_path / "elsewhere.yaml").read_text()
+    (tmp_path / "root.yaml").unlink()
+    assert read_yaml(RunConfig, tmp_path / "elsewhere.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ({"root": "train: {learning_rat: 1}", "leaf": "extends: root.yaml"}, r"root\.yaml: .* train\.learning_rat;"),
+        ({"root": "{}", "leaf": "extends: root.yaml\nsparsitty: {}"}, r"leaf\.yaml: unknown key sparsitty"),
+        ({"root": "train: {learning_rate: fast}", "leaf": "extends: root.yaml"}, r"root\.yaml: train\.learning_rate"),
+        ({"root": "{}", "leaf": "extends: root.yaml\ntrain: {seed: x}"}, r"leaf\.yaml: train\.seed: Value 'x'"),
+        ({"root": "- 1", "leaf": "extends: root.yaml"}, r"root\.yaml holds a list"),
+        ({"root": "a: {", "leaf": "extends: root.yaml"}, r"root\.yaml is no valid YAML"),
+        ({"leaf": "extends: leaf.yaml"}, r"leaf\.yaml extends .*leaf\.yaml: a circle"),
+        (
+            {"a": "extends: leaf.yaml", "leaf": "extends: a.yaml"},
+            r"leaf\.yaml extends .*a\.yaml extends .*leaf",
+        ),
+        ({"leaf": "extends:"}, r"leaf\.yaml: extends=None must be the name of one file"),
+        ({"leaf": "extends: [a.yaml, b.yaml]"}, "extends=.* must be the name of one file"),
+        ({"root": "{}", "leaf": "train: {extends: root.yaml}"}, r"unknown key train\.extends"),
+    ],
+)
+def test_mistakes_in_extending_files_are_named_with_their_file(tmp_path, texts, message):
+    with pytest.raises(ValueError, match=message):
+        read_yaml(RunConfig, write(tmp_path, **texts))
+
+
+def test_a_missing_file_that_is_extended_is_named_with_who_wants_it(tmp_path):
+    path = write(tmp_path, more__leaf="extends: ../nothing.yaml")
+    with pytest.raises(FileNotFoundError, match=rf"{tmp_path}/nothing\.yaml; .*leaf\.yaml extends it"):
+        read_yaml(RunConfig, path)

@@ -1,12 +1,17 @@
 """The calculator against every value of the paper's Table 10 (Eq. 13) and against counted module shapes."""
 
+import itertools
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from dynamic_llava import DynamicLlavaForConditionalGeneration
+from dynamic_llava.config import LoraConfig, SparsityConfig, TrainConfig
 from dynamic_llava.costs import (
     LLAVA_7B,
     LLAVA_13B,
+    LLAVA_SHAPES,
     DecoderShape,
     average_tokens,
     flops_decode_step,
@@ -14,9 +19,15 @@ from dynamic_llava.costs import (
     flops_paper,
     head_flops,
     kv_bytes,
+    llava_shape,
+    parameter_counts,
     predictor_flops,
+    training_flops,
     weight_bytes,
 )
+from dynamic_llava.train.config import RunConfig
+from dynamic_llava.train.optimizer import prepare
+from tests.builders import FIRST_WORD, IMAGE_TOKEN, TOKENS_PER_IMAGE, VOCABULARY, tiny_config
 
 # (model, tokens, kept, sparse layer, Eq. 13, exact, exact causal, average tokens); TFLOP.
 ROWS = {
@@ -124,6 +135,101 @@ def test_key_value_bytes_of_two_layer_groups():
 def test_weights_read_by_a_decoding_step():
     assert weight_bytes(LLAVA_7B) / 1e9 == pytest.approx(13.21, abs=0.006)
     assert weight_bytes(LLAVA_13B) / 1e9 == pytest.approx(25.70, abs=0.006)
+
+
+def test_parameters_of_the_published_sizes():
+    for name, total in (("7b", 7.063e9), ("13b", 13.351e9)):  # LLaVA-1.5 itself
+        counts = parameter_counts(LLAVA_SHAPES[name], SparsityConfig())
+        assert counts["vision_tower"] == 303_507_456
+        dense = sum(counts[part] for part in ("language_model", "vision_tower", "projector"))
+        assert dense == pytest.approx(total, rel=1e-4)
+    assert parameter_counts(LLAVA_SHAPES["7b"], SparsityConfig(), LoraConfig())["adapters"] == 319_815_680
+
+
+def counted_flops(run, kv_heads=4):
+    """Return a real step's matrix products (2 rows of 40 tokens, features given), by kind, and the model's shape.
+
+    The sums over tokens run in `mm`, those over heads, which is attention, in `bmm`.
+    """
+    config = tiny_config(kv_heads, "eager", masked_softmax="reference", dropped_tokens=run.sparsity.dropped_tokens)
+    model = prepare(DynamicLlavaForConditionalGeneration(config), run).train()
+    ids = torch.randint(FIRST_WORD, VOCABULARY, (2, 40))
+    ids[:, 3 : 3 + TOKENS_PER_IMAGE] = IMAGE_TOKEN
+    labels = ids.clone()
+    labels[:, : 3 + TOKENS_PER_IMAGE] = -100
+    learns = run.train.projector_learning_rate is not None
+    images = {"image_features": torch.randn(2, TOKENS_PER_IMAGE, 64, requires_grad=learns)}
+    with FlopCounterMode(display=False) as counter:
+        mode = run.train.sparsity_mode
+        model(
+            input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, sparsity=mode, **images
+        ).loss.backward()
+    counts = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
+    return counts["aten.mm"] + counts.get("aten.addmm", 0), counts["aten.bmm"], llava_shape(config)
+
+
+WAYS = [
+    pytest.param(*way, marks=() if way[1:] in (("both", "masked_softmax", None), ("none", "masked_softmax", 1e-4))
+                 or way[:3] == ("predictors", "both", "zero_vectors") else pytest.mark.slow)
+    for way in itertools.product(
+        ("full", "lora", "predictors"),
+        ("both", "image", "output", "none"),
+        ("masked_softmax", "zero_vectors"),
+        (None, 1e-4),
+    )
+    if (way[0], way[1], way[3]) != ("predictors", "none", None)  # nothing learns
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("tune", "mode", "dropped", "projector"), WAYS)
+def test_training_flops_equal_counted_products(tune, mode, dropped, projector):
+    lora = LoraConfig(rank=4, dropout=0.0) if tune == "lora" else None
+    train = TrainConfig(tune=tune, sparsity_mode=mode, projector_learning_rate=projector)
+    sparsity = SparsityConfig(**{**tiny_config().sparsity.to_dict(), "dropped_tokens": dropped})
+    run = RunConfig(sparsity=sparsity, train=train, lora=lora)
+    linear, attention, shape = counted_flops(run, kv_heads=2)
+    flops = training_flops(shape, sparsity, train, lora)
+    outputs = 2 * (40 - 3 - TOKENS_PER_IMAGE)
+    blocks = 3 * predictor_flops(
+        64,
+        TOKENS_PER_IMAGE,
+        width=sparsity.predictor_width,
+        mlp=sparsity.predictor_mlp,
+        blocks=sparsity.predictor_blocks,
+    )
+    inner = 3 * sparsity.predictor_blocks * 4 * TOKENS_PER_IMAGE**2 * sparsity.predictor_width
+    images = 2 * (blocks - inner) if mode in ("both", "image") else 0
+    assert linear == 80 * flops.per_token + images + outputs * flops.per_output_token
+    assert attention == 2 * 40**2 * flops.per_pair, "the reference attention computes every pair"
+
+
+def test_an_images_flops_equal_counted_products():
+    config = tiny_config(attention="eager")
+    model, shape = DynamicLlavaForConditionalGeneration(config), llava_shape(config)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.model.get_image_features(torch.randn(2, 3, 56, 56))
+    train = TrainConfig(sparsity_mode="none")
+    assert counter.get_total_flops() == 2 * training_flops(shape, config.sparsity, train).per_image
+    whole = TrainConfig(sparsity_mode="none", projector_learning_rate=1e-4)
+    maps = shape.vision.hidden * 64, 64**2
+    more = (
+        training_flops(shape, config.sparsity, whole).per_image
+        - training_flops(shape, config.sparsity, train).per_image
+    )
+    assert more == 2 * TOKENS_PER_IMAGE * (maps[0] + 2 * maps[1]), "weights of both maps, the input of the second"
+
+
+@pytest.mark.parametrize("name", LLAVA_SHAPES)
+def test_training_flops_near_six_per_parameter_and_token(name):
+    shape, sparsity = LLAVA_SHAPES[name], SparsityConfig()
+    embedded = shape.decoder.vocab * shape.decoder.hidden
+    weights = parameter_counts(shape, sparsity)["language_model"] - embedded
+    assert training_flops(shape, sparsity, TrainConfig()).per_token / weights == pytest.approx(6, rel=1e-3)
+    adapted = training_flops(shape, sparsity, TrainConfig(tune="lora"), LoraConfig(rank=1)).per_token
+    assert adapted / weights == pytest.approx(4, rel=0.01)
+    layers = shape.decoder.layers
+    alone = training_flops(shape, sparsity, TrainConfig(tune="predictors")).per_token
+    assert alone / weights == pytest.approx(2 + 2 * (layers - 2) / layers, rel=0.02)
 
 
 def test_refuses_impossible_settings():

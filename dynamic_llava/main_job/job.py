@@ -10,7 +10,8 @@ versions) is that of this job: an interrupted job goes on where it stopped.
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,12 @@ from typing import Any
 from dynamic_llava.config import SparsityMode
 from dynamic_llava.eval.page import report_text
 from dynamic_llava.eval.predict import hide_library_progress
-from dynamic_llava.eval.provenance import environment, fingerprint, source_digest
 from dynamic_llava.eval.tiny_data import TestSet, read_test_set
 from dynamic_llava.eval.tiny_world import UNTRAINED, Evaluation, Evaluator
 from dynamic_llava.eval.untrained import write_untrained_base
 from dynamic_llava.main_job.pictures import draw_pictures
 from dynamic_llava.processing import DynamicLlavaProcessor
+from dynamic_llava.provenance import environment, fingerprint, source_digest
 from dynamic_llava.tiny import BASE_WEIGHTS
 from dynamic_llava.tiny.config import TinyJobConfig
 from dynamic_llava.tiny.dataset import build_world
@@ -80,8 +81,6 @@ def main(config: RunConfig) -> Path:
     if config.tiny is None:
         raise ValueError("the main job needs a `tiny` section in its configuration file; see configs/tiny.yaml")
     hide_library_progress()
-    # Every training of this job starts from a dense base: new predictors are the plan, not a surprise.
-    logging.getLogger("dynamic_llava.model.loading").setLevel(logging.ERROR)
     begun, tiny, folder = time.perf_counter(), config.tiny, config.folder
     folder.mkdir(parents=True, exist_ok=True)
     write_config(config, folder / "config.yaml")
@@ -90,13 +89,26 @@ def main(config: RunConfig) -> Path:
     base = BASE_WEIGHTS if config.model.base == TINY_BASE else Path(config.model.base)
     seeds = range(config.train.seed, config.train.seed + tiny.seeds)
     jobs = [SeedJob(_seed_config(config, seed, world), folder / f"seed{seed}", world, base) for seed in seeds]
-    results = [_seed_result(job, resume=tiny.seeds > 1) for job in jobs]
+    with _new_predictors_expected():
+        results = [_seed_result(job, resume=tiny.seeds > 1) for job in jobs]
     _write_job(folder, config, jobs, results)
     print("\n" + report_text(results, config.sparsity, escape=False))
     seconds = time.perf_counter() - begun
     print(f"\n{seconds:.0f} s in all; table: {folder / 'table.md'}; numbers: {folder / 'results.json'}")
     print("pictures: " + ", ".join(str(path) for path in sorted((jobs[0].folder / "pictures").glob("*.png"))))
     return folder
+
+
+@contextmanager
+def _new_predictors_expected() -> Iterator[None]:
+    """Every training of this job starts from a dense base: that predictors are new is no surprise to warn of."""
+    loading = logging.getLogger("dynamic_llava.model.loading")
+    before = loading.level
+    loading.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        loading.setLevel(before)
 
 
 def _seed_config(config: RunConfig, seed: int, world: Path) -> RunConfig:

@@ -7,6 +7,7 @@ from transformers.conversion_mapping import (
 )
 
 from dynamic_llava.model.cache import AdmissionCache
+from dynamic_llava.model.cache_names import cache_of
 from dynamic_llava.model.configuration import DynamicLlavaConfig
 from dynamic_llava.model.llava import DynamicLlavaForConditionalGeneration, DynamicLlavaModel
 from dynamic_llava.model.outputs import DynamicLlavaOutput, SparsityRecord
@@ -28,4 +29,5 @@ __all__ = [
     "DynamicLlavaModel",
     "DynamicLlavaOutput",
     "SparsityRecord",
+    "cache_of",
 ]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, apply_rotary_pos_emb
 
+from dynamic_llava.model.cache_names import CACHE
 from dynamic_llava.sparsity.masked_softmax import masked_softmax_attention
 
 
@@ -20,7 +21,6 @@ class DynamicLlamaAttention(LlamaAttention):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
         keep_mask: Tensor | None = None,
         padding_mask: Tensor | None = None,
         masked_softmax: str = "auto",
@@ -36,10 +36,9 @@ class DynamicLlamaAttention(LlamaAttention):
                 hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 **kwargs,
             )
-        if past_key_values is not None or position_embeddings is None:
+        if kwargs.get(CACHE) is not None or position_embeddings is None:
             raise ValueError("a keep mask needs the whole sequence: no cache, and position_embeddings for every token")
         if self.training and self.attention_dropout:
             raise ValueError(

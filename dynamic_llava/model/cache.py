@@ -13,6 +13,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from dynamic_llava.layout import Packing
 from dynamic_llava.sparsity.cache import AdmissionSlots, SlotStorage
 
+LIVE_CACHE_ATTENTION = ("sdpa", "eager")
+"""Attention implementations that can read a cache whose rows have different lengths."""
+
 
 class AdmissionLayer(CacheLayerMixin):
     """Keys and values of one decoder layer in admission slots."""
@@ -177,4 +180,28 @@ class AdmissionCache(Cache):
         """Bytes of key and value storage, all layers."""
         return sum(
             storage.data.numel() * storage.data.element_size() for layer in self.layers for storage in layer.storages()
+        )
+
+
+def check_cache(cache: Cache, sparse_layer: int, implementation: str) -> None:
+    """Raise ValueError unless `cache` was opened by a sparse call with this sparse layer and attention can read it."""
+    if not isinstance(cache, AdmissionCache):
+        raise ValueError(
+            f"cache is a {type(cache).__name__}; sparse decoding needs the AdmissionCache that a sparse call "
+            "returns, or sparsity='none'"
+        )
+    if cache.sparse_layer != sparse_layer:
+        raise ValueError(
+            f"the cache was opened with sparse layer {cache.sparse_layer} and this call asks for "
+            f"{sparse_layer}; continue with the method it was opened with"
+        )
+    check_attention(implementation)
+
+
+def check_attention(implementation: str) -> None:
+    """Raise ValueError unless the attention implementation takes a mask per row, as ragged caches and scoring need."""
+    if implementation not in LIVE_CACHE_ATTENTION:
+        raise ValueError(
+            f"attn_implementation={implementation!r} cannot decode on an admission cache, nor score answers in one "
+            f"pass; load the model with one of {', '.join(map(repr, LIVE_CACHE_ATTENTION))}, or pass use_cache=False"
         )

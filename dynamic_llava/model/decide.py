@@ -1,9 +1,12 @@
 """One decision per token, on the hidden states that enter the sparse layer: hard at inference, sampled in training.
 
-Shape suffixes: B rows, N tokens, I images, n tokens of one image, T output tokens of the batch, D hidden size.
+Shape suffixes: B rows, N tokens, I images, n tokens of one image, T output tokens of the batch, A answers, a tokens of
+the longest answer, D hidden size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeGuard
 
 import torch
@@ -12,8 +15,8 @@ from torch import Tensor
 from dynamic_llava.config import SparsityConfig
 from dynamic_llava.layout import TokenLayout
 from dynamic_llava.methods import Dynamic, ImageTokens, Method, OutputTokens, Predictors
-from dynamic_llava.sparsity.decisions import gumbel_keep
 from dynamic_llava.sparsity.noise import fold_key, gumbel_noise
+from dynamic_llava.sparsity.relaxations import RELAXATIONS
 
 
 @dataclass(frozen=True)
@@ -81,45 +84,58 @@ def sampled_keep_mask(
     layout: TokenLayout,
     sample_key_B: Tensor,
     tau: float,
+    output_keep_rate: float,
 ) -> tuple[Tensor, Tensor]:
-    """Draw the training keep mask (Sec. 3.3.3): Gumbel-Softmax with a straight-through gradient.
+    """Draw the training keep mask with the configured relaxation (Sec. 3.3.3: Gumbel-Softmax, straight-through).
 
+    Images are decided about one by one, output tokens answer by answer, at the rates r_I of the method and r_OT.
     Returns M (B, N) float32 and the (B, N) bool output tokens that were decided about: answers of at least
-    `output_min_length` tokens. Both predictors take part in the graph whatever the batch holds, so that every rank of a
-    distributed run has a gradient for all parameters.
+    `output_min_length` tokens. Each predictor is called once whatever the batch holds, so that every rank of a
+    distributed run gathers, and has a gradient for, all parameters.
     """
+    relax = partial(RELAXATIONS[config.relaxation], tau=tau)
     keep_BN = layout.valid.float()
     if method.sparsifies_image:
         if bool(layout.image.any()):
-            keep_In = _sample_images(predictors, hidden_BND, layout, sample_key_B, tau)
+            relax_images = partial(relax, keep_rate=method.image_keep_rate)
+            keep_In = _sample_images(relax_images, predictors, hidden_BND, layout, sample_key_B)
             keep_BN = layout.scatter_images(keep_In, keep_BN)
         else:
             keep_BN = keep_BN + 0.0 * predictors.image(hidden_BND[:1]).float().sum()
     decided_BN = layout.output & (layout.answer_lengths() >= config.output_min_length)
     if not method.sparsifies_output:
         return keep_BN, torch.zeros_like(decided_BN)
-    keep_T = _sample_outputs(predictors, hidden_BND, layout, sample_key_B, tau)
+    if not bool(layout.output.any()):
+        return keep_BN + 0.0 * predictors.output(hidden_BND[:1, 0]).float().sum(), decided_BN
+    relax_outputs = partial(relax, keep_rate=output_keep_rate)
+    keep_T = _sample_outputs(relax_outputs, predictors, hidden_BND, layout, sample_key_B)
     sampled_BN = keep_BN.masked_scatter(layout.output, keep_T.to(keep_BN.dtype))
-    keep_BN = torch.where(decided_BN, sampled_BN, keep_BN)
-    if keep_T.numel() == 0:
-        keep_BN = keep_BN + 0.0 * predictors.output(hidden_BND[:1, 0]).float().sum()
-    return keep_BN, decided_BN
+    return torch.where(decided_BN, sampled_BN, keep_BN), decided_BN
 
 
 def _sample_images(
-    predictors: Predictors, hidden_BND: Tensor, layout: TokenLayout, sample_key_B: Tensor, tau: float
+    relax: Callable[..., Tensor], predictors: Predictors, hidden_BND: Tensor, layout: TokenLayout, sample_key_B: Tensor
 ) -> Tensor:
     logits_In2 = predictors.image(layout.gather_images(hidden_BND))
     place_n = torch.arange(layout.tokens_per_image, device=hidden_BND.device)
-    return gumbel_keep(logits_In2, gumbel_noise(_image_keys(layout, sample_key_B, None), place_n), tau)
+    noise_In2 = gumbel_noise(_image_keys(layout, sample_key_B, None), place_n)
+    return relax(logits_In2, noise_In2, valid_SN=torch.ones_like(logits_In2[..., 0], dtype=torch.bool))
 
 
 def _sample_outputs(
-    predictors: Predictors, hidden_BND: Tensor, layout: TokenLayout, sample_key_B: Tensor, tau: float
+    relax: Callable[..., Tensor], predictors: Predictors, hidden_BND: Tensor, layout: TokenLayout, sample_key_B: Tensor
 ) -> Tensor:
     logits_T2 = predictors.output(hidden_BND[layout.output])
-    noise_BN2 = gumbel_noise(fold_key(sample_key_B, -1), layout.output_rank())
-    return gumbel_keep(logits_T2, noise_BN2[layout.output], tau)
+    noise_T2 = gumbel_noise(fold_key(sample_key_B, -1), layout.output_rank())[layout.output]
+    place = layout.answer_places()
+    answers, longest = (int(index_T.max()) + 1 for index_T in place)
+
+    def by_answer(values_T: Tensor) -> Tensor:
+        """Gather (T, ...) into (A, a, ...), one row per answer, filled up with zeros."""
+        return values_T.new_zeros(answers, longest, *values_T.shape[1:]).index_put(place, values_T)
+
+    valid_Aa = by_answer(torch.ones_like(logits_T2[..., 0], dtype=torch.bool))
+    return relax(by_answer(logits_T2), by_answer(noise_T2), valid_SN=valid_Aa)[place]
 
 
 def _image_keys(layout: TokenLayout, sample_key_B: Tensor, seen_B: Tensor | None) -> Tensor:

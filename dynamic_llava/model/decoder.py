@@ -1,7 +1,9 @@
-"""The language model: Llama whose layers from the sparse one on see only kept tokens. Four passes, one decision.
+"""The language model: Llama whose layers from the sparse one on see only kept tokens. Five passes, one decision.
 
 dense   every layer, every token (transformers' own computation)
-masked  every layer, every token; from the sparse layer on MaskedSoftmax hides dropped tokens (training, scoring)
+masked  every layer, every token; from the sparse layer on MaskedSoftmax hides dropped tokens (training, scoring), or
+        training sets them to zero vectors (the ablation of Table 7)
+score   as masked, with inference's decisions; dropped image tokens, which nobody sees, are removed
 drop    from the sparse layer on only the kept tokens are computed (prefill, and decoding without a cache)
 step    one new token per row on a live cache (online admission, Eq. 6)
 turn    a chunk of several tokens on a live cache (a later user turn)
@@ -25,14 +27,12 @@ from dynamic_llava.config import SparsityConfig
 from dynamic_llava.layout import Packing, TokenLayout
 from dynamic_llava.methods import Method, Predictors
 from dynamic_llava.model.attention import DynamicLlamaAttention, attention_row
-from dynamic_llava.model.cache import AdmissionCache
+from dynamic_llava.model.cache import AdmissionCache, check_attention, check_cache
+from dynamic_llava.model.cache_names import CACHE
 from dynamic_llava.model.decide import Past, admit_token, hard_keep_mask, is_trainable, sampled_keep_mask
 from dynamic_llava.model.outputs import DynamicModelOutput, SparsityRecord
 from dynamic_llava.sparsity.decisions import clip_mask_gradient
 from dynamic_llava.sparsity.predictors import ImagePredictor, OutputPredictor
-
-LIVE_CACHE_ATTENTION = ("sdpa", "eager")
-"""Attention implementations that can read a cache whose rows have different lengths."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,12 @@ class Plan:
     """(B,) int64: noise key of each sample."""
     masked: bool = False
     """Keep the full length and mask (training, teacher forcing) instead of removing tokens."""
+    answers_only: bool = False
+    """Mask as inference decides; hidden states are wanted at prompt and answer tokens only."""
     tau: float = 1.0
-    """Temperature of the Gumbel-Softmax."""
+    """Temperature of the relaxation."""
+    output_keep_rate: float = 0.5
+    """r_OT: share of each answer that a relaxation with a budget keeps in training."""
     keep_mask: Tensor | None = None
     """(B, N): decisions given by the caller instead of made by the method."""
 
@@ -77,15 +81,16 @@ class DynamicLlamaModel(LlamaModel):
         plan: Plan,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> DynamicModelOutput:
         """Run the pass that `plan` and the cache call for; (B, N, D) in, DynamicModelOutput out."""
-        cache = past_key_values
         if position_ids is None:
             seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen)[None]
+        if plan.answers_only:
+            return self._score_pass(inputs_embeds, plan, attention_mask, position_ids, kwargs)
         if plan.masked:
             return self._masked_pass(inputs_embeds, plan, attention_mask, position_ids, kwargs)
         if plan.method.is_dense and plan.keep_mask is None:
@@ -94,7 +99,7 @@ class DynamicLlamaModel(LlamaModel):
         if cache is None and use_cache:
             cache = AdmissionCache(self.config.num_hidden_layers, plan.method.layer, self.sparsity.cache_block)
         if cache is not None:
-            _check_cache(cache, plan, self.config._attn_implementation)
+            check_cache(cache, plan.method.layer, self.config._attn_implementation)
         if cache is None or not cache.is_live:
             return self._drop_pass(inputs_embeds, plan, attention_mask, position_ids, cache, kwargs)
         if inputs_embeds.shape[1] == 1:
@@ -124,11 +129,11 @@ class DynamicLlamaModel(LlamaModel):
                 attention_mask=mask,
                 position_embeddings=rotation,
                 position_ids=position_ids,
-                past_key_values=cache,
                 use_cache=use_cache,
+                **{CACHE: cache},
                 **kwargs,
             )
-        return DynamicModelOutput(last_hidden_state=self.norm(hidden_BND), past_key_values=cache)
+        return DynamicModelOutput(last_hidden_state=self.norm(hidden_BND), cache=cache)
 
     def _masked_pass(
         self,
@@ -143,29 +148,102 @@ class DynamicLlamaModel(LlamaModel):
         hidden_BND, row_BN = self._early_layers(hidden_BND, plan, mask, rotation, None, kwargs)
         keep_BN, decided_BN = self._masked_decision(hidden_BND, plan, row_BN)
         record = SparsityRecord(layout=plan.layout, keep_mask=keep_BN, sparsified_output=decided_BN)
-        entering_BN = clip_mask_gradient(keep_BN.float(), self.sparsity.mask_grad_clip)
+        entering_BN = record.mask_gradient.rescale(keep_BN.float())
+        entering_BN = clip_mask_gradient(entering_BN, self.sparsity.mask_grad_clip)
         entering_BN = record.mask_gradient.watch(entering_BN)
-        padding_mask = None if attention_mask is None else plan.layout.valid
+        if self.training and self.sparsity.dropped_tokens == "zero_vectors":
+            hidden_BND = self._zeroing_layers(hidden_BND, plan, entering_BN, mask, rotation, kwargs)
+        else:
+            padding_mask = None if attention_mask is None else plan.layout.valid
+            hidden_BND = self._hiding_layers(hidden_BND, plan, entering_BN, padding_mask, rotation, kwargs)
+        return DynamicModelOutput(last_hidden_state=self.norm(hidden_BND), sparsity=record)
+
+    def _hiding_layers(
+        self,
+        hidden_BND: Tensor,
+        plan: Plan,
+        keep_BN: Tensor,
+        padding_mask: Tensor | None,
+        rotation: tuple[Tensor, Tensor],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """Run layers l.. on every token; MaskedSoftmax (Eq. 7) hides a dropped one from all others."""
         for layer in self.layers[plan.method.layer :]:
             hidden_BND = layer(
                 hidden_BND,
                 position_embeddings=rotation,
-                keep_mask=entering_BN,
+                keep_mask=keep_BN,
                 padding_mask=padding_mask,
                 masked_softmax=self.sparsity.masked_softmax,
                 **kwargs,
             )
-        return DynamicModelOutput(last_hidden_state=self.norm(hidden_BND), sparsity=record)
+        return hidden_BND
+
+    def _zeroing_layers(
+        self,
+        hidden_BND: Tensor,
+        plan: Plan,
+        keep_BN: Tensor,
+        mask: Tensor | None,
+        rotation: tuple[Tensor, Tensor],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """Run layers l.. as a dense model does, a dropped token being a zero vector on entering each of them.
+
+        Our reading of Table 7's "w/o MaskedSoftmax", in training alone: inference and scoring drop and hide as ever.
+        A zero vector has zero key, query and value: as a key it still takes its share exp(0) of every later token's
+        softmax, as a query it averages the values of its past. What the layer so writes into its residual stream is
+        zeroed again before the next one, because the decision holds for all layers l..L-1: zeroed once, the token would
+        be back, for all to see, from layer l+1 on. What the last layer writes stays: the loss of a dropped output token
+        counts and is finite, but the token predicts its successor without knowing itself, which is what the paper holds
+        against this way of training (Sec. 3.3.3).
+        M has the gradient of the products, <d loss / d (M h), h> summed over the layers; at a dropped token it passes
+        RMSNorm at zero, where the slope is 1 / sqrt(eps) whatever the size of h.
+        """
+        keep_BN1 = keep_BN[..., None].to(hidden_BND.dtype)
+        for layer in self.layers[plan.method.layer :]:
+            hidden_BND = layer(hidden_BND * keep_BN1, attention_mask=mask, position_embeddings=rotation, **kwargs)
+        return hidden_BND
 
     def _masked_decision(self, hidden_BND: Tensor, plan: Plan, row_BN: Tensor | None) -> tuple[Tensor, Tensor]:
         if plan.keep_mask is not None:
             return torch.where(plan.layout.valid, plan.keep_mask, 0).to(plan.keep_mask.dtype), plan.layout.output
         if self.training and is_trainable(plan.method):
             return sampled_keep_mask(
-                plan.method, self.sparsity, self._predictors(), hidden_BND, plan.layout, plan.sample_key, plan.tau
+                plan.method,
+                self.sparsity,
+                self._predictors(),
+                hidden_BND,
+                plan.layout,
+                plan.sample_key,
+                plan.tau,
+                plan.output_keep_rate,
             )
         keep_BN = hard_keep_mask(plan.method, self._predictors(), hidden_BND, plan.layout, plan.sample_key, row_BN)
         return keep_BN, plan.layout.output
+
+    def _score_pass(
+        self,
+        hidden_BND: Tensor,
+        plan: Plan,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        kwargs: dict[str, Any],
+    ) -> DynamicModelOutput:
+        check_attention(self.config._attn_implementation)
+        layout, position_ids = plan.layout, position_ids.expand(plan.layout.valid.shape)
+        mask = create_causal_mask(self.config, hidden_BND, attention_mask, None, position_ids)
+        rotation = self.rotary_emb(hidden_BND, position_ids=position_ids)
+        hidden_BND, row_BN = self._early_layers(hidden_BND, plan, mask, rotation, None, kwargs)
+        keep_BN = self._hard_decision(hidden_BND, plan, row_BN, Past())
+        packing = Packing.of(keep_BN | layout.output)
+        hidden_BKD, keep_BK = packing.take(hidden_BND), packing.take(keep_BN) & packing.valid
+        rotation = self.rotary_emb(hidden_BKD, position_ids=packing.take(position_ids))
+        itself_KK = torch.eye(keep_BK.shape[1], dtype=torch.bool, device=keep_BK.device)
+        mask = self._cache_mask((keep_BK[:, None] | itself_KK).tril(), hidden_BKD.dtype)
+        hidden_BKD = self._late_layers(hidden_BKD, plan, mask, rotation, None, kwargs)
+        hidden_BND = packing.put(self.norm(hidden_BKD), hidden_BND.shape[1])
+        return DynamicModelOutput(last_hidden_state=hidden_BND, sparsity=SparsityRecord(layout, keep_BN, layout.output))
 
     def _drop_pass(
         self,
@@ -200,7 +278,7 @@ class DynamicLlamaModel(LlamaModel):
             self._count(cache, layout)
             record = _with_lengths(record, cache)
         return DynamicModelOutput(
-            last_hidden_state=packing.put(self.norm(hidden_BKD), length), past_key_values=cache, sparsity=record
+            last_hidden_state=packing.put(self.norm(hidden_BKD), length), cache=cache, sparsity=record
         )
 
     def _step_pass(
@@ -211,7 +289,7 @@ class DynamicLlamaModel(LlamaModel):
         mask = self._cache_mask(cache.dense.place_token(), hidden_B1D.dtype)
         for layer in self.layers[:sparse_layer]:
             hidden_B1D = layer(
-                hidden_B1D, attention_mask=mask, position_embeddings=rotation, past_key_values=cache, **kwargs
+                hidden_B1D, attention_mask=mask, position_embeddings=rotation, **{CACHE: cache}, **kwargs
             )
         if plan.keep_mask is not None:
             admit_B = plan.keep_mask[:, -1].bool() & layout.valid[:, 0]
@@ -226,7 +304,7 @@ class DynamicLlamaModel(LlamaModel):
         self._count(cache, layout)
         record = SparsityRecord(layout=layout, keep_mask=admit_B[:, None], sparsified_output=layout.output)
         return DynamicModelOutput(
-            last_hidden_state=self.norm(hidden_B1D), past_key_values=cache, sparsity=_with_lengths(record, cache)
+            last_hidden_state=self.norm(hidden_B1D), cache=cache, sparsity=_with_lengths(record, cache)
         )
 
     def _turn_pass(
@@ -242,7 +320,7 @@ class DynamicLlamaModel(LlamaModel):
         mask = self._cache_mask(cache.dense.place_chunk(layout.valid, layout.valid), hidden_BQD.dtype)
         for layer in self.layers[: plan.method.layer]:
             hidden_BQD = layer(
-                hidden_BQD, attention_mask=mask, position_embeddings=rotation, past_key_values=cache, **kwargs
+                hidden_BQD, attention_mask=mask, position_embeddings=rotation, **{CACHE: cache}, **kwargs
             )
         past = Past(images=cache.seen_images, outputs=cache.seen_outputs)
         keep_BQ = self._hard_decision(hidden_BQD, plan, None, past)
@@ -257,7 +335,7 @@ class DynamicLlamaModel(LlamaModel):
         record = SparsityRecord(layout=layout, keep_mask=keep_BQ, sparsified_output=layout.output)
         return DynamicModelOutput(
             last_hidden_state=packing.put(self.norm(hidden_BKD), length),
-            past_key_values=cache,
+            cache=cache,
             sparsity=_with_lengths(record, cache),
         )
 
@@ -276,7 +354,7 @@ class DynamicLlamaModel(LlamaModel):
             if plan.method.needs_attention and index == plan.method.layer - 1:
                 row_BN = attention_row(layer, hidden_BND, rotation, plan.layout.question_end(), plan.layout.valid)
             hidden_BND = layer(
-                hidden_BND, attention_mask=mask, position_embeddings=rotation, past_key_values=cache, **kwargs
+                hidden_BND, attention_mask=mask, position_embeddings=rotation, **{CACHE: cache}, **kwargs
             )
         return hidden_BND, row_BN
 
@@ -292,7 +370,7 @@ class DynamicLlamaModel(LlamaModel):
         # No position_ids here: with gaps in them, attention back ends would take one row for several packed sequences.
         for layer in self.layers[plan.method.layer :]:
             hidden_BKD = layer(
-                hidden_BKD, attention_mask=mask, position_embeddings=rotation, past_key_values=cache, **kwargs
+                hidden_BKD, attention_mask=mask, position_embeddings=rotation, **{CACHE: cache}, **kwargs
             )
         return hidden_BKD
 
@@ -320,21 +398,3 @@ class DynamicLlamaModel(LlamaModel):
 
 def _with_lengths(record: SparsityRecord, cache: AdmissionCache) -> SparsityRecord:
     return replace(record, cache_lengths=cache.sparse.lengths, dense_cache_lengths=cache.dense.lengths)
-
-
-def _check_cache(cache: Cache, plan: Plan, implementation: str) -> None:
-    if not isinstance(cache, AdmissionCache):
-        raise ValueError(
-            f"past_key_values is a {type(cache).__name__}; sparse decoding needs the AdmissionCache that a sparse call "
-            "returns, or sparsity='none'"
-        )
-    if cache.sparse_layer != plan.method.layer:
-        raise ValueError(
-            f"the cache was opened with sparse layer {cache.sparse_layer} and this call asks for "
-            f"{plan.method.layer}; continue with the method it was opened with"
-        )
-    if implementation not in LIVE_CACHE_ATTENTION:
-        raise ValueError(
-            f"attn_implementation={implementation!r} cannot decode on an admission cache; load the model with one of "
-            f"{', '.join(map(repr, LIVE_CACHE_ATTENTION))}, or pass use_cache=False"
-        )

@@ -12,8 +12,9 @@ from torch import Tensor
 from dynamic_llava.layout import TokenLayout, after_end
 from dynamic_llava.methods import Method
 from dynamic_llava.model.cache import AdmissionCache
+from dynamic_llava.model.cache_names import CACHE, rename_cache
 from dynamic_llava.model.outputs import SparsityRecord
-from dynamic_llava.model.switches import choose_method, refuse_output_keep_rate
+from dynamic_llava.model.switches import check_output_keep_rate, choose_method
 
 SWITCHES = ("sparsity", "method", "image_keep_rate", "output_threshold")
 """Arguments of `generate` that choose the method; the same as those of `forward`."""
@@ -66,14 +67,15 @@ class SparseGeneration:
             generation_config: transformers' GenerationConfig.
             kwargs: pixel_values (I, 3, S, S) in row order; the switches sparsity, method, image_keep_rate and
                 output_threshold of `forward`; sample_key (B,); use_cache; output_mask (B, N) bool if some of the given
-                tokens belong to an answer. A later turn passes the past_key_values of the earlier call, all ids so far,
+                tokens belong to an answer. A later turn passes the `cache` of the earlier call, all ids so far,
                 and the pixel_values of the new images only.
 
         With return_dict_in_generate=True the output has `sparsity`, a SparsityRecord of the whole sequence (None for a
         dense generation). Raises ValueError before any computation for modes that sparse decoding cannot serve.
         """
+        rename_cache(kwargs)
         method = choose_method(self.config.sparsity, **{name: kwargs.pop(name, None) for name in SWITCHES})
-        refuse_output_keep_rate(kwargs.get("output_keep_rate"))
+        check_output_keep_rate(kwargs.get("output_keep_rate"), trains=False)
         settings = generation_config if generation_config is not None else self.generation_config
         _refuse_right_padding(kwargs.get("attention_mask"))
         if not method.is_dense:
@@ -102,7 +104,7 @@ class SparseGeneration:
 
     def _new_image_tokens(self, input_ids: Tensor, given: dict[str, Any]) -> Tensor:
         """(B, N') bool: the image tokens that the given cache, if any, has not seen yet."""
-        cache, output = given.get("past_key_values"), given.get("output_mask")
+        cache, output = given.get(CACHE), given.get("output_mask")
         image = input_ids == self.config.image_token_id
         if output is not None:
             image = image & ~output.bool()  # an answer may contain the id of an image token: it is no image
@@ -154,6 +156,8 @@ class SparseGeneration:
         model_kwargs = super()._update_model_kwargs_for_generation(  # type: ignore[misc]
             outputs, model_kwargs, is_encoder_decoder, num_new_tokens
         )
+        if outputs.cache is not None:
+            model_kwargs[CACHE] = outputs.cache
         mask = model_kwargs["output_mask"]
         model_kwargs["output_mask"] = torch.cat([mask, mask.new_ones(mask.shape[0], num_new_tokens)], dim=1)
         if outputs.sparsity is not None:
@@ -166,8 +170,8 @@ class SparseGeneration:
         method: Method = model_kwargs["method"]
         if not method.is_dense:
             model_kwargs["end_ids"] = generation_config._eos_token_tensor
-            if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-                model_kwargs["past_key_values"] = AdmissionCache(
+            if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
+                model_kwargs[CACHE] = AdmissionCache(
                     self.config.text_config.num_hidden_layers, method.layer, self.config.sparsity.cache_block
                 )
                 return None
@@ -179,7 +183,7 @@ class SparseGeneration:
         self, sequences: Tensor, prompt: Tensor | None, method: Method, ends: Any, kwargs: dict[str, Any]
     ) -> SparsityRecord | None:
         """Decide on finished beams again, in one masked pass: search leaves no row per returned sequence."""
-        if method.is_dense or prompt is None or kwargs.get("past_key_values") is not None:
+        if method.is_dense or prompt is None or kwargs.get(CACHE) is not None:
             return None
         fed, repeats = sequences[:, :-1], sequences.shape[0] // prompt.shape[0]
         output = torch.zeros_like(fed, dtype=torch.bool)
@@ -225,10 +229,10 @@ def _refuse_unsupported(settings: Any, kwargs: dict[str, Any]) -> None:
             f"cache_implementation={implementation!r} is not supported with sparsity: rows of the admission cache have "
             "lengths of their own. Leave it out, or use sparsity='none'"
         )
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get(CACHE)
     if cache is not None and not isinstance(cache, AdmissionCache):
         raise ValueError(
-            f"past_key_values is a {type(cache).__name__}; continue with the cache that a sparse call returned, or use "
+            f"cache is a {type(cache).__name__}; continue with the cache that a sparse call returned, or use "
             "sparsity='none'"
         )
     for name in ("num_beams", "num_return_sequences"):

@@ -20,6 +20,7 @@ from transformers.utils.generic import can_return_tuple
 from dynamic_llava.config import SparsityMode
 from dynamic_llava.layout import TokenLayout
 from dynamic_llava.methods import Method
+from dynamic_llava.model.cache_names import one_cache
 from dynamic_llava.model.configuration import DynamicLlavaConfig
 from dynamic_llava.model.decoder import DynamicLlamaModel, Plan
 from dynamic_llava.model.generation import SparseGeneration
@@ -27,7 +28,7 @@ from dynamic_llava.model.initialization import initialize_predictor
 from dynamic_llava.model.loading import CheckedLoading
 from dynamic_llava.model.losses import language_model_loss, regularisers
 from dynamic_llava.model.outputs import DynamicLlavaOutput, DynamicModelOutput
-from dynamic_llava.model.switches import choose_method, refuse_output_keep_rate
+from dynamic_llava.model.switches import check_output_keep_rate, choose_method
 from dynamic_llava.sparsity.predictors import ImagePredictor, OutputPredictor
 
 
@@ -69,23 +70,27 @@ class DynamicLlavaModel(DynamicLlavaPreTrainedModel, LlavaModel):
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         image_features: Tensor | None = None,
         image_mask: Tensor | None = None,
         output_mask: Tensor | None = None,
         keep_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
         method: Method | None = None,
         sample_key: Tensor | None = None,
         masked: bool = False,
+        answers_only: bool = False,
         tau: float = 1.0,
+        output_keep_rate: float | None = None,
         **kwargs: Any,
     ) -> DynamicModelOutput:
         """Embed, place the image features, and run the language model; arguments as in the class with the head."""
+        cache = one_cache(cache, past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         image = self._image_mask(input_ids, inputs_embeds, image_mask)
-        if output_mask is None and image.shape[1] == 1 and _is_live(past_key_values):
+        if output_mask is None and image.shape[1] == 1 and _is_live(cache):
             output_mask = torch.ones_like(image)  # a single token on a live cache continues the answer
         layout = TokenLayout.build(image, attention_mask, output_mask, self.tokens_per_image)
         if inputs_embeds is None:
@@ -94,18 +99,22 @@ class DynamicLlavaModel(DynamicLlavaPreTrainedModel, LlavaModel):
         if features is not None:
             features = features.to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(layout.image[..., None], features)
-        elif input_ids is not None and not _is_live(past_key_values) and bool(layout.image.any()):
+        elif input_ids is not None and not _is_live(cache) and bool(layout.image.any()):
             raise ValueError(
                 f"input_ids hold {int(layout.image.sum())} image tokens but pixel_values is None; give the images, or "
                 "leave <image> out of the prompt"
             )
         batch, device = image.shape[0], inputs_embeds.device
+        if output_keep_rate is None:
+            output_keep_rate = self.config.sparsity.output_keep_rate
         plan = Plan(
             method=method if method is not None else choose_method(self.config.sparsity),
             layout=layout,
             sample_key=torch.zeros(batch, dtype=torch.int64, device=device) if sample_key is None else sample_key,
             masked=masked,
+            answers_only=answers_only,
             tau=tau,
+            output_keep_rate=output_keep_rate,
             keep_mask=_chunk_of(keep_mask, image),
         )
         outputs = self.language_model(
@@ -113,7 +122,7 @@ class DynamicLlavaModel(DynamicLlavaPreTrainedModel, LlavaModel):
             plan=plan,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             **kwargs,
         )
         outputs.image_hidden_states = features
@@ -141,11 +150,22 @@ class DynamicLlavaModel(DynamicLlavaPreTrainedModel, LlavaModel):
             raise ValueError("give either pixel_values or image_features, not both")
         given = pixel_values if pixel_values is not None else image_features
         if given is None:
-            return None
+            return self._empty_features() if self.training and not bool(layout.image.any()) else None
         self.check_images(given.shape[0], layout.image)
         if image_features is not None:
             return image_features
         return torch.stack(list(self.get_image_features(pixel_values, return_dict=True).pooler_output))
+
+    def _empty_features(self) -> Tensor:
+        """Projected features of no image, (0, n, D), for a training batch without one.
+
+        A blank image passes the vision tower and the projector all the same: the other processes of a run use theirs,
+        and where weights are spread over processes (ZeRO-3) or gradients are averaged, all have to take part.
+        """
+        vision = self.config.vision_config
+        like = next(self.vision_tower.parameters())
+        blank = like.new_zeros(1, vision.num_channels, vision.image_size, vision.image_size)
+        return torch.stack(list(self.get_image_features(blank, return_dict=True).pooler_output))[:0]
 
     def check_images(self, images: int, image_BN: Tensor) -> None:
         """Raise ValueError unless `images` images fill the image tokens (B, N) bool, each row a whole number."""
@@ -183,9 +203,9 @@ class DynamicLlavaForConditionalGeneration(
         image_mask: (B, N) bool, only with inputs_embeds that already hold image features.
         sparsity: "both", "image", "output" or "none"; default both.
         image_keep_rate, output_threshold: override the checkpoint's settings for this call.
-        output_keep_rate: override r_OT of the regulariser, training only.
+        output_keep_rate: override r_OT (of the regulariser, and of a relaxation with a budget), training only.
         method: a Method or its registered name, instead of Dynamic-LLaVA's own decisions.
-        tau: Gumbel-Softmax temperature of training mode, 1.0 by default.
+        tau: temperature of the relaxation in training mode, 1.0 by default.
         sample_key: (B,) int64 noise keys; a sample with the same key gets the same noise in any batch. Default: in
             training drawn from torch's generator, otherwise 0.
         num_items_in_batch, num_samples_in_batch: global denominators of the LM loss (labelled tokens) and of the
@@ -207,7 +227,7 @@ class DynamicLlavaForConditionalGeneration(
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         output_mask: Tensor | None = None,
@@ -216,6 +236,7 @@ class DynamicLlavaForConditionalGeneration(
         image_mask: Tensor | None = None,
         use_cache: bool | None = None,
         *,
+        past_key_values: Cache | None = None,
         sparsity: SparsityMode | None = None,
         image_keep_rate: float | None = None,
         output_keep_rate: float | None = None,
@@ -233,8 +254,9 @@ class DynamicLlavaForConditionalGeneration(
         Raises ValueError for switches, masks, images and caches that do not fit.
         """
         masked = labels is not None
-        if masked and past_key_values is not None:
-            raise ValueError("labels need the whole sequence: leave past_key_values out")
+        cache = one_cache(cache, past_key_values)
+        if masked and cache is not None:
+            raise ValueError("labels need the whole sequence: leave the cache out")
         chosen = choose_method(
             self.config.sparsity,
             sparsity=sparsity,
@@ -242,8 +264,7 @@ class DynamicLlavaForConditionalGeneration(
             image_keep_rate=image_keep_rate,
             output_threshold=output_threshold,
         )
-        if not (masked and self.training):
-            refuse_output_keep_rate(output_keep_rate)
+        check_output_keep_rate(output_keep_rate, trains=masked and self.training)
         if masked and output_mask is None:
             output_mask = _answers(labels, self.config.sparsity.output_segments)
         outputs = self.model(
@@ -251,7 +272,7 @@ class DynamicLlavaForConditionalGeneration(
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             image_features=image_features,
             image_mask=image_mask,
@@ -260,6 +281,7 @@ class DynamicLlavaForConditionalGeneration(
             method=chosen,
             masked=masked and not (chosen.is_dense and keep_mask is None),
             tau=1.0 if tau is None else tau,
+            output_keep_rate=output_keep_rate,
             sample_key=self._sample_key(sample_key, labels),
             use_cache=False if masked else use_cache,
             **kwargs,
@@ -268,7 +290,7 @@ class DynamicLlavaForConditionalGeneration(
         logits = self.lm_head(outputs.last_hidden_state[:, kept])  # -0 is 0: the whole sequence
         result = DynamicLlavaOutput(
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,

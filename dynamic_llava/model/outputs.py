@@ -1,5 +1,6 @@
 """What a forward pass returns: transformers' fields, the loss parts, and the record of what was kept."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -7,6 +8,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 
 from dynamic_llava.layout import TokenLayout
+from dynamic_llava.model.cache_names import EARLIER
 
 
 @dataclass
@@ -15,16 +17,27 @@ class MaskGradient:
 
     largest: Tensor | None = None
     """() float: largest magnitude over the batch; None before the backward pass."""
+    loss_scale: float = 1.0
+    """What the loss is multiplied by before the backward pass; between `rescale` and `watch` its gradient is not."""
+
+    def rescale(self, keep_mask: Tensor) -> Tensor:
+        """Return the keep mask unchanged; on the way back its gradient gets the loss's scale again."""
+        return self._hooked(keep_mask, lambda gradient: gradient * self.loss_scale)
 
     def watch(self, keep_mask: Tensor) -> Tensor:
-        """Return the keep mask unchanged, recording its gradient on the way back."""
-        watched = keep_mask.view_as(keep_mask)
-        if watched.requires_grad:
-            watched.register_hook(self._record)
-        return watched
+        """Return the keep mask unchanged; on the way back its gradient loses the loss's scale and is recorded."""
+        return self._hooked(keep_mask, self._record)
 
-    def _record(self, gradient: Tensor) -> None:
+    def _hooked(self, keep_mask: Tensor, hook: Callable[[Tensor], Tensor]) -> Tensor:
+        hooked = keep_mask.view_as(keep_mask)
+        if hooked.requires_grad:
+            hooked.register_hook(hook)
+        return hooked
+
+    def _record(self, gradient: Tensor) -> Tensor:
+        gradient = gradient / self.loss_scale
         self.largest = gradient.detach().abs().amax()
+        return gradient
 
 
 @dataclass
@@ -74,13 +87,24 @@ def _mean_where(values: Tensor, where: Tensor) -> Tensor:
     return (values.detach().float() * where).sum() / where.sum()
 
 
+class CachedOutput(ModelOutput):
+    """Outputs with the field `cache`, which can be asked for by its earlier name too."""
+
+    if not hasattr(ModelOutput, EARLIER):
+
+        @property
+        def past_key_values(self) -> Cache | None:
+            """The cache, by the name that transformers before 5.24 gives it."""
+            return self.cache  # type: ignore[attr-defined, no-any-return]
+
+
 @dataclass
-class DynamicModelOutput(ModelOutput):
+class DynamicModelOutput(CachedOutput):
     """Output of the language model and of the model without head; fields as in transformers, plus the record."""
 
     last_hidden_state: Tensor | None = None
     """(B, N, D) in input order; rows of dropped tokens are zero."""
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     """Per layer; from the sparse layer on, the packed kept tokens where tokens were removed."""
     attentions: tuple[Tensor, ...] | None = None
@@ -89,14 +113,14 @@ class DynamicModelOutput(ModelOutput):
 
 
 @dataclass
-class DynamicLlavaOutput(ModelOutput):
+class DynamicLlavaOutput(CachedOutput):
     """Output of DynamicLlavaForConditionalGeneration."""
 
     loss: Tensor | None = None
     """(): lm_loss + keep_rate_weight * (image_keep_loss + output_keep_loss)."""
     logits: Tensor | None = None
     """(B, N, V) in input order; rows of dropped tokens are those of a zero hidden state and carry no prediction."""
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from dynamic_llava.config import SparsityConfig, SparsityMode
+from dynamic_llava.config import SparsityConfig, SparsityMode, check_keep_rate
 from dynamic_llava.methods import Dynamic, Method, get_method
 
 
@@ -42,13 +42,16 @@ def choose_method(
     return get_method(method, layer=config.sparse_layer, **settings)
 
 
-def refuse_output_keep_rate(output_keep_rate: float | None) -> None:
-    """Raise ValueError where an output keep rate is given to a call that does not train."""
-    if output_keep_rate is not None:
+def check_output_keep_rate(output_keep_rate: float | None, *, trains: bool) -> None:
+    """Raise ValueError for an output keep rate outside (0, 1], and for one given to a call that does not train."""
+    if output_keep_rate is None:
+        return
+    if not trains:
         raise ValueError(
             f"output_keep_rate={output_keep_rate} is the target of training; at inference the output predictor decides "
             "token by token: use output_threshold, or a method with a rate such as Random"
         )
+    check_keep_rate("output_keep_rate", output_keep_rate)
 
 
 def _refuse_idle_switches(method: Dynamic, given: dict[str, Any]) -> None:

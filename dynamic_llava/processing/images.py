@@ -3,6 +3,7 @@
 Shapes: I images, S side length in pixels.
 """
 
+import io
 import struct
 import zlib
 from collections.abc import Sequence
@@ -39,8 +40,17 @@ def load_image(path: str | Path, max_square_pixels: int = MAX_SQUARE_PIXELS) -> 
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no image file {path}; check the name and the image folder")
+    return _read_rgb(path, path, max_square_pixels)
+
+
+def decode_image(data: bytes, name: object, max_square_pixels: int = MAX_SQUARE_PIXELS) -> Image.Image:
+    """Return an encoded image (PNG, JPEG, ...) in RGB, as `load_image` does; `name` is what its errors call it."""
+    return _read_rgb(io.BytesIO(data), name, max_square_pixels)
+
+
+def _read_rgb(source: Path | io.BytesIO, path: object, max_square_pixels: int) -> Image.Image:
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             _check_size(image.size, max_square_pixels, path)
             image.load()
     except _TooLarge:

@@ -8,6 +8,8 @@ Only the answers and the `</s>` behind each of them are learned (LLaVA's `prepro
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -75,7 +77,8 @@ def encode_conversation(
 ) -> EncodedConversation:
     """Tokenise a conversation for training; labels are learned in every answer (LLaVA's `preprocess_v1`).
 
-    `tokenizer` is a fast transformers tokenizer (character offsets are needed to place the labels). A sequence longer
+    `tokenizer` is a fast transformers tokenizer (character offsets are needed to place the labels). An answer without
+    text is not learned, so that nobody is taught to say nothing (LLaVA ignores its whole sample). A sequence longer
     than `max_length` is cut at its end; the labels and spans behind the cut go with it. Raises ImageCutError when an
     image does not lie wholly before the cut, and ValueError when an answer holds `<image>`.
     """
@@ -83,11 +86,13 @@ def encode_conversation(
     ids, starts = _encode(tokenizer, "".join(parts), tokens_per_image, image_token_id)
     labels = [IGNORED_LABEL] * len(ids)
     spans = []
+    places = np.array(starts)
     for start, end in answers:
-        learned = [i for i, at in enumerate(starts) if start <= at < end]
-        if learned:
-            spans.append((learned[0], learned[-1] + 1))
-            labels[learned[0] : learned[-1] + 1] = ids[learned[0] : learned[-1] + 1]
+        learned = np.flatnonzero((places >= start) & (places < end))
+        if learned.size:
+            first, last = int(learned[0]), int(learned[-1]) + 1
+            spans.append((first, last))
+            labels[first:last] = ids[first:last]
     if max_length is None or len(ids) <= max_length:
         return EncodedConversation(ids, labels, spans)
     if image_token_id in ids[max_length:]:
@@ -100,7 +105,7 @@ def encode_conversation(
 
 
 def _prompt_parts(turns: Sequence[Turn], system: str) -> tuple[list[str], list[tuple[int, int]]]:
-    """Return the text in parts (in order) and the character range of every answer with its `</s>`."""
+    """Return the text in parts (in order) and the character range of every answer with its `</s>`, blank ones apart."""
     if not turns:
         raise ValueError("a conversation needs at least one (question, answer) turn; none was given")
     parts, answers = [system + " "], []
@@ -117,7 +122,8 @@ def _prompt_parts(turns: Sequence[Turn], system: str) -> tuple[list[str], list[t
             raise ValueError(f"the answer of turn {index} holds {IMAGE_PLACE!r}; images belong into questions")
         answered = f" {answer}{END_OF_ANSWER}"
         parts.append(answered)
-        answers.append((position, position + len(answered)))
+        if answer.strip():
+            answers.append((position, position + len(answered)))
         position += len(answered)
     return parts, answers
 

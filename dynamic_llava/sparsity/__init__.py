@@ -5,9 +5,11 @@ from dynamic_llava.sparsity.losses import keep_rate_loss
 from dynamic_llava.sparsity.masked_softmax import masked_softmax_attention, masked_softmax_weights
 from dynamic_llava.sparsity.noise import fold_key, gumbel_noise, uniform_noise
 from dynamic_llava.sparsity.predictors import ImagePredictor, OutputPredictor, keep_margin
+from dynamic_llava.sparsity.relaxations import RELAXATIONS
 from dynamic_llava.sparsity.schedule import temperature
 
 __all__ = [
+    "RELAXATIONS",
     "ImagePredictor",
     "OutputPredictor",
     "budget",

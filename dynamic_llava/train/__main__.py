@@ -1,11 +1,13 @@
 """`python -m dynamic_llava.train CONFIG.yaml [overrides]`: the tiny world's main job, or training on any LLaVA data."""
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
 from dynamic_llava.cli import exit_on_mistake, load_config
 from dynamic_llava.train.config import RunConfig
+from dynamic_llava.train.stopping import EXIT_SAVE_FAILED, EXIT_STOPPED, SaveError, Stopped, tell_launcher
 
 PROGRAM = "python -m dynamic_llava.train CONFIG.yaml"
 DESCRIPTION = """Train Dynamic-LLaVA on LLaVA-format data from a base checkpoint.
@@ -14,15 +16,23 @@ A file with a `tiny` section runs the tiny world's main job instead: data, train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for; return the exit code, 2 for a user's mistake."""
+    """Run what the command line asks for; return the exit code: 2 for a user's mistake, others in `stopping`."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "datasets", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         config = load_config(RunConfig, sys.argv[1:] if arguments is None else arguments, PROGRAM, DESCRIPTION)
-        return _train(config)
-    except (ValueError, FileNotFoundError) as error:
-        return exit_on_mistake(error)
+        code = _train(config)
+    except (ValueError, OSError) as error:  # OSError: also a base that the hub does not give
+        code = exit_on_mistake(error)
+    except SaveError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = EXIT_SAVE_FAILED
+    except Stopped:  # the log has said so
+        code = EXIT_STOPPED
+    if code:
+        tell_launcher(code)
+    return code
 
 
 def _train(config: RunConfig) -> int:
@@ -36,10 +46,13 @@ def _train(config: RunConfig) -> int:
 
         main_job(config)
         return 0
+    from dynamic_llava.train.distributed import leave
     from dynamic_llava.train.run import run
 
     result = run(config)
-    print(f"trained checkpoint: {result.folder}\nlog: {result.run_folder / 'metrics.jsonl'}")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"trained checkpoint: {result.folder}\nlog: {result.run_folder / 'metrics.jsonl'}")
+    leave()
     return 0
 
 

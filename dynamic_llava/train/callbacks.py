@@ -1,11 +1,13 @@
-"""What a run shows and writes while it trains: metrics.jsonl, a progress bar, a warning about keep rates."""
+"""What happens beside a run's steps: metrics.jsonl, progress, Weights & Biases, a keep-rate warning, when to save."""
 
 import json
 import logging
 import math
+import os
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,6 +15,9 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dynamic_llava.config import SparsityConfig, TrainConfig
+from dynamic_llava.train.checkpoints import replace_file
+from dynamic_llava.train.distributed import anywhere
+from dynamic_llava.train.stopping import StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -26,9 +31,11 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start an empty file, unless the run is resumed."""
-        if state.is_world_process_zero and state.global_step == 0:
-            self.path.write_text("", encoding="utf-8")
+        """Start an empty file; a resumed run keeps the lines up to its checkpoint, whatever was written after it."""
+        if not state.is_world_process_zero:
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines() if state.global_step and self.path.is_file() else []
+        replace_file(self.path, "".join(f"{line}\n" for line in lines if _is_step_before(line, state.global_step)))
 
     def on_log(
         self,
@@ -54,12 +61,14 @@ class Progress(TrainerCallback):
         self.stream = stream if stream is not None else sys.stderr
         self.bar: tqdm[Any] | None = None
         self.started = self.last_line = 0.0
+        self.first_step = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the bar."""
         self.started = self.last_line = time.perf_counter()
+        self.first_step = state.global_step
         if state.is_world_process_zero and self.stream.isatty():
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.name, file=self.stream)
 
@@ -86,7 +95,8 @@ class Progress(TrainerCallback):
         if now - self.last_line < self.SECONDS_BETWEEN_LINES and state.global_step < state.max_steps:
             return
         self.last_line = now
-        left = (now - self.started) / max(state.global_step, 1) * (state.max_steps - state.global_step)
+        done = max(state.global_step - self.first_step, 1)
+        left = (now - self.started) / done * (state.max_steps - state.global_step)
         place = f"{self.name}: step {state.global_step}/{state.max_steps}"
         print(f"{place}, {_summary(logs)}, {left:.0f} s left", file=self.stream, flush=True)
 
@@ -153,6 +163,100 @@ class SeparateClipping(TrainerCallback):
     ) -> None:
         """Clip the gradients, which all batches of the step have been added to."""
         self.clip()
+
+
+class Beginning(TrainerCallback):
+    """Calls `begin` once the model is wrapped and a resumed state is in place, before the first step."""
+
+    def __init__(self, begin: Callable[[], None]) -> None:
+        self.begin = begin
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Call it."""
+        self.begin()
+
+
+class Saving(TrainerCallback):
+    """Decides at the end of every step, for all processes together, whether a checkpoint is due or the run stops.
+
+    The last step needs neither: the model itself is written after it. A line is logged with every checkpoint, so that
+    a resumed run's means begin where the uninterrupted run's do.
+    """
+
+    def __init__(self, every: int | None, request: StopRequest) -> None:
+        self.every = every
+        self.request = request
+        self.stops = False
+        """Whether the run ends here because it was told to."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask for a line, a checkpoint, and the end of training."""
+        if state.global_step >= state.max_steps:
+            return
+        self.stops = anywhere(self.request.asked())
+        if self.stops:
+            control.should_training_stop = True
+        if self.stops or (self.every is not None and state.global_step % self.every == 0):
+            control.should_log = control.should_save = True
+
+
+class WandbLog(TrainerCallback):
+    """Sends every line of the log to Weights & Biases, from the main process; offline where no API key is set."""
+
+    PROJECT = "dynamic-llava"
+
+    def __init__(self, name: str, config: dict[str, Any], folder: Path) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError(
+                f"train.report_to is 'wandb' but it cannot be imported ({error}); pip install wandb, or set it to none"
+            ) from error
+        self.wandb = wandb
+        self.settings = {"name": name, "config": config, "dir": str(folder)}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start a run of the project; WANDB_PROJECT and WANDB_MODE are obeyed."""
+        if not state.is_world_process_zero:
+            return
+        mode = None
+        if "WANDB_MODE" not in os.environ and not self.wandb.login(prompt=False, verify=False):
+            mode = "offline"
+            log.info("Weights & Biases: no API key is set, so the run is written to %s", self.settings["dir"])
+        project = os.environ.get("WANDB_PROJECT", self.PROJECT)
+        self.wandb.init(project=project, mode=mode, **self.settings)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Send a line under the names it has in metrics.jsonl."""
+        if state.is_world_process_zero and logs:
+            self.wandb.log(logs, step=state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Finish the run, so that a later one of this process starts its own."""
+        if state.is_world_process_zero:
+            self.wandb.finish()
+
+
+def _is_step_before(line: str, step: int) -> bool:
+    """Whether a line of metrics.jsonl is whole, belongs to a step, and to one up to `step`."""
+    try:
+        values = json.loads(line)
+    except json.JSONDecodeError:
+        return False  # the process ended while it was written
+    return "lm_loss" in values and values["step"] <= step
 
 
 def _summary(logs: dict[str, float]) -> str:

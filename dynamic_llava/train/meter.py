@@ -20,6 +20,7 @@ class Meter:
     ratios: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     peaks: dict[str, Tensor] = field(default_factory=dict)
     tokens: Tensor | None = None
+    flops: Tensor | None = None
     started: float = field(default_factory=time.perf_counter)
     step: int = 0
     """Step at which the window began."""
@@ -44,16 +45,22 @@ class Meter:
         """Count tokens that were processed, a () integer tensor."""
         self.tokens = count if self.tokens is None else self.tokens + count
 
-    def collect(self, accelerator: Any, step: int) -> dict[str, float]:
+    def add_flops(self, count: Tensor) -> None:
+        """Count floating-point operations that training took, a () tensor."""
+        self.flops = count if self.flops is None else self.flops + count
+
+    def collect(self, accelerator: Any, step: int, peak: float | None = None) -> dict[str, float]:
         """Reduce over the ranks and return the values of the window that ends at `step`.
 
-        Every rank has added the same names, whatever its batches held. A ratio without a denominator is left out.
+        Every rank has added the same names, whatever its batches held. A ratio without a denominator is left out, and
+        so is the MFU without the `peak` FLOP/s of a device.
         """
         names = [*sorted(self.shares), *sorted(self.ratios)]
         sums = [self.shares[name] for name in sorted(self.shares)]
         for name in sorted(self.ratios):
             sums += self.ratios[name]
-        sums.append(torch.zeros((), device=accelerator.device) if self.tokens is None else self.tokens)
+        nothing = torch.zeros((), device=accelerator.device)
+        sums += [nothing if counted is None else counted for counted in (self.tokens, self.flops)]
         totals = accelerator.reduce(torch.stack([s.double() for s in sums]), reduction="sum").tolist()
         steps = max(step - self.step, 1)
         values = {name: totals[place] / steps for place, name in enumerate(names[: len(self.shares)])}
@@ -63,5 +70,8 @@ class Meter:
                 values[name] = numerator / denominator
         for name in sorted(self.peaks):
             values[name] = accelerator.gather(self.peaks[name][None]).max().item()
-        values["tokens_per_second"] = totals[-1] / max(time.perf_counter() - self.started, 1e-9)
+        seconds = max(time.perf_counter() - self.started, 1e-9)
+        values["tokens_per_second"] = totals[-2] / seconds
+        if peak is not None:
+            values["mfu"] = totals[-1] / (seconds * accelerator.num_processes * peak)
         return values

@@ -1,7 +1,11 @@
 """One training run: from a base checkpoint and LLaVA-format data to a sparse checkpoint."""
 
+import json
 import logging
+import sys
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +17,30 @@ import dynamic_llava.tiny
 from dynamic_llava.data import Collator, SftDataset
 from dynamic_llava.model import DynamicLlavaForConditionalGeneration
 from dynamic_llava.processing import DynamicLlavaProcessor
-from dynamic_llava.train.callbacks import KeepRateWarning, MetricsFile, Progress, SeparateClipping
+from dynamic_llava.provenance import environment, versions
+from dynamic_llava.train.callbacks import (
+    Beginning,
+    KeepRateWarning,
+    MetricsFile,
+    Progress,
+    Saving,
+    SeparateClipping,
+    WandbLog,
+)
+from dynamic_llava.train.checkpoints import Checkpoints, compared_settings, least_bytes, published, replace_file
 from dynamic_llava.train.config import RunConfig
-from dynamic_llava.train.optimizer import freeze
+from dynamic_llava.train.distributed import join, on_main, read_deepspeed, wait_for_all, zero_stage
+from dynamic_llava.train.lora import save_lora
+from dynamic_llava.train.optimizer import prepare
+from dynamic_llava.train.stopping import Stopped, StopRequest
 from dynamic_llava.train.trainer import DynamicLlavaTrainer
 
 log = logging.getLogger(__name__)
 
-_RECOMPUTE = next(
-    name
-    for name in ("activation_checkpointing", "gradient_checkpointing")
-    if name in TrainingArguments.__dataclass_fields__
-)
-"""Gradient checkpointing was renamed within transformers 5."""
 TINY_BASE = "tiny"
 """Name of the base checkpoint that ships inside the package."""
+MODEL_SETTINGS = "run.yaml"
+"""In a trained model's folder: the settings it was trained with (the run's config.yaml: those of the latest start)."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +50,7 @@ class RunResult:
     folder: Path
     """The trained checkpoint: safetensors, config.json and processor files; `from_pretrained` loads it."""
     run_folder: Path
-    """The run's folder: config.yaml, metrics.jsonl and the checkpoint."""
+    """The run's folder: config.yaml, environment.json, metrics.jsonl, checkpoints to resume from, and the model."""
     metrics: dict[str, float]
     """Values of the last logged window, plus train_seconds and steps."""
     history: list[dict[str, float]]
@@ -45,44 +58,60 @@ class RunResult:
 
 
 def run(config: RunConfig) -> RunResult:
-    """Train as `config` says and save the result; prints its progress.
+    """Train as `config` says and save the result; prints its progress. Every process of the run calls it.
 
-    Raises ValueError or FileNotFoundError for a missing base or data file, unusable samples and settings that do not
-    fit the model.
+    Goes on from the newest complete checkpoint in the run's folder, if there is one. Raises ValueError or
+    FileNotFoundError for a missing base or data file, unusable samples, settings that do not fit the model and a
+    checkpoint of other settings; SaveError when the disk is full; Stopped after a signal, with a checkpoint written.
     """
     for name, value in (("model.base", config.model.base), ("data.json", config.data.json)):
         if not value:
             raise ValueError(f"{name} is not set; give it in the configuration file or as --{name} on the command line")
+    arguments = training_arguments(config)
+    stage = zero_stage(arguments.get("deepspeed"))
+    if stage == 3:
+        # Loading in parts overlooks what does not fit; from the names and shapes alone it is found at once.
+        DynamicLlavaForConditionalGeneration.check_checkpoint(base_folder(config), sparsity=config.sparsity.to_dict())
+    joined = join(arguments)
     set_seed(config.train.seed)
+    on_main(lambda: config.folder.mkdir(parents=True, exist_ok=True))
+    settings = compared_settings(config, joined.world_size)
+    checkpoints = Checkpoints(config.folder, settings, joined.world_size, stage, config.train.keep_checkpoints)
+    start = checkpoints.resume_point(resume=config.train.resume)
     model, processor = load(config)
     dataset = SftDataset(config.data, processor)
-    freeze(model, config.train)
-    config.folder.mkdir(parents=True, exist_ok=True)
-    trainer = build_trainer(config, model, processor, dataset)
+    model = prepare(model, config)
+    trainer = build_trainer(config, model, processor, dataset, joined)
+    trainer.checkpoints = checkpoints
     if trainer.is_world_process_zero():
         log.info("%s: %s", config.name, dataset.counts)
         write_config(config, config.folder / "config.yaml")
-    outcome = trainer.train()
-    folder = config.folder / "model"
-    trainer.save_model(str(folder))
-    if trainer.is_world_process_zero():
-        processor.save_pretrained(folder)
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same
+    with StopRequest() as request:
+        saves = Saving(config.train.save_every, request)
+        trainer.add_callback(saves)
+        outcome = trainer.train(resume_from_checkpoint=None if start is None else str(start))
+    if saves.stops:
+        raise _stopped(trainer)
+    save(config, trainer, processor)
     history = [line for line in trainer.state.log_history if "lm_loss" in line]
     metrics = {**(history[-1] if history else {}), "steps": outcome.global_step}
     metrics["train_seconds"] = outcome.metrics["train_runtime"]
-    return RunResult(folder, config.folder, metrics, history)
+    return RunResult(config.folder / "model", config.folder, metrics, history)
 
 
 def load(config: RunConfig) -> tuple[DynamicLlavaForConditionalGeneration, DynamicLlavaProcessor]:
     """Return the base model with the run's sparsity settings, and its processor."""
-    base = config.model.base
-    if base == TINY_BASE:
-        base = str(Path(dynamic_llava.tiny.__file__).parent / "weights")
+    base = base_folder(config)
     model = DynamicLlavaForConditionalGeneration.from_pretrained(
         base, sparsity=config.sparsity.to_dict(), dtype=getattr(torch, config.model.dtype)
     )
     return model, DynamicLlavaProcessor.from_pretrained(base)
+
+
+def base_folder(config: RunConfig) -> str:
+    """Return the folder or hub name of the base checkpoint."""
+    base = config.model.base
+    return str(Path(dynamic_llava.tiny.__file__).parent / "weights") if base == TINY_BASE else base
 
 
 def build_trainer(
@@ -90,16 +119,17 @@ def build_trainer(
     model: DynamicLlavaForConditionalGeneration,
     processor: DynamicLlavaProcessor,
     dataset: SftDataset,
+    joined: TrainingArguments | None = None,
 ) -> DynamicLlavaTrainer:
-    """Return the trainer of a run; nothing is written before its `train()`."""
+    """Return the trainer of a run; nothing is written before its `train()`. `joined` is what `join` has returned."""
     settings = config.train
-    clips_separately = settings.clip_predictors_separately and settings.max_grad_norm > 0
     trainer = DynamicLlavaTrainer(
         model=model,
-        args=TrainingArguments(**training_arguments(config)),
+        args=joined if joined is not None else join(training_arguments(config)),
         train_dataset=dataset,
         data_collator=Collator(processor, config.sparsity.output_segments),
         train_config=settings,
+        lora=config.lora,
         callbacks=[
             MetricsFile(config.folder / "metrics.jsonl"),
             Progress(config.name),
@@ -107,11 +137,26 @@ def build_trainer(
         ],
     )
     trainer.remove_callback(PrinterCallback)
-    if clips_separately:
-        if trainer.is_deepspeed_enabled:
-            raise ValueError("train.clip_predictors_separately needs whole gradients, which DeepSpeed keeps in parts")
+    trainer.add_callback(Beginning(partial(_begin, config, trainer)))
+    if settings.clip_predictors_separately and settings.max_grad_norm > 0:
         trainer.add_callback(SeparateClipping(trainer.clip_separately))
+    if settings.report_to == "wandb":
+        trainer.add_callback(WandbLog(config.name, asdict(config), config.folder))
     return trainer
+
+
+def save(config: RunConfig, trainer: DynamicLlavaTrainer, processor: DynamicLlavaProcessor) -> None:
+    """Write the trained model into the run's folder, where it appears when it is whole; every process calls it."""
+    with published(config.folder, least_bytes(trainer.model, optimizer=False)) as unfinished:
+        folder = unfinished / "model"
+        if config.lora is None:
+            trainer.save_model(str(folder))
+        else:
+            save_lora(trainer, processor, unfinished)
+        if trainer.is_world_process_zero():
+            processor.save_pretrained(folder)
+            write_config(config, folder / MODEL_SETTINGS)
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same
 
 
 def training_arguments(config: RunConfig) -> dict[str, Any]:
@@ -142,7 +187,7 @@ def training_arguments(config: RunConfig) -> dict[str, Any]:
         "report_to": [],
         "disable_tqdm": True,
         "label_names": ["labels"],
-        **({_RECOMPUTE: True} if settings.gradient_checkpointing else {}),
+        **({} if settings.deepspeed is None else {"deepspeed": read_deepspeed(settings.deepspeed)}),
     }
 
 
@@ -152,3 +197,41 @@ def write_config(config: RunConfig, path: Path) -> None:
     if config.tiny is None:
         del values["tiny"]
     path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _begin(config: RunConfig, trainer: DynamicLlavaTrainer) -> None:
+    """Say how the run trains, and write environment.json: what its numbers depend on beside config.yaml."""
+    trainer.restart_meter()
+    if not trainer.is_world_process_zero():
+        return
+    arguments, step = trainer.args, trainer.state.global_step
+    facts = {
+        **environment(),
+        **versions("accelerate", "deepspeed", "peft", "datasets", "safetensors"),
+        "seed": config.train.seed,
+        "device": _device_name(arguments.device),
+        "processes": arguments.world_size,
+        "wrapper": type(trainer.model_wrapped).__name__,
+        "zero_stage": zero_stage(arguments.deepspeed),
+        "command": sys.orig_argv,
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "resumed_from_step": step or None,
+    }
+    replace_file(config.folder / "environment.json", json.dumps(facts, indent=1) + "\n")
+    where = f"{facts['processes']} process(es) on {facts['device']}, model wrapped as {facts['wrapper']}"
+    log.info("%s: training from step %d to %d in %s", config.name, step, trainer.state.max_steps, where)
+
+
+def _stopped(trainer: DynamicLlavaTrainer) -> Stopped:
+    state = trainer.state
+    message = (
+        f"stopped as asked after step {state.global_step} of {state.max_steps}; the same command goes on from there"
+    )
+    if trainer.is_world_process_zero():
+        log.warning(message)
+    wait_for_all()  # a launcher ends the other processes when the first one has gone
+    return Stopped(message)
+
+
+def _device_name(device: torch.device) -> str:
+    return "cpu" if device.type == "cpu" else str(torch.get_device_module(device).get_device_name(device))

@@ -2,18 +2,23 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from dynamic_llava.config import SparsityConfig, TrainConfig
+from dynamic_llava.config import LoraConfig, SparsityConfig, TrainConfig
+from dynamic_llava.costs import llava_shape, training_flops
+from dynamic_llava.data import FILLER, EpochSampler, SftDataset
 from dynamic_llava.layout import TokenLayout
 from dynamic_llava.model.outputs import DynamicLlavaOutput, MaskGradient
 from dynamic_llava.sparsity.noise import fold_key
 from dynamic_llava.sparsity.schedule import temperature
+from dynamic_llava.train.checkpoints import Checkpoints, least_bytes
 from dynamic_llava.train.meter import Meter
+from dynamic_llava.train.mfu import batch_flops, peak_flops
 from dynamic_llava.train.optimizer import build_optimizer, clip_separately
 
 Batch = dict[str, Tensor]
@@ -42,7 +47,7 @@ class DynamicLlavaTrainer(Trainer):
     # transformers >= 5.2x asks this attribute, earlier ones model_accepts_loss_kwargs: compute_loss scales by itself.
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args: Any, train_config: TrainConfig, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, train_config: TrainConfig, lora: LoraConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -51,8 +56,13 @@ class DynamicLlavaTrainer(Trainer):
             )
         self.model_accepts_loss_kwargs = True
         self.train_config = train_config
-        self.sparsity: SparsityConfig = self.accelerator.unwrap_model(self.model).config.sparsity
+        config = self.accelerator.unwrap_model(self.model).config
+        self.sparsity: SparsityConfig = config.sparsity
+        self.flops = training_flops(llava_shape(config), self.sparsity, train_config, lora)
+        self.peak = peak_flops(train_config, self.args.device)
         self.meter = Meter()
+        self.checkpoints: Checkpoints | None = None
+        """Where checkpoints go; a trainer that is to write any needs it."""
         self._tau = train_config.tau_start
         self._denominators: Denominators | None = None
         self._mask_gradient: MaskGradient | None = None
@@ -93,7 +103,8 @@ class DynamicLlavaTrainer(Trainer):
             raise RuntimeError("compute_loss belongs to training; evaluate with the model itself")
         inputs = dict(inputs)
         self._tau = self.tau()
-        sample_key = self.sample_key(inputs.pop("sample_ids"))
+        sample_ids = inputs.pop("sample_ids")
+        sample_key = self.sample_key(sample_ids)
         outputs: DynamicLlavaOutput = model(
             **inputs,
             sparsity=self.train_config.sparsity_mode,
@@ -105,7 +116,9 @@ class DynamicLlavaTrainer(Trainer):
         loss = outputs.lm_loss
         assert loss is not None
         self.meter.add_share("lm_loss", loss)
-        self.meter.add_tokens(inputs["attention_mask"].sum())
+        lengths = inputs["attention_mask"].sum(1) * (sample_ids != FILLER)
+        self.meter.add_tokens(lengths.sum())
+        self.meter.add_flops(batch_flops(self.flops, inputs, lengths))
         if outputs.image_keep_loss is not None and outputs.output_keep_loss is not None:
             image_loss = outputs.image_keep_loss / counts.image_samples
             output_loss = outputs.output_keep_loss / counts.output_samples
@@ -121,22 +134,47 @@ class DynamicLlavaTrainer(Trainer):
 
     def sample_key(self, sample_ids: Tensor) -> Tensor:
         """Return (B,) int64 noise keys from (seed, epoch, step, sample id)."""
-        return fold_key(self.args.seed, int(self.state.epoch or 0), self.state.global_step, sample_ids)
+        return fold_key(self.args.seed, self.epoch(), self.state.global_step, sample_ids)
+
+    def epoch(self) -> int:
+        """Return the epoch that the next step belongs to; a resumed run continues it."""
+        return int(self.state.epoch or 0)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the window's own values to the line of a training step."""
         if "loss" in logs:
-            logs.update(self.meter.collect(self.accelerator, self.state.global_step))
+            logs.update(self.meter.collect(self.accelerator, self.state.global_step, self.peak))
             self.meter = Meter(step=self.state.global_step)
             if self.train_config.sparsity_mode != "none":
                 logs["tau"] = self._tau
         super().log(logs, *args, **kwargs)
+
+    def restart_meter(self) -> None:
+        """Begin the log's first window at the current step, which is not 0 in a resumed run."""
+        self.meter = Meter(step=self.state.global_step)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint, which counts only once it is complete."""
+        assert self.checkpoints is not None
+        save = partial(super()._save_checkpoint, model, trial)
+        self.checkpoints.write(self.state.global_step, save, least_bytes(self.model, optimizer=True))
 
     def clip_separately(self) -> None:
         """Clip each predictor's gradient by itself and log the norms (`train.clip_predictors_separately`)."""
         norms = clip_separately(self.accelerator.unwrap_model(self.model), self.train_config.max_grad_norm)
         for part, norm in norms.items():
             self.meter.add_peak(f"grad_norm_{part}", norm)
+
+    def _get_train_sampler(self, train_dataset: SftDataset | None = None) -> EpochSampler:
+        """Return the order of the samples, which every process computes for itself."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return EpochSampler(
+            len(dataset),
+            step_size=self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
+            seed=self.args.seed,
+            epoch=self.epoch,
+            lengths=dataset.lengths if self.train_config.group_by_length else None,
+        )
 
     def _note(self, outputs: DynamicLlavaOutput, image_loss: Tensor, output_loss: Tensor) -> None:
         record = outputs.sparsity
@@ -146,6 +184,7 @@ class DynamicLlavaTrainer(Trainer):
         for name, where in (("image_keep_rate", record.layout.image), ("output_keep_rate", record.sparsified_output)):
             self.meter.add_ratio(name, (record.keep_mask * where).sum(), where.sum())
         self._mask_gradient = record.mask_gradient
+        self._mask_gradient.loss_scale = self.accelerator.num_processes
 
     def _count(self, batches: list[Batch], device: torch.device) -> Denominators:
         local = torch.zeros(4, dtype=torch.float64, device=device)
@@ -165,7 +204,7 @@ class DynamicLlavaTrainer(Trainer):
         layout = TokenLayout.build(image, batch["attention_mask"], batch["output_mask"], 1)
         counts = (
             (batch["labels"][:, 1:] != -100).sum(),
-            torch.tensor(len(image), device=image.device),
+            (batch["sample_ids"] != FILLER).sum(),
             layout.image.any(dim=1).sum(),
             (layout.answer_lengths() >= self.sparsity.output_min_length).logical_and(layout.output).any(dim=1).sum(),
         )

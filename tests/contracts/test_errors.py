@@ -155,7 +155,7 @@ def test_an_image_mask_that_does_not_fit(model, inputs):
 def test_labels_on_a_live_cache(model, inputs):
     with torch.no_grad():
         cache = model(**inputs, use_cache=True).past_key_values
-    refused(model, "labels", "past_key_values", **inputs, labels=inputs["input_ids"], past_key_values=cache)
+    refused(model, "labels", "cache", **inputs, labels=inputs["input_ids"], past_key_values=cache)
 
 
 def test_a_target_rate_at_inference(model, inputs):

@@ -4,7 +4,16 @@ import json
 
 import pytest
 
-from dynamic_llava.data.llava_json import check_samples, parse_sample, read_samples, resolve_image
+from dynamic_llava.data.llava_json import (
+    BAD_FIELD,
+    BAD_ROLE,
+    MISSING,
+    OUTSIDE,
+    find_problems,
+    parse_sample,
+    read_samples,
+    resolve_image,
+)
 from tests.sft_builders import conversation, picture
 
 
@@ -79,23 +88,49 @@ def test_absolute_paths_are_refused_even_inside(images):
     assert resolve_image(images, "good_link.png") == (images / "a.png").resolve()
 
 
-def test_all_bad_samples_are_counted_and_the_first_shown(images):
-    good, bad = sample(), sample(id="bad", image="nothing.png")
-    samples = [good, bad, *[bad] * 6, 3, good]
-    found = []
-    with pytest.raises(ValueError) as error:
-        found.extend(check_samples(samples, "my.json", images, skip_text_only=True))
-    assert [entry.index for entry in found] == [0, 9]
-    text = str(error.value)
-    assert text.startswith("my.json: 8 of 10 samples cannot be used:\n  index 1, id 'bad': image 'nothing.png'")
-    assert text.endswith("... and 3 more")
+def test_everything_that_is_wrong_with_a_sample_is_found(images):
+    messages = [*conversation()[::-1], {"from": "human", "value": 3}]
+    found = find_problems(sample(conversations=messages, image=["nothing.png", "../outside.png", "a.png"]), images)
+    assert [problem.kind for problem in found] == [BAD_ROLE, BAD_FIELD, MISSING, OUTSIDE]
+    assert find_problems(sample(), images) == []
+    assert [problem.kind for problem in find_problems(3, images)] == [BAD_FIELD]
 
 
-def test_text_only_samples_are_skipped_or_read(images):
-    text_only = {"id": "text", "conversations": conversation("Who?", "I.")}
-    samples = [text_only, sample()]
-    assert [s.index for s in check_samples(samples, "f", images, skip_text_only=True)] == [1]
-    assert [s.images for s in check_samples(samples, "f", images, skip_text_only=False)] == [(), ("a.png",)]
+@pytest.mark.parametrize("image", ["inner", "", "inner/", "no/such/folder.png", "a.png/b.png", "x" * 3000 + ".png"])
+def test_what_is_no_file_is_missing(images, image):
+    with pytest.raises(FileNotFoundError, match="is missing from the image folder"):
+        resolve_image(images, image)
+
+
+def test_names_that_no_file_can_have_are_refused(images):
+    (images / "circle").symlink_to(images / "circle")
+    for image in ("a\0.png", "circle/a.png", ".."):
+        with pytest.raises((ValueError, FileNotFoundError), match=r"no path of a file|leaves the image|missing"):
+            resolve_image(images, image)
+
+
+def test_folders_that_are_links_lead_nowhere_else(images, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    picture().save(tmp_path / "elsewhere" / "d.png")
+    (images / "far").symlink_to(tmp_path / "elsewhere")
+    (images / "near").symlink_to(images / "inner")
+    with pytest.raises(ValueError, match="leaves the image folder"):
+        resolve_image(images, "far/d.png")
+    assert resolve_image(images, "near/c.png") == (images / "inner" / "c.png").resolve()
+
+
+def test_an_image_folder_may_be_a_link_and_relative(images, tmp_path, monkeypatch):
+    (tmp_path / "linked").symlink_to(images)
+    monkeypatch.chdir(tmp_path)
+    assert resolve_image("linked", "inner/c.png") == (images / "inner" / "c.png").resolve()
+
+
+@pytest.mark.parametrize("place", ["id", "image", "question"])
+def test_half_a_character_is_refused(images, place):
+    broken = json.loads('"half \\ud83d"')
+    changes = {"id": {"id": broken}, "image": {"image": broken}, "question": {"conversations": conversation(broken)}}
+    kinds = {problem.kind for problem in find_problems(sample(**changes[place]), images)}
+    assert BAD_FIELD in kinds
 
 
 @pytest.mark.parametrize(
@@ -103,23 +138,22 @@ def test_text_only_samples_are_skipped_or_read(images):
     [
         ('[{"id": 1, "conv', "no valid JSON"),
         ('{"id": 1}\n{"id": 2}', "one sample per line"),
-        ('{"id": 1}', "holds a dict"),
-        ("[]", "empty list"),
+        ('{"id": 1}', "does not begin with"),
     ],
 )
 def test_a_broken_file_is_named(tmp_path, content, message):
     file = tmp_path / "data.json"
     file.write_text(content)
     with pytest.raises(ValueError, match=message) as error:
-        read_samples(file)
+        list(read_samples(file))
     assert "data.json" in str(error.value)
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no data file .*nothing\.json"):
-        read_samples(tmp_path / "nothing.json")
+        list(read_samples(tmp_path / "nothing.json"))
 
 
 def test_letters_of_all_languages_are_read(tmp_path):
     (tmp_path / "data.json").write_text(json.dumps([sample(id="größe")], ensure_ascii=False), encoding="utf-8")
-    assert read_samples(tmp_path / "data.json")[0]["id"] == "größe"
+    assert next(read_samples(tmp_path / "data.json"))["id"] == "größe"

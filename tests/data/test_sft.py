@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dynamic_llava.config import DataConfig
-from dynamic_llava.data import Collator, SftDataset
+from dynamic_llava.data import FILLER, Collator, SftDataset
 from tests.builders import IMAGE_TOKEN, TOKENS_PER_IMAGE, build_model
 from tests.sft_builders import conversation, picture, tiny_processor, write_data
 
@@ -78,7 +78,7 @@ def test_left_out_and_shortened_samples_are_counted(mixed, processor):
 def test_preparation_happens_once_and_again_after_a_change(mixed, processor, own_cache, monkeypatch):
     SftDataset(config(mixed), processor)
     with monkeypatch.context() as patched:
-        patched.setattr("dynamic_llava.data.sft.read_samples", lambda path: pytest.fail("prepared twice"))
+        patched.setattr("dynamic_llava.data.prepare._write_rows", lambda *_: pytest.fail("prepared twice"))
         assert len(SftDataset(config(mixed), processor)) == 3
     entries = json.loads((mixed / "data.json").read_text())
     (mixed / "data.json").write_text(json.dumps(entries[:2]))
@@ -88,9 +88,44 @@ def test_preparation_happens_once_and_again_after_a_change(mixed, processor, own
 
 def test_a_failed_preparation_leaves_nothing_behind(mixed, processor, own_cache):
     (mixed / "images" / "b.png").unlink()
-    with pytest.raises(ValueError, match=r"data\.json: 2 of 4 samples cannot be used:\n  index 1, id 'double'"):
+    with pytest.raises(ValueError, match=r"data\.json: 2 of 4 samples cannot be used .*\n  index 1, id 'double'"):
         SftDataset(config(mixed), processor)
-    assert not [path for path in own_cache.rglob("*") if path.is_file()]
+    assert {path.suffix for path in own_cache.rglob("*") if path.is_file()} == {".lock"}
+    assert not list((own_cache / "sft").glob("*.part"))
+
+
+def test_the_filler_teaches_nothing(mixed, processor):
+    dataset = SftDataset(config(mixed), processor)
+    filler = dataset[FILLER]
+    assert filler["sample_id"] == FILLER and not filler["spans"] and not len(filler["pixel_values"])
+    batch = Collator(processor)([filler, dataset[0], filler])
+    assert batch["sample_ids"].tolist() == [FILLER, 0, FILLER]
+    assert (batch["labels"][::2] == IGNORED).all() and not batch["output_mask"][::2].any()
+    assert batch["attention_mask"][::2].any(dim=1).all(), "a row of padding alone would attend to nothing"
+
+
+def test_blank_answers_are_counted_and_not_learned(mixed, processor):
+    entries = [
+        {"id": "blank", "image": "a.png", "conversations": conversation("<image>\nWhat?", " ")},
+        {"id": "half", "image": "a.png", "conversations": conversation("<image>\nWhat?", "", "Sure?", "Yes.")},
+    ]
+    (mixed / "data.json").write_text(json.dumps(entries))
+    dataset = SftDataset(config(mixed), processor)
+    assert (dataset.counts.blank_answers, dataset.counts.nothing_learned) == (2, 1)
+    assert "2 blank answers" in str(dataset.counts)
+    assert (dataset[0]["labels"] == IGNORED).all()
+    learned = dataset[1]["input_ids"][dataset[1]["labels"] != IGNORED]
+    assert processor.decode(learned).replace(" ", "") == "Yes."
+
+
+def test_pictures_under_another_ending_are_read(mixed, processor):
+    """OCR-VQA's covers are GIF and PNG files, all named .jpg in the published list."""
+    for number, kind in enumerate(("GIF", "PNG", "WEBP")):
+        picture(number).save(mixed / "images" / f"{number}.jpg", format=kind)
+    entries = [{"id": n, "image": f"{n}.jpg", "conversations": conversation()} for n in range(3)]
+    (mixed / "data.json").write_text(json.dumps(entries))
+    dataset = SftDataset(config(mixed), processor)
+    assert {dataset[number]["pixel_values"].shape for number in range(3)} == {(1, 3, 56, 56)}
 
 
 def test_an_image_that_breaks_later_is_named(mixed, processor):

@@ -156,6 +156,8 @@ def test_target_rates_can_be_set_per_call():
     out = model(**call, image_keep_rate=0.9, output_keep_rate=0.8)
     torch.testing.assert_close(out.image_keep_loss, (rate.image_keep_rate - 0.9).square())
     torch.testing.assert_close(out.output_keep_loss, (rate.output_keep_rate - 0.8).square())
+    with pytest.raises(ValueError, match=r"output_keep_rate=1\.5 is not a keep rate"):
+        model(**call, output_keep_rate=1.5)
 
 
 @pytest.mark.parametrize("images", [0, 1])
@@ -167,6 +169,26 @@ def test_both_predictors_always_have_a_gradient(images):
     names = {name for name, _ in model.named_parameters() if "_predictor" in name}
     assert names <= found.keys()
     assert all(torch.isfinite(found[name]).all() for name in names)
+
+
+def test_a_batch_without_images_uses_the_same_modules():
+    """Otherwise a process whose batch holds text alone would leave the others waiting (ZeRO-3, a trained projector)."""
+    batch = [make_row([*prompt_segments(0, [2, 3]), ("output", 2)], seed=3)]
+    model = build_model()
+    used = set()
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: used.add(name))
+    _, found = gradients(model, **training_inputs(batch))
+    with_text = used.copy()
+    used.clear()
+    gradients(model, **training_inputs([make_row([*prompt_segments(1, [2, 3]), ("output", 2)], seed=3)]))
+    assert with_text == used
+    projector = [name for name, _ in model.named_parameters() if "multi_modal_projector" in name]
+    assert projector and all(found[name].abs().sum() == 0 for name in projector)
+    model.eval()
+    alone = {name: value for name, value in training_inputs(batch).items() if name != "tau"}
+    used.clear()
+    assert torch.isfinite(model(**alone).lm_loss) and not any("vision_tower" in name for name in used)
 
 
 def test_predictors_learn_from_the_task_alone():

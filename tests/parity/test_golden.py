@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dynamic_llava.model import attention, decide
+from dynamic_llava.sparsity.noise import fold_key
 from tests.golden_model import (
     OFFICIAL_IMAGE,
     TOKENS_PER_IMAGE,
@@ -14,6 +15,7 @@ from tests.golden_model import (
     our_value,
     recording,
 )
+from tests.sft_builders import take_step, trainer_around
 
 LOGITS = {"rtol": 0, "atol": 2e-5}
 IMAGE_START = 4
@@ -134,24 +136,29 @@ def recorded_softmax_attention(query, key, value, keep_mask, *, padding_mask=Non
 
 @pytest.fixture
 def training_model(model, monkeypatch):
-    """The model in training mode with the recorded attention; its gradients are cleared afterwards."""
+    """The model in training mode with attention and a frozen vision tower as recorded; undone afterwards."""
     monkeypatch.setattr(attention, "masked_softmax_attention", recorded_softmax_attention)
     model.train()
+    model.model.vision_tower.requires_grad_(False)
     yield model
     model.eval()
+    model.requires_grad_(True)
     model.zero_grad(set_to_none=True)
 
 
-def replay_noise(monkeypatch, uniform_image, uniform_text):
-    """Give the recorded Gumbel noise, (keep, drop) turned to (drop, keep), instead of drawing it."""
-    gumbel = [-torch.log(-torch.log(u)).flip(-1) for u in (uniform_image, uniform_text)]
+def replay_noise(monkeypatch, uniform_image, uniform_text, sample_key):
+    """Give the recorded Gumbel noise, (keep, drop) turned to (drop, keep), to the samples with these keys (3,)."""
+    image, text = (-torch.log(-torch.log(u)).flip(-1) for u in (uniform_image, uniform_text))
+    row_of = {int(key): row for row, key in enumerate(fold_key(sample_key, 0))}  # a sample's only image
+    row_of |= {int(key): row for row, key in enumerate(fold_key(sample_key, -1))}  # its output tokens
 
     def recorded_noise(key, index, channels=2):
-        if index.dim() == 1:  # image tokens: the place within the image, one key per image
-            return gumbel[0]
+        rows = torch.tensor([row_of[int(one)] for one in key])
+        if index.dim() == 1:  # image tokens: the place within the image
+            return image[rows]
         # Output tokens: (B, N) ranks; ranks outside the answer are never used.
-        rank = index.clamp(0, gumbel[1].shape[1] - 1)
-        return gumbel[1].gather(1, rank[..., None].expand(-1, -1, 2))
+        rank = index.clamp(0, text.shape[1] - 1)
+        return text[rows].gather(1, rank[..., None].expand(-1, -1, 2))
 
     monkeypatch.setattr(decide, "gumbel_noise", recorded_noise)
 
@@ -173,37 +180,71 @@ def training_inputs(recorded):
 @pytest.mark.parametrize("case", ["tau1.0", "tau0.3"])
 def test_training_step(training_model, monkeypatch, case):
     recorded, known = recording("training"), facts("training")[case]
-    replay_noise(monkeypatch, recorded[f"{case}.u_image"], recorded[f"{case}.u_text"])
-    inputs = training_inputs(recorded)
-    out = training_model(**inputs, tau=known["tau"], sample_key=torch.arange(3))
-    real = inputs["attention_mask"].bool()
-
-    assert torch.equal(out.sparsity.keep_mask[real].detach(), recorded[f"{case}.policy"][real])
-    torch.testing.assert_close(out.logits[real], recorded[f"{case}.logits"][real], **LOGITS)
-    close = {"rtol": 1e-5, "atol": 1e-7}
-    torch.testing.assert_close(out.lm_loss.item(), known["lm_loss_ce"], **close)
-    torch.testing.assert_close(out.image_keep_loss.item(), known["image_mask_loss_unweighted"], **close)
-    torch.testing.assert_close(out.output_keep_loss.item(), known["text_mask_loss_unweighted"], **close)
-    torch.testing.assert_close(out.loss.item(), known["total_loss"], **close)
-
+    key = torch.arange(3)
+    replay_noise(monkeypatch, recorded[f"{case}.u_image"], recorded[f"{case}.u_text"], key)
+    out = training_model(**training_inputs(recorded), tau=known["tau"], sample_key=key)
+    compare_outputs([out], recorded, case)
+    terms = ("loss", "lm_loss", "image_keep_loss", "output_keep_loss")
+    compare_losses({name: out[name].item() for name in terms}, known)
     out.loss.backward()
-    compare_gradients(training_model, recorded, known, case)
+    gradients = {name: p.grad for name, p in training_model.named_parameters() if p.grad is not None}
+    compare_gradients(gradients, recorded, known, case)
 
 
-def compare_gradients(model, recorded, known, case):
-    parameters = dict(model.named_parameters())
+@pytest.mark.parametrize("case", ["tau1.0", "tau0.3"])
+def test_training_step_through_the_trainer(training_model, monkeypatch, tmp_path, case):
+    """The Trainer's loss path gives the recorded numbers, with the batch whole or accumulated in parts."""
+    recorded, known = recording("training"), facts("training")[case]
+    inputs = training_inputs(recorded)
+    inputs |= {"output_mask": inputs["labels"] != -100, "sample_ids": torch.arange(3)}
+    whole = {}
+    for split in ([3], [1, 2], [1, 1, 1]):
+        trainer = trainer_around(training_model, tmp_path, tau_start=known["tau"], gradient_accumulation=len(split))
+        key = trainer.sample_key(inputs["sample_ids"])
+        replay_noise(monkeypatch, recorded[f"{case}.u_image"], recorded[f"{case}.u_text"], key)
+        rows = zip(*(tensor.split(split) for tensor in inputs.values()), strict=True)
+        parts = [dict(zip(inputs, tensors, strict=True)) for tensors in rows]
+        terms, outputs, gradients = take_step(trainer, parts)
+        compare_outputs(outputs, recorded, case)
+        compare_losses(terms, known)
+        compare_gradients(gradients, recorded, known, case)
+        whole = whole or gradients
+        assert gradients.keys() == whole.keys()
+        for name, wanted in whole.items():
+            error = (gradients[name] - wanted).norm()
+            assert error <= 1e-6 * wanted.norm(), f"{split}, {name}: relative error {error / wanted.norm():.1e}"
+
+
+def compare_outputs(outputs, recorded, case):
+    """Hard masks exact and logits at real tokens, of one batch or of its parts."""
+    real = expand(recorded["input_ids"], recorded["attention_mask"].long(), filler=1).bool()
+    mask = torch.cat([out.sparsity.keep_mask.detach() for out in outputs])
+    assert torch.equal(mask[real], recorded[f"{case}.policy"][real])
+    logits = torch.cat([out.logits for out in outputs])
+    torch.testing.assert_close(logits[real], recorded[f"{case}.logits"][real], **LOGITS)
+
+
+def compare_losses(terms, known):
+    close = {"rtol": 1e-5, "atol": 1e-7}
+    torch.testing.assert_close(terms["lm_loss"], known["lm_loss_ce"], **close)
+    torch.testing.assert_close(terms["image_keep_loss"], known["image_mask_loss_unweighted"], **close)
+    torch.testing.assert_close(terms["output_keep_loss"], known["text_mask_loss_unweighted"], **close)
+    torch.testing.assert_close(terms["loss"], known["total_loss"], **close)
+
+
+def compare_gradients(gradients, recorded, known, case):
     compared = 0
     for name, wanted in recorded.items():
         if name.startswith(f"{case}.grad."):
             official = name.removeprefix(f"{case}.grad.")
-            gradient = parameters[our_name(official)].grad
-            error = (gradient - our_value(official, wanted)).norm() / wanted.norm()
+            error = (gradients[our_name(official)] - our_value(official, wanted)).norm() / wanted.norm()
             assert error < 1e-4, f"{official}: relative error {error:.1e}"
             compared += 1
     assert compared == 15
+    assert {our_name(official) for official in known["grad_norms"]} == gradients.keys()
     for official, norm in known["grad_norms"].items():
-        gradient = parameters[our_name(official)].grad
-        torch.testing.assert_close(gradient.norm().item(), norm, rtol=1e-4, atol=1e-6, msg=f"norm of {official}")
+        found = gradients[our_name(official)].norm().item()
+        torch.testing.assert_close(found, norm, rtol=1e-4, atol=1e-6, msg=f"norm of {official}")
 
 
 def test_masks_of_the_product_agree_without_the_epsilon(model):

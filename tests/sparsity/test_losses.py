@@ -52,13 +52,22 @@ def test_parts_of_a_global_batch_add_up(batch, reduction):
     torch.testing.assert_close(sum(parts), whole)
 
 
-def test_gradient_reaches_counted_tokens_of_contributing_samples_only(batch):
+@pytest.mark.parametrize(("distance", "slopes"), [("squared", (2 * -0.1, 2 * 0.4)), ("absolute", (-1.0, 1.0))])
+def test_gradient_reaches_counted_tokens_of_contributing_samples_only(batch, distance, slopes):
+    """The samples' keep rates 0.5 and 1 lie below and above the target 0.6, and are means over 4 and 2 tokens."""
     keep, where = batch[0].double().requires_grad_(), batch[1]
     applies = torch.tensor([True, False, True, True])
-    (gradient,) = torch.autograd.grad(keep_rate_loss(keep, where, 0.2, applies), keep)
+    (gradient,) = torch.autograd.grad(keep_rate_loss(keep, where, 0.6, applies, distance=distance), keep)
     expected = torch.zeros(4, 5, dtype=torch.float64)
-    expected[0, :4], expected[2, :2] = 2 * 0.3 / 4 / 4, 2 * 0.8 / 2 / 4
+    expected[0, :4], expected[2, :2] = slopes[0] / 4 / 4, slopes[1] / 2 / 4
     torch.testing.assert_close(gradient, expected)
+
+
+def test_absolute_distance_rests_at_its_target(batch):
+    """Its slope there is 0, not NaN: a sample that keeps exactly its rate is left alone."""
+    keep = batch[0].requires_grad_()
+    loss = keep_rate_loss(keep[:1], batch[1][:1], 0.5, distance="absolute")
+    assert loss.item() == 0 and torch.autograd.grad(loss, keep)[0].abs().max() == 0
 
 
 def test_half_precision_masks_are_averaged_in_float32():

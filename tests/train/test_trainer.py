@@ -12,7 +12,7 @@ from dynamic_llava.data import Collator, SftDataset
 from dynamic_llava.sparsity.noise import fold_key
 from dynamic_llava.sparsity.schedule import temperature
 from dynamic_llava.train.config import RunConfig
-from dynamic_llava.train.optimizer import freeze, parts, trained_parts
+from dynamic_llava.train.optimizer import parts, prepare
 from dynamic_llava.train.run import build_trainer, load, run
 from tests.builders import TINY_SPARSITY
 from tests.sft_builders import conversation, picture, write_checkpoint, write_data
@@ -45,9 +45,8 @@ def config_of(tmp_path, base, data, *, sparsity=SPARSITY, name="run", workers=0,
 def trainer_of(config):
     """Return the trainer, and run nothing."""
     model, processor = load(config)
-    freeze(model, config.train)
     config.folder.mkdir(parents=True)
-    return build_trainer(config, model, processor, SftDataset(config.data, processor))
+    return build_trainer(config, prepare(model, config), processor, SftDataset(config.data, processor))
 
 
 def weights(result):
@@ -167,7 +166,7 @@ def test_every_parameter_has_one_part_and_its_rate(tmp_path, base, data):
     assert sum(map(len, by_part.values())) == len(list(trainer.model.parameters()))
     assert not any(parameter.requires_grad for parameter in by_part["vision_tower"])
     groups = {group["name"]: group for group in trainer.create_optimizer().param_groups}
-    assert {name: group["lr"] for name, group in groups.items()} == trained_parts(config.train)
+    assert {name: group["lr"] for name, group in groups.items()} == config.train.learning_rates
     assert groups["projector"]["lr"] == 3e-5 and groups["image_predictor"]["lr"] == 2e-4
     assert all(group["weight_decay"] == 0 for group in groups.values())
     head = trainer.model.lm_head.weight

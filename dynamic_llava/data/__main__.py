@@ -1,0 +1,166 @@
+"""`python -m dynamic_llava.data check | first-batch | benchmark`: data looked at without training on it."""
+
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from dynamic_llava.cli import exit_on_mistake, load_config
+from dynamic_llava.train.config import RunConfig
+
+if TYPE_CHECKING:
+    from dynamic_llava.processing import DynamicLlavaProcessor
+
+USAGE = """usage: python -m dynamic_llava.data COMMAND ...
+  check CONFIG.yaml [overrides]        find what is wrong in the data of a run; exit code 1 if training would fail
+  first-batch CONFIG.yaml [overrides]  open the data as training does; print seconds and peak memory as JSON
+  benchmark [options]                  generate data of the size of LLaVA's mixture, and measure both on it
+COMMAND --help shows every setting."""
+
+
+@dataclass(frozen=True)
+class CheckConfig(RunConfig):
+    """The file of a training run, and how its data are checked."""
+
+    images: Literal["decode", "stat"] = "decode"
+    """Decode every image as training will (exact), or only see whether its file is there (fast)."""
+    examples: int = 3
+    """Findings of each kind that are shown; all are counted."""
+    strict: bool = False
+    """Fail for what training would lose as well: blank answers, text behind max_length, images that would be cut."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.images not in ("decode", "stat"):
+            raise ValueError(f"images={self.images!r} is not known; choose 'decode' or 'stat'")
+        if self.examples < 0:
+            raise ValueError(f"examples={self.examples} must be 0 or more")
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """The generated data and what is measured on it; the results go to `output`.md and `output`.json."""
+
+    folder: str = "runs/data_benchmark"
+    """Folder of the generated data and of what is prepared from it; about 2 GB; replaced by each run."""
+    samples: int = 665_000
+    """Samples of the JSON file."""
+    pictures: int = 400
+    """Different pictures; each sample shows one of them."""
+    throughput_samples: int = 3000
+    """Samples over which the pipeline is timed."""
+    workers: int = 0
+    """Worker processes; 0: one per core."""
+    seed: int = 0
+    """Seed of the generated data and of its order."""
+    output: str = "docs/results/data"
+    """Where the results are written."""
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "pictures", "throughput_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return the exit code: 1 for data that training would fail on, 2 for a user's mistake."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    rest = list(sys.argv[1:] if arguments is None else arguments)
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "check": _check,
+        "first-batch": _first_batch,
+        "benchmark": _benchmark,
+    }
+    if not rest or rest[0] not in commands:
+        asked = rest[:1] in (["-h"], ["--help"])
+        print(USAGE, file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
+    try:
+        return commands[rest[0]](rest[1:])
+    except (ValueError, FileNotFoundError) as error:
+        return exit_on_mistake(error)
+
+
+def _check(arguments: list[str]) -> int:
+    about = "Check the data of a training run: every sample, every image."
+    config = load_config(CheckConfig, arguments, "python -m dynamic_llava.data check CONFIG.yaml", about)
+    from dynamic_llava.data.check import check
+
+    report = check(config.data, _processor(config), config.sparsity, images=config.images, examples=config.examples)
+    print(report)
+    return int(report.errors > 0 or (config.strict and report.warnings > 0))
+
+
+def _first_batch(arguments: list[str]) -> int:
+    began = time.perf_counter()
+    about = "Open the data of a training run, preparing them if need be, and fetch the first batch."
+    config = load_config(RunConfig, arguments, "python -m dynamic_llava.data first-batch CONFIG.yaml", about)
+    from torch.utils.data import DataLoader
+
+    from dynamic_llava.data import Collator, EpochSampler, SftDataset
+    from dynamic_llava.data.memory import peak_resident_bytes
+
+    dataset = SftDataset(config.data, _processor(config))
+    lengths = dataset.lengths if config.train.group_by_length else None
+    step = config.train.batch_size * config.train.gradient_accumulation
+    loader = DataLoader(
+        dataset,
+        config.train.batch_size,
+        sampler=EpochSampler(len(dataset), step, config.train.seed, lambda: 0, lengths),
+        num_workers=config.data.workers,
+        collate_fn=Collator(dataset.processor, config.sparsity.output_segments),
+    )
+    batch = next(iter(loader))
+    answer = {
+        "samples": len(dataset),
+        "seconds": time.perf_counter() - began,
+        "peak_resident_bytes": peak_resident_bytes(),
+        "batch": {name: list(tensor.shape) for name, tensor in batch.items()},
+    }
+    print(json.dumps(answer), flush=True)
+    return 0
+
+
+def _benchmark(arguments: list[str]) -> int:
+    program = "python -m dynamic_llava.data benchmark"
+    config = load_config(BenchmarkConfig, arguments, program, "Measure the data pipeline on generated data.")
+    from dynamic_llava.data.benchmark import measure, page
+    from dynamic_llava.data.chunks import worker_count
+    from dynamic_llava.data.imitation import write_mixture
+    from dynamic_llava.provenance import environment
+
+    folder, workers = Path(config.folder), worker_count(config.workers)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.environ["DYNAMIC_LLAVA_CACHE"] = str((folder / "cache").resolve())  # nothing in it is prepared yet
+    data = write_mixture(folder.resolve(), config.samples, config.pictures, config.seed)
+    numbers = measure(folder.resolve(), data, config.throughput_samples, workers, config.seed)
+    about = {**environment(), "seed": config.seed, "date": date.today().isoformat()}
+    command = " ".join([program, *arguments])
+    output = Path(config.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    results = {"command": command, "environment": about, **numbers}
+    output.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    output.with_suffix(".md").write_text(page(numbers, command, about), encoding="utf-8")
+    print(page(numbers, command, about))
+    return 0
+
+
+def _processor(config: RunConfig) -> "DynamicLlavaProcessor":
+    from dynamic_llava.processing import DynamicLlavaProcessor
+    from dynamic_llava.train.run import base_folder
+
+    for name, value in (("model.base", config.model.base), ("data.json", config.data.json)):
+        if not value:
+            raise ValueError(f"{name} is not set; give it in the configuration file or as --{name}")
+    return DynamicLlavaProcessor.from_pretrained(base_folder(config))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,230 @@
+"""All that is wrong or odd in a dataset, found before a day of training is spent on it; nothing stops the search."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+
+from dynamic_llava.config import DataConfig, SparsityConfig
+from dynamic_llava.data.chunks import Indexed, map_samples
+from dynamic_llava.data.llava_json import (
+    BAD_FIELD,
+    BAD_PLACES,
+    BAD_ROLE,
+    MISSING,
+    OUTSIDE,
+    find_problems,
+    is_text_only,
+    resolve_image,
+    sound_sample,
+)
+from dynamic_llava.processing import DynamicLlavaProcessor
+from dynamic_llava.processing.images import load_image
+from dynamic_llava.processing.prompts import EncodedConversation, ImageCutError
+
+ImageCheck = Literal["decode", "stat"]
+
+UNREADABLE, BROKEN_FILE, EMPTY = "unreadable image", "broken file", "nothing to train on"
+BLANK, CUT, SHORTENED, UNLEARNED = "blank answer", "image would be cut", "text behind max_length", "nothing to learn"
+TEXT_ONLY, REPEATED = "text-only", "repeated id"
+
+ERRORS = (BROKEN_FILE, EMPTY, BAD_FIELD, BAD_ROLE, BAD_PLACES, OUTSIDE, MISSING, UNREADABLE)
+"""Kinds that make training fail."""
+WARNINGS = (BLANK, CUT, SHORTENED, UNLEARNED)
+"""Kinds that training copes with, but loses something by."""
+NOTES = (TEXT_ONLY, REPEATED)
+"""Kinds that are no fault."""
+SECTIONS = (("training would fail", ERRORS), ("training would lose something", WARNINGS), ("worth knowing", NOTES))
+
+
+@dataclass
+class Findings:
+    """What was found in some samples of a file, by kind, and the lengths of those that would be trained on."""
+
+    shown: int
+    """Examples that are kept of each kind."""
+    total: int = 0
+    """Samples."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """How often each kind was met."""
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    """The first of each kind: place, id and what is wrong."""
+    lengths: dict[str, list[int]] = field(default_factory=lambda: {"tokens": [], "output tokens": [], "images": []})
+    """Per sample: tokens (images included), tokens of each answer that may be sparsified, images."""
+    ids: list[str] = field(default_factory=list)
+
+    def note(self, kind: str, index: int, name: Any, why: object) -> None:
+        """Count one finding and keep it if it is among the first."""
+        self._count(kind, [f"index {index}, id {name!r}: {why}"])
+
+    def add(self, other: "Findings") -> None:
+        """Add what was found in the samples that follow."""
+        self.total += other.total
+        for kind, count in other.counts.items():
+            self._count(kind, other.examples[kind], count)
+        for name, values in other.lengths.items():
+            self.lengths[name] += values
+
+    def _count(self, kind: str, examples: list[str], count: int = 1) -> None:
+        self.counts[kind] = self.counts.get(kind, 0) + count
+        kept = self.examples.setdefault(kind, [])
+        kept += examples[: self.shown - len(kept)]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of a check; `str` is the page that is printed."""
+
+    findings: Findings
+    file: str
+    output_min_length: int
+
+    @property
+    def errors(self) -> int:
+        """Return how many findings would make training fail."""
+        return sum(self.findings.counts.get(kind, 0) for kind in ERRORS)
+
+    @property
+    def warnings(self) -> int:
+        """Return how many findings training would lose something by."""
+        return sum(self.findings.counts.get(kind, 0) for kind in WARNINGS)
+
+    def __str__(self) -> str:
+        used = len(self.findings.lengths["tokens"])
+        lines = [f"{self.file}: {self.findings.total:,} samples, {used:,} can be trained on"]
+        for title, kinds in SECTIONS:
+            met = [kind for kind in kinds if kind in self.findings.counts]
+            lines += ["", f"{title}:"] if met else []
+            for kind in met:
+                lines.append(f"  {kind}: {self.findings.counts[kind]:,}")
+                lines += [f"    {example}" for example in self.findings.examples[kind]]
+        if used:
+            lines += ["", *_table(self.findings.lengths), *self._short_answers()]
+        verdict = f"training would fail ({self.errors:,} errors)" if self.errors else "training can start"
+        return "\n".join([*lines, "", verdict])
+
+    def _short_answers(self) -> Iterator[str]:
+        lengths = np.array(self.findings.lengths["output tokens"])
+        if len(lengths):
+            short = (lengths < self.output_min_length).mean()
+            yield f"{short:.1%} of the answers are below LEN_OT = {self.output_min_length}: training leaves them dense"
+
+
+def check(
+    config: DataConfig,
+    processor: DynamicLlavaProcessor,
+    sparsity: SparsityConfig,
+    *,
+    images: ImageCheck = "decode",
+    examples: int = 3,
+) -> Report:
+    """Check a dataset as training would meet it, in worker processes; bad data are findings, never exceptions.
+
+    `images` says whether each image is decoded, or only looked for; `examples` how many of each kind are kept. Raises
+    FileNotFoundError when there is no such JSON file or image folder.
+    """
+    findings, seen = Findings(examples), set[str]()
+    look = partial(
+        _check_chunk, config=config, processor=processor, sparsity=sparsity, images=images, examples=examples
+    )
+    for part in map_samples(look, config, "checking samples"):
+        if isinstance(part, ValueError):
+            findings.note(BROKEN_FILE, findings.total, None, part)
+            continue
+        for place, name in enumerate(part.ids, start=findings.total):
+            if name in seen:
+                part.note(REPEATED, place, name, "an earlier sample has it, too")
+            seen.add(name)
+        findings.add(part)
+    if not findings.lengths["tokens"]:
+        findings.note(EMPTY, 0, None, "no sample of the file can be trained on")
+    return Report(findings, config.json, sparsity.output_min_length)
+
+
+def _check_chunk(
+    samples: Indexed,
+    *,
+    config: DataConfig,
+    processor: DynamicLlavaProcessor,
+    sparsity: SparsityConfig,
+    images: ImageCheck,
+    examples: int,
+) -> Findings:
+    findings = Findings(examples)
+    for index, sample in samples:
+        findings.total += 1
+        name = sample.get("id", index) if isinstance(sample, dict) else index
+        findings.ids.append(str(name))
+        if is_text_only(sample):
+            left_out = config.text_only == "skip"
+            findings.note(TEXT_ONLY, index, name, "left out" if left_out else "trained on without sparsity")
+            if left_out:
+                continue
+        problems = find_problems(sample, config.image_folder)
+        for problem in problems:
+            findings.note(problem.kind, index, name, problem)
+        readable = images == "stat" or _look_at_images(findings, sample, index, name, config)
+        if not problems and readable:
+            _look_at_tokens(findings, sample, index, name, config, processor, sparsity)
+    return findings
+
+
+def _look_at_images(findings: Findings, sample: Any, index: int, name: Any, config: DataConfig) -> bool:
+    """Decode the images that are there; return whether all of these can be read."""
+    named = sample.get("image") if isinstance(sample, dict) else None
+    named = [named] if isinstance(named, str) else named
+    before = findings.counts.get(UNREADABLE, 0)
+    for image in named if isinstance(named, list) else []:
+        try:
+            path = resolve_image(config.image_folder, image)
+        except (ValueError, FileNotFoundError, TypeError):
+            continue  # find_problems has named it
+        try:
+            load_image(path)
+        except (ValueError, OSError) as error:
+            findings.note(UNREADABLE, index, name, error)
+    return findings.counts.get(UNREADABLE, 0) == before
+
+
+def _look_at_tokens(
+    findings: Findings,
+    raw: Any,
+    index: int,
+    name: Any,
+    config: DataConfig,
+    processor: DynamicLlavaProcessor,
+    sparsity: SparsityConfig,
+) -> None:
+    sample = sound_sample(raw, index)
+    blank = [number for number, (_, answer) in enumerate(sample.turns) if not (answer or "").strip()]
+    if blank:
+        findings.note(BLANK, index, name, f"answer {blank[0]} of {len(sample.turns)} holds no text; it is not learned")
+    try:
+        tokens = processor.encode_conversation(sample.turns, max_length=config.max_length)
+    except ImageCutError as error:
+        findings.note(CUT, index, name, error)
+        return
+    if tokens.shortened:
+        findings.note(SHORTENED, index, name, f"what follows the first {config.max_length} tokens is cut off")
+    if not tokens.output_spans:
+        findings.note(UNLEARNED, index, name, "no token of an answer is left; the sample adds 0 to the loss")
+    findings.lengths["tokens"].append(len(tokens.input_ids))
+    findings.lengths["images"].append(len(sample.images))
+    if sample.images:
+        findings.lengths["output tokens"] += _output_lengths(tokens, sparsity)
+
+
+def _output_lengths(tokens: EncodedConversation, sparsity: SparsityConfig) -> list[int]:
+    spans = tokens.output_spans if sparsity.output_segments == "all" else tokens.output_spans[-1:]
+    return [end - start for start, end in spans]
+
+
+def _table(lengths: dict[str, list[int]]) -> list[str]:
+    rows = [f"{'per sample or answer':22}{'min':>8}{'median':>8}{'mean':>8}{'95 %':>8}{'max':>8}"]
+    for name, values in lengths.items():
+        if values:
+            low, middle, high, top = np.percentile(values, [0, 50, 95, 100])
+            rows.append(f"{name:22}{low:8.0f}{middle:8.0f}{np.mean(values):8.1f}{high:8.0f}{top:8.0f}")
+    return rows

@@ -1,0 +1,302 @@
+"""What training holds in the memory of one GPU: pure arithmetic, no torch; checked against what torch really keeps.
+
+Weights, gradients and AdamW's two states are exact. Under DeepSpeed in bfloat16 a trained parameter costs 2 + 2 + 12
+bytes (weight, gradient; float32 master copy and states), a frozen one 2; otherwise weight, gradient and states have the
+trained parameter's own format (4 + 4 + 8 in float32). ZeRO divides the states (stage 1), the gradients (2) and the
+weights (3) by the number of GPUs.
+
+Activations are what autograd keeps between forward and backward pass of one batch; with gradient checkpointing one
+hidden state per layer. Buffers are what comes and goes, at its highest: the loss over the whole vocabulary, or one
+layer's backward pass (recomputed, with gradient checkpointing), or the optimizer's step; and what communication needs.
+Left out: the accelerator's context, the allocator's fragments, the vision tower's passing activations, the batch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dynamic_llava.config import LoraConfig, ModelConfig, SparsityConfig, TrainConfig
+from dynamic_llava.costs import DecoderShape, LlavaShape, parameter_counts
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+LOSS_BYTES = 12
+"""The loss at its highest, per token and word: log-probabilities, their gradient, the logits' gradient, in float32."""
+BLOCK_ROWS = 64
+"""Queries per block of the chunked MaskedSoftmax (sparsity/kernels/chunked.py)."""
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How a run's state is spread over GPUs."""
+
+    gpus: int = 1
+    """Processes, one per GPU."""
+    deepspeed: bool = False
+    """DeepSpeed's optimizer with float32 master copies, instead of torch's AdamW on the parameters themselves."""
+    zero_stage: int = 0
+    """What ZeRO spreads: nothing (0), optimizer states (1), gradients too (2), weights too (3)."""
+    offload_optimizer: bool = False
+    """Optimizer states and gradients lie in the host's memory."""
+    offload_weights: bool = False
+    """So do the weights (stage 3)."""
+    live_parameters: int = 10**9
+    """Most parameters that stage 3 holds gathered (stage3_max_live_parameters; DeepSpeed's default)."""
+    bucket_parameters: int = 5 * 10**8
+    """Parameters that are reduced at once (reduce_bucket_size; DeepSpeed's default)."""
+    prefetch_parameters: int = 5 * 10**7
+    """Parameters that stage 3 gathers ahead (stage3_prefetch_bucket_size; DeepSpeed's default)."""
+
+    def __post_init__(self) -> None:
+        if self.gpus < 1 or self.zero_stage not in (0, 1, 2, 3):
+            raise ValueError(f"gpus={self.gpus}, zero_stage={self.zero_stage}: give 1 or more GPUs and a stage 0 to 3")
+        if self.zero_stage and not self.deepspeed:
+            raise ValueError(f"zero_stage={self.zero_stage} without DeepSpeed; set deepspeed, or stage 0")
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes on one GPU at the peak of a training step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    buffers: int
+    host: int
+    """Bytes per process in the host's memory (offloading), not part of the total."""
+
+    @property
+    def total(self) -> int:
+        """Sum of what lies on the GPU."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the formulas below ask about a run; formats are bytes per value."""
+
+    decoder: DecoderShape
+    train: TrainConfig
+    lora: LoraConfig | None
+    sparsity: SparsityConfig
+    weight: int
+    """Format of frozen weights, and of the hidden states between layers."""
+    trained: int
+    """Format of trained weights and their gradients."""
+    compute: int
+    """Format that linear maps work in."""
+
+    @property
+    def full(self) -> bool:
+        """Whether the language model's own weights learn."""
+        return self.train.tune == "full"
+
+    @property
+    def reaches_all(self) -> bool:
+        """Whether a gradient reaches the decoder's input: embeddings or projector learn."""
+        return self.full or self.train.projector_learning_rate is not None
+
+    @property
+    def first_layer(self) -> int:
+        """The first layer that keeps anything for the backward pass."""
+        return self.sparsity.sparse_layer if self.train.tune == "predictors" and not self.reaches_all else 0
+
+    @property
+    def reaches_first(self) -> bool:
+        """Whether a gradient reaches the input of the first layer; else only the layer's own parts need one."""
+        through_zeros = self.train.tune == "predictors" and self.sparsity.dropped_tokens == "zero_vectors"
+        return self.reaches_all or through_zeros
+
+    @property
+    def splits_inputs(self) -> bool:
+        """Whether every adapter keeps an input of its own: dropped differently, or cast for itself by autocast."""
+        return self.lora is not None and (self.compute != self.trained or self.lora.dropout > 0)
+
+    def is_masked(self, layer: int) -> bool:
+        """Whether the layer runs MaskedSoftmax instead of causal attention."""
+        hides = self.train.sparsity_mode != "none" and self.sparsity.dropped_tokens == "masked_softmax"
+        return hides and layer >= self.sparsity.sparse_layer
+
+
+def training_memory(
+    shape: LlavaShape,
+    model: ModelConfig,
+    sparsity: SparsityConfig,
+    train: TrainConfig,
+    lora: LoraConfig | None = None,
+    *,
+    tokens: int,
+    images: int = 1,
+    sharding: Sharding | None = None,
+) -> TrainingMemory:
+    """Return the memory of training on batches of train.batch_size samples of `tokens` tokens with `images` images.
+
+    Raises ValueError for sizes that are not positive.
+    """
+    if tokens < 1 or images < 0:
+        raise ValueError(f"tokens={tokens}, images={images}: give 1 or more tokens and 0 or more images")
+    spread = sharding or Sharding()
+    run = _run(shape, model, sparsity, train, lora, spread)
+    counts = parameter_counts(shape, sparsity, lora)
+    trained = sum(counts[part] for part in train.learning_rates)
+    frozen = sum(counts.values()) - trained
+    if lora is not None:  # originals of the modules whose copies are trained
+        copied = ("image_predictor", "output_predictor", *(("projector",) if run.reaches_all else ()))
+        frozen += sum(counts[part] for part in copied)
+    sizes = {
+        "optimizer": (12 if spread.deepspeed else 2 * run.trained) * trained,
+        "gradients": run.trained * trained,
+        "weights": run.weight * frozen + run.trained * trained,
+    }
+    shares = {name: spread.gpus if spread.zero_stage > place else 1 for place, name in enumerate(sizes)}
+    held = {name: -(-size // shares[name]) for name, size in sizes.items()}
+    moved = [*(("optimizer", "gradients") if spread.offload_optimizer else ())]
+    moved += ["weights"] if spread.offload_weights else []
+    batch = train.batch_size * tokens
+    pictures = train.batch_size * images * shape.tokens_per_image
+    kept = _activation_bytes(shape, run, batch, pictures)
+    passing = max(_passing_bytes(run, batch), _step_bytes(trained // shares["optimizer"], run, spread) - kept)
+    return TrainingMemory(
+        **{name: 0 if name in moved else size for name, size in held.items()},
+        activations=kept,
+        buffers=passing + _communication_bytes(frozen + trained, sizes["gradients"], run, spread),
+        host=sum(held[name] for name in moved),
+    )
+
+
+def _run(
+    shape: LlavaShape,
+    model: ModelConfig,
+    sparsity: SparsityConfig,
+    train: TrainConfig,
+    lora: LoraConfig | None,
+    sharding: Sharding,
+) -> _Run:
+    compute = 2 if train.bf16 else DTYPE_BYTES[model.dtype]
+    if sharding.deepspeed:  # one format for everything, beside the optimizer's float32
+        weight = trained = compute
+    else:
+        weight = DTYPE_BYTES[model.dtype]
+        trained = weight if train.tune == "full" else 4
+    return _Run(shape.decoder, train, lora, sparsity, weight, trained, compute)
+
+
+def _activation_bytes(shape: LlavaShape, run: _Run, tokens: int, pictures: int) -> int:
+    """Return the bytes kept for the backward pass of `tokens` tokens, `pictures` of them image tokens."""
+    decoder, train = run.decoder, run.train
+    layers = range(run.first_layer, decoder.layers)
+    if train.gradient_checkpointing:
+        kept = len(layers) * tokens * run.weight * decoder.hidden
+    else:
+        kept = sum(_layer_bytes(run, layer, tokens) for layer in layers)
+    # The last norm, and log-probabilities instead of logits.
+    kept += tokens * (_norm_bytes(run) + 4 * decoder.vocab)
+    if run.full:
+        kept += tokens * run.compute * decoder.hidden
+    if run.compute != run.weight:
+        kept += run.compute * decoder.vocab * decoder.hidden
+    kept += _predictor_bytes(run, parameter_counts(shape, run.sparsity), tokens, pictures)
+    if train.projector_learning_rate is not None:
+        kept += pictures * run.compute * (shape.vision.hidden + 2 * decoder.hidden)
+    return kept
+
+
+def _layer_bytes(run: _Run, layer: int, tokens: int) -> int:
+    """Bytes that one decoder layer keeps, with autocast's copies of its weights."""
+    decoder = run.decoder
+    per_token = _attention_bytes(run, layer) + _mlp_bytes(run)
+    copies = decoder.layer_parameters if run.compute != run.weight else 0
+    if run.lora is not None and run.compute != run.trained:
+        copies += decoder.adapter_parameters(run.lora.rank)
+    if layer == run.first_layer and not run.reaches_first:
+        per_token -= 4 * decoder.hidden + 4
+        copies -= decoder.hidden * (decoder.hidden + 2 * decoder.kv_width) if run.compute != run.weight else 0
+    return tokens * per_token + run.compute * copies
+
+
+def _attention_bytes(run: _Run, layer: int) -> int:
+    """Bytes per token of an attention and its norm: queries, keys, values, output, and what four maps learn from."""
+    decoder = run.decoder
+    statistics = 8 * decoder.heads + 8 if run.is_masked(layer) else 4 * decoder.heads
+    values = run.compute * 2 * (decoder.hidden + decoder.kv_width)
+    inputs = 0
+    if run.full:  # the output map learns from the output, which is kept and has the right format already
+        inputs = run.compute * (3 if run.compute != run.weight else 1) * decoder.hidden
+    elif run.lora is not None:
+        inputs = run.compute * ((4 if run.splits_inputs else 1) * decoder.hidden + 4 * run.lora.rank)
+        inputs += 4 * decoder.hidden if run.lora.dropout > 0 else 0  # the dropout's masks, a byte per value
+    return values + statistics + inputs + _norm_bytes(run)
+
+
+def _mlp_bytes(run: _Run) -> int:
+    """Bytes per token of a gated MLP and its norm: two products and the activation, and what three maps learn from."""
+    hidden, inner = run.decoder.hidden, run.decoder.intermediate
+    inputs = 0
+    if run.full:
+        inputs = run.compute * ((2 if run.compute != run.weight else 1) * hidden + inner)
+    elif run.lora is not None:
+        inputs = run.compute * ((2 if run.splits_inputs else 1) * hidden + inner + 3 * run.lora.rank)
+        inputs += 2 * hidden + inner if run.lora.dropout > 0 else 0
+    return run.compute * 3 * inner + inputs + _norm_bytes(run)
+
+
+def _norm_bytes(run: _Run) -> int:
+    """Bytes per token that an RMS norm keeps: its input and scale in float32, the normalized input if it learns."""
+    return 4 * run.decoder.hidden + 4 + (run.weight * run.decoder.hidden if run.full else 0)
+
+
+def _predictor_bytes(run: _Run, counts: Mapping[str, int], tokens: int, pictures: int) -> int:
+    """Bytes that the predictors keep; every token that is no image token may be an output token."""
+    hidden, width = run.decoder.hidden, run.sparsity.predictor_width
+    token_wise = run.compute * (2 * hidden + 3 * width + width // 2)
+    token_wise += run.weight * hidden if run.compute != run.weight else 0
+    block = run.compute * (8 * width + 2 * run.sparsity.predictor_mlp)
+    kept = {
+        "image_predictor": pictures * (token_wise + run.sparsity.predictor_blocks * block),
+        "output_predictor": (tokens - pictures) * token_wise,
+    }
+    copies = run.compute if run.compute != run.trained else 0
+    return sum(kept[part] + copies * counts[part] for part in kept if part in run.train.learning_rates)
+
+
+def _passing_bytes(run: _Run, tokens: int) -> int:
+    """Highest bytes beyond the activations while a batch runs: in the loss, in the head, or in one layer's backward."""
+    decoder, width = run.decoder, run.compute
+    hidden, words = decoder.hidden, tokens * decoder.vocab
+    written = width + (run.trained if width != run.trained else 0)  # a weight's gradient, and its cast
+    recomputes = run.train.gradient_checkpointing
+    loss = (LOSS_BYTES - 4) * words
+    head = (width - 4) * words + written * decoder.vocab * hidden if run.full else 0
+    last = decoder.layers - 1
+    layer = tokens * 2 * run.weight * hidden + (written * hidden * decoder.intermediate if run.full else 0)
+    layer += _layer_bytes(run, last, tokens) if recomputes else 0
+    if run.is_masked(last):
+        floats = 8 + (3 if width != 4 else 0)  # gradients and their parts; float32 copies of queries, keys and values
+        layer += tokens * 4 * (floats * hidden + 2 * BLOCK_ROWS * decoder.heads)
+    else:
+        layer += tokens * 4 * width * hidden
+    # By then the loss, the last norm and the layer's MLP are done.
+    layer -= 4 * words + tokens * (_norm_bytes(run) + _mlp_bytes(run))
+    # Autocast remembers its copies of trained weights until the forward pass is over.
+    remembers = run.full and recomputes and width != run.weight
+    forward = (width + 4) * words + width * decoder.layers * decoder.layer_parameters if remembers else 0
+    return max(loss, head, layer, forward)
+
+
+def _step_bytes(parameters: int, run: _Run, sharding: Sharding) -> int:
+    """Bytes that AdamW's step makes for `parameters` on this GPU: a list of them; under DeepSpeed gradients as well."""
+    if sharding.offload_optimizer:
+        return 0
+    if not sharding.deepspeed:
+        return run.trained * parameters
+    return 8 * (min(parameters, 10**9) if sharding.zero_stage == 3 else parameters)
+
+
+def _communication_bytes(parameters: int, gradients: int, run: _Run, sharding: Sharding) -> int:
+    """Bytes that moving weights and gradients between GPUs needs; DDP's buckets are a second copy of the gradients."""
+    if not sharding.deepspeed:
+        return gradients if sharding.gpus > 1 else 0
+    bucket = min(sharding.bucket_parameters, gradients // run.trained)
+    if sharding.zero_stage < 3:
+        return run.compute * 2 * bucket  # one fills while the other is sent
+    gathered = min(sharding.live_parameters, parameters) + min(sharding.prefetch_parameters, parameters)
+    return run.compute * (gathered + bucket)

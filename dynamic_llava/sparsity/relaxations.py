@@ -1,0 +1,110 @@
+"""Relaxations: how training takes 0/1 decisions that have a gradient. Three functions with one signature.
+
+Each decides on S sets of N tokens; the tokens of a set (those of one image, or of one answer) may compete, sets never
+see each other. The value is hard, the gradient that of something soft (straight-through):
+
+    gumbel_st    the paper's: a sample of Gumbel-Softmax, each token alone (Sec. 3.3.3)
+    sigmoid_st   no noise: the sign of the margin, with the gradient of sigmoid(margin / tau)
+    soft_topk    no noise: exactly the budget of the keep rate, with the gradient of a soft top-k
+
+Arguments and result: logits_SN2 (S, N, 2) float, drop and keep; gumbel_SN2 (S, N, 2), the tokens' Gumbel noise, which
+only `gumbel_st` reads; tau, the temperature; keep_rate in (0, 1], which only `soft_topk` reads; valid_SN (S, N) bool,
+True at tokens of the set, False at filler, whose result means nothing. Returns (S, N) float32 (float64 for float64
+logits), exactly 0 or 1. All raise ValueError for unfit shapes and for a temperature that is not positive.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dynamic_llava.sparsity.decisions import gumbel_keep, threshold_keep, top_k_keep
+from dynamic_llava.sparsity.predictors import keep_margin
+
+Relaxation = Callable[[Tensor, Tensor, float, float, Tensor], Tensor]
+
+_BISECTIONS = 50
+"""Halvings of a threshold's bracket, which is as wide as the margins of a set lie apart, in units of tau."""
+
+
+def gumbel_st(logits_SN2: Tensor, gumbel_SN2: Tensor, tau: float, keep_rate: float, valid_SN: Tensor) -> Tensor:
+    """Sample by Gumbel-Softmax, Eq. 8 and 9 (`gumbel_keep`); the keep rate is held by the regulariser alone."""
+    _check(logits_SN2, gumbel_SN2, tau, valid_SN)
+    return gumbel_keep(logits_SN2, gumbel_SN2, tau)
+
+
+def sigmoid_st(logits_SN2: Tensor, gumbel_SN2: Tensor, tau: float, keep_rate: float, valid_SN: Tensor) -> Tensor:
+    """Keep where the margin is positive (Eq. 5); the gradient is that of s = sigmoid(margin / tau).
+
+    With m = keep logit - drop logit: d/dm = s (1 - s) / tau. This is `gumbel_st` at noise 0: training decides as Eq. 5
+    does at inference, but never tries the other decision, so tokens far from the border, in units of tau, stay as they
+    are. The keep rate is held by the regulariser alone.
+    """
+    _check(logits_SN2, gumbel_SN2, tau, valid_SN)
+    margin_SN = keep_margin(logits_SN2)
+    soft_SN = torch.sigmoid(margin_SN / tau)
+    return threshold_keep(margin_SN.detach()).to(soft_SN.dtype) + (soft_SN - soft_SN.detach())
+
+
+def soft_topk(logits_SN2: Tensor, gumbel_SN2: Tensor, tau: float, keep_rate: float, valid_SN: Tensor) -> Tensor:
+    """Keep the k = budget(keep_rate, tokens of the set) highest margins (Eq. 11); the gradient is that of a soft top-k.
+
+    Memberships p_j = sigmoid((m_j - t) / tau) sum to k, which defines the threshold t and, by the implicit function
+    theorem, its gradient: with slopes w_j = p_j (1 - p_j) / tau,  dp_j = w_j (dm_j - sum_i w_i dm_i / sum_i w_i).
+    A set that is kept whole has no gradient. The sum of dp_j is 0: only the choice is learned, never the number, so the
+    keep-rate regulariser (Eq. 10) has no gradient here, and its value is the budget's rounding.
+
+    Images: value, ties and budget are those of inference. Answers: a budget needs the whole answer, which decoding does
+    not have. Training keeps the share r_OT of each answer; inference keeps margins above a threshold (Eq. 5), which
+    nothing here ties to t: keep rates of output tokens at inference may be anything, and have to be measured.
+    """
+    _check(logits_SN2, gumbel_SN2, tau, valid_SN)
+    margin_SN = keep_margin(logits_SN2)
+    hard_SN = top_k_keep(margin_SN.detach(), rate=keep_rate, valid=valid_SN)
+    slope_SN = _membership_slopes(margin_SN.detach(), hard_SN.sum(dim=-1), valid_SN, tau)
+    smallest = torch.finfo(slope_SN.dtype).tiny
+    share_SN = slope_SN / slope_SN.sum(dim=-1, keepdim=True).clamp(min=smallest)
+    # Linear in the margins, with exactly the memberships' gradient; its value is taken away again.
+    soft_SN = slope_SN * (margin_SN - (share_SN * margin_SN).sum(dim=-1, keepdim=True))
+    return hard_SN.to(soft_SN.dtype) + (soft_SN - soft_SN.detach())
+
+
+RELAXATIONS: dict[str, Relaxation] = {"gumbel_st": gumbel_st, "sigmoid_st": sigmoid_st, "soft_topk": soft_topk}
+"""By the name that `SparsityConfig.relaxation` has."""
+
+
+@torch.no_grad()
+def _membership_slopes(margin_SN: Tensor, kept_S: Tensor, valid_SN: Tensor, tau: float) -> Tensor:
+    """Return w_j = p_j (1 - p_j) / tau (S, N) at the threshold where each set's memberships sum to kept_S.
+
+    0 at filler and in sets that are kept whole or are empty. The threshold is found by bisection in float64: were all
+    margins equal, it would lie at that margin - tau * logit(k / n), so it lies between those of the extreme margins.
+    """
+    score_SN = (margin_SN.double() / tau).masked_fill(~valid_SN, -torch.inf)
+    count_S = valid_SN.sum(dim=-1)
+    undecided_S = (kept_S > 0) & (kept_S < count_S)
+    offset_S = torch.logit(torch.where(undecided_S, kept_S.double() / count_S, 0.5))
+    low_S = score_SN.masked_fill(~valid_SN, torch.inf).amin(dim=-1) - offset_S
+    high_S = score_SN.amax(dim=-1) - offset_S
+    for _ in range(_BISECTIONS):
+        middle_S = (low_S + high_S) / 2
+        too_many_S = torch.sigmoid(score_SN - middle_S[:, None]).sum(dim=-1) > kept_S
+        low_S, high_S = torch.where(too_many_S, middle_S, low_S), torch.where(too_many_S, high_S, middle_S)
+    distance_SN = score_SN - ((low_S + high_S) / 2)[:, None]
+    slope_SN = torch.sigmoid(distance_SN) * torch.sigmoid(-distance_SN) / tau
+    return torch.where(undecided_S[:, None] & valid_SN, slope_SN, 0.0).to(margin_SN.dtype)
+
+
+def _check(logits_SN2: Tensor, gumbel_SN2: Tensor, tau: float, valid_SN: Tensor) -> None:
+    if logits_SN2.dim() != 3 or logits_SN2.shape[-1] != 2 or gumbel_SN2.shape != logits_SN2.shape:
+        raise ValueError(
+            f"logits {tuple(logits_SN2.shape)} and gumbel {tuple(gumbel_SN2.shape)} do not fit; give two equal shapes "
+            "(sets, tokens, 2)"
+        )
+    if valid_SN.shape != logits_SN2.shape[:2] or valid_SN.dtype != torch.bool:
+        raise ValueError(
+            f"valid is {valid_SN.dtype} of shape {tuple(valid_SN.shape)}; give bool of shape "
+            f"{tuple(logits_SN2.shape[:2])}, the sets and tokens of logits"
+        )
+    if not tau > 0:
+        raise ValueError(f"tau={tau} must be positive; the schedule runs from 1.0 to 0.1")

@@ -1,0 +1,137 @@
+"""One process among several: joining the others before any weight exists, and what the first does for all.
+
+DeepSpeed is imported only for runs that use it.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import TrainingArguments
+
+log = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
+
+
+def join(arguments: dict[str, Any]) -> TrainingArguments:
+    """Return the TrainingArguments, with the process group up; comes before any model is built.
+
+    From here on a ZeRO-3 run builds and loads models in parts, as long as the returned object lives. Raises ValueError
+    when DeepSpeed was asked for without a launcher, and when fewer processes found one another than were started.
+    """
+    uses_deepspeed = arguments.get("deepspeed") is not None
+    if uses_deepspeed:
+        _prepare_deepspeed()
+    joined = TrainingArguments(**arguments)
+    expected, found = int(os.environ.get("WORLD_SIZE", "1")), joined.world_size
+    if uses_deepspeed:
+        import deepspeed
+
+        # On the CPU accelerate starts torch's process group but not DeepSpeed's view of it, which ZeRO-3 asks for the
+        # number of processes; where it is up already, this changes nothing.
+        deepspeed.init_distributed(dist_backend="gloo" if joined.use_cpu else None)
+    if found != expected:
+        raise ValueError(
+            f"WORLD_SIZE is {expected} but this process found {found}: each would train alone. Start with "
+            "scripts/train.sh, torchrun or the deepspeed launcher"
+        )
+    return joined
+
+
+def read_deepspeed(path: str) -> dict[str, Any]:
+    """Return a DeepSpeed file's settings.
+
+    Raises FileNotFoundError, and ValueError for what is no JSON object, has no ZeRO stage 1 - 3, or brings an optimizer
+    or a schedule of its own, which would silently replace the run's learning rates.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no DeepSpeed file {path} (train.deepspeed); see configs/deepspeed")
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no valid JSON: {error}") from None
+    stage = zero_stage(settings) if isinstance(settings, dict) else 0
+    if stage not in (1, 2, 3):
+        raise ValueError(f"{path} sets no zero_optimization.stage of 1, 2 or 3; see configs/deepspeed")
+    for section in ("optimizer", "scheduler"):
+        if section in settings:
+            raise ValueError(
+                f"{path} has a section {section!r}, which would replace the run's own with its learning rate per part; "
+                "remove it"
+            )
+    if stage == 3 and not settings["zero_optimization"].get("stage3_gather_16bit_weights_on_model_save"):
+        raise ValueError(
+            f"{path}: ZeRO-3 needs zero_optimization.stage3_gather_16bit_weights_on_model_save: true, or no model that "
+            "loads without DeepSpeed could be saved"
+        )
+    return settings
+
+
+def zero_stage(deepspeed: dict[str, Any] | None) -> int:
+    """Return the ZeRO stage of DeepSpeed settings; 0 without any."""
+    return int((deepspeed or {}).get("zero_optimization", {}).get("stage", 0))
+
+
+def on_main(function: Callable[[], Value]) -> Value:
+    """Run `function` on the first process and return its value, or raise its exception, on every one of them."""
+    state = PartialState()
+    answer: list[Any] = [None, None]
+    if state.is_main_process:
+        try:
+            answer[0] = function()
+        except Exception as error:
+            answer[1] = error
+    if state.num_processes > 1:
+        broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]  # type: ignore[no-any-return]
+
+
+def anywhere(condition: bool) -> bool:
+    """Whether `condition` holds in any process; every one of them calls it."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return condition
+    flag = torch.tensor(float(condition), device=state.device)
+    torch.distributed.all_reduce(flag)
+    return bool(flag)
+
+
+def wait_for_all() -> None:
+    """Return when every process has come here."""
+    PartialState().wait_for_everyone()
+
+
+def leave() -> None:
+    """Take the process group down, if one is up; the process trains nothing any more."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _prepare_deepspeed() -> None:
+    """Check that DeepSpeed can work in this process, and keep it from compiling what a CPU run does not need."""
+    missing = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR") if name not in os.environ]
+    if missing:
+        raise ValueError(
+            f"train.deepspeed needs a launcher ({', '.join(missing)} is not set): start with bash scripts/train.sh, or "
+            "with torchrun even for one process"
+        )
+    on_cpu = not torch.accelerator.is_available()
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ValueError(f"train.deepspeed is set but DeepSpeed cannot be imported ({error}); install it") from error
+    if on_cpu:
+        # The extension that speeds up collectives within a machine takes two minutes to build; gloo needs no compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

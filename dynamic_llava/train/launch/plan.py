@@ -1,0 +1,126 @@
+"""Which launcher a run needs and why: plain python, torchrun or deepspeed, from the visible devices and the run."""
+
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+MODULE = "dynamic_llava.train"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A command to start, in words and in full."""
+
+    reason: str
+    """One line: what was found, and what follows from it."""
+    launcher: tuple[str, ...]
+    """Arguments of the Python interpreter before the training module and its own; empty for plain python."""
+    processes: int = 1
+    """Training processes on this machine."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables that the processes get unless they are set already."""
+
+    def command(self, python: str, arguments: Sequence[str]) -> list[str]:
+        """Return the whole command line; `arguments` reach the training module as they are."""
+        return [python, *(self.launcher or ("-m", MODULE)), *arguments]
+
+
+def plan(*, devices: int, deepspeed: bool, tiny: bool, environment: Mapping[str, str]) -> Launch:
+    """Decide how to start a run on a machine with `devices` visible accelerators (0: the CPU).
+
+    `deepspeed` says whether train.deepspeed is set, `tiny` whether the run is the tiny world's main job. PROCESSES,
+    and for several machines NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT, are read from `environment`. Raises
+    ValueError for values that do not fit.
+    """
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        place = f"{environment['RANK']} of {environment['WORLD_SIZE']}"
+        return Launch(f"RANK and WORLD_SIZE are set: plain python, process {place} of another launcher", ())
+    asked, nodes = _number(environment, "PROCESSES"), _number(environment, "NNODES") or 1
+    if tiny:
+        if (asked or 1) > 1 or nodes > 1:
+            raise ValueError("the tiny world's main job runs in one process; unset PROCESSES and NNODES")
+        return _tiny(devices)
+    processes = asked or devices or 1
+    if devices and processes > devices:
+        raise ValueError(f"PROCESSES={processes} but {devices} GPUs are visible; a process needs a GPU of its own")
+    found = _found(devices, asked)
+    threads = {"OMP_NUM_THREADS": str(max(1, _cores() // processes))}
+    if nodes > 1:
+        where = _machines(environment, nodes)
+        reason = f"{found} on each of {nodes} machines: torchrun with {processes} processes here"
+        return Launch(reason, _torchrun(processes, where), processes, threads)
+    if deepspeed:
+        if devices and processes != devices:
+            raise ValueError(
+                f"PROCESSES={processes} but {devices} GPUs are visible; the deepspeed launcher starts one process per "
+                f"visible GPU: make {processes} visible instead"
+            )
+        reason = f"{found} and train.deepspeed set: deepspeed launcher with {_count(processes, 'process')}"
+        if not devices:
+            threads["DS_ACCELERATOR"] = "cpu"
+        return Launch(reason, _deepspeed(0 if devices else processes), processes, threads)
+    if processes == 1 and devices <= 1:
+        return Launch(f"{found}: plain python", ())
+    reason = f"{found}: torchrun with {_count(processes, 'process')}"
+    return Launch(reason, _torchrun(processes, ("--standalone",)), processes, threads)
+
+
+def _tiny(devices: int) -> Launch:
+    if devices <= 1:
+        return Launch("the tiny world's main job: plain python", ())
+    # One process would see all devices and split its batches over them; torchrun gives it the first.
+    reason = f"the tiny world's main job on the first of {devices} GPUs: torchrun with 1 process"
+    return Launch(reason, _torchrun(1, ("--standalone",)))
+
+
+def _found(devices: int, asked: int | None) -> str:
+    seen = _count(devices, "GPU") + " visible" if devices else "no GPU visible"
+    return seen if asked is None else f"{seen} and PROCESSES={asked}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}{'es' if what.endswith('s') else 's'}"
+
+
+def _torchrun(processes: int, where: tuple[str, ...]) -> tuple[str, ...]:
+    # Behind `--` nothing is taken for an option of torchrun, which accepts abbreviations.
+    return ("-m", "torch.distributed.run", *where, f"--nproc-per-node={processes}", "-m", "--", MODULE)
+
+
+def _deepspeed(processes: int) -> tuple[str, ...]:
+    # Given a number of GPUs it would start at the machine's first one, whichever are visible: only the CPU gets one.
+    number = (f"--num_gpus={processes}",) if processes else ()
+    options = (*number, f"--master_port={_free_port()}", "--log_level=warning", "--no_local_rank", "--module")
+    return ("-m", "deepspeed.launcher.runner", *options, "--", MODULE)
+
+
+def _machines(environment: Mapping[str, str], nodes: int) -> tuple[str, ...]:
+    missing = [name for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
+    if missing:
+        raise ValueError(
+            f"NNODES={nodes} also needs {', '.join(missing)}: this machine's number from 0, and the address and a free "
+            "port of machine 0"
+        )
+    rank, address, port = (environment[name] for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT"))
+    return (f"--nnodes={nodes}", f"--node-rank={rank}", f"--master-addr={address}", f"--master-port={port}")
+
+
+def _number(environment: Mapping[str, str], name: str) -> int | None:
+    text = environment.get(name, "")
+    if text == "":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"{name}={text!r} is no number of processes; give 1 or more")
+    return int(text)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

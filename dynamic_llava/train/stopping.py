@@ -1,0 +1,76 @@
+"""How a run is told to stop, in which ways it ends, and how it tells its launcher.
+
+A signal reaches a training process directly, or its launcher, which passes it on through a folder that the environment
+names: a launcher like torchrun would kill its processes half a minute after a signal, in the middle of a large save.
+"""
+
+import logging
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+LAUNCH_FOLDER = "DYNAMIC_LLAVA_LAUNCH_FOLDER"
+"""Environment variable: the folder through which a launcher and its training processes speak."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+EXIT_SAVE_FAILED, EXIT_STOPPED = 74, 75
+"""Exit codes: a checkpoint could not be written; stopped as asked, and the same command goes on."""
+ECHO_SECONDS = 2.0
+"""A signal this soon after the first one is its echo: a terminal and a launcher both deliver it."""
+
+
+class Stopped(Exception):
+    """The run was told to stop, has written a complete checkpoint and can be continued."""
+
+
+class SaveError(Exception):
+    """A checkpoint or the model could not be written; complete checkpoints are untouched."""
+
+
+class StopRequest:
+    """Notes a wish to stop, from the first SIGTERM or SIGINT or from the launcher; a later signal ends at once.
+
+    Used as a context: the signals have their former meaning again afterwards. Outside the main thread, where Python
+    delivers no signals, only the launcher is listened to.
+    """
+
+    def __init__(self) -> None:
+        folder = os.environ.get(LAUNCH_FOLDER)
+        self.file = Path(folder) / "stop" if folder else None
+        self.noted: float | None = None
+        """When the first signal came."""
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            self._former = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def asked(self) -> bool:
+        """Whether this process has been told to stop."""
+        return self.noted is not None or (self.file is not None and self.file.exists())
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        first = not self.asked()
+        now = time.monotonic()
+        if first or (self.noted is not None and now - self.noted < ECHO_SECONDS):
+            self.noted = now if first else self.noted
+            return
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+
+def tell_launcher(code: int) -> None:
+    """Leave the exit code for the launcher, if there is one: torchrun itself returns 1 whatever its processes did."""
+    folder = os.environ.get(LAUNCH_FOLDER)
+    if folder:
+        (Path(folder) / "exit-code").write_text(str(code), encoding="utf-8")
