@@ -2,33 +2,53 @@
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
 from dynamic_llava.config import SparsityConfig
-from dynamic_llava.costs import DecoderShape, average_tokens, flops_exact, flops_paper, head_flops, predictor_flops
-from dynamic_llava.eval.predict import Batch, Prediction, to_device
+from dynamic_llava.costs import (
+    DecoderShape,
+    average_tokens,
+    flops_exact,
+    flops_paper,
+    head_flops,
+    kv_bytes,
+    predictor_flops,
+)
+from dynamic_llava.eval.predict import Batch, to_device
 
 
-def decoder_shape(config: Any) -> DecoderShape:
-    """The sizes of a checkpoint's language model, from its config."""
-    text = config.text_config
-    return DecoderShape(
-        hidden=text.hidden_size,
-        layers=text.num_hidden_layers,
-        intermediate=text.intermediate_size,
-        heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
-        vocab=text.vocab_size,
-    )
+class Prefilled(Protocol):
+    """What the costs of a prefill follow from; a `Prediction` is one."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the prompt, image tokens included."""
+
+    @property
+    def image_kept(self) -> Sequence[Sized]:
+        """The kept tokens of each image."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A prompt and its answer as counts, which an answer line records."""
+
+    prompt_tokens: int
+    image_kept: tuple[range, ...]
+    output_tokens: int
+    """Generated tokens, the end token included."""
+    output_kept: int
+    """Those kept of all but the last, which is never fed back."""
 
 
 def prefill_costs(
     shape: DecoderShape,
     settings: SparsityConfig,
-    predictions: Sequence[Prediction],
+    predictions: Sequence[Prefilled],
     tokens_per_image: int,
     *,
     predictor: bool,
@@ -63,6 +83,31 @@ def prefill_costs(
         "prefill_gflop_exact": statistics.fmean(exact) / 1e9,
         "prefill_gflop_paper": statistics.fmean(paper) / 1e9,
     }
+
+
+def mean_kv_bytes(
+    shape: DecoderShape,
+    settings: SparsityConfig,
+    answers: Sequence[Counted],
+    tokens_per_image: int,
+    bytes_per_value: int,
+) -> float:
+    """Return the mean over answers of the keys and values that a cache holds of each when its last token is said."""
+    sizes = []
+    for said in answers:
+        fed = said.prompt_tokens + said.output_tokens - 1
+        dropped = sum(tokens_per_image - len(kept) for kept in said.image_kept)
+        dropped += said.output_tokens - 1 - said.output_kept
+        sizes.append(
+            kv_bytes(
+                shape,
+                fed,
+                kept=fed - dropped,
+                sparse_layer=settings.sparse_layer,
+                bytes_per_value=bytes_per_value,
+            )
+        )
+    return statistics.fmean(sizes)
 
 
 @torch.no_grad()

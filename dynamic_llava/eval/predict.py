@@ -16,6 +16,7 @@ from transformers import logging as transformers_logging
 from dynamic_llava.data.collate import Collator
 from dynamic_llava.data.sft import SftSample
 from dynamic_llava.eval.metrics.perplexity import answer_nll
+from dynamic_llava.model import cache_of
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.processing.prompts import conversation_prompt
 
@@ -224,7 +225,7 @@ def _cache_bytes(output: Any, fed: Sequence[int]) -> tuple[list[int], int]:
 
     `fed` holds each row's tokens that went through the model: what a dense cache holds of it besides padding.
     """
-    cache, record = output.past_key_values, output.sparsity
+    cache, record = cache_of(output), output.sparsity
     if cache is None:
         return [0] * len(fed), 0
     sparse = record is not None

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from dynamic_llava.config import SparsityConfig
+from dynamic_llava.costs import decoder_shape
 from dynamic_llava.eval import predict
-from dynamic_llava.eval.efficiency import decoder_shape, measure_speed, prefill_costs
+from dynamic_llava.eval.efficiency import measure_speed, prefill_costs
 from dynamic_llava.eval.metrics.overlap import patch_overlap
 from dynamic_llava.eval.metrics.perplexity import perplexity
 from dynamic_llava.eval.metrics.short_answers import accuracy_by_kind
@@ -139,7 +140,7 @@ class Evaluator:
         metrics = self._likelihood(row, inputs)
         if row.generates:
             output = self.outputs[row.key] = self._generate(row, inputs)
-            metrics |= self._quality(output) | self._costs(row, output)
+            metrics |= quality(output, self.test) | self._costs(row, output)
         self._record(row.key, row.title, row.note, metrics, time.perf_counter() - begun)
 
     def _record(self, key: str, title: str, note: str, metrics: dict[str, float], seconds: float) -> None:
@@ -189,25 +190,6 @@ class Evaluator:
         shared = self.outputs[row.answers_of].answers if row.answers_of is not None else ()
         return shared if all(len(answer.tokens) <= 2 for answer in shared) else ()
 
-    def _quality(self, output: RowOutput) -> dict[str, float]:
-        """Scores of the answers and descriptions, and the output keep rate realised while describing."""
-        questions = self.test.questions[: len(output.answers)]
-        texts = [answer.text for answer in output.answers]
-        accuracy = accuracy_by_kind(texts, [q.answer for q in questions], [q.kind for q in questions])
-        metrics = {f"accuracy/{kind}": value for kind, value in accuracy.items()}
-        f1 = _pope_f1(texts, questions)
-        if f1 is not None:
-            metrics["pope_f1"] = f1
-        described = self.test.descriptions[: len(output.descriptions)]
-        metrics["attribute_recall"] = statistics.fmean(
-            len(parse_attributes(said.text) & truth) / len(truth)
-            for said, truth in zip(output.descriptions, (self.test.attributes[q.image] for q in described), strict=True)
-        )
-        kept = [decision for said in output.descriptions for decision in said.output_kept]
-        metrics["keep_output_generated"] = sum(kept) / len(kept)
-        metrics["description_tokens"] = statistics.fmean(len(said.tokens) for said in output.descriptions)
-        return metrics
-
     def _costs(self, row: Row, output: RowOutput) -> dict[str, float]:
         model = self.models[row.model]
         metrics = prefill_costs(
@@ -231,7 +213,7 @@ class Evaluator:
     def _add_cached_subset(self) -> None:
         """The cached row once more, on the subset of the row without a cache: same queries, nothing recomputed."""
         output = self.outputs[REFERENCE].first(self.config.uncached_questions, self.config.uncached_descriptions)
-        metrics = self._quality(output)
+        metrics = quality(output, self.test)
         metrics["ppl"] = self._metrics(UNCACHED)["ppl"]
         note = "the cached model's outputs on the subset of the row above; perplexity is the same masked pass for both"
         self._record(CACHED_SUBSET, "Dynamic I|T, same subset", note, metrics, 0.0)
@@ -290,6 +272,27 @@ class Evaluator:
                 "metrics": self.overlap_of(answers),
             }
         )
+
+
+def quality(output: RowOutput, test: TestSet) -> dict[str, float]:
+    """Scores of the answers and descriptions to a test set's first queries, and the keep rate while describing."""
+    questions = test.questions[: len(output.answers)]
+    texts = [answer.text for answer in output.answers]
+    accuracy = accuracy_by_kind(texts, [q.answer for q in questions], [q.kind for q in questions])
+    metrics = {f"accuracy/{kind}": value for kind, value in accuracy.items()}
+    f1 = _pope_f1(texts, questions)
+    if f1 is not None:
+        metrics["pope_f1"] = f1
+    described = test.descriptions[: len(output.descriptions)]
+    metrics["attribute_recall"] = statistics.fmean(
+        len(parse_attributes(said.text) & truth) / len(truth)
+        for said, truth in zip(output.descriptions, (test.attributes[q.image] for q in described), strict=True)
+    )
+    kept = [decision for said in output.descriptions for decision in said.output_kept]
+    if kept:  # nothing was decided where every description ended with its first token
+        metrics["keep_output_generated"] = sum(kept) / len(kept)
+    metrics["description_tokens"] = statistics.fmean(len(said.tokens) for said in output.descriptions)
+    return metrics
 
 
 def _pope_f1(texts: Sequence[str], questions: Sequence[predict.Query]) -> float | None:

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dynamic_llava.costs import decoder_shape
 from dynamic_llava.eval import predict
-from dynamic_llava.eval.efficiency import decoder_shape
 from dynamic_llava.eval.metrics.perplexity import perplexity
 from dynamic_llava.eval.report import aggregate, answer_columns, table
 from dynamic_llava.eval.rows import equal_keep_rows

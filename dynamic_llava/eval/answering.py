@@ -1,0 +1,149 @@
+"""Questions in, answers out: greedy, in batches of similar length, images read ahead while the model works.
+
+A row's answer does not depend on its batch: in float32 the same file comes out at every batch size and in every order.
+(In half precision the order of sums within a batch can turn a tie between two tokens.)
+"""
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from transformers import BatchFeature, GenerationConfig
+
+from dynamic_llava.config import SparsityMode
+from dynamic_llava.eval.predict import Batch, Prediction, generate_answers
+from dynamic_llava.eval.tasks import Question
+from dynamic_llava.eval.tasks.base import Said
+from dynamic_llava.processing import DynamicLlavaProcessor
+from dynamic_llava.processing.prompts import IMAGE_PLACE, conversation_prompt, encode_prompt
+
+READERS, BATCHES_AHEAD = 4, 2
+"""Threads that read images, and how many batches they are ahead of the model."""
+
+
+@dataclass(frozen=True)
+class ModelRun:
+    """A model that answers, and how."""
+
+    model: Any
+    processor: DynamicLlavaProcessor
+    sparsity: SparsityMode
+    batch_size: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question on its way into the model."""
+
+    place: int
+    """Its number, from 0, in the order in which the task gives them."""
+    question: Question
+    pixels: Tensor | None = field(repr=False)
+    """(1, 3, S, S) float32; None for a question of text alone."""
+
+
+@runtime_checkable
+class Measuring(Protocol):
+    """A task that asks the model in its own way: several turns, perplexity. Its score reads what it put into lines."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What its lines depend on beyond model, questions and max_new_tokens; JSON-able."""
+
+    def measure(self, run: ModelRun, asked: Sequence[Asked]) -> list[Said]:
+        """Return what goes into the answer line of each question of a batch, in order."""
+
+
+def greedy(model: Any, processor: DynamicLlavaProcessor) -> GenerationConfig:
+    """Return one greedy beam with the checkpoint's end token, whatever else its generation_config.json asks for."""
+    own = model.generation_config
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        bos_token_id=own.bos_token_id,
+        eos_token_id=own.eos_token_id,
+        pad_token_id=processor.pad_token_id,
+    )
+
+
+def by_length(questions: Sequence[Question]) -> list[int]:
+    """Return the questions' places by length, longest first: what does not fit into memory fails at once."""
+    return sorted(range(len(questions)), key=lambda i: (questions[i].image is None, -len(questions[i].text), i))
+
+
+def read_ahead(
+    questions: Sequence[Question], places: Sequence[int], batch_size: int, processor: DynamicLlavaProcessor
+) -> Iterator[tuple[list[Asked], dict[int, str]]]:
+    """Yield the questions at `places` in batches, with their images; and place -> why an image cannot be read."""
+    batches = [places[start : start + batch_size] for start in range(0, len(places), batch_size)]
+    with ThreadPoolExecutor(READERS) as pool:
+        ahead: deque[list[tuple[int, Future[Tensor | None]]]] = deque()
+        for batch in [*batches, *[()] * BATCHES_AHEAD]:
+            ahead.append([(place, pool.submit(_pixels, questions[place], processor)) for place in batch])
+            if len(ahead) > BATCHES_AHEAD:
+                yield _collect(questions, ahead.popleft())
+
+
+def prompt_inputs(processor: DynamicLlavaProcessor, asked: Sequence[Asked]) -> BatchFeature:
+    """Return left-padded vicuna_v1 prompts, the image first where there is one, and all images (I, 3, S, S)."""
+    rows = [
+        encode_prompt(processor.tokenizer, _prompt(one), processor.tokens_per_image, processor.image_token_id)
+        for one in asked
+    ]
+    pixels = [one.pixels for one in asked if one.pixels is not None]
+    return BatchFeature(processor.pad(rows) | ({"pixel_values": torch.cat(pixels)} if pixels else {}))
+
+
+def answer(run: ModelRun, asked: Sequence[Asked]) -> list[Said]:
+    """Return the greedy answer to each question of a batch, stripped, and what was kept of it."""
+    predictions = generate_answers(
+        run.model,
+        run.processor,
+        [Batch(tuple(range(len(asked))), prompt_inputs(run.processor, asked))],
+        max_new_tokens=run.max_new_tokens,
+        switches={"sparsity": run.sparsity},
+    )
+    return [Said(prediction.text, facts(prediction)) for prediction in predictions]
+
+
+def facts(prediction: Prediction) -> dict[str, Any]:
+    """Return what answer lines record of a prediction; nothing of it depends on the rest of the batch.
+
+    The last token is never fed back, so nothing is decided about it: `output_kept` counts those before.
+    """
+    return {
+        "prompt_tokens": prediction.prompt_tokens,
+        "image_kept": [len(kept) for kept in prediction.image_kept],
+        "output_tokens": len(prediction.tokens),
+        "output_kept": sum(prediction.output_kept),
+        "tokens": list(prediction.tokens),
+    }
+
+
+def _prompt(asked: Asked) -> str:
+    """Return the vicuna_v1 prompt; the image comes first, wherever a question's text may put it."""
+    text = asked.question.text
+    if IMAGE_PLACE in text:
+        text = text.replace(IMAGE_PLACE, "").strip()
+    return conversation_prompt([(text if asked.pixels is None else f"{IMAGE_PLACE}\n{text}", None)])
+
+
+def _pixels(question: Question, processor: DynamicLlavaProcessor) -> Tensor | None:
+    return None if question.image is None else processor.preprocess_images([question.image.load()])
+
+
+def _collect(
+    questions: Sequence[Question], waiting: Sequence[tuple[int, "Future[Tensor | None]"]]
+) -> tuple[list[Asked], dict[int, str]]:
+    asked, unreadable = [], {}
+    for place, future in waiting:
+        try:
+            asked.append(Asked(place, questions[place], future.result()))
+        except (OSError, ValueError) as error:
+            unreadable[place] = f"question {questions[place].id!r}: {error}"
+    return asked, unreadable

@@ -1,0 +1,160 @@
+"""Answer files: LLaVA's JSON lines, one answer a line, written as they come and read back checked; no torch here.
+
+{"question_id": 1, "prompt": "...", "text": "No", "answer_id": "...", "model_id": "...", "metadata": {}} and, for some
+tasks, further fields (`extra`), e.g. MMBench's round_id, options and option_char.
+"""
+
+import json
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
+
+FIELDS = ("question_id", "prompt", "text", "answer_id", "model_id", "metadata")
+"""Fields of a line that have a place of their own in `Answer`; all others are `extra`."""
+SHOWN = 5
+"""How many ids an error message or a warning shows; it counts the others."""
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One line of an answer file."""
+
+    question_id: int | str
+    """Id of the question as the question file writes it; its kind (int or str) is kept."""
+    text: str
+    """What the model said, special tokens skipped, stripped; scorers never strip it again."""
+    prompt: str = ""
+    """The question with its suffix, without the conversation template (`Question.logged_prompt`)."""
+    answer_id: str = ""
+    """A short unique name of this answer."""
+    model_id: str = ""
+    """Which model said it."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """What the runner wants to keep beside the answer: decisions, costs."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields of the line (`Question.extra`)."""
+    line: int = 0
+    """Line in the file it was read from, counted from 1; 0 for an answer that was not read."""
+
+    @property
+    def key(self) -> str:
+        """The id as text, so that 7 in one file meets "7" in another."""
+        return str(self.question_id)
+
+
+def answer_line(answer: Answer) -> str:
+    """Return the JSON line of an answer, line end included.
+
+    Raises ValueError when `extra` names one of the fields that every line has.
+    """
+    if taken := sorted(set(answer.extra) & set(FIELDS)):
+        raise ValueError(f"extra fields {taken} of question {answer.question_id!r} are fields of every answer line")
+    line = {name: getattr(answer, name) for name in FIELDS} | dict(answer.extra)
+    return json.dumps(line) + "\n"
+
+
+def append_answers(file: TextIO, answers: Iterable[Answer]) -> None:
+    """Write answers to an open file in one piece and flush it, so that a killed process loses no whole batch."""
+    file.write("".join(map(answer_line, answers)))
+    file.flush()
+
+
+def write_answers(path: str | Path, answers: Iterable[Answer]) -> Path:
+    """Write a whole answer file and return its path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        append_answers(file, answers)
+    return path
+
+
+def read_answers(path: str | Path) -> list[Answer]:
+    """Return the answers of a file in its order; empty lines are passed over.
+
+    Raises FileNotFoundError when there is no such file, and ValueError that names file and line for a line that is no
+    JSON object, has no id (int or str), no text, or a field of the wrong kind, and for a file without answers.
+    Whether an id may occur twice is the task's to say (`one_per_question`).
+    """
+    answers = [parse_answer(line, f"{path}:{number}", number) for number, line in read_json_lines(path)]
+    if not answers:
+        raise ValueError(f"{path} holds no answers")
+    return answers
+
+
+def parse_answer(line: Mapping[str, Any], place: str, number: int = 0) -> Answer:
+    """Return the answer that a decoded line holds; `place` names the line in the ValueError for a wrong one."""
+    question = line.get("question_id")
+    if not isinstance(question, int | str) or isinstance(question, bool):
+        raise ValueError(f"{place}: question_id is {question!r}; an answer line names its question by a number or text")
+    for name, kind in (("text", str), ("prompt", str), ("metadata", dict)):
+        if name == "text" and name not in line:
+            raise ValueError(f"{place}: the answer to question {question!r} has no 'text'")
+        if name in line and not isinstance(line[name], kind):
+            raise ValueError(f"{place}: {name!r} is {line[name]!r}; an answer line holds a {kind.__name__} there")
+    return Answer(
+        question,
+        line["text"],
+        prompt=line.get("prompt", ""),
+        answer_id=str(line.get("answer_id", "")),
+        model_id=str(line.get("model_id", "")),
+        metadata=line.get("metadata", {}),
+        extra={name: value for name, value in line.items() if name not in FIELDS},
+        line=number,
+    )
+
+
+def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number from 1, object) of a file of JSON objects, one a line; empty lines are passed over.
+
+    Raises FileNotFoundError when there is no such file, ValueError that names file and line for anything else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    number = 0
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, _json_object(line, f"{path}:{number}")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: after line {number} come bytes that are no UTF-8 ({error.reason})") from None
+
+
+def one_per_question(
+    answers: Sequence[Answer], key: Callable[[Answer], Key] = lambda answer: answer.key
+) -> dict[Key, Answer]:
+    """Return key -> answer in the answers' order; `key` says what makes a question one (its id as text by default).
+
+    Raises ValueError when a question is answered twice: a file that was merged or resumed wrongly has no score.
+    """
+    found: dict[Key, Answer] = {}
+    for answer in answers:
+        name = key(answer)
+        if name in found:
+            raise ValueError(
+                f"question {name!r} is answered twice, in lines {found[name].line} and {answer.line}; "
+                "keep one answer to each question"
+            )
+        found[name] = answer
+    return found
+
+
+def shown(ids: Iterable[object]) -> str:
+    """Name the first few of many ids and count them all: "3 (1, 2, 3)", "1000 (1, 2, 3, 4, 5, ...)"."""
+    ids = list(ids)
+    more = ", ..." if len(ids) > SHOWN else ""
+    return f"{len(ids)} ({', '.join(map(repr, ids[:SHOWN]))}{more})"
+
+
+def _json_object(line: str, place: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{place} is no valid JSON ({error}); is the file cut off there?") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{place} holds a {type(value).__name__}; each line holds one JSON object")
+    return value

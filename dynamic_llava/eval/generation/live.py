@@ -1,0 +1,97 @@
+"""Several dialogues on one live cache, fed chunk by chunk: what the paper's scripts do, for a batch of ragged rows.
+
+Shape suffixes: B rows, N tokens fed so far, Q tokens of a chunk, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynamic_llava.config import SparsityMode
+from dynamic_llava.model import cache_of
+
+
+class LiveDialogues:
+    """The state of B dialogues: their cache, and what was kept of them. Nothing of it is left on the model."""
+
+    def __init__(self, model: Any, pixel_values: Tensor, sparsity: SparsityMode) -> None:
+        """Begin; pixel_values (B, 3, S, S) holds the image of each row, which its first chunk has the places of."""
+        self.model, self.sparsity = model, sparsity
+        batch, device = pixel_values.shape[0], model.device
+        self._pixels: Tensor | None = pixel_values.to(device, model.dtype)
+        self._cache: Any = None
+        self._valid_BN = torch.zeros(batch, 0, dtype=torch.bool, device=device)
+        self._output_BN = self._valid_BN
+        self._ragged = False
+        self.image_kept = torch.zeros(batch, dtype=torch.int64, device=device)
+        """(B,) image tokens that later layers kept."""
+        self.output_kept = torch.zeros_like(self.image_kept)
+        """(B,) output tokens that stay in the cache of the sparse layers."""
+
+    def feed(self, chunks: Sequence[Sequence[int]], *, output: bool) -> Tensor:
+        """Feed each row its ids, which may be none; `output` says whether they belong to an answer.
+
+        Returns (B, V) float32 logits behind the last token of each row; those of a row without ids mean nothing.
+        """
+        width = max(map(len, chunks))
+        self._ragged |= any(len(chunk) != width for chunk in chunks)
+        device = self._valid_BN.device
+        ids_BQ = torch.tensor([[0] * (width - len(chunk)) + list(chunk) for chunk in chunks], device=device)
+        lengths_B = torch.tensor([len(chunk) for chunk in chunks], device=device)
+        valid_BQ = torch.arange(width, device=device) >= width - lengths_B[:, None]
+        self._valid_BN = torch.cat([self._valid_BN, valid_BQ], dim=1)
+        self._output_BN = torch.cat([self._output_BN, valid_BQ & output], dim=1)
+        position_BN = (self._valid_BN.cumsum(1) - 1).clamp(min=0)  # padding has no position of its own
+        result = self.model(
+            input_ids=ids_BQ,
+            pixel_values=self._pixels,
+            attention_mask=self._valid_BN.long() if self._ragged else None,
+            output_mask=self._output_BN,
+            position_ids=position_BN[:, -width:],
+            cache=self._cache,
+            use_cache=True,
+            sparsity=self.sparsity,
+            logits_to_keep=1,
+        )
+        self._count(result.sparsity, ids_BQ, valid_BQ & output)
+        self._cache, self._pixels = cache_of(result), None
+        return result.logits[:, -1].float()
+
+    def _count(self, record: Any, ids_BQ: Tensor, output_BQ: Tensor) -> None:
+        if record is None:
+            image_BQ = (ids_BQ == self.model.config.image_token_id) & ~output_BQ
+            self.image_kept += image_BQ.sum(1)
+            self.output_kept += output_BQ.sum(1)
+            return
+        kept_BQ = record.keep_mask.bool()
+        self.image_kept += (kept_BQ & record.layout.image).sum(1)
+        self.output_kept += (kept_BQ & record.layout.output).sum(1)
+
+
+@torch.no_grad()
+def answer_dialogues(
+    dialogues: LiveDialogues, prompts: Sequence[Sequence[Sequence[int]]], max_new_tokens: int, ends: set[int]
+) -> list[list[list[int]]]:
+    """Answer each row's prompts greedily, one round after another, earlier answers of its own staying in the cache.
+
+    Returns ids per row and round, up to and including a token of `ends`, at most `max_new_tokens`. The last token of an
+    answer, whichever it is, is never fed.
+    """
+    said: list[list[list[int]]] = [[] for _ in prompts]
+    for number in range(max(map(len, prompts))):
+        logits_BV = dialogues.feed([row[number] if number < len(row) else [] for row in prompts], output=False)
+        left = [row for row, its in enumerate(prompts) if number < len(its)]
+        for row in left:
+            said[row].append([])
+        while left:
+            tokens = logits_BV.argmax(-1).tolist()
+            for row in left:
+                said[row][-1].append(tokens[row])
+            left = [row for row in left if tokens[row] not in ends and len(said[row][-1]) < max_new_tokens]
+            if left:
+                fed = set(left)
+                chunks = [[token] if row in fed else [] for row, token in enumerate(tokens)]
+                logits_BV = dialogues.feed(chunks, output=True)
+    return said

@@ -1,0 +1,154 @@
+"""What an answer line of LVIS-VQA and ShareGPT4V-VQA holds: perplexity, METEOR, and the columns of Table 3 behind both.
+
+Names are those of the published scripts' lines. Two runs stand behind them, the teacher-forced one and the generating
+one, so the latter's fields begin with `meteor_`. Numbers are numbers; lengths are in tokens, memory in bytes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from dynamic_llava.config import SparsityConfig
+from dynamic_llava.costs import DecoderShape, decoder_shape, flops_paper, kv_bytes
+from dynamic_llava.eval.generation.dialogues import EncodedRound, RoundSeparator, encode_dialogue
+from dynamic_llava.eval.generation.live import LiveDialogues, answer_dialogues
+from dynamic_llava.eval.generation.teacher_forcing import Scored, score_dialogues
+from dynamic_llava.eval.metrics.meteor import nltk_meteor
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The tokens of one dialogue, of all its rounds together."""
+
+    image: int
+    image_kept: int
+    """Image tokens that the later layers see."""
+    first_text: int
+    """Text tokens of the first prompt, system text included."""
+    text: int
+    """Text tokens of all prompts."""
+    output: int
+    """Answer tokens that were fed; the last one of each answer is not."""
+    output_kept: int
+    """Those that stay in the cache of the sparse layers."""
+
+    def fields(
+        self, shape: DecoderShape, settings: SparsityConfig, bytes_per_value: int, *, several: bool
+    ) -> dict[str, int]:
+        """Return lengths, memory and decode FLOPs by the names that answer lines give them.
+
+        `decode_flop` is Table 3's: Eq. 13 on the output tokens in one pass. `decode_kv_bytes` is what the keys and
+        values of these tokens fill; `max_prefill_memory` and `max_decode_memory` are what all tokens fill after the
+        first prompt and at the end (the scripts read the device's allocation there, which is no property of a method).
+        """
+        layer = settings.sparse_layer
+
+        def filled(tokens: int, kept: int) -> int:
+            return kv_bytes(shape, tokens, kept=kept, sparse_layer=layer, bytes_per_value=bytes_per_value)
+
+        return {
+            "total_token_length": self.image + self.text + self.output,
+            # The scripts count the place of the image as one more token where there are several rounds.
+            "instruct_token_length": self.text + several,
+            "output_token_length": self.output,
+            "output_cache_length": self.output_kept,
+            "max_prefill_memory": filled(self.image + self.first_text, self.image_kept + self.first_text),
+            "max_decode_memory": filled(
+                self.image + self.text + self.output, self.image_kept + self.text + self.output_kept
+            ),
+            "decode_flop": flops_paper(
+                self.output, shape.hidden, shape.layers, kept=self.output_kept, sparse_layer=layer
+            ),
+            "decode_kv_bytes": filled(self.output, self.output_kept),
+        }
+
+
+@dataclass(frozen=True)
+class Generated:
+    """The model's own answers to one dialogue's questions."""
+
+    tokens: list[list[int]]
+    """Ids per round, the end token included where it came."""
+    image_kept: int
+    output_kept: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What becomes of a dialogue's answer line."""
+
+    text: str
+    """The model's answers, one below another."""
+    metadata: dict[str, Any]
+    extra: dict[str, Any]
+
+
+def measure_dialogues(
+    run: Any, dialogues: Sequence[Sequence[Sequence[str]]], pixels: torch.Tensor, separator: RoundSeparator | None
+) -> list[Measured]:
+    """Measure (question, reference) rounds about one image each, (B, 3, S, S); separator=None says one round each.
+
+    `run` is the ModelRun of eval/answering.py. Raises ValueError, before anything is computed, where NLTK's data lack.
+    """
+    meteor = nltk_meteor()
+    model, processor = run.model, run.processor
+    rows = [
+        encode_dialogue(
+            processor.tokenizer, rounds, processor.tokens_per_image, processor.image_token_id, separator or "official"
+        )
+        for rounds in dialogues
+    ]
+    scored = score_dialogues(model, rows, pixels, run.sparsity, processor.pad_token_id)
+    generated = _generate(run, rows, pixels)
+    measured = []
+    for rounds, row, one, said in zip(dialogues, rows, scored, generated, strict=True):
+        texts = [processor.decode(tokens).strip() for tokens in said.tokens]
+        scores = [meteor(reference, text) for (_, reference), text in zip(rounds, texts, strict=True)]
+        measured.append(_line(run, row, one, said, texts, scores, several=separator is not None))
+    return measured
+
+
+def _generate(run: Any, rows: Sequence[Sequence[EncodedRound]], pixels: torch.Tensor) -> list[Generated]:
+    ends = run.model.generation_config.eos_token_id
+    live = LiveDialogues(run.model, pixels, run.sparsity)
+    prompts = [[one.prompt for one in row] for row in rows]
+    said = answer_dialogues(live, prompts, run.max_new_tokens, set(ends if isinstance(ends, list) else [ends]))
+    kept = zip(live.image_kept.tolist(), live.output_kept.tolist(), strict=True)
+    return [Generated(tokens, *numbers) for tokens, numbers in zip(said, kept, strict=True)]
+
+
+def _line(
+    run: Any,
+    row: Sequence[EncodedRound],
+    scored: Scored,
+    said: Generated,
+    texts: list[str],
+    scores: list[float],
+    *,
+    several: bool,
+) -> Measured:
+    image = run.processor.tokens_per_image
+    text, first = sum(len(one.prompt) for one in row) - image, len(row[0].prompt) - image
+    shape, settings, size = decoder_shape(run.model.config), run.model.config.sparsity, run.model.dtype.itemsize
+    forced = Lengths(image, scored.image_kept, first, text, sum(len(one.answer) - 1 for one in row), scored.output_kept)
+    free = Lengths(image, said.image_kept, first, text, sum(len(one) - 1 for one in said.tokens), said.output_kept)
+    extra: dict[str, Any] = dict(forced.fields(shape, settings, size, several=several))
+    own = free.fields(shape, settings, size, several=several)
+    extra |= {f"meteor_{name}": value for name, value in own.items()}
+    perplexities = list(scored.perplexities)
+    if several:
+        extra |= {"answer": texts, "ppl": perplexities, "meteor": scores}
+        extra |= {"mean_round_ppl": fmean(perplexities), "mean_round_meteor": fmean(scores)}
+    else:
+        extra |= {"ppl": perplexities[0], "meteor": scores[0]}
+    metadata = {
+        "prompt_tokens": image + text,
+        "image_kept": [said.image_kept],
+        "output_tokens": free.output + 1,
+        "output_kept": said.output_kept,
+        "tokens": said.tokens,
+    }
+    return Measured("\n".join(texts), metadata, extra)

@@ -1,0 +1,81 @@
+"""How a chosen option is read from a free answer, one function a benchmark (standard library only).
+
+The published rules differ, and what each of them does not read decides scores; benchmarks share none.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+
+SCIENCEQA_LETTERS = "ABCDE"
+_SCIENCEQA_SENTENCE = re.compile(r"The answer is ([A-Z]).")
+_ANSWER = re.compile(r"answer is|answer:", re.IGNORECASE)
+_LETTER = re.compile(r"\(?([a-z])(?:\)|\s*$|\s*\n|[.:,](?:\s|$))", re.IGNORECASE)
+"""b in or before a bracket, alone on its line, or with one mark and then a space or the end."""
+_MMBENCH_MARKS = str.maketrans({mark: " " for mark in ".()[],:;!*#{}"})
+LAST_WORDS = 5
+"""MMBench's letter stands among so many last words."""
+
+
+def read_scienceqa(text: str) -> str | None:
+    """Read a letter as LLaVA's ScienceQA script does; None where it says FAILED.
+
+    The letter alone (A to E); else a letter and ". " at the beginning of at least three characters; else "The answer is
+    X", exactly once, and one more character after it. So "B.", "b", "B) y" and "The answer is B" are not read.
+    """
+    if text in set(SCIENCEQA_LETTERS):
+        return text
+    if len(text) >= 3 and text[0] in SCIENCEQA_LETTERS and text[1:3] == ". ":
+        return text[0]
+    found = _SCIENCEQA_SENTENCE.findall(text)
+    return found[0] if len(found) == 1 else None
+
+
+def scienceqa_choice(text: str, choices: int) -> int:
+    """Return the number of the chosen option, from 0; -1 for one that is not read or beyond the `choices`."""
+    place = SCIENCEQA_LETTERS.find(read_scienceqa(text) or "?")
+    return place if place < choices else -1
+
+
+def read_mmbench(text: str, options: Mapping[str, str]) -> str | None:
+    """Read a letter of `options` (letter -> text) as MMBench is scored without a judge; None where there is none.
+
+    With the marks . ( ) [ ] , : ; ! * # { } as spaces: the only option letter among the words, if it is one of the last
+    five; else the only option whose text occurs in the answer, whatever its case.
+    """
+    words = text.translate(_MMBENCH_MARKS).split()
+    letters = [letter for letter in options if letter in words]
+    if len(letters) == 1 and letters[0] in words[-LAST_WORDS:]:
+        return letters[0]
+    folded = text.casefold()
+    named = [letter for letter, option in options.items() if option.casefold() in folded]
+    return named[0] if len(named) == 1 else None
+
+
+def answer_tail(text: str) -> str:
+    """Return what follows the last "answer is" or "answer:", whatever its case; all of a text without them."""
+    return _ANSWER.split(text)[-1]
+
+
+def read_letter(text: str, letters: Collection[str]) -> str | None:
+    """Read one of the capital `letters`, of either case, in brackets or not, first in the text or in its tail.
+
+    After it may come nothing, a new line, or a mark: "b", "(B)", "B.", "(b) Closed", "The answer is B"; not "A dog".
+    """
+    found = _LETTER.match(answer_tail(text).lstrip(" :\n\t"))
+    return found[1].upper() if found is not None and found[1].upper() in letters else None
+
+
+def read_option(text: str, options: Mapping[str, str]) -> str | None:
+    """Read a letter of `options` (letter -> text), or else the option whose text the answer or its tail is."""
+    letter = read_letter(text, options)
+    said = answer_tail(text).strip(" .:,()\n\t").casefold()
+    named = [name for name, option in options.items() if option.strip(" .:,()").casefold() == said]
+    return letter or (named[0] if said and len(named) == 1 else None)
+
+
+def first_character(text: str) -> str:
+    """Return CV-Bench's answer: the tail's first character in lower case, full stops and brackets around it gone.
+
+    "" for an answer without one. It is whatever stands first: "Cat" is "c".
+    """
+    return answer_tail(text).strip().strip(".() ")[:1].casefold()

@@ -1,0 +1,377 @@
+"""`python -m dynamic_llava.eval --model ... --tasks ...`: a model's answers to benchmarks, scored, with their costs.
+
+A task that fails is reported and the others go on; answers lie in files as they come (store.py), so that the same
+command, run again, goes on where it was.
+"""
+
+import statistics
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tqdm import tqdm
+
+from dynamic_llava.config import SparsityMode
+from dynamic_llava.costs import decoder_shape
+from dynamic_llava.eval.answering import (
+    Asked,
+    Measuring,
+    ModelRun,
+    Said,
+    answer,
+    by_length,
+    greedy,
+    prompt_inputs,
+    read_ahead,
+)
+from dynamic_llava.eval.answers import SHOWN, Answer, read_answers, shown
+from dynamic_llava.eval.efficiency import Counted, mean_kv_bytes, measure_speed, prefill_costs
+from dynamic_llava.eval.identity import model_settings, question_settings
+from dynamic_llava.eval.predict import Batch, hide_library_progress
+from dynamic_llava.eval.score import score_table
+from dynamic_llava.eval.shard import Shard, joined_processes, own_device
+from dynamic_llava.eval.store import PLACE, AnswerStore
+from dynamic_llava.eval.summary import SIZES, Row, Summary, write_summary
+from dynamic_llava.eval.task_list import missing_files, task_label
+from dynamic_llava.eval.tasks import TASKS, HubData, Question, Task, get_tasks
+from dynamic_llava.eval.tasks.base import SKIPPED, ImageFile
+from dynamic_llava.eval.tasks.generation import GenerationTask
+from dynamic_llava.model import DynamicLlavaForConditionalGeneration
+from dynamic_llava.model.loading import tensor_shapes
+from dynamic_llava.processing import DynamicLlavaProcessor
+from dynamic_llava.provenance import environment
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+TIMED_TOKENS, TIMED_REPEATS = 16, 3
+"""Decoding steps, and repeats of prefill and decoding, that times are taken from."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What to evaluate and how; ValueError where it cannot be."""
+
+    model: str
+    """Checkpoint folder or hub name."""
+    tasks: str
+    """Names and groups, comma-separated."""
+    data_root: Path
+    """LLaVA's playground/data/eval."""
+    output_dir: Path
+    sparsity: SparsityMode = "both"
+    batch_size: int = 16
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Data type of the weights; auto is the checkpoint's."""
+    limit: int | None = None
+    """First questions of each task only."""
+    max_new_tokens: int | None = None
+    """Longest answer; None is each task's own."""
+    source: Literal["layout", "hf"] = "layout"
+    """Read LLaVA's layout below data_root, or each task's Hugging Face dataset."""
+    datasets: Mapping[str, str] = field(default_factory=dict)
+    """Task -> dataset id or local folder to read instead, whatever `source` says."""
+    round_separator: Literal["official", "template"] | None = None
+    """How questions after the first are fed, for tasks of several rounds only; None is each task's own."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "limit", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} is not possible; give 1 or more")
+        named = {task.name for task in get_tasks(self.tasks)}
+        if unknown := sorted(set(self.datasets) - named):
+            raise ValueError(f"a dataset is given for {unknown}, which --tasks does not name; it names {sorted(named)}")
+
+        several = [task.name for task in TASKS.values() if issubclass(task, GenerationTask) and task.several]
+        if self.round_separator is not None and named.isdisjoint(several):
+            raise ValueError(
+                f"a round separator is given, but --tasks names no task of several rounds ({', '.join(several)})"
+            )
+
+    def chosen_tasks(self) -> list[Task]:
+        """Return the tasks that `tasks` names, set up as these options say."""
+        tasks = get_tasks(self.tasks)
+        for task in tasks:
+            if isinstance(task, GenerationTask) and task.several and self.round_separator is not None:
+                task.round_separator = self.round_separator
+        return tasks
+
+    def hub(self, task: Task) -> HubData | None:
+        """Return the dataset that a task is read from; None for the layout. ValueError for a task that has none."""
+        if task.name in self.datasets or self.source == "hf":
+            return task.hub_data(self.datasets.get(task.name))
+        return None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a task has no row of results."""
+
+    text: str
+
+
+class Evaluation:
+    """One loaded model on its way through the tasks. Raises ValueError and OSError where it cannot be loaded."""
+
+    def __init__(self, options: RunOptions, shard: Shard) -> None:
+        self.options, self.shard = options, shard
+        self.processor = DynamicLlavaProcessor.from_pretrained(options.model)
+        self.model = _load(options, self.processor)
+        self._settings = {
+            "model": model_settings(self.model, self.processor, options.model),
+            "sparsity": options.sparsity,
+        }
+
+    def row(self, task: Task) -> Row:
+        """Return the row of a task; where it failed, in whichever process, the row says why.
+
+        Processes but the first only answer: their rows hold nothing else.
+        """
+        label = task_label(task)
+        done = _attempt(label, lambda: self._answer(task, label))
+        failures = [one for one in self.shard.gather(done if isinstance(done, Failure) else None) if one is not None]
+        if not failures:
+            if not self.shard.first:
+                return Row(label, task)
+            row = _attempt(label, lambda: self._finish(task, label, *done))
+            if isinstance(row, Row):
+                return row
+            failures = [row]
+        return Row(label, task, error="; ".join(dict.fromkeys(one.text for one in failures)))
+
+    def _answer(self, task: Task, label: str) -> tuple[AnswerStore, list[Question]]:
+        """Answer this process's share of a task's questions that has no answer yet."""
+        hub = self.options.hub(task)
+        questions = task.questions(self.options.data_root, hub)[: self.options.limit]
+        if not task.skips_unreadable:
+            _check_image_files(questions)
+        run = ModelRun(
+            self.model,
+            self.processor,
+            self.options.sparsity,
+            self.options.batch_size,
+            self.options.max_new_tokens or task.max_new_tokens,
+        )
+        settings = self._settings | {
+            "max_new_tokens": run.max_new_tokens,
+            "questions": question_settings(questions),
+            "task": {"name": label, **(task.settings if isinstance(task, Measuring) else {})},
+        }
+        folder, name = self.options.output_dir / "answers", label.replace(":", "-")
+        store = AnswerStore(folder, name, settings, len(questions), self.shard.rank)
+        try:
+            self._ask(task, run, questions, store)
+        finally:
+            store.close()
+        return store, questions
+
+    def _ask(self, task: Task, run: ModelRun, questions: Sequence[Question], store: AnswerStore) -> None:
+        """Ask what is left, batch by batch. ValueError at the end for images that cannot be read."""
+        own = self.shard.take(by_length(questions))
+        left = [place for place in own if place not in store.done]
+        respond = task.measure if isinstance(task, Measuring) else answer
+        unreadable: dict[int, str] = {}
+        with _bar(task.title, len(own), len(own) - len(left), self.shard) as bar:
+            for asked, problems in read_ahead(questions, left, run.batch_size, self.processor):
+                said = respond(run, asked) if asked else []
+                store.append([self._line(store, one, its) for one, its in zip(asked, said, strict=True)])
+                unreadable |= problems
+                if task.skips_unreadable:
+                    passed = [(Asked(i, questions[i], None), Said("", {SKIPPED: why})) for i, why in problems.items()]
+                    store.append([self._line(store, one, its) for one, its in passed])
+                bar.update(len(asked) + len(problems))
+        if unreadable and not task.skips_unreadable:
+            raise ValueError(
+                f"{len(unreadable)} images cannot be read; the other questions are answered and kept, so mend the "
+                f"images and run the command again: {'; '.join(list(unreadable.values())[:SHOWN])}"
+            )
+
+    def _line(self, store: AnswerStore, asked: Asked, said: Said) -> Answer:
+        question = asked.question
+        return Answer(
+            question.id,
+            said.text,
+            prompt=question.logged_prompt,
+            answer_id=store.answer_id(asked.place),
+            model_id=Path(self.options.model).absolute().name,
+            metadata={PLACE: asked.place, **said.metadata},
+            extra={**question.extra, **said.extra},
+        )
+
+    def _finish(self, task: Task, label: str, store: AnswerStore, questions: Sequence[Question]) -> Row:
+        """Merge the answers, judge them, and count and measure what they cost; what fails of it stands in the row."""
+        path = store.merge()
+        answers, notes = read_answers(path), []
+        if self.options.limit is not None:
+            notes.append(f"only the first {len(questions)} questions were asked")
+        if skipped := [one.question_id for one in answers if SKIPPED in one.metadata]:
+            notes.append(f"questions whose image cannot be read, left out: {shown(skipped)}")
+        judged = _attempt(label, lambda: self._judge(task, path, answers))
+        costs = _attempt(label, lambda: self._costs(answers, questions))
+        errors = [
+            f"{what}: {one.text}" for what, one in (("score", judged), ("costs", costs)) if isinstance(one, Failure)
+        ]
+        found, costs = ({} if isinstance(one, Failure) else one for one in (judged, costs))
+        notes += found.pop("notes", ())
+        return Row(label, task, **found, costs=costs, answers=path, notes=tuple(notes), error="; ".join(errors))
+
+    def _judge(self, task: Task, path: Path, answers: Sequence[Answer]) -> dict[str, Any]:
+        """Return a row's score, or else its submission, written; with a limit, notes may say why there is neither."""
+        root, hub, limit = self.options.data_root, self.options.hub(task), self.options.limit
+        try:
+            score = task.score_file(path, root, hub)
+            if score is not None:
+                return {"score": score}
+            folder = self.options.output_dir / "submissions" / path.stem
+            return {"submission": task.submission(answers, root, folder, hub)}
+        except ValueError as error:
+            if limit is None:
+                raise
+            return {"notes": (f"the first {limit} questions alone have no score: {error}",)}
+
+    def _costs(self, answers: Sequence[Answer], questions: Sequence[Question]) -> dict[str, float]:
+        """Return means over the answers that record what they cost, and times on a batch of the first of them."""
+        counted = {one.metadata[PLACE]: _counted(one.metadata) for one in answers if "prompt_tokens" in one.metadata}
+        if not counted:
+            return {}
+        every, config = list(counted.values()), self.model.config
+        shape, per_image = decoder_shape(config), self.processor.tokens_per_image
+        learned = self.options.sparsity in ("both", "image")
+        prefill = prefill_costs(shape, config.sparsity, every, per_image, predictor=learned)
+        with_image = [sum(map(len, one.image_kept)) for one in every if one.image_kept]
+        kept = {"image_tokens_kept": statistics.fmean(with_image)} if with_image else {}
+        first = list(counted)[: self.options.batch_size]
+        timed, _ = next(read_ahead(questions, first, len(first), self.processor))
+        speed = measure_speed(
+            self.model,
+            Batch((), prompt_inputs(self.processor, timed)),
+            switches={"sparsity": self.options.sparsity},
+            use_cache=True,
+            tokens=TIMED_TOKENS,
+            repeats=TIMED_REPEATS,
+        )
+        return {
+            **kept,
+            "image_tokens_per_layer": prefill["image_tokens_per_layer"],
+            "prefill_flop_exact": 1e9 * prefill["prefill_gflop_exact"],
+            "prefill_flop_paper": 1e9 * prefill["prefill_gflop_paper"],
+            "kv_bytes": mean_kv_bytes(shape, config.sparsity, every, per_image, self.model.dtype.itemsize),
+            **speed,
+            "speed_batch": len(timed),
+        }
+
+
+def evaluate(options: RunOptions) -> int:
+    """Evaluate, print each task's result, and write summary.json and table.md after each.
+
+    Returns the exit code: 0, or 1 when a task failed. Raises ValueError and OSError when the model cannot be loaded.
+    """
+    with joined_processes() as shard:
+        tasks = options.chosen_tasks()
+        missing = {task_label(task): _missing(task, options) for task in tasks}
+        evaluation = None if all(missing.values()) else Evaluation(options, shard)
+        described = _described(options, shard, evaluation)
+        rows: list[Row] = []
+        for task in tasks:
+            label = task_label(task)
+            if evaluation is None or missing[label]:
+                rows.append(Row(label, task, error=missing[label]))
+            else:
+                rows.append(evaluation.row(task))
+            if shard.first:
+                print(_report(rows[-1]), flush=True)
+                paths = write_summary(replace(described, rows=tuple(rows)), options.output_dir)
+        failed = [row.label for row in rows if row.error]
+        if shard.first:
+            print(f"\ntable: {paths[1]}; summary: {paths[0]}")
+            if failed:
+                print(f"error: {len(failed)} of {len(rows)} tasks failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _load(options: RunOptions, processor: DynamicLlavaProcessor) -> Any:
+    """Return the model on this process's device, set to decode greedily."""
+    hide_library_progress()
+    dense = not any("_predictor." in name for name in tensor_shapes(options.model))
+    if dense and options.sparsity != "none":
+        raise ValueError(
+            f"{options.model} is a dense checkpoint without predictors, so sparsity={options.sparsity!r} would be "
+            "decided at random; give --sparsity none"
+        )
+    model = DynamicLlavaForConditionalGeneration.from_pretrained(options.model, dtype=options.dtype)
+    model.generation_config = greedy(model, processor)
+    return model.to(own_device()).eval()
+
+
+def _attempt(label: str, step: Callable[[], Any]) -> Any:
+    """Return what a step returns, or a Failure; one that is no user's mistake also shows where it happened."""
+    try:
+        return step()
+    except (ValueError, FileNotFoundError) as error:
+        return Failure(str(error))
+    except Exception as error:  # whatever it is, the other tasks go on, and the exit code tells
+        print(f"{label}:", file=sys.stderr)
+        traceback.print_exc()
+        return Failure(f"{type(error).__name__}: {error}")
+
+
+def _missing(task: Task, options: RunOptions) -> str:
+    """Say which files of the layout a task lacks; empty when it has them, or is read from a dataset."""
+    if options.source == "hf" or task.name in options.datasets:
+        return ""
+    missing = missing_files(task, options.data_root)
+    return "; ".join(f"there is no {path}, get it from {get}" for path, get in missing)
+
+
+def _described(options: RunOptions, shard: Shard, evaluation: Evaluation | None) -> Summary:
+    """Return the summary of a run before its first row."""
+    settings: dict[str, Any] = {"processes": shard.world, "batch_size": options.batch_size}
+    settings |= {name: getattr(options, name) for name in ("limit", "max_new_tokens", "source", "round_separator")}
+    settings["datasets"] = dict(options.datasets) or None
+    if evaluation is None:
+        return Summary(options.model, options.sparsity, None, settings, environment(), ())
+    text, device = evaluation.model.config.text_config, evaluation.model.device
+    settings |= {"dtype": str(evaluation.model.dtype).removeprefix("torch."), "device": _device_name(device)}
+    size = SIZES.get((text.hidden_size, text.num_hidden_layers))
+    return Summary(options.model, options.sparsity, size, settings, environment(), ())
+
+
+def _report(row: Row) -> str:
+    failed = [f"{row.task.title}: failed: {row.error}"] if row.error else []
+    if row.answers is None:
+        return "\n".join(failed)
+    lines = [row.task.title if row.score is None else score_table(row.task, row.score)]
+    if row.submission is not None:
+        lines.append(f"  no score here; written: {', '.join(map(str, row.submission.files))}")
+        lines.append(f"  send to: {row.submission.send_to}")
+    return "\n".join([*failed, *lines, *(f"  note: {note}" for note in row.notes), f"  answers: {row.answers}"])
+
+
+def _check_image_files(questions: Sequence[Question]) -> None:
+    """Raise FileNotFoundError before anything is computed when image files are missing; ValueError for unsafe names."""
+    images = [one.image for one in questions if isinstance(one.image, ImageFile)]
+    missing = [image.name for image in images if not image.path().is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(images)} images are not in {images[0].folder}: {shown(missing)}"
+        )
+
+
+def _counted(facts: Mapping[str, Any]) -> Counted:
+    kept = tuple(range(number) for number in facts["image_kept"])
+    return Counted(facts["prompt_tokens"], kept, facts["output_tokens"], facts["output_kept"])
+
+
+def _bar(title: str, total: int, done: int, shard: Shard) -> Any:
+    """Return a progress bar with the time left, of the first process; in a log file a line every half minute."""
+    interval = 0.5 if sys.stderr.isatty() else 30
+    return tqdm(
+        total=total, initial=done, desc=title, unit="q", ncols=100, mininterval=interval, disable=not shard.first
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    return str(device) if device.type == "cpu" else f"{device.type} {torch.get_device_module(device).get_device_name()}"

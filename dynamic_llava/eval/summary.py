@@ -1,0 +1,214 @@
+"""What a run found, beside what the paper printed: summary.json and table.md."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dynamic_llava.eval.report import MISSING, markdown
+from dynamic_llava.eval.score import SPARSITIES
+from dynamic_llava.eval.tasks import Score, Submission, Task
+
+SIZES = {(4096, 32): "7b", (5120, 40): "13b"}
+"""(hidden size, layers) of a decoder -> the paper's name of its size."""
+UNITS = {
+    "image_tokens_kept": "tokens",
+    "image_tokens_per_layer": "tokens",
+    "prefill_flop_exact": "FLOP",
+    "prefill_flop_paper": "FLOP",
+    "kv_bytes": "bytes",
+    "prefill_ms": "ms per batch",
+    "decode_ms": "ms per token of the batch",
+    "speed_batch": "rows",
+}
+"""What costs are measured in."""
+TERA, MEBI = 1e12, 2**20
+PAPER_COSTS: Mapping[str, Mapping[str, Mapping[str, float]]] = {
+    "7b": {
+        "image_tokens_kept": {"none": 576, "image": 115, "both": 115},
+        "prefill_flop_paper": {"none": 10.1e12, "image": 2.5e12, "both": 2.5e12},
+    },
+    "13b": {
+        "image_tokens_kept": {"none": 576, "image": 115, "both": 115},
+        "prefill_flop_paper": {"none": 19.6e12, "image": 4.7e12, "both": 4.7e12},
+        "prefill_ms": {"none": 124.52, "both": 72.51},
+        "decode_ms": {"none": 28.42, "both": 26.85},
+    },
+}
+"""Size -> cost -> sparsity -> what the paper prints: Table 1, and Table 14 for times (one A100, batch 1)."""
+HEAD = (
+    "benchmark", "metric", "ours", *SPARSITIES.values(), "difference", "tokens/layer", "TFLOP", "Eq. 13", "KV MiB",
+    "prefill ms", "decode ms",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one task."""
+
+    label: str
+    """Its name, with the split where one was asked for."""
+    task: Task
+    score: Score | None = None
+    submission: Submission | None = None
+    costs: Mapping[str, float] = field(default_factory=dict)
+    """By the names in `UNITS`."""
+    answers: Path | None = None
+    notes: tuple[str, ...] = ()
+    """What a reader must know: questions passed over, why there is no score."""
+    error: str = ""
+    """Why it failed; empty when it did not."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run: which model, how it was asked, and a row for each task."""
+
+    model: str
+    sparsity: str
+    size: str | None
+    """The paper's name of the model's size; None for another."""
+    settings: Mapping[str, Any]
+    """How it was asked: dtype, batch size, limits."""
+    environment: Mapping[str, Any]
+    rows: Sequence[Row]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as a JSON object."""
+        return {
+            "model": self.model,
+            "sparsity": self.sparsity,
+            "size": self.size,
+            "settings": dict(self.settings),
+            "environment": dict(self.environment),
+            "tasks": {row.label: self._task(row) for row in self.rows},
+        }
+
+    def _task(self, row: Row) -> dict[str, Any]:
+        score, submission = row.score, row.submission
+        paper = {name: dict(self._paper(row.task, name)) for name in row.task.paper}
+        found: dict[str, Any] = {
+            "metric": row.task.table_metric,
+            "value": None if score is None else score.value,
+            "unit": None if score is None else score.metrics[score.table_metric].unit,
+            "metrics": {} if score is None else score.to_json()["metrics"],
+            "counts": {} if score is None else dict(score.counts),
+            "paper": {name: numbers for name, numbers in paper.items() if numbers},
+            "paper_note": row.task.paper_note,
+            "difference": None if score is None else self._difference(row.task, score, score.table_metric),
+            "efficiency": {name: {"value": value, "unit": UNITS[name]} for name, value in row.costs.items()},
+            "warnings": [*row.notes, *(() if score is None else score.warnings)],
+            "answers": None if row.answers is None else str(row.answers),
+            "error": row.error or None,
+        }
+        for name, numbers in PAPER_COSTS.get(self.size or "", {}).items():
+            found["efficiency"].setdefault(name, {"value": None, "unit": UNITS[name]})["paper"] = dict(numbers)
+        if submission is not None:
+            found["submission"] = {"files": [str(path) for path in submission.files], "send_to": submission.send_to}
+        return found
+
+    def to_markdown(self) -> str:
+        """Return the page: scores and costs beside the paper's, then what to know about each task."""
+        lines = [f"# {self.model}, {SPARSITIES.get(self.sparsity, f'sparsity {self.sparsity}')}", ""]
+        lines += [", ".join(f"{name} {value}" for name, value in self.settings.items() if value is not None), ""]
+        table = [line for row in self.rows for line in self._lines(row)]
+        lines += [markdown([[_cell(text) for text in line] for line in (HEAD, *table)]), ""]
+        lines += [
+            "Means over the answers: image tokens that a layer sees; a prefill's FLOP by real module shapes, and by "
+            "the paper's Eq. 13 on image tokens alone; the filled key-value cache when an answer ends. Times: medians "
+            "on a batch of the task's first questions, of a prefill (images included) and of a decoding step.",
+            "",
+        ]
+        lines += self._paper_costs()
+        lines += [f"- **{row.label}**: {text}" for row in self.rows for text in _remarks(row)]
+        lines += ["", ", ".join(f"{name} {value}" for name, value in self.environment.items())]
+        return "\n".join(lines) + "\n"
+
+    def _lines(self, row: Row) -> list[list[str]]:
+        """Return a table line for each metric that the paper prints, or one without a number."""
+        names = [row.task.table_metric, *(name for name in row.task.paper if name != row.task.table_metric)]
+        names = names[:1] if row.score is None else [name for name in names if name in row.score.metrics]
+        lines = []
+        for name in names:
+            paper = self._paper(row.task, name)
+            unit = "" if row.score is None else row.score.metrics[name].unit
+            ours = MISSING if row.score is None else _number(row.score.metrics[name].value, unit)
+            difference = None if row.score is None else self._difference(row.task, row.score, name)
+            lines.append([
+                row.task.title if name == names[0] else "",
+                name + (f", {unit}" if unit else ""),
+                ours,
+                *(_number(paper[sparsity], unit) if sparsity in paper else MISSING for sparsity in SPARSITIES),
+                MISSING if difference is None else f"{difference:+.{_digits(unit)}f}",
+                *(_costs(row.costs) if name == names[0] else [""] * 6),
+            ])  # fmt: skip
+        return lines
+
+    def _paper_costs(self) -> list[str]:
+        if self.size is None:
+            return []
+        costs = PAPER_COSTS[self.size]
+        lines = [["paper", "image tokens kept", "TFLOP, Eq. 13", "prefill ms", "decode ms"]]
+        for sparsity, title in SPARSITIES.items():
+            cells = [costs.get(name, {}).get(sparsity) for name in ("image_tokens_kept", "prefill_ms", "decode_ms")]
+            tera = f"{costs['prefill_flop_paper'][sparsity] / TERA:.1f}"
+            kept, *times = (MISSING if cell is None else f"{cell:g}" for cell in cells)
+            lines.append([_cell(f"{title}, {self.size.upper()}"), kept, tera, *times])
+        return [markdown(lines), "", "Tables 1 and 14 of the paper; its times are one A100's at batch 1.", ""]
+
+    def _paper(self, task: Task, metric: str) -> Mapping[str, float]:
+        """Return sparsity -> the paper's number for this size; none for another split than the paper's."""
+        if task.used_split() != next(iter(task.splits), None):
+            return {}
+        return task.paper.get(metric, {}).get(self.size or "", {})
+
+    def _difference(self, task: Task, score: Score, metric: str) -> float | None:
+        """Return ours less the paper's for the same size and sparsity; None where it prints none, and with a limit."""
+        paper = self._paper(task, metric).get(self.sparsity)
+        if paper is None or self.settings.get("limit") is not None:
+            return None
+        return score.metrics[metric].value - paper
+
+
+def write_summary(summary: Summary, folder: Path) -> tuple[Path, Path]:
+    """Write summary.json and table.md, each whole or not at all, and return their paths."""
+    whole = json.dumps(summary.to_json(), indent=1) + "\n", summary.to_markdown()
+    paths = folder / "summary.json", folder / "table.md"
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, text in zip(paths, whole, strict=True):
+        partial = path.with_suffix(".partial")
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    return paths
+
+
+def _remarks(row: Row) -> list[str]:
+    remarks = [f"failed: {row.error}"] if row.error else []
+    if row.submission is not None:
+        files = ", ".join(map(str, row.submission.files))
+        remarks.append(f"no score here; send {files} to {row.submission.send_to}")
+    remarks += row.notes
+    remarks += () if row.score is None else row.score.warnings
+    return [*remarks, f"paper: {row.task.paper_note}"] if row.task.paper_note else remarks
+
+
+def _costs(costs: Mapping[str, float]) -> list[str]:
+    columns = (
+        ("image_tokens_per_layer", 1, 4), ("prefill_flop_exact", TERA, 3), ("prefill_flop_paper", TERA, 3),
+        ("kv_bytes", MEBI, 4), ("prefill_ms", 1, 4), ("decode_ms", 1, 3),
+    )  # fmt: skip
+    return [f"{costs[name] / scale:.{digits}g}" if name in costs else MISSING for name, scale, digits in columns]
+
+
+def _digits(unit: str) -> int:
+    return {"fraction": 4, "perplexity": 2, "TFLOP": 3}.get(unit, 1)
+
+
+def _number(value: float, unit: str) -> str:
+    return f"{value:.{_digits(unit)}f}"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|")

@@ -1,0 +1,329 @@
+"""What every benchmark says about itself: its questions, its files, its score, its submission; no torch here.
+
+A task is one file beside this one and one row in `TASKS`. Its questions come from LLaVA-1.5's folder layout below a
+data root (LLaVA's playground/data/eval), or from a Hugging Face dataset (`HubData`); its score from an answer file.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from dynamic_llava.eval.answers import Answer, read_answers, read_json_lines
+from dynamic_llava.eval.tasks.files import fields_of, inside
+from dynamic_llava.eval.tasks.hub import HubData
+
+SHORT = "\nAnswer the question using a single word or phrase."
+"""Suffix of short answers."""
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+"""Suffix of multiple choice."""
+UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+"""VizWiz' suffix, before `SHORT`."""
+
+SHORT_TOKENS, LONG_TOKENS = 128, 1024
+"""max_new_tokens of LLaVA's two runners: the one with a loader (VQAv2, GQA, ...), and the others."""
+
+PAPER_TABLE1, GENERATION = "paper_table1", "generation"
+"""Groups of tasks: the eleven columns of the paper's Table 1; the benchmarks of Table 3."""
+
+UNITS = ("percent", "fraction", "points", "count", "perplexity", "tokens", "TFLOP", "MiB")
+"""What a metric may be measured in: 0..100, 0..1, a benchmark's own points, a number of things, and what costs have."""
+
+SKIPPED = "skipped"
+"""Field of the metadata of a line without an answer: why its question was passed over."""
+
+LLAVA_EVAL = "LLaVA's eval.zip (https://github.com/haotian-liu/LLaVA/blob/main/docs/Evaluation.md)"
+"""Where LLaVA's own question files come from."""
+
+PaperNumbers = Mapping[str, Mapping[str, Mapping[str, float]]]
+"""Metric -> "7b" | "13b" -> sparsity ("none", "image", "both") -> what the paper prints, in the metric's unit."""
+
+
+class ImageSource(Protocol):
+    """An image that is read when it is needed."""
+
+    @property
+    def name(self) -> str:
+        """What error messages call it."""
+
+    def load(self) -> Any:
+        """Return the Pillow image in RGB; FileNotFoundError or ValueError where it is missing or broken."""
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image file named by the data, `name` relative to `folder`; it may not leave the folder."""
+
+    folder: Path
+    name: str
+
+    def path(self) -> Path:
+        """Return the file. ValueError when the name is absolute or leaves the folder (by `..` or a symbolic link)."""
+        return inside(self.folder, self.name)
+
+    def load(self) -> Any:
+        """Return the Pillow image in RGB; FileNotFoundError when it is missing, ValueError when it is broken."""
+        from dynamic_llava.processing.images import load_image
+
+        return load_image(self.path())
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """An encoded image (PNG, JPEG, ...) that stands in the data itself."""
+
+    data: bytes = field(repr=False)
+    name: str
+
+    def load(self) -> Any:
+        """Return the Pillow image in RGB; ValueError when it is broken."""
+        from dynamic_llava.processing.images import decode_image
+
+        return decode_image(self.data, self.name)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question as the runner asks it."""
+
+    id: int | str
+    """`question_id` of its answer line; not always unique (MME, TextVQA), its place among the questions is."""
+    text: str
+    """The prompt with its suffix, without conversation template and `<image>`; the image is placed first."""
+    image: ImageSource | None = None
+    """Its image; None for a question of text alone."""
+    prompt: str | None = None
+    """What the answer line records as prompt where that is not `text` (MMBench, ScienceQA)."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields of its answer line (MMBench's round_id, options, option_char)."""
+
+    @property
+    def logged_prompt(self) -> str:
+        """The prompt of the answer line."""
+        return self.text if self.prompt is None else self.prompt
+
+
+@dataclass(frozen=True)
+class Said:
+    """What becomes of a question's answer line."""
+
+    text: str
+    metadata: Mapping[str, Any]
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields of the line, beside the question's own."""
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file or folder that a task reads, relative to the data root."""
+
+    path: str
+    holds: str
+    """questions, labels or images."""
+    get: str
+    """Where to get it."""
+    split: str | None = None
+    """The split that needs it; None when every split does."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number and what it is measured in."""
+
+    value: float
+    unit: str
+
+    def __post_init__(self) -> None:
+        if self.unit not in UNITS:
+            raise ValueError(f"unit {self.unit!r} is not known; choose one of {', '.join(UNITS)}")
+
+
+@dataclass(frozen=True)
+class Score:
+    """What an answer file is worth: every metric by name, what was counted, and what a reader must know."""
+
+    task: str
+    table_metric: str
+    """The metric that the paper's tables print; a name in `metrics`."""
+    metrics: Mapping[str, Metric]
+    counts: Mapping[str, int]
+    """questions, answered, and what was missing, unknown or unparsed, by name."""
+    warnings: tuple[str, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What the benchmark's own result file holds beside the numbers (ScienceQA's choice by question)."""
+
+    def __post_init__(self) -> None:
+        if self.table_metric not in self.metrics:
+            raise ValueError(f"{self.task}: {self.table_metric} is not among {', '.join(self.metrics)}")
+
+    @property
+    def value(self) -> float:
+        """The number that the paper's tables print."""
+        return self.metrics[self.table_metric].value
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as a JSON object."""
+        return asdict(self) | {"warnings": list(self.warnings)}
+
+
+@dataclass(frozen=True)
+class Submission:
+    """Files written for a server or a judge, and where they go."""
+
+    files: tuple[Path, ...]
+    send_to: str
+
+
+class Task(ABC):
+    """One benchmark. `split` chooses among `splits`; None is the first, which the paper reports.
+
+    Raises ValueError for a split that the task does not have.
+    """
+
+    name: ClassVar[str]
+    """Registered name, also of its answer files."""
+    title: ClassVar[str]
+    """Its name in tables."""
+    groups: ClassVar[tuple[str, ...]] = ()
+    splits: ClassVar[tuple[str, ...]] = ()
+    """Splits that can be asked for as `name:split`; empty when there is one only."""
+    max_new_tokens: ClassVar[int]
+    files: ClassVar[tuple[DataFile, ...]]
+    hub: ClassVar[HubData | None] = None
+    """Its Hugging Face dataset, where there is one; `hub_data` gives the one to read."""
+    hub_splits: ClassVar[Mapping[str, str]] = {}
+    """Split of the task -> split of the dataset, where `hub` does not name the right one."""
+    table_metric: ClassVar[str]
+    paper: ClassVar[PaperNumbers] = {}
+    paper_note: ClassVar[str] = ""
+    """What to know about the paper's numbers: the table they stand in, where two tables differ."""
+    skips_unreadable: ClassVar[bool] = False
+    """Whether a question whose image cannot be read gets a line without an answer that its score leaves out.
+
+    The line's metadata has "skipped", the reason. Otherwise the run ends in an error, the other answers kept.
+    """
+    send_to: ClassVar[str] = ""
+    """The server or judge that its submission goes to; empty when there is none."""
+
+    def __init__(self, split: str | None = None) -> None:
+        if split is not None and split not in self.splits:
+            allowed = f"one of {', '.join(self.splits)}" if self.splits else "none, it has only one"
+            raise ValueError(f"task {self.name} has no split {split!r}; give {allowed}")
+        self.split = split
+
+    @abstractmethod
+    def questions(self, root: Path, hub: HubData | None = None) -> list[Question]:
+        """Return its questions in file order, from the layout below `root`, or from a Hugging Face dataset.
+
+        Images are not opened. Raises FileNotFoundError for a missing file and ValueError for broken data; both say
+        where.
+        """
+
+    @abstractmethod
+    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None) -> Score:
+        """Return what the answers are worth, against labels below `root` or in a Hugging Face dataset.
+
+        Raises FileNotFoundError for missing labels, ValueError for broken ones and for answers that have no score; the
+        task's own docstring says what it does about questions without an answer and answers without a question.
+        """
+
+    def score_file(self, path: Path, root: Path, hub: HubData | None = None) -> Score | None:
+        """Return the score of an answer file, None when it has none here (`can_score`).
+
+        A task that also scores files of another kind (a judge's reviews) overrides this.
+        """
+        answers = read_answers(path)
+        return self.score(answers, root, hub) if self.can_score(answers, root, hub) else None
+
+    def can_score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None) -> bool:
+        """Return whether these answers have a score here; False where labels are private or a judge is needed."""
+        return True
+
+    def submission(
+        self, answers: Sequence[Answer], root: Path, folder: Path, hub: HubData | None = None
+    ) -> Submission | None:
+        """Write the files that `send_to` wants into `folder`; None for a task without a server or judge.
+
+        Raises ValueError for answers that make no complete submission.
+        """
+        return None
+
+    def used_split(self) -> str | None:
+        """The split asked for, or else the first; None for a task with one split only."""
+        return self.split or next(iter(self.splits), None)
+
+    def hub_data(self, dataset: str | None = None) -> HubData:
+        """Return the Hugging Face rows of its split, from another id or a local folder if `dataset` is given.
+
+        Raises ValueError for a task that has none.
+        """
+        if self.hub is None:
+            raise ValueError(f"task {self.name} has no Hugging Face dataset; it reads {self.files[0].path}")
+        split = self.hub_splits.get(self.used_split() or "", self.hub.split)
+        return replace(self.hub, dataset=dataset or self.hub.dataset, split=split)
+
+    def needed_files(self) -> list[DataFile]:
+        """The files of the layout that its split reads."""
+        return [file for file in self.files if file.split in (None, self.used_split())]
+
+    def path(self, root: Path, relative: str) -> Path:
+        """Return a file or folder of `files`. FileNotFoundError says where to get it when it is missing."""
+        file = next(file for file in self.files if file.path == relative)
+        path = Path(root) / relative
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{self.name}: {file.holds} are missing: there is no {path}; get it from {file.get}"
+            )
+        return path
+
+    def result(
+        self,
+        metrics: Mapping[str, tuple[float, str]],
+        counts: Mapping[str, int],
+        warnings: Iterable[str] = (),
+        details: Mapping[str, Any] | None = None,
+    ) -> Score:
+        """Return a Score of this task from name -> (value, unit)."""
+        named = {name: Metric(value, unit) for name, (value, unit) in metrics.items()}
+        return Score(self.name, self.table_metric, named, dict(counts), tuple(warnings), dict(details or {}))
+
+
+def paper_numbers(
+    metric: str,
+    *,
+    dense: tuple[float | None, float | None] = (None, None),
+    image: tuple[float | None, float | None] = (None, None),
+    both: tuple[float | None, float | None] = (None, None),
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Return `PaperNumbers` of one metric from (7B, 13B) pairs of LLaVA-1.5, Dynamic-LLaVA I and I|T; None = none."""
+    pairs = {"none": dense, "image": image, "both": both}
+    return {
+        metric: {
+            size: {sparsity: pair[place] for sparsity, pair in pairs.items() if pair[place] is not None}
+            for place, size in enumerate(("7b", "13b"))
+        }
+    }
+
+
+def llava_questions(path: Path, folder: Path, *, repeated_ids: bool = False) -> list[tuple[Question, dict[str, Any]]]:
+    """Return the questions of a LLaVA question file (JSON lines), each with its raw line; images lie in `folder`.
+
+    A line has question_id, text, an image unless it is a question of text alone, and more (category). Raises ValueError
+    that names file and line for a broken line, and for an id that occurs twice unless `repeated_ids`.
+    """
+    found: list[tuple[Question, dict[str, Any]]] = []
+    lines: dict[str, int] = {}
+    for number, line in read_json_lines(path):
+        place = f"{path}:{number}"
+        fields_of(line, ("question_id", "text"), place)
+        name, text, image = line["question_id"], line["text"], line.get("image")
+        if not isinstance(name, int | str) or not isinstance(text, str) or not isinstance(image, str | None):
+            raise ValueError(f"{place}: question_id is a number or text, text and image are text; this is {line}")
+        if not repeated_ids and str(name) in lines:
+            raise ValueError(f"{place}: question {name!r} stands already in line {lines[str(name)]}")
+        lines[str(name)] = number
+        found.append((Question(name, text, ImageFile(folder, image) if image else None), line))
+    if not found:
+        raise ValueError(f"{path} holds no questions")
+    return found

@@ -1,0 +1,108 @@
+"""CV-Bench, its 2D half: counting and relations of objects in ADE20K and COCO images, multiple choice.
+
+The tables' number is the mean of the accuracies on the two sources, not that over all questions, which is given too. A
+question without an answer is wrong and counted, an answer to no question is counted and left out.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from dynamic_llava.eval.answers import Answer, read_json_lines
+from dynamic_llava.eval.metrics.letters import first_character
+from dynamic_llava.eval.tasks.base import (
+    LETTER,
+    PAPER_TABLE1,
+    SHORT_TOKENS,
+    DataFile,
+    ImageFile,
+    Question,
+    Score,
+    Task,
+    paper_numbers,
+)
+from dynamic_llava.eval.tasks.choices import meet
+from dynamic_llava.eval.tasks.files import fields_of
+from dynamic_llava.eval.tasks.hub import HubData, read_hub
+
+ROWS, IMAGES = "cvbench/test_2d.jsonl", "cvbench"
+SITE = "https://huggingface.co/datasets/nyu-visionx/CV-Bench"
+SOURCES = ("ADE20K", "COCO")
+KIND = "2D"
+COLUMNS = ("idx", "task", "answer", "prompt", "source")
+
+
+class CvBench2d(Task):
+    """CVBench-2D. Its number in tables is the mean of the accuracies on ADE20K and COCO."""
+
+    name = "cvbench"
+    title = "CVBench-2D"
+    groups = (PAPER_TABLE1,)
+    max_new_tokens = SHORT_TOKENS
+    files = (
+        DataFile(ROWS, "questions and labels", f"{SITE} (the rows of configuration 2D as JSON lines)"),
+        DataFile(IMAGES, "images", f"{SITE} (each row's filename, below this folder)"),
+    )
+    hub = HubData("nyu-visionx/CV-Bench", "test", KIND)
+    table_metric = "mean_of_sources"
+    paper = paper_numbers("mean_of_sources", dense=(58.5, 62.3), both=(58.3, 60.7))
+    paper_note = "Table 1"
+
+    def questions(self, root: Path, hub: HubData | None = None) -> list[Question]:
+        """Return the questions in file order: the row's own prompt and the suffix for letters."""
+        if hub is not None:
+            table = read_hub(hub, COLUMNS)
+            return [
+                Question(row["idx"], row["prompt"] + LETTER, table.image(place)) for place, row in enumerate(table.rows)
+            ]
+        path = self.path(root, ROWS)
+        return [
+            Question(
+                row["idx"],
+                row["prompt"] + LETTER,
+                ImageFile(Path(root) / IMAGES, fields_of(row, ("filename",), f"{path}: idx {row['idx']}")["filename"]),
+            )
+            for row in self._rows(root, None)
+        ]
+
+    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None) -> Score:
+        """Return the accuracy in percent: the mean of the sources, over all, by source, and by source and task."""
+        records = {str(row["idx"]): row for row in self._rows(root, hub)}
+        said, counts, warnings = meet(self.name, answers, records)
+        right: dict[str, list[bool]] = {}
+        for name, row in records.items():
+            correct = name in said and first_character(said[name].text) == first_character(row["answer"])
+            for group in ("accuracy", f"accuracy/{row['source']}", f"accuracy/{row['source']}/{row['task']}"):
+                right.setdefault(group, []).append(correct)
+        accuracy = {group: 100 * fmean(values) for group, values in sorted(right.items())}
+        found = [accuracy[f"accuracy/{source}"] for source in SOURCES if f"accuracy/{source}" in accuracy]
+        if len(found) < len(SOURCES):
+            absent = [source for source in SOURCES if f"accuracy/{source}" not in accuracy]
+            warnings.append(f"no questions of {', '.join(absent)}: the mean is over the other source")
+        values = {"mean_of_sources": fmean(found)} | accuracy
+        return self.result({group: (value, "percent") for group, value in values.items()}, counts, warnings)
+
+    def _rows(self, root: Path, hub: HubData | None) -> list[Mapping[str, Any]]:
+        """Return the rows in file order, checked; those of the 3D half are passed over."""
+        if hub is not None:
+            lines, place = enumerate(read_hub(hub, COLUMNS, image=None).rows), hub.dataset
+        else:
+            path = self.path(root, ROWS)
+            lines, place = read_json_lines(path), str(path)
+        found: dict[str, Mapping[str, Any]] = {}
+        for number, row in lines:
+            fields_of(row, COLUMNS, f"{place}:{number}")
+            if row.get("type", KIND) != KIND:
+                continue
+            if row["source"] not in SOURCES or not first_character(str(row["answer"])):
+                raise ValueError(
+                    f"{place}:{number}: source is {row['source']!r}, answer {row['answer']!r}; a source is one of "
+                    f"{', '.join(SOURCES)}, an answer a letter in brackets"
+                )
+            if str(row["idx"]) in found:
+                raise ValueError(f"{place}:{number}: question {row['idx']} occurs twice")
+            found[str(row["idx"])] = row
+        if not found:
+            raise ValueError(f"{place} holds no questions of the {KIND} half")
+        return list(found.values())

@@ -1,0 +1,112 @@
+"""LLaVA-Bench (in the wild): conversation, detail and reasoning, judged by GPT-4 against its own answers.
+
+Answers are written for the judge. A file of its reviews is scored as LLaVA does it: a review whose first line is not
+two numbers is [-1, -1] and goes into the means like any other; it is counted and reported. So is a question that is
+reviewed more than once.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from dynamic_llava.eval.answers import Answer, read_json_lines, write_answers
+from dynamic_llava.eval.tasks.base import LONG_TOKENS, DataFile, Score, Submission, paper_numbers
+from dynamic_llava.eval.tasks.files import fields_of
+from dynamic_llava.eval.tasks.hub import HubData
+from dynamic_llava.eval.tasks.judged import Judged
+
+QUESTIONS, IMAGES = "llava-bench-in-the-wild/questions.jsonl", "llava-bench-in-the-wild/images"
+BENCH = "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild"
+CATEGORY = "llava_bench_"
+"""What reviews put before a category."""
+NO_SCORE = (-1.0, -1.0)
+"""Scores of a review without two numbers."""
+
+
+class LlavaBench(Judged):
+    """LLaVA-Bench. Its number in tables is 100 x the mean score of the model / that of GPT-4's own answers."""
+
+    name = "llava_bench"
+    title = "LLaVA-Bench (wild)"
+    max_new_tokens = LONG_TOKENS
+    asked, images = QUESTIONS, IMAGES
+    files = (DataFile(QUESTIONS, "questions", BENCH), DataFile(IMAGES, "images", BENCH))
+    hub = HubData("lmms-lab/llava-bench-in-the-wild", "train")
+    table_metric = "relative_score"
+    paper = paper_numbers("relative_score", dense=(65.8, 72.5), image=(67.3, 73.4), both=(68.7, 70.1))
+    paper_note = "Table 12; judged by gpt-4-0314, GPT-4's answer being the first"
+    send_to = (
+        "LLaVA's judge, llava/eval/eval_gpt_review_bench.py with gpt-4-0314; then "
+        "python -m dynamic_llava.eval score --task llava_bench --answers REVIEWS"
+    )
+
+    def score_file(self, path: Path, root: Path, hub: HubData | None = None) -> Score | None:
+        """Return the score of a file of reviews; None for a file of answers.
+
+        For all and by category: relative_score (percent), reference_score and model_score (10 x the mean), each rounded
+        to one place after means that are rounded to three. Raises ValueError where a line is no review.
+        """
+        lines = list(read_json_lines(path))
+        if not lines:
+            raise ValueError(f"{path} holds neither answers nor reviews")
+        if not any(name in lines[0][1] for name in ("content", "tuple")):
+            return super().score_file(path, root, hub)
+        groups: dict[str, list[tuple[float, float]]] = {"": []}
+        pairs = [read_review(line, f"{path}:{number}") for number, line in lines]
+        for (_, line), pair in zip(lines, pairs, strict=True):
+            groups[""].append(pair)
+            if "category" in line:
+                groups.setdefault("/" + str(line["category"]).removeprefix(CATEGORY), []).append(pair)
+        metrics: dict[str, tuple[float, str]] = {}
+        for group, scores in sorted(groups.items()):
+            metrics |= _summary(group, scores)
+        failed = pairs.count(NO_SCORE)
+        twice = len(lines) - len({str(line["question_id"]) for _, line in lines})
+        warnings = [f"reviews without two numbers, averaged in as -1: {failed}"] if failed else []
+        warnings += [f"further reviews of questions that have one, averaged in: {twice}"] if twice else []
+        counts = {"questions": len(lines) - twice, "reviews": len(lines), "without scores": failed}
+        return self.result(metrics, counts, warnings)
+
+    def submission(self, answers: Sequence[Answer], root: Path, folder: Path, hub: HubData | None = None) -> Submission:
+        """Write llava_bench_answers.jsonl, the answers as LLaVA's judge reads them."""
+        said = self.complete(answers, root, hub)
+        return Submission((write_answers(folder / "llava_bench_answers.jsonl", said),), self.send_to)
+
+
+def read_review(line: Mapping[str, Any], place: str) -> tuple[float, float]:
+    """Return (reference's score, model's score) of a review: its "tuple", or else what its "content" begins with.
+
+    ValueError names `place` where there is neither, no question_id, or a tuple that is not two numbers.
+    """
+    fields_of(line, ("question_id",), place)
+    if "tuple" not in line:
+        return scores_in(str(fields_of(line, ("content",), place)["content"]))
+    pair = line["tuple"]
+    if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(one, int | float) for one in pair)):
+        raise ValueError(f"{place}: 'tuple' is {pair!r}; a review holds two numbers there")
+    return float(pair[0]), float(pair[1])
+
+
+def scores_in(content: str) -> tuple[float, float]:
+    """Read the two scores as LLaVA does: the first line, commas as spaces, cut at each single space.
+
+    Anything but exactly two numbers is (-1, -1): so is "7, 9", which has an empty word in its middle.
+    """
+    words = content.split("\n")[0].replace(",", " ").split(" ")
+    try:
+        reference, model = map(float, words)
+    except ValueError:
+        return NO_SCORE
+    return reference, model
+
+
+def _summary(group: str, scores: Sequence[tuple[float, float]]) -> dict[str, tuple[float, str]]:
+    reference, model = (round(fmean(column), 3) for column in zip(*scores, strict=True))
+    if reference == 0:
+        raise ValueError(f"llava_bench: the mean of the reference's scores{group and f' of {group[1:]}'} is 0")
+    return {
+        f"relative_score{group}": (round(100 * model / reference, 1), "percent"),
+        f"reference_score{group}": (round(10 * reference, 1), "points"),
+        f"model_score{group}": (round(10 * model, 1), "points"),
+    }

@@ -1,0 +1,129 @@
+"""MMVP: pairs of images that look alike to CLIP, the same question about each; a pair is right when both answers are.
+
+Published numbers use the answers of the original Questions.csv. The Hugging Face dataset corrects four of them
+(rows 99, 100, 279, 280); its rows are scored with the original ones too. A question without an answer is wrong and
+counted, an answer to no question is counted and left out.
+
+The paper does not say how it asks. We ask as LLaVA-1.5 was taught to (lmms-eval's form), greedily: question, one line
+an option, and the suffix for letters.
+"""
+
+import csv
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from dynamic_llava.eval.answers import Answer
+from dynamic_llava.eval.metrics.letters import read_option
+from dynamic_llava.eval.tasks.base import (
+    LETTER,
+    PAPER_TABLE1,
+    SHORT_TOKENS,
+    DataFile,
+    ImageFile,
+    Question,
+    Score,
+    Task,
+    paper_numbers,
+)
+from dynamic_llava.eval.tasks.choices import meet, option_lines
+from dynamic_llava.eval.tasks.files import fields_of
+from dynamic_llava.eval.tasks.hub import HubData, read_hub
+
+TABLE, IMAGES = "mmvp/Questions.csv", "mmvp/MMVP Images"
+MMVP_SITE = "https://huggingface.co/datasets/MMVP/MMVP"
+COLUMNS = ("Question", "Options", "Correct Answer")
+ORIGINAL = {"99": "(a)", "100": "(b)", "279": "(a)", "280": "(b)"}
+"""Question -> its answer in the original table, where the dataset of rows has another."""
+
+_OPTION = re.compile(r"\(([a-z])\)\s*(.*?)\s*(?=\([a-z]\)|$)", re.DOTALL)
+
+
+class Mmvp(Task):
+    """MMVP. Its number in tables is the accuracy over pairs."""
+
+    name = "mmvp"
+    title = "MMVP"
+    groups = (PAPER_TABLE1,)
+    max_new_tokens = SHORT_TOKENS
+    files = (DataFile(TABLE, "questions and labels", MMVP_SITE), DataFile(IMAGES, "images", MMVP_SITE))
+    hub = HubData("lmms-lab-eval/MMVP", "train")
+    table_metric = "pair_accuracy"
+    paper = paper_numbers("pair_accuracy", dense=(29.3, 30.7), both=(26.3, 31.3))
+    paper_note = (
+        "Table 1, which does not say how it asks; ours: question, a line an option (A. ...), LLaVA's suffix for letters"
+    )
+
+    def questions(self, root: Path, hub: HubData | None = None) -> list[Question]:
+        """Return the questions in file order; their ids are their numbers from 1, as are the images' names."""
+        if hub is not None:
+            table = read_hub(hub, COLUMNS)
+            return [
+                Question(place + 1, _text(row, f"{hub.dataset}, row {place}"), table.image(place))
+                for place, row in enumerate(table.rows)
+            ]
+        path = self.path(root, TABLE)
+        return [
+            Question(number, _text(row, f"{path}, row {number}"), ImageFile(Path(root) / IMAGES, f"{number}.jpg"))
+            for number, row in enumerate(_read(path), 1)
+        ]
+
+    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None) -> Score:
+        """Return the accuracy in percent over pairs (rows 2k - 1 and 2k) and over single questions."""
+        rows = _read(self.path(root, TABLE)) if hub is None else read_hub(hub, COLUMNS, image=None).rows
+        place = str(Path(root) / TABLE) if hub is None else hub.dataset
+        if len(rows) % 2:
+            raise ValueError(f"{place} has {len(rows)} rows; they are pairs, so an even number is due")
+        records = {str(number): row for number, row in enumerate(rows, 1)}
+        said, counts, warnings = meet(self.name, answers, records)
+        right, unread = [], 0
+        for name, row in records.items():
+            options, letter = options_of(row, f"{place}, row {name}"), None
+            if name in said:
+                letter = read_option(said[name].text, options)
+                unread += letter is None
+            label = row["Correct Answer"] if hub is None else ORIGINAL.get(name, row["Correct Answer"])
+            right.append(letter == _label(label, options, f"{place}, row {name}"))
+        metrics = {
+            "pair_accuracy": (100 * fmean(map(all, zip(right[::2], right[1::2], strict=True))), "percent"),
+            "accuracy": (100 * fmean(right), "percent"),
+        }
+        return self.result(metrics, counts | {"pairs": len(right) // 2, "unparsed": unread}, warnings)
+
+
+def options_of(row: Mapping[str, Any], place: str) -> dict[str, str]:
+    """Return letter -> text of a row's options, "(a) Open (b) Closed"; ValueError where there are not two or more."""
+    options = {letter.upper(): text for letter, text in _OPTION.findall(str(row["Options"]))}
+    if len(options) < 2:
+        raise ValueError(f"{place}: options are {row['Options']!r}; write them as '(a) Open (b) Closed'")
+    return options
+
+
+def _text(row: Mapping[str, Any], place: str) -> str:
+    return str(row["Question"]) + option_lines(options_of(row, place)) + LETTER
+
+
+def _label(answer: str, options: Mapping[str, str], place: str) -> str:
+    letter = str(answer).strip(" ()").upper()
+    if letter not in options:
+        raise ValueError(f"{place}: the correct answer is {answer!r}; it is one of {', '.join(options)} in brackets")
+    return letter
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    """Return the rows of Questions.csv; ValueError names what is missing. The first column is not used."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no table of comma-separated UTF-8 text ({error})") from None
+    fields_of(dict.fromkeys(reader.fieldnames or ()), COLUMNS, f"{path}: the head line")
+    for number, row in enumerate(rows, 1):
+        if None in row or None in row.values():
+            raise ValueError(f"{path}, row {number} has more or fewer cells than the head line; is it cut off?")
+    if not rows:
+        raise ValueError(f"{path} holds no questions")
+    return rows

@@ -1,0 +1,129 @@
+"""POPE: is an object in the image? Random, popular and adversarial objects, asked as yes/no questions.
+
+Labels are matched to answers by their order within a category, as POPE's script does, so the answer file keeps the
+order of the question file. A question without an answer, an unknown id, another order, or label and question files of
+unequal length (POPE's HEAD has 3,000 random questions, LLaVA's file 2,910) would shift that match: each is an error.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean
+
+from dynamic_llava.eval.answers import Answer, one_per_question, read_json_lines, shown
+from dynamic_llava.eval.metrics.yes_no import yes_no_scores
+from dynamic_llava.eval.tasks.base import (
+    LLAVA_EVAL,
+    PAPER_TABLE1,
+    SHORT,
+    SHORT_TOKENS,
+    DataFile,
+    Question,
+    Score,
+    Task,
+    llava_questions,
+    paper_numbers,
+)
+from dynamic_llava.eval.tasks.files import fields_of, missing_answers, unknown_answers
+from dynamic_llava.eval.tasks.hub import HubData, read_hub
+
+QUESTIONS, IMAGES, LABELS = "pope/llava_pope_test.jsonl", "pope/val2014", "pope/coco"
+CATEGORIES = ("adversarial", "popular", "random")
+COLUMNS = ("question_id", "question", "answer", "category")
+"""Columns of the Hugging Face dataset beside the image."""
+LABEL_FILES = "https://github.com/AoiDragon/POPE/tree/e3e39262c85a6a83f26cf5094022a782cb0df58d/output/coco"
+
+
+class Pope(Task):
+    """POPE. Its number in tables is the mean of the categories' F1, in percent, "yes" being positive."""
+
+    name = "pope"
+    title = "POPE"
+    groups = (PAPER_TABLE1,)
+    max_new_tokens = SHORT_TOKENS
+    files = (
+        DataFile(QUESTIONS, "questions", LLAVA_EVAL),
+        DataFile(LABELS, "labels", LABEL_FILES),
+        DataFile(IMAGES, "images", "http://images.cocodataset.org/zips/val2014.zip"),
+    )
+    hub = HubData("lmms-lab/POPE", "test")
+    table_metric = "mean_f1"
+    paper = paper_numbers("mean_f1", dense=(85.9, 85.9), image=(85.0, 86.8), both=(85.9, 86.5))
+    paper_note = "Table 1; Table 2 prints 86.2 for Dynamic-LLaVA-7B I"
+
+    def questions(self, root: Path, hub: HubData | None = None) -> list[Question]:
+        """Return the questions of all categories in file order."""
+        if hub is None:
+            return [question for question, _ in llava_questions(self.path(root, QUESTIONS), Path(root) / IMAGES)]
+        table = read_hub(hub, COLUMNS)
+        return [
+            Question(_hub_id(row), row["question"] + SHORT, table.image(place)) for place, row in enumerate(table.rows)
+        ]
+
+    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None) -> Score:
+        """Return accuracy, precision, recall, F1 and yes-rate by category (fractions), and their means in percent."""
+        ids, labels = self._labels(root) if hub is None else _hub_labels(hub)
+        said = one_per_question(answers)
+        if unknown := unknown_answers(self.name, said, [name for names in ids.values() for name in names]):
+            raise ValueError(unknown)
+        metrics: dict[str, tuple[float, str]] = {}
+        warnings = _absent(ids)
+        for category, names in ids.items():
+            _check_order(category, names, list(said), len(labels[category]))
+            scores = yes_no_scores([said[name].text for name in names], labels[category])
+            warnings += [f"{category}: {name} is 0 because nothing was counted" for name in scores.pop("undefined")]
+            metrics |= {f"{name}/{category}": (value, "fraction") for name, value in scores.items()}
+        means = {
+            f"mean_{name}": (100 * fmean(metrics[f"{name}/{category}"][0] for category in ids), "percent")
+            for name in ("f1", "accuracy")
+        }
+        total = sum(map(len, ids.values()))
+        return self.result(means | metrics, {"questions": total, "answered": len(said)}, warnings)
+
+    def _labels(self, root: Path) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+        """Return category -> ids of its questions, and category -> its labels, both in their files' order."""
+        path, folder = self.path(root, QUESTIONS), self.path(root, LABELS)
+        ids: dict[str, list[str]] = {}
+        for question, line in llava_questions(path, folder):
+            ids.setdefault(str(fields_of(line, ("category",), f"{path}: {question.id}")["category"]), []).append(
+                str(question.id)
+            )
+        return ids, {category: _read_labels(folder / f"coco_pope_{category}.json") for category in ids}
+
+
+def _read_labels(path: Path) -> list[str]:
+    """Return the labels of a category's file: JSON lines, in spite of its name."""
+    if not path.is_file():
+        raise FileNotFoundError(f"pope: labels are missing: there is no {path}; get it from {LABEL_FILES}")
+    return [str(fields_of(line, ("label",), f"{path}:{number}")["label"]) for number, line in read_json_lines(path)]
+
+
+def _hub_labels(hub: HubData) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    ids: dict[str, list[str]] = {}
+    labels: dict[str, list[str]] = {}
+    for row in read_hub(hub, COLUMNS, image=None).rows:
+        ids.setdefault(row["category"], []).append(_hub_id(row))
+        labels.setdefault(row["category"], []).append(row["answer"].strip().lower())
+    return ids, labels
+
+
+def _hub_id(row: dict[str, object]) -> str:
+    """Ids of the dataset begin anew in each category."""
+    return f"{row['category']}/{row['question_id']}"
+
+
+def _check_order(category: str, names: list[str], answered: list[str], labels: int) -> None:
+    own, known = set(names), set(answered)
+    if missing := missing_answers(known, names):
+        raise ValueError(f"pope: {category} questions without an answer: {shown(missing)}; labels match by order")
+    if len(names) != labels:
+        raise ValueError(
+            f"pope: {len(names)} {category} questions for {labels} labels; take both files from the revision that "
+            f"LLaVA used: {LABEL_FILES}"
+        )
+    if [name for name in answered if name in own] != names:
+        raise ValueError(f"pope: the {category} answers are not in the question file's order; labels match by order")
+
+
+def _absent(categories: Iterable[str]) -> list[str]:
+    absent = [name for name in CATEGORIES if name not in set(categories)]
+    return [f"no {', '.join(absent)} questions: the mean is over the other categories"] if absent else []

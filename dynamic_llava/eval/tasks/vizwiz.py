@@ -1,0 +1,150 @@
+"""VizWiz-VQA: test for the server's file, val for a score here.
+
+Both want an answer to every question: one that is missing, or an answer to no question, is an error. Questions are
+numbered by their place in the file from 0, as in LLaVA's; the names of the Hugging Face dataset are known as well.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, ClassVar
+
+from dynamic_llava.eval.answers import Answer, one_per_question, shown
+from dynamic_llava.eval.metrics.soft_accuracy import normalised_accuracy
+from dynamic_llava.eval.metrics.vqa_normalise import normalise
+from dynamic_llava.eval.tasks.base import (
+    LLAVA_EVAL,
+    SHORT,
+    SHORT_TOKENS,
+    UNANSWERABLE,
+    DataFile,
+    ImageFile,
+    Question,
+    Score,
+    Submission,
+    Task,
+    llava_questions,
+    paper_numbers,
+)
+from dynamic_llava.eval.tasks.files import fields_of, missing_answers, read_json, unknown_answers, write_json
+from dynamic_llava.eval.tasks.hub import HubData, read_hub
+
+TEST, TEST_IMAGES = "vizwiz/llava_test.jsonl", "vizwiz/test"
+VAL, VAL_IMAGES = "vizwiz/val.json", "vizwiz/val"
+VIZWIZ_SITE = "https://vizwiz.org/tasks-and-datasets/vqa/"
+
+
+class VizWiz(Task):
+    """VizWiz. Its number in tables is the server's accuracy over test."""
+
+    name = "vizwiz"
+    title = "VizWiz"
+    splits = ("test", "val")
+    max_new_tokens = SHORT_TOKENS
+    files = (
+        DataFile(TEST, "questions", LLAVA_EVAL, "test"),
+        DataFile(TEST_IMAGES, "images", f"{VIZWIZ_SITE} (test.zip)", "test"),
+        DataFile(VAL, "questions and labels", f"{VIZWIZ_SITE} (Annotations.zip)", "val"),
+        DataFile(VAL_IMAGES, "images", f"{VIZWIZ_SITE} (val.zip)", "val"),
+    )
+    hub = HubData("lmms-lab/VizWiz-VQA", "test")
+    hub_splits: ClassVar = {"val": "val"}
+    table_metric = "accuracy"
+    paper = paper_numbers("accuracy", dense=(50.0, 53.6), image=(50.2, 53.3), both=(51.2, 53.0))
+    paper_note = "Tables 2 and 12, on test; accuracy on val is another number"
+    send_to = "https://eval.ai/challenge/2185"
+
+    def questions(self, root: Path, hub: HubData | None = None) -> list[Question]:
+        """Return the questions of the split in file order."""
+        if hub is not None:
+            table = read_hub(hub, ("question_id", "question"))
+            return [
+                Question(row["question_id"], _text(row["question"]), table.image(place))
+                for place, row in enumerate(table.rows)
+            ]
+        if self.used_split() == "val":
+            return [
+                Question(number, _text(record["question"]), ImageFile(Path(root) / VAL_IMAGES, record["image"]))
+                for number, record in enumerate(self._val(root))
+            ]
+        return [question for question, _ in self._test(root)]
+
+    def can_score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None) -> bool:
+        """Return whether the answers are val's: by the split, or with none given because their prompts are not test's.
+
+        Ids cannot tell: both sets count from 0.
+        """
+        if self.split is not None or hub is not None:
+            return self.used_split() == "val"
+        if not (Path(root) / VAL).is_file():
+            return False
+        if not (Path(root) / TEST).is_file():
+            return True
+        prompts = {str(question.id): question.text for question, _ in self._test(root)}
+        return any(answer.prompt != prompts.get(answer.key) for answer in answers)
+
+    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None) -> Score:
+        """Return the soft accuracy on val in percent, `normalise` on both sides: all, and by kind of answer."""
+        if hub is not None:
+            rows = read_hub(hub, ("question_id", "answers", "category"), image=None).rows
+            people = [list(row["answers"]) for row in rows]
+            kinds = [row["category"] for row in rows]
+            names = [{str(row["question_id"])} for row in rows]
+        else:
+            records = self._val(root)
+            people = [[person["answer"] for person in record["answers"]] for record in records]
+            kinds = [record.get("answer_type") for record in records]
+            names = [{str(place), Path(record["image"]).stem} for place, record in enumerate(records)]
+        said = self._complete(answers, names)
+        values = [normalised_accuracy(answer.text, own) for answer, own in zip(said, people, strict=True)]
+        groups: dict[str, list[float]] = {}
+        for value, kind in zip(values, kinds, strict=True):
+            groups.setdefault(str(kind), []).append(value)
+        metrics = {"accuracy": (100 * fmean(values), "percent")}
+        metrics |= {f"accuracy/{kind}": (100 * fmean(groups[kind]), "percent") for kind in sorted(groups)}
+        return self.result(metrics, {"questions": len(names), "answered": len(said)})
+
+    def submission(self, answers: Sequence[Answer], root: Path, folder: Path, hub: HubData | None = None) -> Submission:
+        """Write vizwiz_upload.json: image and normalised answer of every test question, in file order."""
+        if hub is not None:
+            names = [str(row["question_id"]) for row in read_hub(hub, ("question_id",), image=None).rows]
+            images = [f"{name}.jpg" for name in names]
+        else:
+            lines = [line for _, line in self._test(root)]
+            names = [str(line["question_id"]) for line in lines]
+            images = [line["image"] for line in lines]
+        said = self._complete(answers, [{name} for name in names])
+        rows = [{"image": image, "answer": normalise(answer.text)} for image, answer in zip(images, said, strict=True)]
+        return Submission((write_json(folder / "vizwiz_upload.json", rows),), self.send_to)
+
+    def _complete(self, answers: Sequence[Answer], names: Sequence[set[str]]) -> list[Answer]:
+        """Return the answers in question order; `names` are each question's. ValueError unless each has one."""
+        place = {name: number for number, own in enumerate(names) for name in own}
+        said = one_per_question(answers, lambda answer: place.get(answer.key, answer.key))
+        if unknown := unknown_answers("vizwiz", said, range(len(names))):
+            raise ValueError(unknown)
+        if missing := missing_answers(said, range(len(names))):
+            raise ValueError(f"vizwiz: no answer to questions {shown(missing)} (by place in the file); all are due")
+        return [said[number] for number in range(len(names))]
+
+    def _test(self, root: Path) -> list[tuple[Question, dict[str, Any]]]:
+        path = self.path(root, TEST)
+        pairs = llava_questions(path, Path(root) / TEST_IMAGES)
+        for question, line in pairs:
+            fields_of(line, ("image",), f"{path}: question {question.id}")
+        return pairs
+
+    def _val(self, root: Path) -> list[dict[str, Any]]:
+        path = self.path(root, VAL)
+        records = read_json(path)
+        if not isinstance(records, list) or not records:
+            raise ValueError(f"{path} holds no list of questions")
+        for number, record in enumerate(records):
+            fields_of(record, ("image", "question", "answers"), f"{path}, question {number}")
+            for person in record["answers"]:
+                fields_of(person, ("answer",), f"{path}, question {number}, answers")
+        return records
+
+
+def _text(question: str) -> str:
+    return question.capitalize() + UNANSWERABLE + SHORT

@@ -1,0 +1,135 @@
+"""One masked pass equals the cached loop, token by token, for one and several rounds and ragged batches."""
+
+import math
+
+import pytest
+import torch
+
+from dynamic_llava.eval.generation.dialogues import EncodedRound, encode_dialogue
+from dynamic_llava.eval.generation.teacher_forcing import score_dialogues, score_step_by_step
+from dynamic_llava.processing.prompts import SYSTEM
+from tests.builders import BOS, EOS, IMAGE_SIZE, IMAGE_TOKEN, TOKENS_PER_IMAGE, build_model, shared_model, words
+from tests.sft_builders import character_tokenizer
+
+SPARSITIES = ("both", "image", "output", "none")
+SINGLE = [[(5, 30)], [(2, 1)], [(9, 12)]]
+SEVERAL = [[(4, 9), (3, 20), (6, 1)], [(7, 25)], [(2, 3), (5, 14)], [(3, 1), (2, 1), (2, 6), (4, 8)]]
+"""Text tokens of a question and tokens of its answer, `</s>` included, by row and round."""
+
+
+def dialogues(shape, seed=0):
+    """Return rows of random rounds, the image behind the first token, and its pixels (B, 3, S, S)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def encoded(number, question, answer):
+        start = [BOS, *[IMAGE_TOKEN] * TOKENS_PER_IMAGE] if number == 0 else []
+        ids = words(question + answer - 1, generator).tolist()
+        return EncodedRound(start + ids[:question], [*ids[question:], EOS])
+
+    rows = [[encoded(number, *sizes) for number, sizes in enumerate(row)] for row in shape]
+    return rows, torch.randn(len(rows), 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+
+
+def assert_same(one_pass, loop):
+    for ours, reference in zip(one_pass, loop, strict=True):
+        assert ours.perplexities == pytest.approx(reference.perplexities, rel=1e-4)
+        assert (ours.image_kept, ours.output_kept) == (reference.image_kept, reference.output_kept)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("shape", [SINGLE, SEVERAL], ids=["single", "several rounds"])
+def test_one_pass_equals_the_cached_loop(shape, sparsity, attention):
+    model = shared_model(attention=attention)
+    rows, pixels = dialogues(shape)
+    one_pass = score_dialogues(model, rows, pixels, sparsity)
+    assert_same(one_pass, score_step_by_step(model, rows, pixels, sparsity))
+    fed = [sum(len(one.answer) - 1 for one in row) for row in rows]
+    if sparsity in ("both", "output"):
+        assert 0 < sum(one.output_kept for one in one_pass) < sum(fed)
+    else:
+        assert [one.output_kept for one in one_pass] == fed
+    kept = 4 if sparsity in ("both", "image") else TOKENS_PER_IMAGE
+    assert {one.image_kept for one in one_pass} == {kept}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(12))
+def test_one_pass_equals_the_cached_loop_on_random_dialogues(seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low, high):
+        return int(torch.randint(low, high, (), generator=generator))
+
+    shape = [[(draw(2, 12), draw(1, 40)) for _ in range(draw(1, 6))] for _ in range(draw(1, 5))]
+    rows, pixels = dialogues(shape, seed)
+    model = shared_model(kv_heads=(2, 4)[seed % 2])
+    for sparsity in SPARSITIES:
+        assert_same(score_dialogues(model, rows, pixels, sparsity), score_step_by_step(model, rows, pixels, sparsity))
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_a_row_does_not_depend_on_its_batch(sparsity):
+    rows, pixels = dialogues(SEVERAL)
+    together = score_dialogues(shared_model(), rows, pixels, sparsity)
+    alone = [score_dialogues(shared_model(), [row], pixels[i : i + 1], sparsity)[0] for i, row in enumerate(rows)]
+    assert_same(together, alone)
+
+
+def test_the_perplexity_is_that_of_the_training_loss():
+    """A single round is what the model's training loss measures."""
+    model = shared_model()
+    rows, pixels = dialogues([[(5, 17)]])
+    one = rows[0][0]
+    ids = torch.tensor([one.prompt + one.answer])
+    labels = ids.clone()
+    labels[:, : len(one.prompt)] = -100
+    for sparsity in SPARSITIES:
+        with torch.no_grad():
+            loss = model(input_ids=ids, pixel_values=pixels, labels=labels, sparsity=sparsity).lm_loss
+        scored = score_dialogues(model, rows, pixels, sparsity)
+        assert scored[0].perplexities == pytest.approx([math.exp(loss)], rel=1e-5)
+
+
+def test_the_end_token_is_scored_and_never_fed():
+    """Another last label changes the perplexity of its own round alone; a token that is fed changes later rounds."""
+    rows, pixels = dialogues([[(4, 6), (3, 8)]])
+    first, second = rows[0]
+    before = score_dialogues(shared_model(), rows, pixels, "none")[0].perplexities
+    other_end = [[EncodedRound(first.prompt, [*first.answer[:-1], 7]), second]]
+    after = score_dialogues(shared_model(), other_end, pixels, "none")[0].perplexities
+    assert after[0] != pytest.approx(before[0]) and after[1] == pytest.approx(before[1])
+    other_token = [[EncodedRound(first.prompt, [*first.answer[:-2], 7, EOS]), second]]
+    assert score_dialogues(shared_model(), other_token, pixels, "none")[0].perplexities[1] != pytest.approx(before[1])
+
+
+def test_separators():
+    tokenizer = character_tokenizer()
+    rounds = [("First?", " One. "), ("Second?", " Two. ")]
+
+    def text(ids):
+        return "".join(tokenizer.convert_ids_to_tokens(ids))
+
+    official = encode_dialogue(tokenizer, rounds, 2, IMAGE_TOKEN)
+    assert text(official[0].prompt) == f"<s>{SYSTEM} USER: <image><image>\nFirst? ASSISTANT:"
+    assert text(official[0].answer) == "One.</s>"  # the first answer is stripped, later ones are not
+    assert text(official[1].prompt) == "USER:Second?ASSISTANT:"
+    assert text(official[1].answer) == " Two. </s>"
+    template = encode_dialogue(tokenizer, rounds, 2, IMAGE_TOKEN, "template")
+    assert template[0] == official[0] and template[1].answer == official[1].answer
+    assert text(template[1].prompt) == "</s>USER: Second? ASSISTANT:"
+
+
+def test_a_tokenizer_without_the_end_token_is_refused():
+    tokenizer = character_tokenizer()
+    tokenizer.eos_token = "<pad>"
+    with pytest.raises(ValueError, match="becomes token 2, not the end token 0"):
+        encode_dialogue(tokenizer, [("Q?", "A.")], 2, IMAGE_TOKEN)
+
+
+def test_an_attention_without_masks_of_its_own_is_refused():
+    model = build_model()
+    rows, pixels = dialogues([[(2, 3)]])
+    model.model.language_model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="'flash_attention_2' cannot decode on an admission cache, nor score answers"):
+        score_dialogues(model, rows, pixels, "both")

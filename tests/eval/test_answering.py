@@ -1,0 +1,114 @@
+"""What answer lines record, what follows from it, which questions a process takes, and how a checkpoint is known."""
+
+import os
+
+import pytest
+import torch
+
+from dynamic_llava.eval import identity
+from dynamic_llava.eval.answering import Asked, by_length, facts, prompt_inputs, read_ahead
+from dynamic_llava.eval.efficiency import Counted, decoder_shape, mean_kv_bytes
+from dynamic_llava.eval.predict import Batch, generate_answers
+from dynamic_llava.eval.shard import Shard, joined_processes, own_device
+from dynamic_llava.eval.tasks import Question
+from tests.builders import TOKENS_PER_IMAGE, shared_model
+from tests.sft_builders import picture, tiny_processor
+
+
+class Picture:
+    name = "picture"
+
+    def __init__(self, seed):
+        self.seed = seed
+
+    def load(self):
+        if self.seed < 0:
+            raise ValueError("picture is broken")
+        return picture(self.seed)
+
+
+QUESTIONS = [Question(i, "What is it? " * (i % 3) + "?", None if i == 4 else Picture(i)) for i in range(7)]
+
+
+@pytest.mark.parametrize("sparsity", ["both", "image", "output", "none"])
+def test_bytes_by_arithmetic_are_those_in_the_cache(sparsity):
+    """The counts on a line give what one row's cache holds when its answer ends."""
+    model, processor = shared_model(), tiny_processor()
+    for question in QUESTIONS[2:5]:
+        (asked, _), *_ = read_ahead([question], [0], 1, processor)
+        batch = Batch((0,), prompt_inputs(processor, asked))
+        (said,) = generate_answers(model, processor, [batch], max_new_tokens=6, switches={"sparsity": sparsity})
+        recorded = facts(said)
+        counted = Counted(
+            recorded["prompt_tokens"],
+            tuple(map(range, recorded["image_kept"])),
+            recorded["output_tokens"],
+            recorded["output_kept"],
+        )
+        shape, settings = decoder_shape(model.config), model.config.sparsity
+        assert mean_kv_bytes(shape, settings, [counted], TOKENS_PER_IMAGE, 4) == said.cache_bytes
+
+
+def test_questions_are_read_in_order_with_what_is_wrong_beside_them():
+    questions = [*QUESTIONS, Question("x", "Bad?", Picture(-1))]
+    found = list(read_ahead(questions, [7, 3, 4, 0, 1], 2, tiny_processor()))
+    assert [[one.place for one in asked] for asked, _ in found] == [[3], [4, 0], [1]]
+    assert [problems for _, problems in found] == [{7: "question 'x': picture is broken"}, {}, {}]
+    pixels = [one.pixels for asked, _ in found for one in asked]
+    assert pixels[1] is None
+    assert torch.equal(pixels[2], tiny_processor().preprocess_images([picture(0)]))
+
+
+def test_longest_first_and_texts_alone_last():
+    order = by_length(QUESTIONS)
+    assert sorted(order) == list(range(7)) and order == [2, 5, 1, 0, 3, 6, 4]
+
+
+def test_mixed_batches_hold_an_image_for_each_row_that_has_one():
+    processor = tiny_processor()
+    (asked, _), *_ = read_ahead(QUESTIONS, [3, 4, 5], 3, processor)
+    inputs = prompt_inputs(processor, asked)
+    assert inputs["pixel_values"].shape[0] == 2
+    images = (inputs["input_ids"] == processor.image_token_id).sum(1).tolist()
+    assert images == [TOKENS_PER_IMAGE, 0, TOKENS_PER_IMAGE]
+    assert "pixel_values" not in prompt_inputs(processor, [Asked(4, QUESTIONS[4], None)])
+
+
+def test_shares_hold_every_question_once():
+    for world in (1, 2, 3, 8):
+        shares = [Shard(rank, world).take(range(7)) for rank in range(world)]
+        assert sorted(place for share in shares for place in share) == list(range(7))
+    with joined_processes({}) as alone:
+        assert alone.first and alone.gather(3) == [3]
+    with joined_processes({"WORLD_SIZE": "1", "RANK": "0"}) as alone:
+        assert alone == Shard()
+
+
+def test_a_process_without_an_accelerator_of_its_own_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert own_device({"LOCAL_RANK": "1"}) == torch.device("cpu")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
+    assert own_device({"LOCAL_RANK": "1"}) == torch.device("xpu", 1)
+    with pytest.raises(ValueError, match="process 2 of this machine has no accelerator of its own: 2 are visible"):
+        own_device({"LOCAL_RANK": "2"})
+
+
+def test_large_files_are_known_by_head_size_and_date(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    head = b'{"a": 1}'
+    path.write_bytes(len(head).to_bytes(8, "little") + head + b"0" * 100)
+    whole = identity.file_digest(path)
+    os.utime(path, ns=(1, 1))
+    assert identity.file_digest(path) == whole  # small: the bytes alone
+    monkeypatch.setattr(identity, "READ_WHOLE", 10)
+    large = identity.file_digest(path)
+    assert large.endswith("of its head, 116 bytes, changed 1")
+    path.write_bytes(path.read_bytes()[:-1] + b"1")
+    assert identity.file_digest(path) != large  # written anew
+    os.utime(path, ns=(1, 1))
+    assert identity.file_digest(path) == large
+    path.write_bytes(path.read_bytes().replace(b'"a"', b'"b"'))
+    os.utime(path, ns=(1, 1))
+    assert identity.file_digest(path) != large

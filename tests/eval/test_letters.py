@@ -1,0 +1,97 @@
+"""How a chosen option is read from an answer, by each benchmark's own rule."""
+
+import pytest
+
+from dynamic_llava.eval.metrics.letters import (
+    answer_tail,
+    first_character,
+    read_letter,
+    read_mmbench,
+    read_option,
+    read_scienceqa,
+    scienceqa_choice,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("A", "A"), ("E", "E"), ("F", None), ("B.", None), ("b", None), ("B) y", None), ("B ", None), (" B", None),
+        ("B. ", "B"), ("B. yes", "B"), ("B.\nyes", None), ("F. yes", None), ("BB. ", None), ("", None), ("AB", None),
+        ("The answer is B", None), ("The answer is B.", "B"), ("The answer is B, so", "B"), ("The answer is C!", "C"),
+        ("The answer is B. The answer is B.", None), ("the answer is B.", None), ("The answer is BC", "B"),
+        ("The answer is F.", "F"), ("A. The answer is B.", "A"), ("The answer is b.", None),
+    ],
+)  # fmt: skip
+def test_scienceqa(text, letter):
+    assert read_scienceqa(text) == letter
+
+
+@pytest.mark.parametrize(
+    ("text", "choices", "chosen"),
+    [("A", 2, 0), ("B. y", 2, 1), ("C", 2, -1), ("E", 5, 4), ("E", 4, -1), ("no", 5, -1), ("The answer is F.", 5, -1)],
+)
+def test_a_scienceqa_letter_beyond_the_choices_is_minus_one(text, choices, chosen):
+    assert scienceqa_choice(text, choices) == chosen
+
+
+OPTIONS = {"A": "a red cat", "B": "Dog", "C": "dogs of war"}
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("A", "A"), ("(B)", "B"), ("B.", "B"), ("**C**", "C"), ("The answer is [B]:", "B"), ("{C};", "C"), ("a", None),
+        ("D", None), ("", None), ("A or B", None), ("A A", "A"), ("#B!", "B"), ("A-B", None),
+        ("B one two three four", "B"), ("B one two three four five", None),
+        # no letter that counts: the only option whose text occurs, whatever the case
+        ("It is A RED CAT", "A"), ("a dog", "B"), ("the dogs of war", None), ("A or B: a red cat", "A"),
+        ("A small one, I think, is the dog", "B"),
+    ],
+)  # fmt: skip
+def test_mmbench(text, letter):
+    assert read_mmbench(text, OPTIONS) == letter
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("A", "A"), ("a", "A"), ("(b)", "B"), ("B.", "B"), ("b)", "B"), ("(C", "C"), ("C:", "C"), ("D, since", "D"),
+        ("(b) Closed", "B"), ("B. Closed", "B"), ("B\nbecause", "B"), (" B ", "B"), ("E", None), ("", None),
+        ("The answer is C", "C"), ("the ANSWER IS: (d).", "D"), ("Answer: A.", "A"), ("A dog", None), ("Bad", None),
+        ("Dr. No", None), ("The answer is A. No, the answer is B.", "B"), ("Red", None), ("A.B", None),
+    ],
+)  # fmt: skip
+def test_a_letter_of_either_case(text, letter):
+    assert read_letter(text, "ABCD") == letter
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("a", "A"), ("(b) Open", "B"), ("open", "A"), ("Open.", "A"), ("The answer is CLOSED.", "B"), ("", None),
+        ("The answer is", None), ("It is open", None), ("c", None), ("answer: (a)", "A"),
+    ],
+)  # fmt: skip
+def test_a_letter_or_else_the_options_text(text, letter):
+    assert read_option(text, {"A": "Open", "B": "Closed"}) == letter
+
+
+def test_options_of_one_text_are_not_told_apart():
+    assert read_option("same", {"A": "Same", "B": "same"}) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "character"),
+    [
+        ("(C)", "c"), ("C", "c"), ("c.", "c"), ("(C) 3", "c"), ("The answer is A", "a"), ("Answer: (B).", "b"),
+        ("", ""), (".", ""), ("Cat", "c"), (" B", "b"), ("The answer is: A", ":"), ("3", "3"),
+    ],
+)  # fmt: skip
+def test_cvbench_takes_the_first_character_of_the_tail(text, character):
+    assert first_character(text) == character
+
+
+def test_the_tail_follows_the_last_mark():
+    assert answer_tail("The answer is a. Answer: b") == " b"
+    assert answer_tail("no mark") == "no mark"

@@ -1,0 +1,254 @@
+"""The plug-in inside lmms-eval; scripts/test_lmms_eval.sh runs this file in the environment that it needs."""
+
+import importlib.util
+import itertools
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("lmms_eval", reason="lmms-eval has an environment of its own: bash scripts/test_lmms_eval.sh")
+
+from lmms_eval.api.instance import Instance, unwrap_generation_output
+from lmms_eval.models import get_model
+
+from dynamic_llava.integrations import lmms_eval_model
+from dynamic_llava.integrations.lmms_eval_model import DynamicLlavaLMM
+from tests.integrations.toy_data import MAX_NEW_TOKENS, own_answers, pictures, write_toy
+from tests.sft_builders import write_checkpoint
+
+TOY = Path(__file__).parent / "toy"
+SETTINGS = {"max_new_tokens": MAX_NEW_TOKENS, "temperature": 0.0, "until": ["\n\n"]}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny checkpoint, the toy task's folder and its documents."""
+    folder = tmp_path_factory.mktemp("toy")
+    checkpoint = write_checkpoint(folder / "model")
+    return SimpleNamespace(folder=folder, checkpoint=checkpoint, documents=write_toy(folder), answers={})
+
+
+def expected(world, **arguments):
+    """Return what the model itself answers to each document alone; computed once."""
+    key = repr(sorted(arguments.items()))
+    if key not in world.answers:
+        world.answers[key] = own_answers(world.checkpoint, world.folder, world.documents, **arguments)
+    return world.answers[key]
+
+
+def build(world, **arguments):
+    model = DynamicLlavaLMM(str(world.checkpoint), **arguments)
+    model.task_dict = {"toy": {"test": world.documents}}
+    return model
+
+
+def ask(world, settings=None, order=None, documents=None):
+    """Return requests as lmms-eval builds them for a simple model."""
+    documents = world.documents if documents is None else documents
+    return [
+        Instance(
+            request_type="generate_until",
+            arguments=(
+                documents[i]["question"],
+                settings or SETTINGS,
+                partial(pictures, world.folder),
+                i,
+                "toy",
+                "test",
+            ),
+            idx=0,
+            metadata={"task": "toy", "doc_id": i, "repeats": 1},
+        )
+        for i in (order or range(len(documents)))
+    ]
+
+
+def test_torchvision_is_not_there():
+    assert importlib.util.find_spec("torchvision") is None, "this environment has to show that nothing needs it"
+
+
+def test_lmms_eval_finds_the_model_by_its_entry_point():
+    assert get_model("dynamic_llava") is DynamicLlavaLMM
+    assert DynamicLlavaLMM.is_simple
+
+
+def test_the_plug_in_needs_no_training_package():
+    code = "import sys, dynamic_llava.integrations.lmms_eval_model\nprint(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    assert not {"peft", "omegaconf", "tyro", "matplotlib", "deepspeed", "wandb"} & set(loaded.stdout.split())
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, "16"])
+@pytest.mark.parametrize("switches", [{}, {"sparsity": "image", "image_keep_rate": 0.5}, {"sparsity": "none"}])
+def test_answers_are_those_of_generate_at_every_batch_size(world, batch_size, switches):
+    assert build(world, batch_size=batch_size, **switches).generate_until(ask(world)) == expected(world, **switches)
+    assert len(set(expected(world, **switches))) > 4
+
+
+def test_the_switches_change_answers(world):
+    answers = [
+        expected(world),
+        expected(world, sparsity="none"),
+        expected(world, sparsity="image", image_keep_rate=0.5),
+    ]
+    assert all(one != other for one, other in itertools.combinations(answers, 2))
+
+
+def test_answers_come_in_the_order_of_the_requests(world):
+    order = [4, 0, 6, 2, 2, 5, 1, 3]
+    answers = build(world, batch_size=3).generate_until(ask(world, order=order))
+    assert answers == [expected(world)[place] for place in order]
+
+
+def test_each_request_has_its_own_settings(world):
+    short, long = SETTINGS | {"max_new_tokens": 3}, SETTINGS
+    model = build(world, batch_size=8)
+    mixed = [pair for pairs in zip(ask(world, short), ask(world, long), strict=True) for pair in pairs]
+    answers = model.generate_until(mixed)
+    assert answers[::2] == expected(world, max_new_tokens=3)
+    assert answers[1::2] == expected(world)
+
+
+def test_beams(world):
+    answers = build(world, batch_size=4).generate_until(ask(world, SETTINGS | {"num_beams": 3}))
+    assert answers == expected(world, num_beams=3) != expected(world)
+
+
+def test_sampling_follows_torchs_seed(world):
+    import torch
+
+    model, hot = build(world, batch_size=8), SETTINGS | {"temperature": 1.5, "do_sample": True}
+    runs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        runs.append(model.generate_until(ask(world, hot)))
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_an_answer_ends_at_the_end_token_whatever_the_batch(world):
+    model = build(world, batch_size=8)
+    whole = model.generate_until(ask(world))
+    end = model.processor.tokenizer(whole[0][4]).input_ids[-1]
+    model.model.generation_config.eos_token_id = end
+    answers = model.generate_until(ask(world))
+    assert answers == expected(world, end=end)
+    assert whole[0].startswith(answers[0]) and len(answers[0]) < len(whole[0])
+
+
+def test_an_answer_ends_before_until(world):
+    model = build(world, batch_size=8)
+    whole = model.generate_until(ask(world))
+    stop = whole[0][4:6]
+    cut = model.generate_until(ask(world, SETTINGS | {"until": [stop]}))
+    assert cut == [answer.split(stop)[0].strip() for answer in whole]
+    assert cut[0] == whole[0][:4].strip() != whole[0]
+
+
+def test_random_methods_draw_by_the_document(world):
+    switches = {"method": "random", "image_keep_rate": 0.25}
+    one, many = (build(world, batch_size=size, **switches).generate_until(ask(world)) for size in (1, 8))
+    assert one == many != expected(world)
+
+
+def test_the_cache_is_told_of_every_answer(world):
+    told = []
+    model = build(world, batch_size=4)
+    model.set_cache_hook(SimpleNamespace(add_partial=lambda *values: told.append(values)))
+    answers = model.generate_until(ask(world))
+    questions = [document["question"] for document in world.documents]
+    wanted = [("generate_until", (text, SETTINGS), answer) for text, answer in zip(questions, answers, strict=True)]
+    assert sorted(told, key=repr) == sorted(wanted, key=repr)
+
+
+def test_half_precision_weights(world):
+    model = build(world, batch_size=8, dtype="bfloat16")
+    assert {str(parameter.dtype) for parameter in model.model.parameters()} == {"torch.bfloat16"}
+    assert len(model.generate_until(ask(world))) == len(world.documents)
+
+
+def test_without_requests_there_are_no_answers(world):
+    assert build(world).generate_until([]) == []
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"keep_rate": 0.2}, r"\['keep_rate'\].*image_keep_rate"),
+        ({"max_batch_size": 64}, r"\['max_batch_size'\].*--batch_size"),
+        ({"dtype": "int8"}, "dtype='int8'.*bfloat16"),
+        ({"batch_size": "auto"}, "batch_size='auto'"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"sparsity": "some"}, "sparsity='some'"),
+        ({"image_keep_rate": 1.5}, "image_keep_rate=1.5"),
+        ({"image_keep_rate": 0.5, "sparsity": "none"}, "image_keep_rate has no use"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_weight_is_read(world, arguments, message, monkeypatch):
+    monkeypatch.setattr(lmms_eval_model, "DynamicLlavaForConditionalGeneration", None)
+    with pytest.raises(ValueError, match=message):
+        build(world, **arguments)
+
+
+def test_one_device_for_several_processes_is_refused(world, monkeypatch):
+    several = SimpleNamespace(process_index=1, num_processes=2)
+    monkeypatch.setattr(lmms_eval_model, "Accelerator", lambda: several)
+    with pytest.raises(ValueError, match="device='cpu' was given to 2 processes"):
+        build(world, device="cpu")
+
+
+def test_a_video_is_refused(world):
+    request = ask(world)[0]
+    request.arguments = (*request.arguments[:2], lambda document: ["film.mp4"], *request.arguments[3:])
+    with pytest.raises(ValueError, match=r"document 0 of task toy shows \['str'\]"):
+        build(world).generate_until([request])
+
+
+def test_what_is_not_offered_says_why(world):
+    model = build(world)
+    with pytest.raises(NotImplementedError, match="turns log-likelihoods into text"):
+        model.loglikelihood(ask(world))
+    with pytest.raises(NotImplementedError, match="several rounds"):
+        model.generate_until_multi_round(ask(world))
+
+
+def test_lmms_eval_still_turns_loglikelihoods_into_text():
+    """The reason for refusing them; where this fails, lmms-eval has changed and loglikelihood can be offered."""
+    assert unwrap_generation_output((-0.5, True)) == ("(-0.5, True)", None)
+
+
+def evaluate(world, output, *, processes=1, model_args="", batch_size=4):
+    """Run lmms-eval on the toy task as a user would, offline; return the logged answers by document and the results."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [
+        *(sys.executable, *launch, "-m", "lmms_eval", "--model", "dynamic_llava"),
+        *("--model_args", f"pretrained={world.checkpoint}{model_args}", "--batch_size", str(batch_size)),
+        *("--tasks", "toy", "--include_path", str(TOY), "--log_samples", "--output_path", str(output)),
+    ]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(world.folder / "hf"), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        command, cwd=world.folder, env=os.environ | offline, capture_output=True, text=True, timeout=600
+    )
+    samples = list(Path(output).rglob("*_samples_toy.jsonl"))
+    assert run.returncode == 0 and len(samples) == 1, run.stdout + run.stderr
+    lines = [json.loads(line) for line in samples[0].read_text(encoding="utf-8").splitlines()]
+    answers = {line["doc_id"]: line["filtered_resps"] for line in lines}
+    (results,) = Path(output).rglob("*_results.json")
+    assert len(answers) == len(lines) == len(world.documents)
+    return [answers[i] for i in range(len(lines))], json.loads(results.read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_lmms_eval_end_to_end(world, tmp_path, processes):
+    switches = {"sparsity": "image", "image_keep_rate": 0.5} if processes == 2 else {"sparsity": "both"}
+    model_args = "".join(f",{name}={value}" for name, value in switches.items())
+    answers, results = evaluate(world, tmp_path, processes=processes, model_args=model_args)
+    assert answers == expected(world, **switches)
+    assert results["results"]["toy"]["exact_match,none"] == 0.0
+    assert "DynamicLlavaLMM (simple)" in results["config"]["model_backend"]
