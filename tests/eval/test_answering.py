@@ -5,9 +5,10 @@ import os
 import pytest
 import torch
 
+from dynamic_llava.costs import decoder_shape
 from dynamic_llava.eval import identity
 from dynamic_llava.eval.answering import Asked, by_length, facts, prompt_inputs, read_ahead
-from dynamic_llava.eval.efficiency import Counted, decoder_shape, mean_kv_bytes
+from dynamic_llava.eval.efficiency import Counted, mean_kv_bytes
 from dynamic_llava.eval.predict import Batch, generate_answers
 from dynamic_llava.eval.shard import Shard, joined_processes, own_device
 from dynamic_llava.eval.tasks import Question
