@@ -57,8 +57,8 @@ class SparsityConfig:
     """How training decides with a gradient: Gumbel-Softmax (the paper), sign and sigmoid, or exact budget and top-k."""
     dropped_tokens: Literal["masked_softmax", "zero_vectors"] = "masked_softmax"
     """What training does with dropped tokens: hide them by Eq. 7 (the paper), or make them zero (Table 7, "w/o")."""
-    masked_softmax: Literal["auto", "reference", "chunked"] = "auto"
-    """Implementation of MaskedSoftmax attention (Eq. 7) in training and scoring."""
+    masked_softmax: Literal["auto", "reference", "chunked", "triton"] = "auto"
+    """Implementation of MaskedSoftmax attention (Eq. 7) in training and scoring; `auto`: the fastest that can run."""
 
     def __post_init__(self) -> None:
         _at_least("sparse_layer", self.sparse_layer, 1, "layer 0 has no earlier layer whose output could be judged")
@@ -79,7 +79,7 @@ class SparsityConfig:
         _one_of("keep_rate_distance", self.keep_rate_distance, ("squared", "absolute"))
         _one_of("relaxation", self.relaxation, ("gumbel_st", "sigmoid_st", "soft_topk"))
         _one_of("dropped_tokens", self.dropped_tokens, ("masked_softmax", "zero_vectors"))
-        _one_of("masked_softmax", self.masked_softmax, ("auto", "reference", "chunked"))
+        _one_of("masked_softmax", self.masked_softmax, ("auto", "reference", "chunked", "triton"))
         if self.mask_grad_clip is not None and self.mask_grad_clip <= 0:
             raise ValueError(f"mask_grad_clip={self.mask_grad_clip} must be positive; use None to switch it off")
 

@@ -3,10 +3,13 @@
 Every row fills slots 0 .. length-1 of a rectangular storage that grows in blocks. The newest token is always written to
 slot `length` of its row, so it can attend to itself; admitting it advances the length by one, dropping it leaves the
 slot to be overwritten by the next token. All layers of a group share one `AdmissionSlots`; each has its own storage.
+A chunk of several tokens goes through `place_chunk` and `commit_chunk`; a single token through a `TokenSlots`, which is
+nothing but tensors, so that a decoding step can be compiled into one graph.
 Shape suffixes: B rows, W slots (capacity), Q new tokens, H key-value heads, D head dimension.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -41,11 +44,13 @@ class AdmissionSlots:
         self._bound = tokens if packing is None else packing.index.shape[1]
         self.capacity = self._bound
 
-    def place_token(self) -> Tensor:
-        """Reserve one slot in every row for a single new token; returns what it sees, (B, 1, W) bool."""
-        lengths_B = self._reserve(1)
-        self.write = lengths_B[:, None]
-        return (self._slots() <= lengths_B[:, None])[:, None]
+    def reserve(self, count: int) -> None:
+        """Make room for `count` more tokens in every row; the storages grow when they are next asked for their data."""
+        if self._bound + count > self.capacity:
+            self._bound = int(self.open_lengths().max())  # the one host read, only when a block is used up
+            blocks = -(-(self._bound + count) // self.block)
+            self.capacity = max(self.capacity, blocks * self.block)
+        self._bound += count
 
     def place_chunk(self, valid_BQ: Tensor, admit_BQ: Tensor) -> Tensor:
         """Reserve slots for a chunk; returns what each of its tokens sees, (B, Q, W) bool.
@@ -54,10 +59,11 @@ class AdmissionSlots:
         last slot that no valid token sees.
         """
         count = valid_BQ.shape[1]
-        lengths_B = self._reserve(count + 1)
+        self.reserve(count + 1)
+        lengths_B = self.open_lengths()
         rank_BQ = valid_BQ.cumsum(1) - 1
         self.write = torch.where(valid_BQ, lengths_B[:, None] + rank_BQ, self.capacity - 1)
-        past_BW = self._slots() < lengths_B[:, None]
+        past_BW = torch.arange(self.capacity, device=lengths_B.device) < lengths_B[:, None]
         itself_QQ = torch.eye(count, dtype=torch.bool, device=valid_BQ.device)
         earlier_QQ = torch.ones_like(itself_QQ).tril(-1)
         seen_BQQ = (admit_BQ & valid_BQ)[:, None, :] & earlier_QQ | itself_QQ
@@ -68,16 +74,11 @@ class AdmissionSlots:
         )
         return past_BW[:, None, :] | (among_BQW > 0)
 
-    def commit_token(self, admit_B: Tensor) -> None:
-        """Admit or drop the single token in flight, after the last layer has used it."""
-        self.lengths = self._open_lengths() + admit_B.to(torch.int64)
-        self.write = None
-
     def commit_chunk(self, admit_BQ: Tensor) -> tuple[Tensor, Tensor]:
         """Admit the chosen tokens of the chunk in flight; returns (from, to) slots (B, Q) for the storages to move."""
         if self.write is None:
             raise RuntimeError("commit_chunk needs a chunk in flight; call place_chunk first")
-        lengths_B = self._open_lengths()
+        lengths_B = self.open_lengths()
         order_BQ = (~admit_BQ).to(torch.uint8).argsort(dim=1, stable=True)
         source_BQ = self.write.gather(1, order_BQ)
         place_Q = torch.arange(admit_BQ.shape[1], device=admit_BQ.device)
@@ -90,29 +91,41 @@ class AdmissionSlots:
 
     def retract_last(self, drop_B: Tensor) -> None:
         """Give up each chosen row's last filled slot: an opening chunk that ended in a token that was not admitted."""
-        self.lengths = self._open_lengths() - drop_B.to(torch.int64)
+        self.lengths = self.open_lengths() - drop_B.to(torch.int64)
 
     def select_rows(self, choose: Callable[[Tensor], Tensor]) -> None:
         """Apply a choice of rows (reorder, repeat, select) to the bookkeeping."""
         if self.lengths is not None:
             self.lengths = choose(self.lengths)
 
-    def _open_lengths(self) -> Tensor:
+    def open_lengths(self) -> Tensor:
+        """Return the lengths (B,). RuntimeError before a first chunk has been stored."""
         if self.lengths is None:
             raise RuntimeError("the cache is empty; open it with a first chunk")
         return self.lengths
 
-    def _slots(self) -> Tensor:
-        return torch.arange(self.capacity, device=self._open_lengths().device)
 
-    def _reserve(self, count: int) -> Tensor:
-        lengths_B = self._open_lengths()
-        if self._bound + count > self.capacity:
-            self._bound = int(lengths_B.max())  # the one host read, only when the bound has used up the block
-            blocks = -(-(self._bound + count) // self.block)
-            self.capacity = max(self.capacity, blocks * self.block)
-        self._bound += count
-        return lengths_B
+@dataclass(frozen=True)
+class TokenSlots:
+    """One new token per row in one group of layers: it is written behind the filled slots, and stays if admitted."""
+
+    lengths: Tensor
+    """(B,) int64: filled slots of each row, changed in place by `admit`."""
+
+    def visible(self, capacity: int) -> Tensor:
+        """(B, 1, W) bool: the filled slots and the token's own."""
+        slots = torch.arange(capacity, device=self.lengths.device)
+        return (slots <= self.lengths[:, None])[:, None]
+
+    def write(self, storage_BHWD: Tensor, new_BH1D: Tensor) -> Tensor:
+        """Put the token's keys or values into its slot, in place; returns the storage."""
+        rows_B, heads_H = (torch.arange(size, device=new_BH1D.device) for size in new_BH1D.shape[:2])
+        # The compiler keeps an index_put_ in place; for a scatter_ it would copy the whole storage twice a step.
+        return storage_BHWD.index_put_((rows_B[:, None], heads_H, self.lengths[:, None]), new_BH1D[:, :, 0])
+
+    def admit(self, admit_B: Tensor) -> None:
+        """Admit or drop the token (Eq. 6), after the last layer has used it; admit_B (B,) bool."""
+        self.lengths.add_(admit_B)
 
 
 class SlotStorage:
@@ -127,15 +140,18 @@ class SlotStorage:
             index = packing.index[:, None, :, None].expand(-1, opening_BHND.shape[1], -1, opening_BHND.shape[3])
             self.data = opening_BHND.gather(2, index)
 
+    def grown(self) -> Tensor:
+        """Return the data (B, H, W, D), after growing to the group's capacity."""
+        if self.data.shape[2] < self.slots.capacity:
+            self._grow()
+        return self.data
+
     def write(self, new_BHQD: Tensor) -> Tensor:
         """Store the new tokens in the slots reserved for them; returns the whole storage (B, H, W, D)."""
         if self.slots.write is None:
-            raise RuntimeError("no slots are reserved; call place_token or place_chunk first")
-        if self.data.shape[2] < self.slots.capacity:
-            self._grow()
+            raise RuntimeError("no slots are reserved; call place_chunk first")
         index = self.slots.write[:, None, :, None].expand_as(new_BHQD)
-        self.data.scatter_(2, index, new_BHQD)
-        return self.data
+        return self.grown().scatter_(2, index, new_BHQD)
 
     def move(self, source_BQ: Tensor, target_BQ: Tensor) -> None:
         """Move admitted tokens of a chunk to the front of its slots."""

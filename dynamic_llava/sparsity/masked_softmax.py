@@ -5,10 +5,11 @@ With scores X, keep mask M and G[i, j] = M[j] for i != j, G[i, i] = 1, over the 
     P[i, j] = exp(X[i, j]) G[i, j] / sum_k exp(X[i, k]) G[i, k]
 
 A dropped token is invisible to all others but still sees itself and the kept past. The gradient with respect to M is
-part of the method, also at dropped keys, where P is 0. Two implementations, one function: `reference` is this formula
-under plain autograd; `chunked` (kernels/chunked.py) saves nothing of size N x N for its backward pass.
+part of the method, also at dropped keys, where P is 0. Three implementations, one function: `reference` is this formula
+under plain autograd; `chunked` (kernels/chunked.py, plain torch) and `triton` (kernels/triton_attention.py, for NVIDIA
+GPUs) never make a tensor of size N x N. docs/kernels.md describes them.
 
-Stability: both subtract the row maximum over the kept visible keys, which changes nothing in the formula. A dropped key
+Stability: all subtract the row maximum over the kept visible keys, which changes nothing in the formula. A dropped key
 may lie above that maximum; its exponent is clamped at EXPONENT_CAP. Outputs and the gradients of query, key and value
 do not depend on the clamp (a dropped key has weight 0); the gradient of M is exact up to a dominance of EXPONENT_CAP
 and has the right sign and a finite size beyond it.
@@ -21,10 +22,11 @@ import torch
 from torch import Tensor
 
 from dynamic_llava.sparsity.kernels import EXPONENT_CAP, compute_dtype
+from dynamic_llava.sparsity.kernels.choice import choose
 from dynamic_llava.sparsity.kernels.chunked import chunked_attention
 
-Implementation = Literal["auto", "reference", "chunked"]
-IMPLEMENTATIONS = ("auto", "reference", "chunked")
+Implementation = Literal["auto", "reference", "chunked", "triton"]
+IMPLEMENTATIONS = ("auto", "reference", "chunked", "triton")
 
 
 def masked_softmax_attention(
@@ -42,16 +44,24 @@ def masked_softmax_attention(
     query (B, H, N, D); key, value (B, K, N, D) of the same dtype, K dividing H (grouped-query attention); keep_mask
     (B, N), 1 = kept: bool, or float 0/1 with a gradient (values between 0 and 1 are weighted as Eq. 7 says);
     padding_mask (B, N) bool, True = real token, whatever the side: a padding key is invisible to every query, itself
-    included, and a query that sees nothing gives 0. scale: 1 / sqrt(D) by default. implementation: `chunked` (= `auto`)
-    or `reference`. Half types are computed and accumulated in float32, float64 in float64. Raises ValueError.
+    included, and a query that sees nothing gives 0. scale: 1 / sqrt(D) by default. implementation: `reference`;
+    `chunked`, for every device; `triton`, for NVIDIA GPUs, float32 and half types, D up to 128; `auto`, which takes
+    `triton` where it can run on a GPU and `chunked` elsewhere, and logs which and why. Sums are accumulated in float32,
+    those of float64 in float64; `triton` multiplies half types as they are, the others make them float32 first.
+    Raises ValueError.
     """
     _check(query, key, value, keep_mask, padding_mask, implementation)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    chosen = choose("MaskedSoftmax", implementation, "chunked", query.device, query.dtype, query.shape[-1])
     # Autocast would turn the float32 scores back into half precision.
     with torch.autocast(query.device.type, enabled=False):
-        if implementation == "reference":
+        if chosen == "reference":
             return _reference_attention(query, key, value, keep_mask, padding_mask, scale)
-        return chunked_attention(query, key, value, keep_mask, padding_mask, scale)
+        if chosen == "chunked":
+            return chunked_attention(query, key, value, keep_mask, padding_mask, scale)
+        from dynamic_llava.sparsity.kernels.triton_attention import triton_attention
+
+        return triton_attention(query, key, value, keep_mask, padding_mask, scale)
 
 
 def masked_softmax_weights(scores_BHNN: Tensor, keep_mask_BN: Tensor, visible: Tensor) -> Tensor:

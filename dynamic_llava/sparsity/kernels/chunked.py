@@ -7,12 +7,14 @@ FlashAttention's with one more column reduction. With row maximum m, row sum Z, 
 
     T_ij = E_ij (<dO_i, v_j> - <dO_i, O_i>) / Z_i,   dX_ij = M_j T_ij,   dM_j = sum over heads and i > j of T_ij
 
+Rows and heads are worked on in parts, one after the other, so that what a part needs besides its inputs and results
+stays small: in a CPU's cache, or bounded on other devices.
 Shape suffixes: B batch, K key heads, G query heads per key head, N tokens, R rows of a block, S keys it can see,
-D head size.
+D head size. Within a part B and K are the part's own.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -20,8 +22,10 @@ from torch.autograd.function import once_differentiable
 
 from dynamic_llava.sparsity.kernels import EXPONENT_CAP, compute_dtype
 
-BLOCK_ROWS = 64
-"""Queries per block (fastest of 32 to 256 on a CPU); transient memory is a few (B, H, BLOCK_ROWS, N) buffers."""
+BLOCK_ROWS = 128
+"""Queries per block (fastest of 32 to 256 on a CPU)."""
+CPU_PART, DEVICE_PART = 2**18, 2**24
+"""Scores in the largest block of a part: 1 MiB stays in a CPU's cache; 64 MiB keep an accelerator busy."""
 
 
 def chunked_attention(
@@ -42,26 +46,10 @@ class _ChunkedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, keep_BN: Tensor, own_BN: Tensor, scale: float
     ) -> Tensor:
-        q, k, v = _grouped(query, key, value, keep_BN.dtype)
-        out_BKGND = torch.empty_like(q)
-        row_max, row_sum = q.new_empty(q.shape[:4]), q.new_empty(q.shape[:4])
-        kept_v = keep_BN[:, None, :, None] * v
-        own_score = _own_score(q, k, own_BN, scale)
-        dropped_B111N = (keep_BN == 0)[:, None, None, None, :]
-        for start, stop in _blocks(q.shape[3]):
-            rows = slice(start, stop)
-            score = _times_keys(q[:, :, :, rows] * scale, k[:, :, :stop])
-            score.masked_fill_(dropped_B111N[..., :stop], -torch.inf)
-            score[..., rows].masked_fill_(_not_past(stop - start, q.device), -torch.inf)
-            block_max = torch.maximum(score.amax(dim=-1), own_score[..., rows])
-            block_max = torch.where(block_max.isfinite(), block_max, 0.0)
-            weight = score.sub_(block_max[..., None]).exp_()
-            own = (own_score[..., rows] - block_max).exp()
-            block_sum = _times_values(weight, keep_BN[:, None, :stop, None])[..., 0] + own
-            total = _times_values(weight, kept_v[:, :, :stop]) + own[..., None] * v[:, :, None, rows]
-            out_BKGND[:, :, :, rows] = total * _reciprocal(block_sum)[..., None]
-            row_max[..., rows], row_sum[..., rows] = block_max, block_sum
-        out = out_BKGND.flatten(1, 2).to(query.dtype)
+        out = torch.empty_like(query)
+        row_max, row_sum = (keep_BN.new_empty(query.shape[:3]) for _ in range(2))
+        for part in _parts(query, key):
+            _part_forward(part, scale, query, key, value, keep_BN, own_BN, out, row_max, row_sum)
         ctx.save_for_backward(query, key, value, keep_BN, own_BN, out, row_max, row_sum)
         ctx.scale = scale
         return out
@@ -69,12 +57,85 @@ class _ChunkedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        # Read once: gradient checkpointing recomputes them when they are asked for.
+        saved = ctx.saved_tensors
+        query, key, value, keep_BN, *_ = saved
+        for_query, for_key, for_value, for_keep = ctx.needs_input_grad[:4]
+        gradients = _Gradients(
+            query=torch.empty_like(query) if for_query else None,
+            key=torch.empty_like(key) if for_key else None,
+            value=torch.empty_like(value) if for_value else None,
+            keep=torch.zeros_like(keep_BN) if for_keep else None,
+        )
         with torch.autocast(grad_out.device.type, enabled=False):
-            return *_gradients(ctx.scale, grad_out, *ctx.saved_tensors), None, None
+            for part in _parts(query, key):
+                _part_backward(part, ctx.scale, gradients, grad_out, *saved)
+        return *gradients, None, None
 
 
-def _gradients(
+class _Part(NamedTuple):
+    """Some rows of the batch and some key heads with their query heads."""
+
+    rows: slice
+    key_heads: slice
+    query_heads: slice
+
+    def queries(self, x_BHN: Tensor, groups: int) -> Tensor:
+        """Cut out of a tensor of queries, (B, K, G, N, ...)."""
+        return x_BHN[self.rows, self.query_heads].unflatten(1, (-1, groups))
+
+    def keys(self, x_BKN: Tensor) -> Tensor:
+        """Cut out of a tensor of keys, (B, K, N, ...)."""
+        return x_BKN[self.rows, self.key_heads]
+
+
+class _Gradients(NamedTuple):
+    """Where the gradients go, in the shapes and dtypes of the inputs; None where nobody needs one."""
+
+    query: Tensor | None
+    key: Tensor | None
+    value: Tensor | None
+    keep: Tensor | None
+
+
+def _part_forward(
+    part: _Part,
     scale: float,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep_BN: Tensor,
+    own_BN: Tensor,
+    out: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+) -> None:
+    """Fill the part's share of out, row_max and row_sum."""
+    groups, keep_BN = query.shape[1] // key.shape[1], keep_BN[part.rows]
+    q, k, v = (x.to(keep_BN.dtype) for x in (part.queries(query, groups), part.keys(key), part.keys(value)))
+    out, row_max, row_sum = (part.queries(x, groups) for x in (out, row_max, row_sum))
+    own_score = _own_score(q, k, own_BN[part.rows], scale)
+    kept_v = keep_BN[:, None, :, None] * v
+    dropped_B111N = (keep_BN == 0)[:, None, None, None, :]
+    for start, stop in _blocks(q.shape[3]):
+        rows = slice(start, stop)
+        score = _times_keys(q[:, :, :, rows] * scale, k[:, :, :stop])
+        score.masked_fill_(dropped_B111N[..., :stop], -torch.inf)
+        score[..., rows].masked_fill_(_not_past(stop - start, q.device), -torch.inf)
+        block_max = torch.maximum(score.amax(dim=-1), own_score[..., rows])
+        block_max = torch.where(block_max.isfinite(), block_max, 0.0)
+        weight = score.sub_(block_max[..., None]).exp_()
+        own = (own_score[..., rows] - block_max).exp()
+        block_sum = _times_values(weight, keep_BN[:, None, :stop, None])[..., 0] + own
+        total = _times_values(weight, kept_v[:, :, :stop]) + own[..., None] * v[:, :, None, rows]
+        out[:, :, :, rows] = total * _reciprocal(block_sum)[..., None]
+        row_max[..., rows], row_sum[..., rows] = block_max, block_sum
+
+
+def _part_backward(
+    part: _Part,
+    scale: float,
+    gradients: _Gradients,
     grad_out: Tensor,
     query: Tensor,
     key: Tensor,
@@ -84,49 +145,63 @@ def _gradients(
     out: Tensor,
     row_max: Tensor,
     row_sum: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key, value and keep mask by the formulas at the top."""
-    dtype = keep_BN.dtype
-    q, k, v = _grouped(query, key, value, dtype)
+) -> None:
+    """Fill the part's share of the gradients, by the formulas at the top."""
+    groups, keep_BN = query.shape[1] // key.shape[1], keep_BN[part.rows]
+    q, k, v = (x.to(keep_BN.dtype) for x in (part.queries(query, groups), part.keys(key), part.keys(value)))
+    row_max, row_sum = part.queries(row_max, groups), part.queries(row_sum, groups)
     # 1 / Z_i is carried by the gradient's rows instead of by an N x N matrix.
-    d_out = grad_out.to(dtype).reshape(q.shape) * _reciprocal(row_sum)[..., None]
-    d_row = (d_out * out.to(dtype).reshape(q.shape)).sum(dim=-1)
+    d_out = part.queries(grad_out, groups).to(keep_BN.dtype) * _reciprocal(row_sum)[..., None]
+    d_row = (d_out * part.queries(out, groups).to(keep_BN.dtype)).sum(dim=-1)
     keep_B1N1 = keep_BN[:, None, :, None]
+    own = (_own_score(q, k, own_BN[part.rows], scale) - row_max).exp()
+    change_own = own * ((d_out * v[:, :, None]).sum(dim=-1) - d_row)
     kept_k = keep_B1N1 * k
-    d_q = torch.empty_like(q)
-    d_k, d_v, d_keep = torch.zeros_like(k), torch.zeros_like(v), torch.zeros_like(keep_BN)
+    d_k, d_v = (None if grad is None else torch.zeros_like(k) for grad in (gradients.key, gradients.value))
     for start, stop in _blocks(q.shape[3]):
         rows = slice(start, stop)
         q_rows, d_out_rows = q[:, :, :, rows] * scale, d_out[:, :, :, rows]
-        exponent = _times_keys(q_rows, k[:, :, :stop]).sub_(row_max[..., rows, None])
-        weight = exponent.clamp_(max=EXPONENT_CAP).exp_()
+        weight = _times_keys(q_rows, k[:, :, :stop]).sub_(row_max[..., rows, None]).clamp_(max=EXPONENT_CAP).exp_()
         weight[..., rows].masked_fill_(_not_past(stop - start, q.device), 0)
-        _add_columns(d_v[:, :, :stop], weight, d_out_rows)
+        if d_v is not None:
+            _add_columns(d_v[:, :, :stop], weight, d_out_rows)
+        if (d_k, gradients.query, gradients.keep) == (None, None, None):
+            continue
         change = _times_keys(d_out_rows, v[:, :, :stop]).sub_(d_row[..., rows, None]).mul_(weight)
-        _add_columns(d_k[:, :, :stop], change, q_rows)
-        d_keep[:, :stop] += change.sum(dim=(1, 2, 3))
-        d_q[:, :, :, rows] = _times_values(change, kept_k[:, :, :stop])
-    own = (_own_score(q, k, own_BN, scale) - row_max).exp()
-    change_own = own * ((d_out * v[:, :, None]).sum(dim=-1) - d_row)
-    d_q = (d_q + change_own[..., None] * k[:, :, None]) * scale
+        if gradients.keep is not None:
+            gradients.keep[part.rows, :stop] += change.sum(dim=(1, 2, 3))
+        if d_k is not None:
+            _add_columns(d_k[:, :, :stop], change, q_rows)
+        if gradients.query is not None:
+            d_q = _times_values(change, kept_k[:, :, :stop]) + change_own[..., rows, None] * k[:, :, None, rows]
+            part.queries(gradients.query, groups)[:, :, :, rows] = d_q.mul_(scale)
     # At a dropped key these sums hold what the mask gradient needs, and may overflow: 0 * inf must not become NaN.
-    d_k = (keep_B1N1 * d_k).masked_fill_(keep_B1N1 == 0, 0) + (change_own[..., None] * q).sum(dim=2) * scale
-    d_v = (keep_B1N1 * d_v).masked_fill_(keep_B1N1 == 0, 0) + (own[..., None] * d_out).sum(dim=2)
-    return d_q.flatten(1, 2).to(query.dtype), d_k.to(key.dtype), d_v.to(value.dtype), d_keep
+    if d_k is not None and gradients.key is not None:
+        d_k = d_k.mul_(keep_B1N1).masked_fill_(keep_B1N1 == 0, 0)
+        part.keys(gradients.key).copy_(d_k.add_((change_own[..., None] * q).sum(dim=2), alpha=scale))
+    if d_v is not None and gradients.value is not None:
+        d_v = d_v.mul_(keep_B1N1).masked_fill_(keep_B1N1 == 0, 0)
+        part.keys(gradients.value).copy_(d_v.add_((own[..., None] * d_out).sum(dim=2)))
+
+
+def _parts(query: Tensor, key: Tensor) -> Iterator[_Part]:
+    """Yield the parts, as large as the largest block of scores may be: all heads of some rows, or some heads of one."""
+    batch, heads, tokens, _ = query.shape
+    key_heads = key.shape[1]
+    groups = heads // key_heads
+    largest = CPU_PART if query.device.type == "cpu" else DEVICE_PART
+    fitting = max(1, largest // (groups * min(BLOCK_ROWS, tokens) * tokens))  # key heads, in one row or in several
+    rows, heads_each = max(1, fitting // key_heads), min(fitting, key_heads)
+    for row in range(0, batch, rows):
+        for head in range(0, key_heads, heads_each):
+            end = min(head + heads_each, key_heads)
+            yield _Part(slice(row, row + rows), slice(head, end), slice(head * groups, end * groups))
 
 
 def _blocks(tokens: int) -> Iterator[tuple[int, int]]:
     """Yield (start, stop) of the query blocks; a block needs the keys before `stop` only."""
     for start in range(0, tokens, BLOCK_ROWS):
         yield start, min(start + BLOCK_ROWS, tokens)
-
-
-def _grouped(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q (B, K, G, N, D), k and v (B, K, N, D) in the compute dtype."""
-    key_heads = key.shape[1]
-    batch, heads, tokens, size = query.shape
-    q_BKGND = query.to(dtype).reshape(batch, key_heads, heads // key_heads, tokens, size)
-    return q_BKGND, key.to(dtype), value.to(dtype)
 
 
 def _own_score(q_BKGND: Tensor, k_BKND: Tensor, own_BN: Tensor, scale: float) -> Tensor:

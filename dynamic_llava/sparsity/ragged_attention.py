@@ -1,0 +1,74 @@
+"""Attention of one new token per row over a cache whose rows are filled to different lengths (Sec. 3.3.2).
+
+Row b sees slots 0 .. lengths[b] inclusive: the token itself lies in slot lengths[b]. Nothing here is read on the host,
+so that a decoding step can be compiled into one graph and replayed.
+Shape suffixes: B rows, H query heads, K key heads, W slots (capacity), D head size.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dynamic_llava.sparsity.kernels.choice import choose
+
+RaggedImplementation = Literal["auto", "sdpa", "triton"]
+RAGGED_IMPLEMENTATIONS = ("auto", "sdpa", "triton")
+
+
+def ragged_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float | None = None,
+    implementation: RaggedImplementation = "auto",
+) -> Tensor:
+    """Attend from one query per row to the filled slots of that row; returns (B, H, 1, D) in the query's dtype.
+
+    query (B, H, 1, D); keys, values (B, K, W, D), one float dtype, K dividing H (grouped-query attention); lengths
+    (B,) int64, from 0 to W - 1, on the same device: row b sees slots 0 .. lengths[b]. scale: 1 / sqrt(D) by default.
+    implementation: `sdpa` is torch's attention under a mask; it reads every slot, so that unfilled ones must be
+    finite. `triton` (NVIDIA GPUs, or the CPU in Triton's interpreter) never reads an unfilled slot; `auto` takes
+    `triton` where it can run on a GPU. Serves inference: `triton` has no gradient, and
+    refuses to run where one would be recorded. Raises ValueError.
+    """
+    _check(query, keys, values, lengths, implementation)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    size = query.shape[-1]
+    if choose("ragged attention", implementation, "sdpa", query.device, query.dtype, size) == "sdpa":
+        return _masked_sdpa(query, keys, values, lengths, scale)
+    from dynamic_llava.sparsity.kernels.triton_ragged import ragged_decode
+
+    return ragged_decode(query, keys, values, lengths, scale)
+
+
+def _masked_sdpa(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float) -> Tensor:
+    slots = torch.arange(keys.shape[2], device=lengths.device)
+    visible_B11W = (slots <= lengths[:, None])[:, None, None]
+    # The query heads of a key head stand in the place of queries: keys and values are neither repeated nor read twice.
+    query_BKGD = query.view(query.shape[0], keys.shape[1], -1, query.shape[3])
+    out_BKGD = F.scaled_dot_product_attention(query_BKGD, keys, values, attn_mask=visible_B11W, scale=scale)
+    return out_BKGD.reshape(query.shape)
+
+
+def _check(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, implementation: str) -> None:
+    if implementation not in RAGGED_IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r} is not known; choose one of {RAGGED_IMPLEMENTATIONS}")
+    if query.dim() != 4 or query.shape[2] != 1 or keys.dim() != 4 or keys.shape != values.shape:
+        raise ValueError(
+            f"query {tuple(query.shape)}, keys {tuple(keys.shape)}, values {tuple(values.shape)} do not fit; give "
+            "query (B, H, 1, D) and keys, values (B, K, W, D)"
+        )
+    if query.shape[0] != keys.shape[0] or query.shape[3] != keys.shape[3] or query.shape[1] % keys.shape[1]:
+        raise ValueError(
+            f"query {tuple(query.shape)} and keys {tuple(keys.shape)} differ in B or D, or K does not divide H"
+        )
+    if not query.dtype == keys.dtype == values.dtype or not query.is_floating_point():
+        raise ValueError(f"query, keys, values are {query.dtype}, {keys.dtype}, {values.dtype}; give one float dtype")
+    if lengths.shape != query.shape[:1] or lengths.dtype != torch.int64:
+        raise ValueError(
+            f"lengths is {lengths.dtype} of shape {tuple(lengths.shape)}; give int64 of shape ({query.shape[0]},)"
+        )
