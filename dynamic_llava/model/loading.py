@@ -1,16 +1,24 @@
-"""Loading that never leaves a tensor random by accident: only both predictors together may be missing."""
+"""Loading that never leaves a tensor random by accident: only a predictor as a whole may be missing, and is named."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+from dynamic_llava.model.card import replace_generic_card, write_card
+from dynamic_llava.model.quantization import spare_predictors
+from dynamic_llava.model.untrained import PREDICTORS
+from dynamic_llava.model.weight_files import WeightFiles
 
 logger = logging.getLogger(__name__)
 
-PREDICTOR_PREFIXES = ("model.language_model.image_predictor.", "model.language_model.output_predictor.")
+PREDICTOR_PREFIXES = {name: f"model.language_model.{name}." for name in PREDICTORS}
+_OTHER_SOURCES = ("state_dict", "subfolder", "variant", "gguf_file")
+"""Arguments of from_pretrained that take the weights from elsewhere than the folder's usual files."""
+_CONVERT = "python -m dynamic_llava.checkpoints convert"
 
 
 class CheckedLoading:
@@ -20,16 +28,21 @@ class CheckedLoading:
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Load a llava-hf folder (predictors newly initialised, and said so) or one of ours.
 
-        Raises ValueError when any other tensor is missing, has no place or has another shape.
+        Raises ValueError when any other tensor is missing, has no place or has another shape, for a damaged file or one
+        that holds more than tensors, and for a layout that has to be converted first (docs/checkpoints.md).
         """
         wants_info = kwargs.pop("output_loading_info", False)
         if kwargs.pop("ignore_mismatched_sizes", False):
             raise ValueError("ignore_mismatched_sizes would leave tensors random; repair the checkpoint instead")
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = spare_predictors(kwargs["quantization_config"])
+        source = str(args[0]) if args else str(kwargs.get("pretrained_model_name_or_path"))
+        if Path(source).is_dir() and not any(kwargs.get(name) for name in _OTHER_SOURCES):
+            check_folder(Path(source), needs_config=kwargs.get("config") is None)
         # Mismatches are let through here only to be named in the error below.
         model, info = super().from_pretrained(  # type: ignore[misc]
             *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
-        source = str(args[0]) if args else str(kwargs.get("pretrained_model_name_or_path"))
         check_loaded(source, info)
         return (model, info) if wants_info else model
 
@@ -62,17 +75,44 @@ class CheckedLoading:
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
         # transformers has initialised the missing tensors by now; one clear line replaces its table of them.
         super()._adjust_missing_and_unexpected_keys(loading_info)  # type: ignore[misc]
-        predictors = {name for name in self.state_dict() if name.startswith(PREDICTOR_PREFIXES)}  # type: ignore[attr-defined]
-        if predictors and predictors <= set(loading_info.missing_keys):
-            loading_info.missing_keys -= predictors
+        lost = {}
+        for predictor, prefix in PREDICTOR_PREFIXES.items():
+            tensors = {name for name in self.state_dict() if name.startswith(prefix)}  # type: ignore[attr-defined]
+            if tensors and tensors <= set(loading_info.missing_keys):
+                lost[predictor] = tensors
+        if len(lost) == len(PREDICTORS):
+            kind, words = "a dense checkpoint", "predictor"
+            self.config.untrained_predictors = list(PREDICTORS)  # type: ignore[attr-defined]
+        else:
+            # What the checkpoint itself does not call untrained is damage, and an error.
+            untrained = self.config.untrained_predictors  # type: ignore[attr-defined]
+            lost = {predictor: tensors for predictor, tensors in lost.items() if predictor in untrained}
+            kind, words = "a checkpoint with one predictor", " ".join(lost)
+        names = {name for tensors in lost.values() for name in tensors}
+        loading_info.missing_keys -= names
+        if names:
             logger.warning(
-                "a dense checkpoint: the %d predictor tensors are newly initialised; train before sparse inference",
-                len(predictors),
+                "%s: the %d %s tensors are newly initialised; train before sparse inference", kind, len(names), words
             )
 
-    def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> Any:
-        """Save as transformers does, but under the module's own names, which resuming a Trainer needs."""
-        return super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)  # type: ignore[misc]
+    def save_pretrained(
+        self, save_directory: str | Path, *args: Any, save_original_format: bool = False, **kwargs: Any
+    ) -> Any:
+        """Save as transformers does, but under the module's own names, which resuming a Trainer needs.
+
+        A model card with the sparsity settings, README.md, is added where the folder has none.
+        """
+        result = super().save_pretrained(  # type: ignore[misc]
+            save_directory, *args, save_original_format=save_original_format, **kwargs
+        )
+        if (args[0] if args else kwargs.get("is_main_process", True)) and Path(save_directory).is_dir():
+            write_card(save_directory, self.config)  # type: ignore[attr-defined]
+        return result
+
+    def _upload_modified_files(self, working_dir: str | Path, *args: Any, **kwargs: Any) -> Any:
+        # transformers puts its empty form in place of the card before it uploads; a card in the repository it keeps.
+        replace_generic_card(working_dir, self.config)  # type: ignore[attr-defined]
+        return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
 
 
 def checkpoint_files(source: str | Path) -> list[Path]:
@@ -87,11 +127,40 @@ def checkpoint_files(source: str | Path) -> list[Path]:
 
 def tensor_shapes(source: str | Path) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of a checkpoint folder or hub name, from the heads of its safetensors files."""
-    shapes = {}
-    for file in checkpoint_files(source):
-        with safe_open(file, framework="pt") as opened:
-            shapes.update((name, tuple(opened.get_slice(name).get_shape())) for name in opened.keys())  # noqa: SIM118
-    return shapes
+    return {name: head.shape for name, head in WeightFiles(checkpoint_files(source)).heads.items()}
+
+
+def check_folder(folder: Path, needs_config: bool = True) -> None:
+    """Raise ValueError or FileNotFoundError for a folder that cannot be loaded, whatever the model's configuration.
+
+    Its files of weights must be whole and hold tensors only, its layout must be llava-hf's or ours, and one of ours
+    must hold the predictors that it does not call untrained.
+    """
+    path = folder / "config.json"
+    if not path.is_file() and needs_config:
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(
+                f"{folder} holds LoRA matrices, no model; merge them: {_CONVERT} {folder} NEW --base MODEL"
+            )
+        raise FileNotFoundError(f"{folder} has no config.json; give the folder of a checkpoint")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        kind, nested = config.get("model_type"), "text_config" in config
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is no valid configuration ({error}); get the file again") from None
+    if any(key.startswith("mm_") for key in config) and not nested:
+        raise ValueError(
+            f"{folder} is in the layout of the original LLaVA (model_type {kind!r}); convert it first: "
+            f"{_CONVERT} {folder} NEW_FOLDER"
+        )
+    names = list(WeightFiles.of_folder(folder).heads)
+    untrained = config.get("untrained_predictors") or ()
+    for predictor, prefix in PREDICTOR_PREFIXES.items():
+        if kind == "dynamic_llava" and predictor not in untrained and not any(n.startswith(prefix) for n in names):
+            raise ValueError(
+                f"{folder} lacks the whole {predictor} ({prefix}*), which its config.json does not call untrained; "
+                "missing tensors cannot be made up: get the checkpoint again"
+            )
 
 
 def check_loaded(source: str, info: dict[str, Any]) -> None:
@@ -104,7 +173,7 @@ def check_loaded(source: str, info: dict[str, Any]) -> None:
     problems = [f"{what} {_some(sorted(map(str, names)))}" for what, names in findings.items() if names]
     if problems:
         raise ValueError(
-            f"{source} is not a LLaVA-1.5 checkpoint of this configuration: {'; '.join(problems)}. Only both "
+            f"{source} is not a LLaVA-1.5 checkpoint of this configuration: {'; '.join(problems)}. Only "
             "predictors as a whole may be missing; check that the folder is complete and in llava-hf layout"
         )
 

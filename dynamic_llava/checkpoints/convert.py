@@ -1,0 +1,74 @@
+"""Conversion of checkpoints: everything is checked first, then tensors pass through one by one."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig, LlavaConfig
+
+from dynamic_llava.checkpoints.configs import config_to_hf
+from dynamic_llava.checkpoints.destination import check_destination, new_folder
+from dynamic_llava.checkpoints.plan import Dtype, Plan, Target, make_plan
+from dynamic_llava.checkpoints.processors import write_processor
+from dynamic_llava.checkpoints.tensors import write_weights
+from dynamic_llava.model.card import write_card
+from dynamic_llava.model.weight_files import WeightFiles
+
+SHARD_BYTES = 5_000_000_000
+"""Most bytes of one file of weights."""
+_GENERATION = "generation_config.json"
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    to: Target = "dynamic-llava",
+    vision_tower: str | Path | None = None,
+    base: str | Path | None = None,
+    dtype: Dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Convert a checkpoint's folder into a new one, which appears only when it is complete; return it.
+
+    source: a folder of the original LLaVA-1.5, of the published Dynamic-LLaVA, of llava-hf, of LoRA matrices over one
+    of them, or of ours. to: this library's layout, or llava-hf's without predictors. vision_tower: a CLIP folder, for a
+    source without its tower. base: what the LoRA matrices belong to. dtype: float32, float16 or bfloat16 for every
+    tensor; None keeps each as it is. say: gets one line at a time of what is done.
+    Raises FileNotFoundError and ValueError before anything is written, for whatever does not fit; ValueError also for a
+    full disk. Memory: one tensor beside what the system keeps of the one input file that is open.
+    """
+    destination = Path(destination)
+    check_destination(destination)
+    plan = make_plan(source, to=to, vision_tower=vision_tower, base=base, dtype=dtype, say=say)
+    with new_folder(destination, plan.size) as folder:
+        write_weights(folder, plan.placements, shard_bytes, say)
+        write_processor(folder, plan.source, plan.config, plan.vocabulary, to, say)
+        written = WeightFiles.of_folder(folder).heads
+        assert {name: head.shape for name, head in written.items()} == {p.name: p.shape for p in plan.placements}
+        _write_configs(folder, plan)
+    say(f"{destination}: complete")
+    return destination
+
+
+def _write_configs(folder: Path, plan: Plan) -> None:
+    """Write what is left, config.json last of all: without it nothing takes the folder for a checkpoint."""
+    config: LlavaConfig = plan.config
+    architecture: Any = "DynamicLlavaForConditionalGeneration"
+    if plan.to == "llava-hf":
+        config, architecture = config_to_hf(plan.config), "LlavaForConditionalGeneration"
+    config.architectures = [architecture]
+    own = plan.source.folder / _GENERATION
+    if not plan.source.is_original and own.is_file():
+        shutil.copyfile(own, folder / _GENERATION)
+    else:
+        # The original's own holds sampling settings that contradict each other.
+        text = plan.config.text_config
+        GenerationConfig(
+            bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=plan.vocabulary.pad_id
+        ).save_pretrained(folder)
+    if plan.to == "dynamic-llava":
+        write_card(folder, plan.config)
+    config.save_pretrained(folder)

@@ -1,0 +1,180 @@
+"""What a conversion will do, checked from names, shapes and settings before a single value is read."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from dynamic_llava.checkpoints import layouts
+from dynamic_llava.checkpoints.configs import config_from_hf, config_from_original
+from dynamic_llava.checkpoints.names import (
+    EMBEDDING,
+    HEAD,
+    PREDICTORS,
+    TOWER,
+    from_ours,
+    has_keep_first,
+    predictor_of,
+)
+from dynamic_llava.checkpoints.sources import Source, Stored, read_source, some
+from dynamic_llava.checkpoints.tensors import FLOATS, Change, Placement, add_mean_rows, swap_rows
+from dynamic_llava.checkpoints.vocabulary import Vocabulary, extend_vocabulary, keep_vocabulary, read_tokenizer
+from dynamic_llava.model import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
+
+Target = Literal["dynamic-llava", "llava-hf"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion that has been checked and can be carried out."""
+
+    source: Source
+    to: Target
+    config: DynamicLlavaConfig
+    vocabulary: Vocabulary
+    placements: list[Placement]
+
+    @property
+    def size(self) -> int:
+        """Return the bytes of the new weights."""
+        return sum(placement.size for placement in self.placements)
+
+
+def make_plan(
+    source: str | Path,
+    *,
+    to: Target = "dynamic-llava",
+    vision_tower: str | Path | None = None,
+    base: str | Path | None = None,
+    dtype: Dtype | None = None,
+    say: Callable[[str], None] = print,
+) -> Plan:
+    """Check everything there is to check and return what to do; arguments and errors are those of `convert`."""
+    for name, value, allowed in (("dtype", dtype, (None, *get_args(Dtype))), ("to", to, get_args(Target))):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} is not offered; choose one of {', '.join(filter(None, allowed))}")
+    found = read_source(Path(source), _path(vision_tower), _path(base), say)
+    config = _config(found, say)
+    own_names = _check(found, config)
+    vocabulary = _vocabulary(found, config, say)
+    new_rows = vocabulary.rows - config.text_config.vocab_size
+    config.text_config.vocab_size, config.image_token_index = vocabulary.rows, vocabulary.image_id
+    placements = []
+    for name, stored in found.tensors.items():
+        target = _target_name(name, own_names, to)
+        if target is not None:
+            placements.append(_placement(name, target, stored, new_rows, dtype))
+    _say_changes(found, config, to, say)
+    sizes: Counter[torch.dtype] = Counter()
+    for placement in placements:
+        sizes[placement.dtype] += placement.size
+    config.dtype = sizes.most_common(1)[0][0]
+    return Plan(found, to, config, vocabulary, placements)
+
+
+def _path(given: str | Path | None) -> Path | None:
+    return None if given is None else Path(given)
+
+
+def _config(source: Source, say: Callable[[str], None]) -> DynamicLlavaConfig:
+    try:
+        if source.is_original:
+            return config_from_original(source.config, source.shapes, source.vision_config, say)
+        return config_from_hf(source.config, ours=source.layout is layouts.OURS)
+    except ValueError as error:
+        raise ValueError(f"{source.folder}: {error}") from None
+    except Exception as error:  # transformers has classes of its own for a value of the wrong kind
+        raise ValueError(f"{source.folder}: config.json makes no model ({error})") from None
+
+
+def _check(source: Source, config: DynamicLlavaConfig) -> dict[str, str]:
+    """Return the module's own name of every tensor. ValueError unless names, shapes and formats are the model's."""
+    with torch.device("meta"):
+        state = DynamicLlavaForConditionalGeneration(config).state_dict()
+    # Some releases of transformers have one more level inside the tower.
+    own = {name.replace(f"{TOWER}vision_model.", TOWER): name for name in state}
+    shapes = {name: tuple(state[stored].shape) for name, stored in own.items()}
+    expected = set(own)
+    for word, prefix in PREDICTORS.items():
+        if word in config.untrained_predictors and not any(name.startswith(prefix) for name in source.tensors):
+            expected -= {name for name in own if name.startswith(prefix)}
+    wrong = []
+    missing = [_both_names(name, source) for name in own if name in expected and name not in source.tensors]
+    if missing:
+        wrong.append(f"missing tensors: {some(missing)}")
+    extra = [stored.name for name, stored in source.tensors.items() if name not in own]
+    if extra:
+        wrong.append(f"tensors that this configuration has no place for: {some(extra)}")
+    misshapen = [
+        f"{stored.name} is {stored.head.shape} and should be {shapes[name]} ({stored.head.file.name})"
+        for name, stored in source.tensors.items()
+        if name in own and stored.head.shape != shapes[name]
+    ]
+    if misshapen:
+        wrong.append(f"wrong shapes: {some(misshapen)}")
+    formats = [
+        f"{stored.name} is {stored.head.dtype}" for stored in source.tensors.values() if stored.head.dtype not in FLOATS
+    ]
+    if formats:
+        wrong.append(f"tensors that are not float32, float16, bfloat16 or float64: {some(formats)}")
+    if wrong:
+        raise ValueError(f"{source.folder} does not fit its config.json: {'; '.join(wrong)}")
+    return own
+
+
+def _both_names(name: str, source: Source) -> str:
+    stored = from_ours(name, source.layout.rules)
+    return name if stored in (None, name) else f"{stored} ({name})"
+
+
+def _vocabulary(source: Source, config: DynamicLlavaConfig, say: Callable[[str], None]) -> Vocabulary:
+    folders = [folder for folder in (source.folder, source.base) if folder is not None]
+    tokenizer = read_tokenizer(folders, source.is_original)
+    if not source.is_original:
+        return keep_vocabulary(config, tokenizer)
+    text = config.text_config
+    vocabulary = extend_vocabulary(source.config, text.vocab_size, tokenizer, text.pad_token_id)
+    say(
+        f"vocabulary: <image> is {vocabulary.image_id}, padding {vocabulary.pad_id}; {text.vocab_size} rows "
+        f"become {vocabulary.rows}, new ones the mean of the others"
+    )
+    return vocabulary
+
+
+def _target_name(name: str, own_names: dict[str, str], to: Target) -> str | None:
+    """Return the name under which one of our tensors is written; None for what the target has no place for."""
+    if to == "dynamic-llava":
+        return own_names[name]
+    return None if predictor_of(name) else from_ours(name, layouts.LLAVA_HF.rules)
+
+
+def _placement(name: str, target: str, stored: Stored, new_rows: int, dtype: Dtype | None) -> Placement:
+    changes: list[Change] = []
+    shape = stored.head.shape
+    if stored.adapter is not None:
+        changes.append(stored.adapter.merge)
+    if has_keep_first(name, stored.rule):
+        changes.append(swap_rows)
+    if new_rows and name in (EMBEDDING, HEAD):
+        changes.append(add_mean_rows(new_rows))
+        shape = (shape[0] + new_rows, *shape[1:])
+    kind = stored.head.dtype if dtype is None else getattr(torch, dtype)
+    return Placement(target, shape, kind, stored.source, stored.name, tuple(changes))
+
+
+def _say_changes(source: Source, config: DynamicLlavaConfig, to: Target, say: Callable[[str], None]) -> None:
+    swapped = sum(has_keep_first(name, stored.rule) for name, stored in source.tensors.items())
+    if swapped:
+        say(f"keep channel: the rows of {swapped} tensors are swapped, (keep, drop) becomes (drop, keep)")
+    predictors = sum(predictor_of(name) is not None for name in source.tensors)
+    if to == "llava-hf" and predictors:
+        say(f"predictors: {predictors} tensors are dropped; llava-hf's layout has no place for them")
+    elif to == "dynamic-llava" and config.untrained_predictors:
+        say(
+            f"not trained: {' and '.join(config.untrained_predictors)}; what the new folder lacks of them, loading "
+            "initialises and says so"
+        )
