@@ -1,10 +1,13 @@
 """Dynamic-LLaVA: learned sparsification of image and output tokens, on transformers 5.
 
-The public names below are loaded when they are first used; importing the package itself imports nothing else.
+The public names below are loaded when they are first used. Importing the package loads neither torch nor transformers;
+it leaves a note for transformers' Auto classes (`integrations/auto_classes.py`), so that they know our checkpoints.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from .integrations.auto_classes import register_auto_classes as _register_auto_classes
 
 if TYPE_CHECKING:
     from .config import SparsityConfig
@@ -59,3 +62,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+_register_auto_classes()

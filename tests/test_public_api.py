@@ -1,4 +1,4 @@
-"""`import dynamic_llava` is cheap and without side effects, and every public name is there and documented."""
+"""`import dynamic_llava` is cheap and loads nothing, and every public name is there and documented."""
 
 import inspect
 import json
@@ -51,13 +51,25 @@ for old, new in zip(before, after):
     loaded_after(code)
 
 
-def test_the_package_alone_registers_nothing():
+def test_the_package_alone_registers_two_stand_ins_and_loads_nothing_for_it():
+    """The Auto classes must know us after the bare import (tests/model/test_auto.py); nothing else is registered.
+
+    It was "registers nothing" once. What registers now are two names, at the end of the loading of transformers' own
+    Auto classes, by whomever; the classes that they stand for are loaded when a checkpoint of ours is.
+    """
     code = """
-from transformers import AttentionInterface, AutoConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-before = dict(AttentionInterface._global_mapping), list(CONFIG_MAPPING.keys())
-import dynamic_llava
-assert before == (dict(AttentionInterface._global_mapping), list(CONFIG_MAPPING.keys()))
+import dynamic_llava, sys
+assert not {"torch", "transformers"} & set(sys.modules)
+from transformers import AttentionInterface
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+assert set(CONFIG_MAPPING.keys()) - set(CONFIG_MAPPING_NAMES) == {"dynamic_llava"}
+assert [value.__name__ for value in PROCESSOR_MAPPING._extra_content.values()] == ["DynamicLlavaProcessor"]
+assert not MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING._extra_content
+assert not any("gated" in name or "dynamic" in name for name in AttentionInterface._global_mapping)
+own = {name for name in sys.modules if name.startswith("dynamic_llava.")}
+assert own == {"dynamic_llava.integrations", "dynamic_llava.integrations.auto_classes"}, own
 """
     loaded_after(code)
 

@@ -28,7 +28,7 @@ from dynamic_llava.processing.prompts import ImageCutError
 
 log = logging.getLogger(__name__)
 
-ARROW_FORMAT = 2
+ARROW_FORMAT = 3
 """Raised whenever the rows' meaning changes, so that no old file is read."""
 ROWS, COUNTS = "rows.arrow", "counts.json"
 FEATURES = Features(

@@ -5,6 +5,7 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from dynamic_llava.model.cache import AdmissionCache
 from dynamic_llava.model.cache_names import cache_of
@@ -15,6 +16,8 @@ from dynamic_llava.model.outputs import DynamicLlavaOutput, SparsityRecord
 AutoConfig.register("dynamic_llava", DynamicLlavaConfig)
 AutoModel.register(DynamicLlavaConfig, DynamicLlavaModel)
 AutoModelForImageTextToText.register(DynamicLlavaConfig, DynamicLlavaForConditionalGeneration)
+# The pipeline asks this table of names, which `register` does not fill, whether it serves a model.
+MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.setdefault("dynamic_llava", "DynamicLlavaForConditionalGeneration")
 # A class of another name does not inherit LLaVA's tensor names: without these two lines a dense checkpoint would load
 # with a randomly initialised head.
 register_checkpoint_conversion_mapping("DynamicLlavaModel", get_checkpoint_conversion_mapping("LlavaModel"))

@@ -5,6 +5,8 @@ from typing import Any
 from transformers import LlavaConfig
 
 from dynamic_llava.config import SparsityConfig
+from dynamic_llava.model.quantization import spare_predictors
+from dynamic_llava.model.untrained import check_names
 
 
 class DynamicLlavaConfig(LlavaConfig):
@@ -18,6 +20,8 @@ class DynamicLlavaConfig(LlavaConfig):
     model_type = "dynamic_llava"
     sparsity: Any = None
     """SparsityConfig, or a dict of some of its fields, or None for the paper's values."""
+    untrained_predictors: Any = None
+    """Names of the predictors that were newly initialised beside a dense checkpoint and have not been trained since."""
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -30,12 +34,15 @@ class DynamicLlavaConfig(LlavaConfig):
                 f"llava-hf layout ('llava') or one of ours ({cls.model_type!r})"
             )
         values["model_type"] = cls.model_type
+        if values.get("quantization_config"):
+            values["quantization_config"] = spare_predictors(values["quantization_config"])
         return values, rest
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop("model_type", None)  # a dense config.json says "llava", which would shadow the class attribute
         if self.sparsity is None:
             self.sparsity = SparsityConfig()
+        self.untrained_predictors = check_names(self.untrained_predictors)
         super().__post_init__(**kwargs)
         self._check_layer()
 

@@ -34,9 +34,14 @@ def load_image(path: str | Path, max_square_pixels: int = MAX_SQUARE_PIXELS) -> 
     """Read an image file and return it in RGB, whatever its mode (see `to_rgb`).
 
     An animation gives its first frame. EXIF orientation is ignored, as LLaVA does. Raises FileNotFoundError when there
-    is no such file, and ValueError when it is no image, is broken or cut off, or is so long or so large that its padded
-    square exceeds `max_square_pixels` (checked before the pixels are decoded).
+    is no such file, and ValueError when it is a web address or no image, is broken or cut off, or is so long or so
+    large that its padded square exceeds `max_square_pixels` (checked before the pixels are decoded).
     """
+    if str(path).startswith(("http://", "https://")):
+        raise ValueError(
+            f"{path} is a web address, and nothing is downloaded here; fetch the image first and give its file, or "
+            "open it yourself and give the Pillow image"
+        )
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no image file {path}; check the name and the image folder")

@@ -1,21 +1,22 @@
-"""The processor: texts with `<image>` places and images in, padded model inputs out.
+"""The processor: chat messages, or texts with `<image>` places and images, in; padded model inputs out.
 
 Shapes: B rows, N tokens of the longest row, I images of all rows, S side length in pixels.
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer, BatchFeature, LlavaConfig
-from transformers.utils import cached_file
+from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 
 from dynamic_llava.processing import images as image_io
+from dynamic_llava.processing.folder import read_settings, write_json
+from dynamic_llava.processing.image_processor import DynamicLlavaImageProcessor, ImageInput
+from dynamic_llava.processing.messages import Chat, Message, chat_prompt, read_chat
 from dynamic_llava.processing.prompts import (
+    CHAT_TEMPLATE,
     IMAGE_PLACE,
     EncodedConversation,
     Turn,
@@ -24,13 +25,15 @@ from dynamic_llava.processing.prompts import (
     image_places,
 )
 
-ImageInput = Image.Image | str | Path
 Images = ImageInput | Sequence[ImageInput] | Sequence[Sequence[ImageInput]]
 PADDING_SIDES = ("left", "right")
 
 
-class DynamicLlavaProcessor:
-    """Turns texts and images into the model's inputs; built on a fast transformers tokenizer.
+class DynamicLlavaProcessor(ProcessorMixin):
+    """Turns chat messages, or texts, and images into the model's inputs; built on a fast transformers tokenizer.
+
+    One of transformers' processors: `AutoProcessor`, `pipeline` and `push_to_hub` know it. Unlike LlavaProcessor it
+    always pads images to a square and tokenises the pieces between images one by one, as LLaVA-1.5 itself does.
 
     Args:
         tokenizer: a fast tokenizer (transformers' `PreTrainedTokenizerFast` or a subclass).
@@ -41,6 +44,8 @@ class DynamicLlavaProcessor:
         image_mean, image_std: normalisation per channel; the padding colour follows from the mean.
     Raises ValueError when sizes do not fit or no image token is known.
     """
+
+    image_token = IMAGE_PLACE
 
     def __init__(
         self,
@@ -61,13 +66,32 @@ class DynamicLlavaProcessor:
             image_token_id = tokenizer.get_vocab().get(IMAGE_PLACE)
         if image_token_id is None:
             raise ValueError(f"the tokenizer has no {IMAGE_PLACE!r}; give image_token_id (LLaVA-1.5: 32000)")
+        # ProcessorMixin's own constructor would only set the attributes below, and take away chat_template's fixedness.
         self.tokenizer = tokenizer
-        self.image_size = image_size
+        self.image_processor = DynamicLlavaImageProcessor(image_size, image_mean, image_std)
         self.patch_size = patch_size
         self.image_token_id = int(image_token_id)
         self.feature_select = feature_select
-        self.image_mean = tuple(float(value) for value in image_mean)
-        self.image_std = tuple(float(value) for value in image_std)
+
+    @property
+    def image_size(self) -> int:
+        """Return the side S in pixels of what the vision tower sees."""
+        return self.image_processor.image_size
+
+    @property
+    def image_mean(self) -> tuple[float, ...]:
+        """Return the mean per channel that is subtracted."""
+        return self.image_processor.image_mean
+
+    @property
+    def image_std(self) -> tuple[float, ...]:
+        """Return the standard deviation per channel that is divided by."""
+        return self.image_processor.image_std
+
+    @property
+    def chat_template(self) -> str:  # type: ignore[override]
+        """Return vicuna_v1 as a jinja template; what `apply_chat_template` writes, and fixed."""
+        return CHAT_TEMPLATE
 
     @property
     def tokens_per_image(self) -> int:
@@ -82,17 +106,24 @@ class DynamicLlavaProcessor:
                 return int(token_id)
         return 0 if self.image_token_id != 0 else 1
 
+    @property
+    def model_input_names(self) -> list[str]:
+        """Return the names of what a call makes."""
+        return ["input_ids", "attention_mask", "pixel_values"]
+
     def __call__(
         self,
         text: str | Sequence[str] | None = None,
         images: Images | None = None,
         padding_side: str = "left",
         return_tensors: str = "pt",
+        padding: bool = True,
     ) -> BatchFeature:
         """Return `input_ids` and `attention_mask` (B, N) int64 and `pixel_values` (I, 3, S, S) float32.
 
         text: one finished prompt or several; each `<image>` becomes `tokens_per_image` image tokens. images: Pillow
         images or paths, one, a flat list in row order, or one list per row. Keys of what is not given are absent.
+        padding: False refuses rows of unequal length instead of padding them.
         Raises ValueError when the images do not match the `<image>` places.
         """
         if text is None and images is None:
@@ -104,10 +135,63 @@ class DynamicLlavaProcessor:
         features: dict[str, Tensor] = {}
         if texts is not None:
             rows = [encode_prompt(self.tokenizer, row, self.tokens_per_image, self.image_token_id) for row in texts]
+            lengths = sorted({len(row) for row in rows})
+            if not padding and len(lengths) > 1:
+                raise ValueError(f"padding=False, but the rows have {lengths} tokens; leave it out to pad them")
             features.update(self.pad(rows, padding_side))
         if flat:
             features["pixel_values"] = self.preprocess_images(flat)
         return BatchFeature(features)
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Message] | Sequence[Sequence[Message]],
+        chat_template: str | None = None,
+        *,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_tensors: str | None = "pt",
+        padding_side: str = "left",
+        processor_kwargs: Mapping[str, Any] | None = None,
+    ) -> str | list[str] | Tensor | BatchFeature:
+        """Return the vicuna_v1 text of one conversation or several, or with tokenize=True the model's inputs.
+
+        A conversation is a list of messages: an optional "system", then "user" and "assistant" by turns. A message's
+        content is a text, or a list of {"type": "text", "text": ...} and {"type": "image", "image": ...}, the image
+        being a Pillow image or a path (which "path" and "url" may hold too). Parts stand on lines of their own.
+
+        Args:
+            conversation: the messages, or a list of such lists, which become the rows of a batch.
+            chat_template: not offered; the checkpoint was trained on vicuna_v1 alone.
+            add_generation_prompt: end in `ASSISTANT:` to ask for an answer.
+            continue_final_message: leave the last answer open for the model to go on with.
+            tokenize: return model inputs instead of text; images are read then.
+            return_dict: with tokenize=True, all inputs as `__call__` returns them; False gives `input_ids` alone.
+            return_tensors: "pt".
+            padding_side: as in `__call__`.
+            processor_kwargs: more arguments of `__call__`.
+        Raises ValueError for messages that vicuna_v1 has no place for, and for images that are named nowhere.
+        """
+        if chat_template is not None:
+            raise ValueError("chat_template is fixed: LLaVA-1.5 was trained on vicuna_v1; write another text yourself")
+        batched = bool(conversation) and not isinstance(conversation[0], Mapping)
+        chats = [read_chat(messages) for messages in (conversation if batched else [conversation])]
+        texts = [
+            chat_prompt(
+                chat, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message
+            )
+            for chat in chats
+        ]
+        if not tokenize:
+            if return_dict or processor_kwargs:
+                raise ValueError("return_dict and processor_kwargs have no use without tokenize=True; set it")
+            return texts if batched else texts[0]
+        images = [_named_images(chat, row) for row, chat in enumerate(chats)]
+        options = {"padding_side": padding_side, "return_tensors": return_tensors or "pt", **(processor_kwargs or {})}
+        inputs = self(text=texts, images=images, **options)
+        return inputs if return_dict else inputs["input_ids"]
 
     def encode_conversation(self, turns: Sequence[Turn], max_length: int | None = None) -> EncodedConversation:
         """Return ids, labels and answers of a training sample (see `prompts.encode_conversation`)."""
@@ -117,8 +201,7 @@ class DynamicLlavaProcessor:
 
     def preprocess_images(self, images: Sequence[ImageInput]) -> Tensor:
         """Return (I, 3, S, S) float32 pixel values of Pillow images or image files."""
-        opened = [image if isinstance(image, Image.Image) else image_io.load_image(image) for image in images]
-        return image_io.preprocess(opened, self.image_size, self.image_mean, self.image_std)
+        return self.image_processor.pixels(images)
 
     def pad(self, rows: Sequence[Sequence[int]], padding_side: str = "left") -> dict[str, Tensor]:
         """Return `input_ids` and `attention_mask`, both (B, N) int64, of rows of unequal length."""
@@ -135,66 +218,67 @@ class DynamicLlavaProcessor:
             attention_mask[number, place] = 1
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
-    def decode(self, ids: Any, skip_special_tokens: bool = True) -> str:
+    def decode(self, ids: Any, skip_special_tokens: bool = True, **kwargs: Any) -> str:
         """Return the text of one row of token ids (a tensor or a list); image tokens are left out."""
         ids = [token for token in _as_list(ids) if token != self.image_token_id]
-        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, **kwargs)
 
-    def batch_decode(self, rows: Any, skip_special_tokens: bool = True) -> list[str]:
+    def batch_decode(self, rows: Any, skip_special_tokens: bool = True, **kwargs: Any) -> list[str]:
         """Return the text of every row; see `decode`."""
-        return [self.decode(row, skip_special_tokens) for row in rows]
+        return [self.decode(row, skip_special_tokens, **kwargs) for row in rows]
+
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
+    ) -> list[str]:
+        """Return the text of every row of what `generate` returned; transformers' pipeline asks for it."""
+        return self.batch_decode(generated_outputs, skip_special_tokens, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **tokenizer_arguments: Any) -> "DynamicLlavaProcessor":
+    def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> "DynamicLlavaProcessor":  # type: ignore[override]
         """Load from a checkpoint folder (or hub name): tokenizer files, config.json and preprocessor_config.json.
 
         Without config.json, processor_config.json (written by `save_pretrained`) gives the sizes. Images are always
         padded to a square, also where an old preprocessor_config.json crops instead: LLaVA-1.5 was trained so.
+        `kwargs` are those of transformers' AutoTokenizer, hub arguments such as `revision` and `token` included; the
+        tokenizer pads on the left unless padding_side says otherwise.
         Raises FileNotFoundError when the sizes are nowhere to be found, and ValueError when two files contradict.
         """
-        name = str(folder)
-        model, processor = _read_json(name, "config.json"), _read_json(name, "processor_config.json") or {}
-        pixels = _read_json(name, "preprocessor_config.json") or processor.get("image_processor") or {}
-        if model is None and not ("patch_size" in processor and "crop_size" in pixels):
-            raise FileNotFoundError(
-                f"{name} holds neither config.json nor processor_config.json with preprocessor_config.json; "
-                "give the folder of a LLaVA checkpoint (llava-hf layout) or of a saved processor"
-            )
-        tokenizer = AutoTokenizer.from_pretrained(name, **tokenizer_arguments)
-        settings = _sizes_of_model(model) if model is not None else _sizes_of_processor(processor, pixels)
-        _check_pixels(name, pixels, settings["image_size"])
-        return cls(
-            tokenizer,
-            **settings,
-            image_mean=pixels.get("image_mean", image_io.CLIP_MEAN),
-            image_std=pixels.get("image_std", image_io.CLIP_STD),
-        )
+        settings = read_settings(str(folder), kwargs)
+        return cls(AutoTokenizer.from_pretrained(str(folder), **{"padding_side": "left", **kwargs}), **settings)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the tokenizer, preprocessor_config.json and processor_config.json (readable by transformers too)."""
+    def save_pretrained(self, folder: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+        """Write the tokenizer, preprocessor_config.json, processor_config.json and chat_template.jinja.
+
+        transformers' own LlavaProcessor reads them too. `kwargs` belong to push_to_hub=True.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save_pretrained(str(folder))
-        flags = ("convert_rgb", "pad", "resize", "center_crop", "rescale", "normalize")
-        pixels = {
-            "image_processor_type": "LlavaImageProcessor",
-            **{f"do_{flag}": True for flag in flags},
-            "size": {"shortest_edge": self.image_size},
-            "crop_size": {"height": self.image_size, "width": self.image_size},
-            "resample": int(Image.Resampling.BICUBIC),
-            "rescale_factor": 1 / 255,
-            "image_mean": list(self.image_mean),
-            "image_std": list(self.image_std),
-        }
-        processor = {
-            "processor_class": "LlavaProcessor",
+        write_json(folder / "preprocessor_config.json", self.image_processor.to_dict())
+        if getattr(self.tokenizer, "legacy", None) is not None:
+            # LlamaTokenizer forgets this flag when it is saved, and a new one takes False: other ids behind "</s>".
+            self.tokenizer.init_kwargs["legacy"] = self.tokenizer.legacy
+        return super().save_pretrained(str(folder), push_to_hub=push_to_hub, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what processor_config.json holds."""
+        return {
+            "processor_class": type(self).__name__,
             "image_token": IMAGE_PLACE,
             "num_additional_image_tokens": 1,  # CLIP's class token, which feature_select "default" takes away again
             "patch_size": self.patch_size,
             "vision_feature_select_strategy": self.feature_select,
         }
-        _write_json(folder / "preprocessor_config.json", pixels)
-        _write_json(folder / "processor_config.json", processor)
+
+
+def _named_images(chat: Chat, row: int) -> list[ImageInput]:
+    """Return a conversation's images; ValueError where a part marks a place and names none."""
+    missing = sum(image is None for image in chat.images)
+    if missing:
+        raise ValueError(
+            f"{missing} images of conversation {row} are named nowhere; write {{'type': 'image', 'image': picture}}, "
+            "or make the text with tokenize=False and give it to the processor with images=..."
+        )
+    return [image for image in chat.images if image is not None]
 
 
 def _check_images(texts: list[str] | None, images: Images | None) -> list[ImageInput]:
@@ -221,52 +305,6 @@ def _check_images(texts: list[str] | None, images: Images | None) -> list[ImageI
             f"write one {IMAGE_PLACE} per image into the texts"
         )
     return list(images)
-
-
-def _sizes_of_model(values: dict[str, Any]) -> dict[str, Any]:
-    config = LlavaConfig.from_dict({key: value for key, value in values.items() if key != "sparsity"})
-    return {
-        "image_size": config.vision_config.image_size,
-        "patch_size": config.vision_config.patch_size,
-        "image_token_id": config.image_token_index,
-        "feature_select": config.vision_feature_select_strategy,
-    }
-
-
-def _sizes_of_processor(processor: dict[str, Any], pixels: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "image_size": _side(pixels["crop_size"]),
-        "patch_size": processor["patch_size"],
-        "feature_select": processor.get("vision_feature_select_strategy", "default"),
-    }
-
-
-def _check_pixels(name: str, pixels: dict[str, Any], image_size: int) -> None:
-    if "crop_size" in pixels and _side(pixels["crop_size"]) != image_size:
-        raise ValueError(
-            f"{name}: preprocessor_config.json makes images of {_side(pixels['crop_size'])} pixels and the vision "
-            f"tower sees {image_size}; correct one of the two files"
-        )
-    if abs(pixels.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
-        raise ValueError(f"{name}: rescale_factor={pixels['rescale_factor']} is not offered; LLaVA-1.5 uses 1/255")
-
-
-def _side(size: int | dict[str, int]) -> int:
-    return size if isinstance(size, int) else size["height"]
-
-
-def _read_json(name: str, file: str) -> dict[str, Any] | None:
-    found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-    if found is None:
-        return None
-    try:
-        return json.loads(Path(found).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{found} is no valid JSON ({error}); replace the file") from None
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _as_list(ids: Any) -> list[int]:

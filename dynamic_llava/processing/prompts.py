@@ -5,7 +5,9 @@ The text is LLaVA's `conv_vicuna_v1` (SeparatorStyle.TWO, sep " ", sep2 "</s>"):
 Only the answers and the `</s>` behind each of them are learned (LLaVA's `preprocess_v1`).
 """
 
+import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,8 +21,34 @@ IMAGE_PLACE = "<image>"
 """Marks in a text where an image's tokens go."""
 END_OF_ANSWER = "</s>"
 """Closes every answer; learned together with it."""
+WORD_START = "\u2581"
+"""SentencePiece's mark of a space in front of a word; written in a text, it is a space."""
 IGNORED_LABEL = -100
 """Label of every token that is not learned."""
+
+_TEMPLATE = """\
+{%- macro text(content) -%}
+{%- if content is string -%}{{ content }}
+{%- else -%}
+{%- for part in content -%}
+{{- '' if loop.first else '\\n' -}}
+{{- '@IMAGE@' if part['type'] == 'image' else part['text'] -}}
+{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+{%- if messages[0]['role'] == 'system' -%}
+{{- text(messages[0]['content']) + ' ' -}}{%- set spoken = messages[1:] -%}
+{%- else -%}
+{{- "@SYSTEM@ " -}}{%- set spoken = messages -%}
+{%- endif -%}
+{%- for message in spoken -%}
+{{- 'USER: ' + text(message['content']) + ' ' if message['role'] == 'user' -}}
+{{- 'ASSISTANT: ' + text(message['content']) + '@END@' if message['role'] == 'assistant' -}}
+{%- endfor -%}
+{{- 'ASSISTANT:' if add_generation_prompt -}}
+"""
+CHAT_TEMPLATE = _TEMPLATE.replace("@IMAGE@", IMAGE_PLACE).replace("@SYSTEM@", SYSTEM).replace("@END@", END_OF_ANSWER)
+"""The same text as a jinja template, for tools that read chat_template.jinja; this package itself does not use it."""
 
 Turn = tuple[str, str | None]
 """A question and its answer; None asks for the answer (only in the last turn)."""
@@ -145,8 +173,32 @@ def _encode(tokenizer: Any, text: str, tokens_per_image: int, image_token_id: in
             ids += [image_token_id] * tokens_per_image
             starts += [-1] * tokens_per_image
         if piece:
-            encoded = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
+            doubled = _swallowed_spaces(tokenizer, piece)
+            encoded = tokenizer(_insert_spaces(piece, doubled), add_special_tokens=False, return_offsets_mapping=True)
             ids += encoded.input_ids
-            starts += [offset + start for start, _ in encoded.offset_mapping]
+            shifts = np.array(doubled) + np.arange(len(doubled))  # where the inserted spaces lie now
+            starts += [offset + start - int((shifts < start).sum()) for start, _ in encoded.offset_mapping]
         offset += len(piece) + len(IMAGE_PLACE)
     return ids, starts
+
+
+def _swallowed_spaces(tokenizer: Any, piece: str) -> list[int]:
+    """Return the places of `piece` where text begins with a space that this tokenizer would take for its word-start.
+
+    SentencePiece, which LLaVA uses, begins a text with a word-start of its own, whatever follows. transformers 5
+    imitates it by a Metaspace, which leaves it out before a space; the space is doubled there to get both. With
+    legacy=True ("always") a text begins behind every special token too, with legacy=False ("first") only at the front.
+    """
+    scheme = getattr(tokenizer.backend_tokenizer.pre_tokenizer, "prepend_scheme", "never")
+    if scheme == "never":
+        return []
+    ends = {0}
+    if scheme == "always":
+        for token in tokenizer.get_added_vocab():
+            ends.update(found.end() for found in re.finditer(re.escape(token), piece))
+    return sorted(end for end in ends if piece.startswith((" ", WORD_START), end))
+
+
+def _insert_spaces(piece: str, places: list[int]) -> str:
+    bounds = [0, *places, len(piece)]
+    return " ".join(piece[start:end] for start, end in pairwise(bounds))

@@ -147,6 +147,9 @@ def build_trainer(
 
 def save(config: RunConfig, trainer: DynamicLlavaTrainer, processor: DynamicLlavaProcessor) -> None:
     """Write the trained model into the run's folder, where it appears when it is whole; every process calls it."""
+    settings = trainer.accelerator.unwrap_model(trainer.model).config
+    learned = config.train.learning_rates
+    settings.untrained_predictors = [name for name in settings.untrained_predictors if name not in learned]
     with published(config.folder, least_bytes(trainer.model, optimizer=False)) as unfinished:
         folder = unfinished / "model"
         if config.lora is None:

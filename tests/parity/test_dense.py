@@ -1,5 +1,6 @@
 """With nothing dropped the model IS transformers' LLaVA: the same logits to the last bit, the same generations."""
 
+import copy
 from dataclasses import dataclass
 
 import pytest
@@ -7,7 +8,16 @@ import torch
 from transformers.generation import GenerationMixin
 
 from dynamic_llava import get_method
-from tests.builders import assert_same_logits, build_model, collate, dense_twin, fixed_rows, prompts
+from tests.builders import (
+    assert_same_logits,
+    build_model,
+    collate,
+    dense_twin,
+    fixed_rows,
+    make_row,
+    prompt_segments,
+    prompts,
+)
 
 MODES = {
     "greedy": {"do_sample": False},
@@ -125,3 +135,43 @@ def test_sparse_settings_do_change_the_result(pair):
     call = {**inputs, "max_new_tokens": 6, "do_sample": False}
     dense = pair.ours.generate(**call, sparsity="none")
     assert not torch.equal(pair.ours.generate(**call), dense)
+
+
+IMAGES = {"none": [0], "one": [1], "two": [2], "three": [3], "ragged": [1, 0, 3, 2]}
+"""Images of each row of a batch."""
+
+
+def rows_with(images, seed):
+    """Return a row for each number of images, of unequal length."""
+    return [
+        make_row([*prompt_segments(count, [2 + row, *[1 + row % 2] * count]), ("output", 3)], seed + row)
+        for row, count in enumerate(images)
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("images", IMAGES.values(), ids=IMAGES)
+@torch.no_grad()
+def test_logits_are_identical_for_every_shape_and_precision(pair, images, dtype):
+    """Heads and attention come from `pair`; both padding sides, prefill and the cached steps behind it."""
+    ours, theirs = copy.deepcopy(pair.ours).to(dtype), copy.deepcopy(pair.theirs).to(dtype)
+    for side in ("left", "right"):
+        inputs = without_switches(collate(rows_with(images, seed=50), side))
+        real = inputs["attention_mask"].bool()
+        expected, actual = theirs(**inputs).logits, ours(**inputs, sparsity="none").logits
+        assert actual.dtype == expected.dtype == dtype
+        assert torch.equal(actual[real], expected[real]), side
+    call = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    inputs = {name: value for name, value in prompts(rows_with(images, seed=60)).items() if value is not None}
+    expected, actual = theirs.generate(**inputs, **call), ours.generate(**inputs, **call, sparsity="none")
+    assert torch.equal(actual.sequences, expected.sequences)
+    assert torch.equal(torch.stack(actual.logits), torch.stack(expected.logits))
+
+
+@torch.no_grad()
+def test_identity_is_not_for_want_of_a_difference(pair):
+    """Another padding side or number of images does change the logits that are compared above."""
+    one, two = (without_switches(collate(rows_with([count], seed=50))) for count in (1, 2))
+    last = [pair.theirs(**inputs).logits[:, -1] for inputs in (one, two)]
+    assert not torch.equal(*last)
+    assert not torch.equal(pair.ours(**two).logits[:, -1], last[1])

@@ -1,0 +1,52 @@
+"""Quantised loading that leaves the predictors alone: few weights, which decide over everything the layers above see.
+
+transformers replaces every linear layer that its quantisation settings do not exclude. The exclusion is made here, so
+that nobody has to know the predictors' names.
+"""
+
+import copy
+from typing import Any
+
+EXCLUDED = ("model.language_model.image_predictor", "model.language_model.output_predictor")
+"""Modules that keep the number format of the checkpoint, or of `dtype`."""
+_DEFAULT = ("lm_head",)
+"""What transformers excludes by itself, but only where no list is given."""
+_FIELDS = ("modules_to_not_convert", "llm_int8_skip_modules", "skip_modules")
+"""What the list is called: in torchao and most others, in bitsandbytes, in HQQ."""
+_FIELD_OF_METHOD = {"bitsandbytes": "llm_int8_skip_modules", "hqq": "skip_modules"}
+
+
+def spare_predictors(settings: Any) -> Any:
+    """Return a copy of quantisation settings that exclude both predictors, and what they exclude already.
+
+    `settings` is a configuration of transformers (BitsAndBytesConfig, TorchAoConfig, ...), or the dict of one as it
+    stands in config.json. Raises ValueError for a configuration that cannot exclude anything.
+    """
+    settings = copy.deepcopy(settings)
+    if isinstance(settings, dict):
+        field = _field_of_dict(settings)
+        settings[field] = _with_predictors(settings.get(field))
+        return settings
+    field = next((name for name in _FIELDS if hasattr(settings, name)), "")
+    if not field:
+        raise ValueError(
+            f"{type(settings).__name__} has no list of modules to leave out ({', '.join(_FIELDS)}), so it would "
+            "quantise the predictors; use BitsAndBytesConfig, TorchAoConfig or another one with such a list"
+        )
+    setattr(settings, field, _with_predictors(getattr(settings, field)))
+    return settings
+
+
+def _field_of_dict(settings: dict[str, Any]) -> str:
+    present = [name for name in _FIELDS if name in settings]
+    if present:
+        return present[0]
+    # bitsandbytes need not say its name: transformers knows it by these two switches.
+    switched = settings.get("load_in_8bit") or settings.get("load_in_4bit")
+    method = "bitsandbytes" if switched else str(settings.get("quant_method", ""))
+    return _FIELD_OF_METHOD.get(method, "modules_to_not_convert")
+
+
+def _with_predictors(given: list[str] | None) -> list[str]:
+    excluded = list(_DEFAULT if given is None else given)
+    return excluded + [name for name in EXCLUDED if name not in excluded]

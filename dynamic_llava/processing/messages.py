@@ -1,0 +1,117 @@
+"""Chat messages, as transformers' users write them, read into vicuna_v1 turns and images.
+
+    [{"role": "user", "content": [{"type": "image", "path": "cat.jpg"}, {"type": "text", "text": "What is it?"}]}]
+
+A message's parts stand on lines of their own: an image in front of a question gives LLaVA's "<image>\\nWhat is it?".
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from dynamic_llava.processing.prompts import END_OF_ANSWER, IMAGE_PLACE, SYSTEM, Turn, conversation_prompt
+
+Message = Mapping[str, Any]
+"""`role` ("system", "user" or "assistant") and `content`: a text, or a list of parts of type "text" or "image"."""
+IMAGE_SOURCES = ("image", "path", "url")
+"""Keys under which a part of type "image" may hold its image."""
+
+
+class Chat(NamedTuple):
+    """One conversation as vicuna_v1 has it."""
+
+    system: str
+    turns: list[Turn]
+    """(question, answer) pairs with `<image>` places; only the last answer may be None."""
+    images: list[Image.Image | str | Path | None]
+    """The images in their order; None for a part that names none and only marks the place."""
+
+
+def read_chat(messages: Sequence[Message]) -> Chat:
+    """Read the messages of one conversation.
+
+    Raises ValueError that names the message for unknown roles, kinds of content and orders of speakers, and for images
+    outside of questions.
+    """
+    if not messages:
+        raise ValueError("a conversation needs at least one message; an empty list was given")
+    images: list[Image.Image | str | Path | None] = []
+    texts = [_text(message, number, images) for number, message in enumerate(messages)]
+    roles = [message["role"] for message in messages]
+    first = int(roles[0] == "system")
+    for number, role in enumerate(roles[first:], first):
+        expected = ("user", "assistant")[(number - first) % 2]
+        if role != expected:
+            raise ValueError(
+                f"message {number} has role {role!r} where {expected!r} belongs; a conversation is an optional system "
+                "message, then user and assistant by turns"
+            )
+    spoken = texts[first:]
+    if not spoken:
+        raise ValueError("the conversation holds a system message alone; add a user message")
+    answers: list[str | None] = [*spoken[1::2]]
+    answers += [None] * (len(spoken) % 2)
+    return Chat(texts[0] if first else SYSTEM, list(zip(spoken[::2], answers, strict=True)), images)
+
+
+def chat_prompt(chat: Chat, *, add_generation_prompt: bool = False, continue_final_message: bool = False) -> str:
+    """Return the vicuna_v1 text of a conversation (`prompts.conversation_prompt`).
+
+    add_generation_prompt: end in `ASSISTANT:`, which asks for the answer to the last question.
+    continue_final_message: leave the last answer open, so that a model goes on with it.
+    Raises ValueError where the last message does not fit to what is asked for, or both are.
+    """
+    if add_generation_prompt and continue_final_message:
+        raise ValueError("add_generation_prompt and continue_final_message exclude each other; set one of them")
+    is_answered = chat.turns[-1][1] is not None
+    if add_generation_prompt and is_answered:
+        raise ValueError(
+            "add_generation_prompt=True asks for an answer, but the last message is the assistant's; end in a user "
+            "message, or set continue_final_message=True to let the model go on with it"
+        )
+    if continue_final_message and not is_answered:
+        raise ValueError(
+            "continue_final_message=True goes on with an answer, but the last message is the user's; end in an "
+            "assistant message, or set add_generation_prompt=True"
+        )
+    text = conversation_prompt(chat.turns, chat.system)
+    if continue_final_message:
+        return text.removesuffix(END_OF_ANSWER)
+    return text if is_answered or add_generation_prompt else text.removesuffix("ASSISTANT:")
+
+
+def _text(message: Message, number: int, images: list[Image.Image | str | Path | None]) -> str:
+    """Return the text of a message with its `<image>` places; append its images to `images`."""
+    if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+        raise ValueError(f"message {number} is {message!r}; a message is a dict with 'role' and 'content'")
+    role, content = message["role"], message["content"]
+    if role not in ("system", "user", "assistant"):
+        raise ValueError(f"message {number} has role {role!r}; choose 'system', 'user' or 'assistant'")
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, Sequence):
+        raise ValueError(f"message {number} has content of type {type(content).__name__}; give a text or a list")
+    return "\n".join(_part(part, role, number, images) for part in content)
+
+
+def _part(part: Any, role: str, number: int, images: list[Image.Image | str | Path | None]) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    if kind != "image":
+        raise ValueError(
+            f"message {number} holds {part!r}; a part is {{'type': 'text', 'text': ...}} or {{'type': 'image', "
+            "'image' or 'path': ...}"
+        )
+    if role != "user":
+        raise ValueError(f"message {number} of role {role!r} holds an image; images belong into the user's messages")
+    named = [key for key in part if key != "type"]
+    if len(named) > 1 or not set(named) <= set(IMAGE_SOURCES):
+        raise ValueError(
+            f"message {number} gives an image by {named}; give one of {', '.join(map(repr, IMAGE_SOURCES))}, or none "
+            "to mark the place alone"
+        )
+    images.append(part[named[0]] if named else None)
+    return IMAGE_PLACE
