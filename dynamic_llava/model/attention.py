@@ -1,4 +1,5 @@
-"""Llama attention with MaskedSoftmax (Eq. 7) where a keep mask rides along, and one recomputed attention row.
+"""Llama attention with MaskedSoftmax (Eq. 7) where a keep mask rides along, on a ragged cache where a decoding step has
+filled its rows to different lengths, and one recomputed attention row.
 
 Shape suffixes: B rows, N tokens, H heads, D hidden size.
 """
@@ -11,10 +12,15 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 
 from dynamic_llava.model.cache_names import CACHE
 from dynamic_llava.sparsity.masked_softmax import masked_softmax_attention
+from dynamic_llava.sparsity.ragged_attention import ragged_attention
 
 
 class DynamicLlamaAttention(LlamaAttention):
-    """transformers' LlamaAttention; with `keep_mask` given, dropped tokens are masked by Eq. 7 instead of removed."""
+    """transformers' LlamaAttention, and two attentions of ours, chosen by what is given.
+
+    With `keep_mask`, dropped tokens are masked by Eq. 7 instead of removed; with `filled`, one new token of each row
+    attends to the filled slots of an admission cache.
+    """
 
     def forward(
         self,
@@ -24,13 +30,17 @@ class DynamicLlamaAttention(LlamaAttention):
         keep_mask: Tensor | None = None,
         padding_mask: Tensor | None = None,
         masked_softmax: str = "auto",
+        filled: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from (B, N, D) to (B, N, D).
 
         keep_mask is (B, N) float, 1 = kept, its gradient is exact; padding_mask is (B, N) bool, True = real token; both
-        belong to a whole sequence without cache. Without keep_mask this is the parent's forward.
+        belong to a whole sequence without cache. filled is (B,) int64, the slots that each row of the cache has filled
+        before its new token (N = 1). With neither of them this is the parent's forward.
         """
+        if filled is not None:
+            return self._attend_to_slots(hidden_states, position_embeddings, filled, kwargs[CACHE])
         if keep_mask is None:
             return super().forward(
                 hidden_states,
@@ -59,6 +69,14 @@ class DynamicLlamaAttention(LlamaAttention):
         out_BND = out_BHNd.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)
         return self.o_proj(out_BND), None
 
+    def _attend_to_slots(
+        self, hidden_B1D: Tensor, rotation: tuple[Tensor, Tensor], filled_B: Tensor, cache: Any
+    ) -> tuple[Tensor, None]:
+        query, key, value = self._project(hidden_B1D, rotation)
+        keys, values = cache.update(key, value, self.layer_idx)
+        out_BH1d = ragged_attention(query, keys, values, filled_B, scale=self.scaling)
+        return self.o_proj(out_BH1d.flatten(1)[:, None]), None
+
     def _project(self, hidden_BND: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         shape = (*hidden_BND.shape[:-1], -1, self.head_dim)
         query = self.q_proj(hidden_BND).view(shape).transpose(1, 2)
@@ -66,6 +84,14 @@ class DynamicLlamaAttention(LlamaAttention):
         value = self.v_proj(hidden_BND).view(shape).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *rotation)
         return query, key, value
+
+
+def cache_mask(visible_BQW: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
+    """Return (B, Q, W) bool as the 4D mask of an attention implementation: bool for sdpa, additive for eager."""
+    visible = visible_BQW[:, None]
+    if implementation == "sdpa":
+        return visible
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)
 
 
 def attention_row(

@@ -4,6 +4,7 @@ Layers below the sparse layer store every token; the sparse layer and all later 
 tokens and admitted output tokens. Shape suffixes: B rows, H key-value heads, N tokens, D head dimension.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dynamic_llava.layout import Packing
-from dynamic_llava.sparsity.cache import AdmissionSlots, SlotStorage
+from dynamic_llava.model.outputs import SparsityRecord
+from dynamic_llava.sparsity.cache import AdmissionSlots, SlotStorage, TokenSlots
 
 LIVE_CACHE_ATTENTION = ("sdpa", "eager")
 """Attention implementations that can read a cache whose rows have different lengths."""
@@ -43,6 +45,13 @@ class AdmissionLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
             return key_states, value_states
         self.keys, self.values = self._keys.write(key_states), self._values.write(value_states)
+        return self.keys, self.values
+
+    def grow(self) -> tuple[Tensor, Tensor]:
+        """Return keys and values, (B, H, W, D) each, after growing to the group's capacity."""
+        if self._keys is None or self._values is None:
+            raise RuntimeError("the cache is empty; open it with a first chunk")
+        self.keys, self.values = self._keys.grown(), self._values.grown()
         return self.keys, self.values
 
     def storages(self) -> tuple[SlotStorage, ...]:
@@ -93,6 +102,31 @@ class AdmissionLayer(CacheLayerMixin):
             )
 
 
+@dataclass(frozen=True)
+class StepCache:
+    """The cache as the layers of a single-token step use it: tensors and nothing else, so that the step can be traced.
+
+    It holds the storages of an AdmissionCache, not copies, and writes to them in place.
+    """
+
+    keys: list[Tensor]
+    """Per layer (B, H, W, D)."""
+    values: list[Tensor]
+    """Per layer (B, H, W, D)."""
+    dense: TokenSlots
+    sparse: TokenSlots
+    sparse_layer: int
+
+    def slots_of(self, layer_idx: int) -> TokenSlots:
+        """Return the slots of the group that a layer belongs to."""
+        return self.dense if layer_idx < self.sparse_layer else self.sparse
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store the token's key and value, (B, H, 1, D) each; returns the storages, (B, H, W, D)."""
+        slots = self.slots_of(layer_idx)
+        return slots.write(self.keys[layer_idx], key), slots.write(self.values[layer_idx], value)
+
+
 class AdmissionCache(Cache):
     """The live state of one generation; belongs to its caller, never to the model."""
 
@@ -110,6 +144,8 @@ class AdmissionCache(Cache):
         """(B,) int64: output tokens seen so far in each row."""
         self.seen_images: Tensor | None = None
         """(B,) int64: images seen so far in each row."""
+        self.records: list[SparsityRecord] = []
+        """What each pass so far kept, in order; together they cover the columns seen so far."""
         groups = [self.dense] * sparse_layer + [self.sparse] * (num_layers - sparse_layer)
         super().__init__(layers=[AdmissionLayer(slots, self) for slots in groups])
 
@@ -123,12 +159,30 @@ class AdmissionCache(Cache):
         """Rows of the cache, -1 while it is empty."""
         return -1 if self.dense.lengths is None else self.dense.lengths.shape[0]
 
+    @property
+    def record(self) -> SparsityRecord | None:
+        """What was kept of all tokens seen so far, calls of `generate` and of `forward` alike; None while empty."""
+        return SparsityRecord.joined(self.records) if self.records else None
+
     def open_dense(self, valid_BN: Tensor | None, batch: int, tokens: int, device: torch.device) -> None:
         """Begin the dense group with a chunk; valid_BN is None where nothing is padding."""
         if valid_BN is None:
             self.dense.open(torch.full((batch,), tokens, device=device), tokens)
         else:
             self.dense.open(valid_BN.sum(1), tokens, Packing.of(valid_BN))
+
+    def begin_step(self) -> StepCache:
+        """Reserve a slot in every row for one new token; storages grow here, outside the step itself."""
+        self.dense.reserve(1)
+        self.sparse.reserve(1)
+        keys, values = zip(*(layer.grow() for layer in self.layers), strict=True)
+        return StepCache(
+            keys=list(keys),
+            values=list(values),
+            dense=TokenSlots(self.dense.open_lengths()),
+            sparse=TokenSlots(self.sparse.open_lengths()),
+            sparse_layer=self.sparse_layer,
+        )
 
     def count(self, tokens: int, outputs_B: Tensor, images_B: Tensor) -> None:
         """Record how many columns, output tokens and images a chunk had."""
@@ -153,7 +207,7 @@ class AdmissionCache(Cache):
         self.dense, self.sparse = AdmissionSlots(self.dense.block), AdmissionSlots(self.sparse.block)
         for index, layer in enumerate(self.layers):
             layer.slots = self.dense if index < self.sparse_layer else self.sparse
-        self.seen_tokens, self.seen_outputs, self.seen_images = 0, None, None
+        self.seen_tokens, self.seen_outputs, self.seen_images, self.records = 0, None, None, []
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Choose rows, for beam search."""
@@ -175,6 +229,8 @@ class AdmissionCache(Cache):
         self.sparse.select_rows(choose)
         if self.seen_outputs is not None and self.seen_images is not None:
             self.seen_outputs, self.seen_images = choose(self.seen_outputs), choose(self.seen_images)
+        if self.records:
+            self.records = [SparsityRecord.joined(self.records).select_rows(choose)]
 
     def allocated_bytes(self) -> int:
         """Bytes of key and value storage, all layers."""

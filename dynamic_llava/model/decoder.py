@@ -11,7 +11,7 @@ turn    a chunk of several tokens on a live cache (a later user turn)
 Shape suffixes: B rows, N tokens, K packed tokens, Q new tokens, W cache slots, D hidden size.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,34 +25,16 @@ from transformers.utils.output_capturing import capture_outputs
 
 from dynamic_llava.config import SparsityConfig
 from dynamic_llava.layout import Packing, TokenLayout
-from dynamic_llava.methods import Method, Predictors
-from dynamic_llava.model.attention import DynamicLlamaAttention, attention_row
+from dynamic_llava.methods import Predictors
+from dynamic_llava.model.attention import DynamicLlamaAttention, attention_row, cache_mask
 from dynamic_llava.model.cache import AdmissionCache, check_attention, check_cache
 from dynamic_llava.model.cache_names import CACHE
-from dynamic_llava.model.decide import Past, admit_token, hard_keep_mask, is_trainable, sampled_keep_mask
+from dynamic_llava.model.decide import Past, hard_keep_mask, is_trainable, sampled_keep_mask
 from dynamic_llava.model.outputs import DynamicModelOutput, SparsityRecord
+from dynamic_llava.model.plan import Plan
+from dynamic_llava.model.step import compiled_step, decode_step
 from dynamic_llava.sparsity.decisions import clip_mask_gradient
 from dynamic_llava.sparsity.predictors import ImagePredictor, OutputPredictor
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything a pass needs to know besides the hidden states; made once per call, changed by none."""
-
-    method: Method
-    layout: TokenLayout
-    sample_key: Tensor
-    """(B,) int64: noise key of each sample."""
-    masked: bool = False
-    """Keep the full length and mask (training, teacher forcing) instead of removing tokens."""
-    answers_only: bool = False
-    """Mask as inference decides; hidden states are wanted at prompt and answer tokens only."""
-    tau: float = 1.0
-    """Temperature of the relaxation."""
-    output_keep_rate: float = 0.5
-    """r_OT: share of each answer that a relaxation with a budget keeps in training."""
-    keep_mask: Tensor | None = None
-    """(B, N): decisions given by the caller instead of made by the method."""
 
 
 class DynamicLlamaModel(LlamaModel):
@@ -276,7 +258,7 @@ class DynamicLlamaModel(LlamaModel):
         if cache is not None:
             cache.sparse.retract_last(~kept_last_B & layout.valid.any(1))
             self._count(cache, layout)
-            record = _with_lengths(record, cache)
+            record = _recorded(record, cache)
         return DynamicModelOutput(
             last_hidden_state=packing.put(self.norm(hidden_BKD), length), cache=cache, sparsity=record
         )
@@ -284,28 +266,12 @@ class DynamicLlamaModel(LlamaModel):
     def _step_pass(
         self, hidden_B1D: Tensor, plan: Plan, position_ids: Tensor, cache: AdmissionCache, kwargs: dict[str, Any]
     ) -> DynamicModelOutput:
-        layout, sparse_layer = plan.layout, plan.method.layer
-        rotation = self.rotary_emb(hidden_B1D, position_ids=position_ids)
-        mask = self._cache_mask(cache.dense.place_token(), hidden_B1D.dtype)
-        for layer in self.layers[:sparse_layer]:
-            hidden_B1D = layer(
-                hidden_B1D, attention_mask=mask, position_embeddings=rotation, **{CACHE: cache}, **kwargs
-            )
-        if plan.keep_mask is not None:
-            admit_B = plan.keep_mask[:, -1].bool() & layout.valid[:, 0]
-        else:
-            admit_B = admit_token(
-                plan.method, self._predictors(), hidden_B1D, layout, plan.sample_key, cache.seen_outputs
-            )
-        mask = self._cache_mask(cache.sparse.place_token(), hidden_B1D.dtype)
-        hidden_B1D = self._late_layers(hidden_B1D, plan, mask, rotation, cache, kwargs)
-        cache.dense.commit_token(layout.valid[:, 0])
-        cache.sparse.commit_token(admit_B)
-        self._count(cache, layout)
-        record = SparsityRecord(layout=layout, keep_mask=admit_B[:, None], sparsified_output=layout.output)
-        return DynamicModelOutput(
-            last_hidden_state=self.norm(hidden_B1D), cache=cache, sparsity=_with_lengths(record, cache)
-        )
+        inputs = hidden_B1D, plan, position_ids, cache.seen_outputs, cache.begin_step()
+        run = compiled_step if plan.compile else decode_step
+        hidden_B1D, admit_B = run(self, *inputs, **kwargs)
+        self._count(cache, plan.layout)
+        record = SparsityRecord(layout=plan.layout, keep_mask=admit_B[:, None], sparsified_output=plan.layout.output)
+        return DynamicModelOutput(last_hidden_state=hidden_B1D, cache=cache, sparsity=_recorded(record, cache))
 
     def _turn_pass(
         self, hidden_BQD: Tensor, plan: Plan, position_ids: Tensor, cache: AdmissionCache, kwargs: dict[str, Any]
@@ -336,7 +302,7 @@ class DynamicLlamaModel(LlamaModel):
         return DynamicModelOutput(
             last_hidden_state=packing.put(self.norm(hidden_BKD), length),
             cache=cache,
-            sparsity=_with_lengths(record, cache),
+            sparsity=_recorded(record, cache),
         )
 
     def _early_layers(
@@ -383,18 +349,16 @@ class DynamicLlamaModel(LlamaModel):
         return Predictors(image=self.image_predictor, output=self.output_predictor)
 
     def _cache_mask(self, visible_BQW: Tensor, dtype: torch.dtype) -> Tensor:
-        """Turn (B, Q, W) bool into the 4D mask of the attention implementation: bool for sdpa, additive for eager."""
-        visible = visible_BQW[:, None]
-        if self.config._attn_implementation == "sdpa":
-            return visible
-        return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(
-            ~visible, torch.finfo(dtype).min
-        )
+        return cache_mask(visible_BQW, self.config._attn_implementation, dtype)
 
     @staticmethod
     def _count(cache: AdmissionCache, layout: TokenLayout) -> None:
         cache.count(layout.valid.shape[1], layout.output.sum(1), layout.image.sum(1) // layout.tokens_per_image)
 
 
-def _with_lengths(record: SparsityRecord, cache: AdmissionCache) -> SparsityRecord:
-    return replace(record, cache_lengths=cache.sparse.lengths, dense_cache_lengths=cache.dense.lengths)
+def _recorded(record: SparsityRecord, cache: AdmissionCache) -> SparsityRecord:
+    """Add a pass to those of the cache, with copies of its lengths: they change in place with the next step."""
+    sparse, dense = cache.sparse.open_lengths().clone(), cache.dense.open_lengths().clone()
+    record = replace(record, cache_lengths=sparse, dense_cache_lengths=dense)
+    cache.records.append(record)
+    return record

@@ -3,18 +3,19 @@
 Shape suffixes: B rows, N tokens, I images, n tokens of one image, D hidden size.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dynamic_llava.layout import TokenLayout, after_end
+from dynamic_llava.layout import after_end
 from dynamic_llava.methods import Method
 from dynamic_llava.model.cache import AdmissionCache
-from dynamic_llava.model.cache_names import CACHE, rename_cache
+from dynamic_llava.model.cache_names import CACHE, cache_of, rename_cache
 from dynamic_llava.model.outputs import SparsityRecord
-from dynamic_llava.model.switches import check_output_keep_rate, choose_method
+from dynamic_llava.model.switches import check_compile, check_output_keep_rate, choose_method
+from dynamic_llava.model.untrained import warn_untrained
 
 SWITCHES = ("sparsity", "method", "image_keep_rate", "output_threshold")
 """Arguments of `generate` that choose the method; the same as those of `forward`."""
@@ -28,31 +29,10 @@ _REFUSED = {
 
 
 @dataclass
-class StepRecords:
-    """The records of one generation's passes, in order; owned by that call."""
+class LatestPass:
+    """The record of one generation's latest pass; without a cache that is the whole sequence's."""
 
-    cached: bool
-    """Whether each pass saw only the new tokens."""
-    records: list[SparsityRecord] = field(default_factory=list)
-
-    def joined(self) -> SparsityRecord | None:
-        """One record of the whole sequence, as of the last pass."""
-        if not self.records:
-            return None
-        if not self.cached:
-            return self.records[-1]
-        layouts = [record.layout for record in self.records]
-        return replace(
-            self.records[-1],
-            layout=TokenLayout(
-                valid=torch.cat([layout.valid for layout in layouts], dim=1),
-                image=torch.cat([layout.image for layout in layouts], dim=1),
-                output=torch.cat([layout.output for layout in layouts], dim=1),
-                tokens_per_image=layouts[0].tokens_per_image,
-            ),
-            keep_mask=torch.cat([record.keep_mask for record in self.records], dim=1),
-            sparsified_output=torch.cat([record.sparsified_output for record in self.records], dim=1),
-        )
+    record: SparsityRecord | None = None
 
 
 class SparseGeneration:
@@ -66,12 +46,13 @@ class SparseGeneration:
             inputs: (B, N) input ids (or input_ids=), left padded, with attention_mask (B, N).
             generation_config: transformers' GenerationConfig.
             kwargs: pixel_values (I, 3, S, S) in row order; the switches sparsity, method, image_keep_rate and
-                output_threshold of `forward`; sample_key (B,); use_cache; output_mask (B, N) bool if some of the given
-                tokens belong to an answer. A later turn passes the `cache` of the earlier call, all ids so far,
-                and the pixel_values of the new images only.
+                output_threshold of `forward`; sample_key (B,); use_cache; compile=True to run every cached step as one
+                compiled graph; output_mask (B, N) bool if some of the given tokens belong to an answer. A later turn
+                passes the `cache` of the earlier call, all ids so far, and the pixel_values of the new images only.
 
-        With return_dict_in_generate=True the output has `sparsity`, a SparsityRecord of the whole sequence (None for a
-        dense generation). Raises ValueError before any computation for modes that sparse decoding cannot serve.
+        With return_dict_in_generate=True the output has `sparsity`, a SparsityRecord of the whole sequence, earlier
+        turns on the same cache included (None for a dense generation), and `cache`. Raises ValueError before any
+        computation for modes that sparse decoding cannot serve.
         """
         rename_cache(kwargs)
         method = choose_method(self.config.sparsity, **{name: kwargs.pop(name, None) for name in SWITCHES})
@@ -80,19 +61,24 @@ class SparseGeneration:
         _refuse_right_padding(kwargs.get("attention_mask"))
         if not method.is_dense:
             _refuse_unsupported(settings, kwargs)
+        check_compile(bool(kwargs.get("compile")), method, cached=_setting(settings, kwargs, "use_cache") is not False)
+        warn_untrained(self.config, method)
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         pixel_values = kwargs.pop("pixel_values", None)
         if pixel_values is not None:
             kwargs["image_features"] = self._encode_images(pixel_values, input_ids, kwargs)
-        steps = StepRecords(cached=_setting(settings, kwargs, "use_cache") is not False)
+        latest = LatestPass()
         result = super().generate(  # type: ignore[misc]
-            inputs, generation_config=generation_config, method=method, step_records=steps, **kwargs
+            inputs, generation_config=generation_config, method=method, latest_pass=latest, **kwargs
         )
-        if not isinstance(result, Tensor):
-            result.sparsity = steps.joined()
-            if (_setting(settings, kwargs, "num_beams") or 1) > 1:
-                ends = _setting(settings, kwargs, "eos_token_id")
-                result.sparsity = self._replay(result.sequences, input_ids, method, ends, kwargs)
+        if isinstance(result, Tensor):
+            return result
+        result.cache = cache_of(result)
+        if (_setting(settings, kwargs, "num_beams") or 1) > 1:
+            ends = _setting(settings, kwargs, "eos_token_id")
+            result.sparsity = self._replay(result.sequences, input_ids, method, ends, kwargs)
+        else:
+            result.sparsity = result.cache.record if isinstance(result.cache, AdmissionCache) else latest.record
         return result
 
     def _encode_images(self, pixel_values: Tensor, input_ids: Tensor | None, given: dict[str, Any]) -> Tensor:
@@ -116,7 +102,7 @@ class SparseGeneration:
         attention_mask: Tensor | None = None,
         output_mask: Tensor | None = None,
         image_features: Tensor | None = None,
-        step_records: StepRecords | None = None,
+        latest_pass: LatestPass | None = None,
         end_ids: Tensor | None = None,
         is_first_iteration: bool = False,
         **kwargs: Any,
@@ -161,7 +147,7 @@ class SparseGeneration:
         mask = model_kwargs["output_mask"]
         model_kwargs["output_mask"] = torch.cat([mask, mask.new_ones(mask.shape[0], num_new_tokens)], dim=1)
         if outputs.sparsity is not None:
-            model_kwargs["step_records"].records.append(outputs.sparsity)
+            model_kwargs["latest_pass"].record = outputs.sparsity
         return model_kwargs
 
     def _prepare_cache_for_generation(
@@ -183,8 +169,9 @@ class SparseGeneration:
         self, sequences: Tensor, prompt: Tensor | None, method: Method, ends: Any, kwargs: dict[str, Any]
     ) -> SparsityRecord | None:
         """Decide on finished beams again, in one masked pass: search leaves no row per returned sequence."""
-        if method.is_dense or prompt is None or kwargs.get(CACHE) is not None:
+        if method.is_dense or prompt is None:
             return None
+        kwargs = {name: value for name, value in kwargs.items() if name != CACHE}  # empty when it was given
         fed, repeats = sequences[:, :-1], sequences.shape[0] // prompt.shape[0]
         output = torch.zeros_like(fed, dtype=torch.bool)
         output[:, prompt.shape[1] :] = True

@@ -22,13 +22,15 @@ from dynamic_llava.layout import TokenLayout
 from dynamic_llava.methods import Method
 from dynamic_llava.model.cache_names import one_cache
 from dynamic_llava.model.configuration import DynamicLlavaConfig
-from dynamic_llava.model.decoder import DynamicLlamaModel, Plan
+from dynamic_llava.model.decoder import DynamicLlamaModel
 from dynamic_llava.model.generation import SparseGeneration
 from dynamic_llava.model.initialization import initialize_predictor
 from dynamic_llava.model.loading import CheckedLoading
 from dynamic_llava.model.losses import language_model_loss, regularisers
 from dynamic_llava.model.outputs import DynamicLlavaOutput, DynamicModelOutput
-from dynamic_llava.model.switches import check_output_keep_rate, choose_method
+from dynamic_llava.model.plan import Plan
+from dynamic_llava.model.switches import check_compile, check_output_keep_rate, choose_method
+from dynamic_llava.model.untrained import warn_untrained
 from dynamic_llava.sparsity.predictors import ImagePredictor, OutputPredictor
 
 
@@ -83,6 +85,7 @@ class DynamicLlavaModel(DynamicLlavaPreTrainedModel, LlavaModel):
         answers_only: bool = False,
         tau: float = 1.0,
         output_keep_rate: float | None = None,
+        compile: bool = False,
         **kwargs: Any,
     ) -> DynamicModelOutput:
         """Embed, place the image features, and run the language model; arguments as in the class with the head."""
@@ -116,6 +119,7 @@ class DynamicLlavaModel(DynamicLlavaPreTrainedModel, LlavaModel):
             tau=tau,
             output_keep_rate=output_keep_rate,
             keep_mask=_chunk_of(keep_mask, image),
+            compile=compile,
         )
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -210,6 +214,9 @@ class DynamicLlavaForConditionalGeneration(
             training drawn from torch's generator, otherwise 0.
         num_items_in_batch, num_samples_in_batch: global denominators of the LM loss (labelled tokens) and of the
             regularisers (samples), across ranks and accumulation; default: this batch.
+        logits_to_keep: make logits of the last so many tokens only (0: all), or of the indices given.
+        compile: run a single new token on a live sparse cache as one compiled graph (model/step.py); other passes run
+            as ever.
     """
 
     accepts_loss_kwargs = True
@@ -247,6 +254,7 @@ class DynamicLlavaForConditionalGeneration(
         num_items_in_batch: Tensor | int | None = None,
         num_samples_in_batch: Tensor | int | None = None,
         logits_to_keep: int | Tensor = 0,
+        compile: bool = False,
         **kwargs: Any,
     ) -> DynamicLlavaOutput:
         """Run one pass; the class describes the arguments.
@@ -265,6 +273,9 @@ class DynamicLlavaForConditionalGeneration(
             output_threshold=output_threshold,
         )
         check_output_keep_rate(output_keep_rate, trains=masked and self.training)
+        check_compile(compile, chosen, cached=use_cache is not False and not masked)
+        if not (self.training or keep_mask is not None or isinstance(method, Method) or _is_live(cache)):
+            warn_untrained(self.config, chosen)  # generate has warned, and hands over the object it has chosen
         if masked and output_mask is None:
             output_mask = _answers(labels, self.config.sparsity.output_segments)
         outputs = self.model(
@@ -284,18 +295,12 @@ class DynamicLlavaForConditionalGeneration(
             output_keep_rate=output_keep_rate,
             sample_key=self._sample_key(sample_key, labels),
             use_cache=False if masked else use_cache,
+            compile=compile,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])  # -0 is 0: the whole sequence
-        result = DynamicLlavaOutput(
-            logits=logits,
-            cache=outputs.cache,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-            sparsity=outputs.sparsity,
-        )
+        result = _with_logits(outputs, logits)
         if labels is not None:
             result.lm_loss = language_model_loss(logits, labels, num_items_in_batch)
             self._add_regularisers(result, chosen, output_keep_rate, num_samples_in_batch)
@@ -319,6 +324,17 @@ class DynamicLlavaForConditionalGeneration(
             return sample_key
         # The CPU generator, so that one torch.manual_seed gives the same decisions on every device.
         return torch.randint(0, 2**62, (labels.shape[0],)).to(labels.device)
+
+
+def _with_logits(outputs: DynamicModelOutput, logits: Tensor) -> DynamicLlavaOutput:
+    return DynamicLlavaOutput(
+        logits=logits,
+        cache=outputs.cache,
+        hidden_states=outputs.hidden_states,
+        attentions=outputs.attentions,
+        image_hidden_states=outputs.image_hidden_states,
+        sparsity=outputs.sparsity,
+    )
 
 
 def _answers(labels: Tensor, segments: str) -> Tensor:

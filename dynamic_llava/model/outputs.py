@@ -1,8 +1,9 @@
 """What a forward pass returns: transformers' fields, the loss parts, and the record of what was kept."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
@@ -40,14 +41,33 @@ class MaskGradient:
         return gradient
 
 
-@dataclass
+@dataclass(frozen=True)
+class RowRecord:
+    """What one row kept, as plain numbers."""
+
+    image_indices: list[list[int]]
+    """Per image: the kept tokens' offsets within the image, ascending."""
+    output_decisions: list[bool]
+    """One per output token that was fed, in order: whether it stays."""
+    cache_length: int | None
+    """Tokens in the cache of each sparse layer; None without a cache."""
+    dense_cache_length: int | None
+    """Tokens in the cache of each layer below the sparse one; None without a cache."""
+
+
+@dataclass(repr=False)
 class SparsityRecord:
-    """Which tokens were kept. Shapes: B rows, N tokens of the pass (of the whole sequence after `generate`)."""
+    """Which tokens were kept. Shapes: B rows, N tokens of the pass.
+
+    After `generate`, N is the number of tokens that were fed, those of earlier calls on the same cache included: all
+    columns of `sequences` but the last, which no pass has seen yet.
+    """
 
     layout: TokenLayout
     """The kind of each token."""
     keep_mask: Tensor
-    """(B, N): M of Eq. 7, 1 (True) where a token is kept, at prompt tokens and padding too; float in training."""
+    """(B, N): M of Eq. 7, 1 (True) where a token is kept, so at every prompt token, and 0 at padding; bool, or float
+    in training. With a cache its row sums are `cache_lengths`."""
     sparsified_output: Tensor
     """(B, N) bool: output tokens that a decision was made for."""
     cache_lengths: Tensor | None = None
@@ -78,9 +98,70 @@ class SparsityRecord:
 
     @property
     def output_decisions(self) -> list[Tensor]:
-        """Per row: one bool per output token, in order; the last token of a generation was never fed, so has none."""
+        """Per row: one bool per output token, in order; the last token of a generation was never fed, so has none.
+
+        A row that ended while others went on was fed its end token, so it has a decision; the filler behind has none.
+        """
         decided = self.layout.output & self.sparsified_output
         return [keep[where].bool() for keep, where in zip(self.keep_mask, decided, strict=True)]
+
+    @property
+    def rows(self) -> list[RowRecord]:
+        """The record row by row, in plain numbers."""
+        indices = [[kept.tolist() for kept in row] for row in self.image_indices]
+        decisions = [row.tolist() for row in self.output_decisions]
+        lengths = [
+            [None] * len(indices) if lengths_B is None else lengths_B.tolist()
+            for lengths_B in (self.cache_lengths, self.dense_cache_lengths)
+        ]
+        return [RowRecord(*row) for row in zip(indices, decisions, *lengths, strict=True)]
+
+    @staticmethod
+    def joined(records: "Sequence[SparsityRecord]") -> "SparsityRecord":
+        """Return one record of all tokens of several passes over one cache, as of the last; ValueError for none."""
+        if not records:
+            raise ValueError("there is no record to join: no pass has been run")
+        layouts = [record.layout for record in records]
+        return replace(
+            records[-1],
+            layout=replace(
+                layouts[-1],
+                valid=torch.cat([layout.valid for layout in layouts], dim=1),
+                image=torch.cat([layout.image for layout in layouts], dim=1),
+                output=torch.cat([layout.output for layout in layouts], dim=1),
+            ),
+            keep_mask=torch.cat([record.keep_mask for record in records], dim=1),
+            sparsified_output=torch.cat([record.sparsified_output for record in records], dim=1),
+        )
+
+    def select_rows(self, choose: Callable[[Tensor], Tensor]) -> "SparsityRecord":
+        """Return the record of a choice of rows (reordered, repeated, selected)."""
+        layout = self.layout
+        return replace(
+            self,
+            layout=replace(
+                layout, valid=choose(layout.valid), image=choose(layout.image), output=choose(layout.output)
+            ),
+            keep_mask=choose(self.keep_mask),
+            sparsified_output=choose(self.sparsified_output),
+            cache_lengths=None if self.cache_lengths is None else choose(self.cache_lengths),
+            dense_cache_lengths=None if self.dense_cache_lengths is None else choose(self.dense_cache_lengths),
+        )
+
+    def __repr__(self) -> str:
+        per_image = self.layout.tokens_per_image
+        lines = [f"SparsityRecord of {self.keep_mask.shape[0]} x {self.keep_mask.shape[1]} tokens"]
+        for number, row in enumerate(self.rows):
+            parts = []
+            if row.image_indices:
+                counts = ", ".join(str(len(kept)) for kept in row.image_indices)
+                parts.append(f"kept {counts} of {per_image} tokens per image")
+            if row.output_decisions:
+                parts.append(f"kept {sum(row.output_decisions)} of {len(row.output_decisions)} output tokens")
+            if row.cache_length is not None:
+                parts.append(f"cache {row.cache_length} tokens, below the sparse layer {row.dense_cache_length}")
+            lines.append(f"  row {number}: {'; '.join(parts) or 'prompt tokens only'}")
+        return "\n".join(lines)
 
 
 def _mean_where(values: Tensor, where: Tensor) -> Tensor:
@@ -134,4 +215,4 @@ class DynamicLlavaOutput(CachedOutput):
     """What was kept; None for a dense pass."""
 
 
-__all__ = ["DynamicLlavaOutput", "DynamicModelOutput", "MaskGradient", "SparsityRecord"]
+__all__ = ["DynamicLlavaOutput", "DynamicModelOutput", "MaskGradient", "RowRecord", "SparsityRecord"]

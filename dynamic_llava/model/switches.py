@@ -54,6 +54,19 @@ def check_output_keep_rate(output_keep_rate: float | None, *, trains: bool) -> N
     check_keep_rate("output_keep_rate", output_keep_rate)
 
 
+def check_compile(compile: bool, method: Method, *, cached: bool) -> None:
+    """Raise ValueError for compile=True in a call without the sparse cached steps that it is for."""
+    if not compile:
+        return
+    if method.is_dense:
+        raise ValueError(
+            "compile=True compiles decoding on an admission cache, which a dense call has not; "
+            "leave it out and use transformers' cache_implementation='static'"
+        )
+    if not cached:
+        raise ValueError("compile=True compiles cached decoding steps; leave it out, or let the call use its cache")
+
+
 def _refuse_idle_switches(method: Dynamic, given: dict[str, Any]) -> None:
     """Raise ValueError for a switch that this call would not use."""
     if "image_keep_rate" in given and not method.sparsifies_image:

@@ -1,0 +1,127 @@
+"""One cached decoding step (Eq. 6), as a function of tensors: eager, or compiled into one graph.
+
+The compiled graph has no breaks and reads nothing on the host. Storages keep their shape until a block of slots is used
+up; the number of slots is a dynamic dimension, so growth compiles nothing anew. On an accelerator the kernels of a step
+are recorded and replayed as one: storages and lengths are marked as tensors with a fixed address, so nothing is copied
+before a replay, and after a growth the same compiled code is recorded again for the new storages.
+Shape suffixes: B rows, W cache slots, H key-value heads, D hidden size.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynamic_llava.methods import Predictors
+from dynamic_llava.model.attention import cache_mask
+from dynamic_llava.model.cache import StepCache
+from dynamic_llava.model.cache_names import CACHE
+from dynamic_llava.model.decide import admit_token
+from dynamic_llava.model.plan import Plan
+
+SLOTS_DIMENSION = 2
+"""Dimension of a storage (B, H, W, D) that grows."""
+
+
+def decode_step(
+    decoder: Any,
+    hidden_B1D: Tensor,
+    plan: Plan,
+    position_ids: Tensor,
+    seen_outputs_B: Tensor,
+    step: StepCache,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Run one token of each row through `decoder`, a DynamicLlamaModel, on a live cache.
+
+    Returns the normed hidden states (B, 1, D) and the decisions (B,) bool; keys, values and lengths of the cache change
+    in place. Nothing is read on the host, and nothing is concatenated along the cache.
+    """
+    layout, sparse_layer = plan.layout, plan.method.layer
+    rotation = decoder.rotary_emb(hidden_B1D, position_ids=position_ids)
+    hidden_B1D = _layers(decoder, hidden_B1D, 0, sparse_layer, rotation, step, kwargs)
+    if plan.keep_mask is not None:
+        admit_B = plan.keep_mask[:, -1].bool() & layout.valid[:, 0]
+    else:
+        predictors = Predictors(image=decoder.image_predictor, output=decoder.output_predictor)
+        admit_B = admit_token(plan.method, predictors, hidden_B1D, layout, plan.sample_key, seen_outputs_B)
+    hidden_B1D = _layers(decoder, hidden_B1D, sparse_layer, len(decoder.layers), rotation, step, kwargs)
+    step.dense.admit(layout.valid[:, 0])
+    step.sparse.admit(admit_B)
+    return decoder.norm(hidden_B1D), admit_B
+
+
+def _layers(
+    decoder: Any,
+    hidden_B1D: Tensor,
+    first: int,
+    end: int,
+    rotation: tuple[Tensor, Tensor],
+    step: StepCache,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """Run layers first..end-1, which share their slots, on one new token per row."""
+    slots = step.slots_of(first)
+    if decoder.config._attn_implementation == "sdpa":
+        seen = {"filled": slots.lengths}
+    else:
+        visible_B1W = slots.visible(step.keys[first].shape[2])
+        seen = {"attention_mask": cache_mask(visible_B1W, decoder.config._attn_implementation, hidden_B1D.dtype)}
+    for layer in decoder.layers[first:end]:
+        hidden_B1D = layer(hidden_B1D, position_embeddings=rotation, **{CACHE: step}, **seen, **kwargs)
+    return hidden_B1D
+
+
+def compiled_step(
+    decoder: Any,
+    hidden_B1D: Tensor,
+    plan: Plan,
+    position_ids: Tensor,
+    seen_outputs_B: Tensor,
+    step: StepCache,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Run `decode_step` compiled; the first call for a model and a batch size compiles, which takes a while.
+
+    Returns tensors that later steps leave alone. Raises ValueError where gradients are recorded, and for arguments of
+    layers, which a graph has no use for.
+    """
+    if torch.is_grad_enabled():
+        raise ValueError(
+            "compile=True serves inference, but gradients are being recorded; call it in torch.no_grad() or "
+            "torch.inference_mode(), or use generate"
+        )
+    given = sorted(name for name, value in kwargs.items() if value)
+    if given:
+        raise ValueError(f"a compiled step has no use for {given}; leave them out, or leave out compile=True")
+    _mark(step)
+    replayed = hidden_B1D.device.type != "cpu"
+    if replayed:
+        torch.compiler.cudagraph_mark_step_begin()
+    hidden_B1D, admit_B = _compiled(replayed)(decoder, hidden_B1D, plan, position_ids, seen_outputs_B, step)
+    # A replay overwrites the outputs of the one before, and the record keeps the decisions of every step.
+    return hidden_B1D, admit_B.clone() if replayed else admit_B
+
+
+@cache
+def _compiled(replayed: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    if replayed:
+        from torch._inductor import list_mode_options  # seconds of imports that eager decoding does not need
+
+        # Only tuned matrix-vector products read the weights at the memory's speed.
+        options = {**list_mode_options("reduce-overhead"), "coordinate_descent_tuning": True}
+    else:
+        options = {"cpp_wrapper": True}  # on a CPU the calls between kernels count
+    return torch.compile(decode_step, fullgraph=True, dynamic=False, options=options)
+
+
+def _mark(step: StepCache) -> None:
+    """Tell the compiler what changes and what stays; after a growth the storages are new tensors."""
+    for tensor in (*step.keys, *step.values):
+        if not hasattr(tensor, "_dynamo_dynamic_indices"):
+            torch._dynamo.mark_dynamic(tensor, SLOTS_DIMENSION)
+            torch._dynamo.mark_static_address(tensor)
+    for slots in (step.dense, step.sparse):
+        torch._dynamo.mark_static_address(slots.lengths)

@@ -1,0 +1,119 @@
+"""The compiled decoding step: one graph without breaks, the same answers, in place, whatever the rows admit."""
+
+import shutil
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch.nn.functional import pad
+from torch.profiler import ProfilerActivity, profile
+
+from dynamic_llava import get_method
+from dynamic_llava.model.step import _mark, decode_step
+from tests.builders import build_model, fixed_rows, prompts
+
+HALF = get_method("random", image_keep_rate=0.25, output_keep_rate=0.5)
+SWITCHES = [{"method": HALF, "sample_key": torch.arange(4)}, {}]
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def generated(model, inputs, tokens=40, **switches):
+    return model.generate(
+        **inputs,
+        max_new_tokens=tokens,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **switches,
+    )
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_compiled_steps_answer_as_eager_ones():
+    """Ragged rows, several images, mixed decisions, five growths: equal tokens, decisions and lengths; one graph."""
+    model, inputs = build_model(kv_heads=2, layers=4, cache_block=8), prompts(fixed_rows(seed=40, output=0))
+    for count, switches in enumerate(SWITCHES, 1):
+        eager, compiled = (generated(model, inputs, compile=flag, **switches) for flag in (False, True))
+        assert torch.equal(compiled.sequences, eager.sequences)
+        assert torch.equal(compiled.sparsity.keep_mask, eager.sparsity.keep_mask)
+        assert torch.equal(compiled.sparsity.cache_lengths, eager.sparsity.cache_lengths)
+        torch.testing.assert_close(torch.stack(compiled.logits), torch.stack(eager.logits), rtol=0, atol=1e-4)
+        rates = compiled.sparsity.output_keep_rate
+        assert not switches or 0.2 < rates < 0.8
+        assert counters["stats"]["unique_graphs"] == count and not counters["graph_break"]
+
+
+class OpenCache:
+    """A cache opened by a prompt, and what a step on it needs besides its token."""
+
+    def __init__(self, model, **switches):
+        self.model, self.switches = (
+            model,
+            {"use_cache": True, "method": HALF, "sample_key": torch.arange(4), **switches},
+        )
+        inputs = prompts(fixed_rows(seed=41, output=0))
+        out = model(**inputs, logits_to_keep=1, **self.switches)
+        self.cache, self.mask, self.token = out.cache, inputs["attention_mask"], out.logits[:, -1:].argmax(-1)
+
+    def step(self, **more):
+        self.mask = pad(self.mask, (0, 1), value=1)
+        return self.model(input_ids=self.token, attention_mask=self.mask, cache=self.cache, **{**self.switches, **more})
+
+
+@torch.no_grad()
+def test_the_step_is_one_graph_that_growth_does_not_change(monkeypatch):
+    """Traced with fullgraph, which refuses breaks and host reads; twenty steps through several blocks, one graph."""
+    traced = torch.compile(decode_step, fullgraph=True, dynamic=False, backend="eager")
+
+    def run(*inputs, **kwargs):
+        _mark(inputs[-1])
+        return traced(*inputs, **kwargs)
+
+    monkeypatch.setattr("dynamic_llava.model.decoder.decode_step", run)
+    opened = OpenCache(build_model(cache_block=4))
+    capacities = set()
+    for _ in range(20):
+        opened.step()
+        capacities.add((opened.cache.dense.capacity, opened.cache.sparse.capacity))
+    assert len(capacities) > 3
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+@needs_compiler
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_compiled_step_works_in_place():
+    """No storage is copied: a step allocates less than one of them holds, and leaves all where they are."""
+    torch.use_deterministic_algorithms(False)  # in that mode the compiler copies what it writes to
+    opened = OpenCache(build_model(layers=3, cache_block=4096), compile=True)
+    opened.step()
+    storages = [storage for layer in opened.cache.layers for storage in layer.storages()]
+    places = [storage.data.data_ptr() for storage in storages]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        opened.step()
+    allocated = sum(max(event.self_cpu_memory_usage, 0) for event in trace.events())
+    one = storages[0].data.numel() * storages[0].data.element_size()
+    assert allocated < one, f"{allocated} bytes were allocated in a step, one storage has {one}"
+    assert [storage.data.data_ptr() for storage in storages] == places
+
+
+def test_calls_without_compilable_steps_are_refused():
+    model, inputs = build_model(), prompts(fixed_rows(seed=40, output=0))
+    with pytest.raises(ValueError, match="cache_implementation='static'"):
+        generated(model, inputs, compile=True, sparsity="none")
+    with pytest.raises(ValueError, match="cached decoding steps"):
+        generated(model, inputs, compile=True, use_cache=False)
+    opened = OpenCache(model, compile=True)
+    with pytest.raises(ValueError, match="gradients are being recorded"):
+        opened.step()
+    with torch.no_grad(), pytest.raises(ValueError, match="output_hidden_states"):
+        opened.step(output_hidden_states=True)
