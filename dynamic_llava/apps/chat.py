@@ -1,0 +1,222 @@
+"""The chat in a terminal: lines in, answers out, with dropped words grey and the size of the cache below them.
+
+From a terminal it asks for lines; where the lines come from a pipe or a file it answers each and ends, and a mistake
+ends it at once. Nothing here knows the model's inside: it is all in `Conversation`.
+"""
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from dynamic_llava.apps.conversation import Conversation, Step, check_settings
+from dynamic_llava.apps.terminal import AnswerText, ColorMode, Screen, Stream, Writer, wants_color
+from dynamic_llava.config import SparsityMode
+from dynamic_llava.eval.shard import own_device
+from dynamic_llava.model import DynamicLlavaForConditionalGeneration
+from dynamic_llava.model.loading import tensor_shapes
+from dynamic_llava.processing import DynamicLlavaProcessor
+from dynamic_llava.processing.images import load_image
+from dynamic_llava.tiny import BASE_WEIGHTS
+
+TINY = "tiny"
+"""Name of the model that ships inside the package, as in `model.base` of a training."""
+COMMANDS = "/image FILE (goes with the next question), /reset, /quit"
+STOPPED = {"length": "(ends here for want of room or at --max-new-tokens)", "stopped": "(stopped)", "end": ""}
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """What the command line chooses; ValueError for values that are not possible."""
+
+    model: str
+    """Checkpoint folder or hub name, or `tiny`."""
+    images: tuple[Path, ...] = ()
+    """Images that go with the first question."""
+    sparsity: SparsityMode = "both"
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    seed: int = 0
+    """Seed of sampling, where the temperature is not 0."""
+    color: ColorMode = "auto"
+
+    def __post_init__(self) -> None:
+        check_settings(self.sparsity, self.max_new_tokens, self.temperature)
+
+
+class LineFeed:
+    """Where questions come from."""
+
+    def __init__(self, source: TextIO, *, interactive: bool) -> None:
+        self._source, self.interactive = source, interactive
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield stripped, non-empty lines until the end of the input (Ctrl-D)."""
+        while True:
+            try:
+                line = input("> ") if self.interactive else self._source.readline()
+            except EOFError:
+                print()
+                return
+            except KeyboardInterrupt:
+                if not self.interactive:
+                    raise
+                print("\n(Ctrl-D or /quit ends the chat)")
+                continue
+            if not line and not self.interactive:
+                return
+            if line.strip():
+                yield line.strip()
+
+
+class Chat:
+    """One chat: its conversation, its images that wait for a question, and how answers are written."""
+
+    def __init__(
+        self, conversation: Conversation, images: Sequence[Path], writer: Writer, *, interactive: bool
+    ) -> None:
+        self.conversation, self.writer, self.interactive = conversation, writer, interactive
+        self.waiting: list[Path] = list(images)
+        """Images for the next question."""
+        self._latest = list(images)
+
+    def run(self, lines: LineFeed) -> None:
+        """Do what the lines say. ValueError or FileNotFoundError for a mistake, unless somebody can try again."""
+        for line in lines:
+            try:
+                if line == "/quit":
+                    return
+                self._do(line)
+            except (ValueError, FileNotFoundError) as error:
+                if not self.interactive:
+                    raise
+                print(f"error: {error}")
+
+    def _do(self, line: str) -> None:
+        command, _, rest = line.partition(" ")
+        if command == "/image":
+            self._attach(Path(rest.strip()).expanduser())
+        elif command == "/reset":
+            self.conversation.reset()
+            self.waiting = list(self._latest)
+            self._say(f"a new conversation{_with_images(self.waiting)}")
+        elif command.startswith("/"):
+            raise ValueError(f"there is no command {command}; the commands are {COMMANDS}")
+        else:
+            self._answer(line)
+
+    def _attach(self, path: Path) -> None:
+        load_image(path)  # a mistake is told now, not with the question
+        self.waiting.append(path)
+        self._latest = list(self.waiting)
+        self._say(f"the next question goes{_with_images(self.waiting)}")
+
+    def _answer(self, question: str) -> None:
+        text = AnswerText(self.conversation.processor.decode)
+
+        def show(step: Step) -> None:
+            if step.kept is not None:
+                text.decide(step.kept)
+            text.add(step.token)
+            self.writer.show(text.pieces, str(step.use))
+
+        with _stop_on_interrupt(self.interactive) as stop:
+            try:
+                answer = self.conversation.ask(question, self.waiting, on_step=show, stop=stop)
+            except KeyboardInterrupt:
+                if not self.interactive:
+                    raise
+                print("\n(torn off in the middle of a step: this is a new conversation)")
+                self.waiting = list(self._latest)
+                return
+        self.waiting = []
+        self.writer.finish(text.pieces, f"{answer.use} {STOPPED[answer.ended]}".rstrip())
+
+    def _say(self, text: str) -> None:
+        if self.interactive:
+            print(f"({text})")
+
+
+def chat(options: ChatOptions) -> None:
+    """Load the model and chat on stdin and stdout. ValueError or FileNotFoundError for a mistake."""
+    for image in options.images:
+        load_image(image)
+    model, processor = load(options.model, options.sparsity)
+    torch.manual_seed(options.seed)
+    conversation = Conversation(
+        model,
+        processor,
+        sparsity=options.sparsity,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+    )
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    color = wants_color(options.color, sys.stdout, os.environ.get("NO_COLOR"))
+    on_screen = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    writer = Screen(sys.stdout, color=color) if on_screen else Stream(sys.stdout, sys.stderr, color=color)
+    if interactive:
+        import readline  # noqa: F401  (editing and history for `input`)
+
+        print(f"{options.model} on {model.device}, sparsity {options.sparsity}{_with_images(options.images)}")
+        print(f"{COMMANDS}; Ctrl-C stops an answer, Ctrl-D ends")
+    Chat(conversation, options.images, writer, interactive=interactive).run(
+        LineFeed(sys.stdin, interactive=interactive)
+    )
+
+
+def load(name: str, sparsity: SparsityMode) -> tuple[Any, DynamicLlavaProcessor]:
+    """Return the model on the default device, in eval mode, and its processor.
+
+    FileNotFoundError when there is none; ValueError when it is dense and was asked to decide.
+    """
+    source = str(BASE_WEIGHTS) if name == TINY else name
+    if not Path(source).is_dir() and (Path(source).exists() or not _HUB_NAME.fullmatch(source)):
+        raise FileNotFoundError(
+            f"there is no model folder {name}; give the folder of a checkpoint, such as runs/tiny/seed0/both/model "
+            f"after `bash scripts/train.sh`, a hub name, or {TINY} for the model that ships with the package"
+        )
+    try:
+        shapes = tensor_shapes(source)
+    except OSError as error:
+        raise FileNotFoundError(f"{name} holds no checkpoint that can be read: {str(error).splitlines()[0]}") from None
+    if sparsity != "none" and not any("_predictor." in tensor for tensor in shapes):
+        raise ValueError(
+            f"{name} is a dense checkpoint without predictors, so sparsity={sparsity!r} would be decided at random; "
+            "train it first, or give --sparsity none"
+        )
+    model = DynamicLlavaForConditionalGeneration.from_pretrained(source, dtype="auto")
+    return model.to(own_device()).eval(), DynamicLlavaProcessor.from_pretrained(source)
+
+
+@contextmanager
+def _stop_on_interrupt(active: bool) -> Iterator[Callable[[], bool]]:
+    """Let the first Ctrl-C ask for a stop between two steps; a second one interrupts at once."""
+    if not active:
+        yield lambda: False
+        return
+    asked = False
+
+    def ask(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _with_images(images: Sequence[Path]) -> str:
+    return f" with {', '.join(path.name for path in images)}" if images else ""

@@ -1,0 +1,283 @@
+"""A conversation on a kept cache: each turn feeds its new tokens only, on what the model has admitted so far.
+
+Shapes: 1 row, N tokens of the conversation.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dynamic_llava.config import SparsityMode, check_sparsity_mode
+from dynamic_llava.costs import decoder_shape, kv_bytes
+from dynamic_llava.model import AdmissionCache, SparsityRecord
+from dynamic_llava.processing.prompts import END_OF_ANSWER, IMAGE_PLACE, conversation_prompt, encode_prompt
+
+
+@dataclass(frozen=True)
+class CacheUse:
+    """How full the cache of a conversation is, and how full a dense one would be. Tokens per layer; bytes in all."""
+
+    sparse_tokens: int
+    """Tokens in each layer from the sparse one on; in every layer of a dense conversation."""
+    dense_tokens: int
+    """Tokens in each layer below the sparse one: all that were fed."""
+    bytes: int
+    """Bytes of the filled slots, keys and values."""
+    dense_bytes: int
+    """Bytes that a dense cache would hold."""
+
+    def __str__(self) -> str:
+        if self.sparse_tokens == self.dense_tokens:
+            return f"cache: {_readable(self.bytes)}, {self.dense_tokens} tokens in every layer"
+        share = round(100 * self.bytes / self.dense_bytes)
+        size = f"cache: {_readable(self.bytes)} of {_readable(self.dense_bytes)} dense ({share} %)"
+        return f"{size}, {self.sparse_tokens} of {self.dense_tokens} tokens in sparse layers"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One new token of an answer, and what has become known about the one before it."""
+
+    token: int
+    kept: bool | None
+    """Whether the answer's previous token stays in the cache of the sparse layers; None for the first token."""
+    use: CacheUse
+    """The cache without the new token, which the next step feeds."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished answer."""
+
+    text: str
+    tokens: list[int]
+    """Its ids, the end token included if it came."""
+    kept: list[bool]
+    """One decision per token but the last, which has not been fed yet."""
+    use: CacheUse
+    ended: Literal["end", "length", "stopped"]
+    """Why it ended: by itself, for want of room or at max_new_tokens, or because it was told to stop."""
+
+
+class Conversation:
+    """One user's turns and the model's answers; owns the cache, so that nothing of it is left on the model.
+
+        chat = Conversation(model, processor)
+        print(chat.ask("What is in the picture?", images=["cat.jpg"]).text)
+        print(chat.ask("And what is left of it?").text)
+
+    Args:
+        model: a DynamicLlavaForConditionalGeneration.
+        processor: its DynamicLlavaProcessor.
+        sparsity: "both", "image", "output", or "none" for a dense cache.
+        max_new_tokens: most tokens of an answer; fewer where the model's context has no more room.
+        temperature: 0 is greedy.
+        options: more arguments of `generate`, such as top_p or compile.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        *,
+        sparsity: SparsityMode = "both",
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        **options: Any,
+    ) -> None:
+        check_settings(sparsity, max_new_tokens, temperature)
+        if processor.tokenizer.eos_token != END_OF_ANSWER:
+            raise ValueError(
+                f"the tokenizer's end token is {processor.tokenizer.eos_token!r}; vicuna_v1 ends answers with "
+                f"{END_OF_ANSWER!r}, so give the tokenizer of a LLaVA-1.5 checkpoint"
+            )
+        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        self.model, self.processor, self.sparsity = model, processor, sparsity
+        self.max_new_tokens = max_new_tokens
+        self._options = {"pad_token_id": processor.pad_token_id, **sampling, **options}
+        self._shape = decoder_shape(model.config)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything that was said."""
+        config = self.model.config
+        self.turns: list[tuple[str, str]] = []
+        """Questions, their image places included, and answers."""
+        self.cache: Any = None
+        """The cache, between turns; an AdmissionCache unless the conversation is dense."""
+        if self.sparsity != "none":
+            sparsity = config.sparsity
+            self.cache = AdmissionCache(
+                config.text_config.num_hidden_layers, sparsity.sparse_layer, sparsity.cache_block
+            )
+        self.ids = torch.zeros(1, 0, dtype=torch.int64, device=self.model.device)
+        """(1, N) int64: every token so far; the last one is fed with the next turn."""
+        self.output_mask = self.ids.bool()
+        """(1, N) bool: tokens of an answer, end tokens included."""
+
+    @property
+    def record(self) -> SparsityRecord | None:
+        """What was kept of the whole conversation; None before the first turn and in a dense conversation."""
+        return self.cache.record if isinstance(self.cache, AdmissionCache) else None
+
+    def ask(
+        self,
+        question: str,
+        images: Sequence[Any] = (),
+        *,
+        on_step: Callable[[Step], None] | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> Answer:
+        """Answer a question about `images` (Pillow images or files, put in front of it) and all that came before.
+
+        `on_step` is called with each new token as soon as it is chosen; after each, `stop` is asked whether to end the
+        answer there. Raises ValueError, with the conversation as it was, for an empty question, one that holds
+        `<image>`, an image that cannot be read (FileNotFoundError for none), and when there is no room for an answer.
+        Any error while the model runs begins the conversation anew: a cache that was left in the middle of a pass
+        cannot be trusted.
+        """
+        if IMAGE_PLACE in question:
+            raise ValueError(f"the question holds {IMAGE_PLACE!r}; give the images as `images`, they come first")
+        if not question.strip():
+            raise ValueError("the question is empty; ask something")
+        text = "\n".join([*[IMAGE_PLACE] * len(images), question.strip()])
+        pixels = self.processor.preprocess_images(images) if images else None
+        new_ids, closing = self._new_tokens(text)
+        ids = torch.cat([self.ids, new_ids], dim=1)
+        output = torch.cat([self.output_mask, (torch.arange(new_ids.shape[1]) < closing)[None].to(ids.device)], dim=1)
+        room = self.model.config.text_config.max_position_embeddings - ids.shape[1]
+        if room < 1:
+            raise ValueError(
+                f"with this question the conversation has {ids.shape[1]} tokens and the model reads "
+                f"{ids.shape[1] + room} at most; begin a new one"
+            )
+        steps = _Steps(self._use, ids.shape[1], self.cache if self.sparsity != "none" else None, on_step)
+        try:
+            result = self.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                output_mask=output,
+                pixel_values=pixels,
+                cache=self.cache,
+                sparsity=self.sparsity,
+                max_new_tokens=min(self.max_new_tokens, room),
+                streamer=steps,
+                stopping_criteria=None if stop is None else [_Stop(stop)],
+                return_dict_in_generate=True,
+                **self._options,
+            )
+        except BaseException:
+            self.reset()
+            raise
+        self.cache, self.ids = result.cache, result.sequences
+        self.output_mask = torch.nn.functional.pad(output, (0, len(steps.tokens)), value=True)
+        answer = self._answer(steps, min(self.max_new_tokens, room))
+        self.turns.append((text, answer.text))
+        return answer
+
+    def _new_tokens(self, text: str) -> tuple[Tensor, int]:
+        """Return the ids (1, N) that a question adds; the first 0 or 1 of them still close the answer before it."""
+        processor, closing = self.processor, 0
+        places = {"tokens_per_image": processor.tokens_per_image, "image_token_id": processor.image_token_id}
+        if not self.turns:
+            ids = encode_prompt(processor.tokenizer, conversation_prompt([(text, None)]), **places)
+        else:
+            # Tokenised behind the end of an answer, as in training: a tokenizer may treat the start of a text apart.
+            before = conversation_prompt([("", "")]).removesuffix(END_OF_ANSWER)
+            prompt = conversation_prompt([("", ""), (text, None)]).removeprefix(before)
+            ids, end = encode_prompt(processor.tokenizer, prompt, **places), processor.tokenizer.eos_token_id
+            closing = int(self.ids[0, -1] != end)
+            ids = ids[ids.index(end) + 1 - closing :]
+        return torch.tensor([ids], dtype=torch.int64, device=self.model.device), closing
+
+    def _answer(self, steps: "_Steps", most: int) -> Answer:
+        tokens, fed, record = steps.tokens, len(steps.tokens) - 1, self.record
+        decisions = [True] * fed if record is None else record.output_decisions[0].tolist()
+        ended: Literal["end", "length", "stopped"] = "length" if len(tokens) == most else "stopped"
+        ends = self._options.get("eos_token_id", self.model.generation_config.eos_token_id)
+        if tokens[-1] in (ends if isinstance(ends, list) else [ends]):
+            ended = "end"
+        text = self.processor.decode(tokens).strip()
+        return Answer(text, tokens, decisions[len(decisions) - fed :], steps.use(), ended)
+
+    def _use(self, sparse_tokens: int, dense_tokens: int) -> CacheUse:
+        def size(kept: int) -> int:
+            return kv_bytes(
+                self._shape,
+                dense_tokens,
+                kept=kept,
+                sparse_layer=self.model.config.sparsity.sparse_layer,
+                bytes_per_value=self.model.dtype.itemsize,
+            )
+
+        return CacheUse(sparse_tokens, dense_tokens, size(sparse_tokens), size(dense_tokens))
+
+
+class _Steps:
+    """What `generate` takes for a streamer: `put` gets the prompt once, then each new token after it was chosen.
+
+    By then the cache holds the decision about the token before.
+    """
+
+    def __init__(
+        self,
+        use: Callable[[int, int], CacheUse],
+        prompt_tokens: int,
+        cache: AdmissionCache | None,
+        on_step: Callable[[Step], None] | None,
+    ) -> None:
+        self.tokens: list[int] = []
+        self._make_use, self._prompt_tokens, self._cache, self._on_step = use, prompt_tokens, cache, on_step
+        self._prompt_seen = False
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt (1, N), or a new token (1,)."""
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        self.tokens.append(int(value))
+        if self._on_step is not None:
+            self._on_step(Step(self.tokens[-1], self._decision(), self.use()))
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+    def use(self) -> CacheUse:
+        """Return how full the cache is: without the last token, which has not been fed."""
+        fed = self._prompt_tokens + len(self.tokens) - 1
+        lengths = None if self._cache is None else self._cache.records[-1].cache_lengths
+        return self._make_use(fed if lengths is None else int(lengths[0]), fed)
+
+    def _decision(self) -> bool | None:
+        if len(self.tokens) < 2:
+            return None
+        return True if self._cache is None else bool(self._cache.records[-1].keep_mask[0, -1])
+
+
+class _Stop:
+    """What `generate` takes for a stopping criterion: ends the answer between two steps, with the cache in order."""
+
+    def __init__(self, asked: Callable[[], bool]) -> None:
+        self._asked = asked
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((input_ids.shape[0],), self._asked(), dtype=torch.bool, device=input_ids.device)
+
+
+def check_settings(sparsity: str, max_new_tokens: int, temperature: float) -> None:
+    """Raise ValueError for settings that no conversation can have."""
+    check_sparsity_mode(sparsity)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} is not possible; give 1 or more")
+    if temperature < 0:
+        raise ValueError(f"temperature={temperature} is negative; 0 is greedy, 1 samples as the model predicts")
+
+
+def _readable(count: int) -> str:
+    for unit, power in (("GiB", 30), ("MiB", 20)):
+        if count >= 1 << power:
+            return f"{count / (1 << power):.1f} {unit}"
+    return f"{count / 1024:.0f} KiB"

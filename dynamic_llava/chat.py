@@ -1,0 +1,54 @@
+"""`python -m dynamic_llava.chat --model PATH --image FILE`: chat with a model in the terminal.
+
+Words whose keys and values the sparse layers have dropped are grey; the line below an answer says how full the cache
+is. /image FILE gives the next question an image, /reset begins a new conversation, /quit or Ctrl-D ends. Ctrl-C stops
+an answer and keeps the conversation. Lines from a pipe are answered as plain text, the cache's line on stderr.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dynamic_llava.cli import exit_on_mistake
+from dynamic_llava.config import SPARSITY_MODES
+
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Chat; return 0 at the end of the input, 2 for a user's mistake, 130 after Ctrl-C."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    given = vars(_parser().parse_args(arguments))
+    from dynamic_llava.apps.chat import ChatOptions, chat  # here, so that --help answers at once
+
+    try:
+        chat(ChatOptions(images=tuple(given.pop("image")), **given))
+    except (ValueError, FileNotFoundError) as error:
+        return exit_on_mistake(error)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m dynamic_llava.chat",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--model", required=True, metavar="PATH", help="checkpoint folder, hub name, or tiny (the shipped dense model)")
+    add("--image", type=Path, action="append", default=[], metavar="FILE", help="goes with the first question")
+    add("--sparsity", choices=SPARSITY_MODES, default="both", help="what is dropped; default both")
+    add("--max-new-tokens", type=int, default=512, metavar="N", help="most tokens of an answer; default 512")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
+    add("--seed", type=int, default=0, metavar="N", help="seed of sampling; default 0")
+    add("--color", choices=("auto", "always", "never"), default="auto", help="auto: on a terminal, without NO_COLOR")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
