@@ -10,6 +10,7 @@ In every function `tokens` is what layers below `sparse_layer` see and `kept` wh
 Training masks instead of removing, so `training_flops` counts every token; its bytes are in memory_costs.py.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +110,39 @@ LLAVA_SHAPES = {name: LlavaShape(decoder, _CLIP_L_336, 576) for name, decoder in
 """The published sizes of LLaVA-1.5."""
 
 
+@dataclass(frozen=True)
+class DevicePeak:
+    """What a device can do at best, by its maker's data sheet."""
+
+    tflops: float
+    """Dense bfloat16 matrix products, TFLOP/s."""
+    terabytes: float
+    """Memory bandwidth, TB/s."""
+
+
+DEVICE_PEAKS = {
+    "H100 PCIe": DevicePeak(756.0, 2.0),
+    "H100 NVL": DevicePeak(835.0, 3.9),
+    "H100": DevicePeak(989.0, 3.35),
+    "H200": DevicePeak(989.0, 4.8),
+    "A100-SXM4-40GB": DevicePeak(312.0, 1.555),
+    "A100-PCIE-40GB": DevicePeak(312.0, 1.555),
+    "A100 80GB PCIe": DevicePeak(312.0, 1.935),
+    "A100": DevicePeak(312.0, 2.039),
+    "A40": DevicePeak(149.7, 0.696),
+    "L40S": DevicePeak(362.0, 0.864),
+    "L4": DevicePeak(121.0, 0.3),
+    "RTX A6000": DevicePeak(154.8, 0.768),
+    "RTX 4090": DevicePeak(165.2, 1.008),
+}
+"""Peaks by a part of the device's name, from NVIDIA's data sheets; the first that fits counts."""
+
+
+def device_peak(name: str) -> DevicePeak | None:
+    """Return the peaks of a device of this name, or None where nobody wrote them down."""
+    return next((peak for part, peak in DEVICE_PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
+
+
 def decoder_shape(config: Any) -> DecoderShape:
     """Return the sizes of the language model in a DynamicLlavaConfig or LlavaConfig."""
     text = config.text_config
@@ -202,6 +236,17 @@ def head_flops(tokens: int, shape: DecoderShape) -> int:
     return 2 * tokens * shape.hidden * shape.vocab
 
 
+def prefill_flops(
+    tokens: int, shape: DecoderShape, *, kept: int | None = None, sparse_layer: int = 0, batch: int = 1
+) -> int:
+    """Return the FLOPs of a prefill, or of a decoding step without cache: causal attention, the head on one token.
+
+    The predictors come on top (`predictor_flops`), and so do vision tower and projector.
+    """
+    layers = flops_exact(tokens, shape, kept=kept, sparse_layer=sparse_layer, causal=True, batch=batch)
+    return layers + head_flops(batch, shape)
+
+
 def predictor_flops(
     hidden: int,
     image_tokens: int = 0,
@@ -234,6 +279,11 @@ class TrainingFlops:
     """Vision tower, projector and image predictor."""
     per_output_token: int
     """Output predictor."""
+
+    def of_batch(self, rows: int, tokens: int, images: int, output_tokens: int) -> int:
+        """Return the FLOPs of `rows` samples of `tokens` tokens; images and output tokens are those of all rows."""
+        text = rows * (self.per_token * tokens + self.per_pair * tokens * (tokens + 1) // 2)
+        return text + self.per_image * images + self.per_output_token * output_tokens
 
 
 def training_flops(
@@ -289,6 +339,20 @@ def kv_bytes(
 def weight_bytes(shape: DecoderShape, bytes_per_value: int = 2) -> int:
     """Return the bytes of the weights that one decoding step reads: all layers' linear maps and the head."""
     return bytes_per_value * (shape.layers * shape.layer_parameters + shape.vocab * shape.hidden)
+
+
+def decode_step_bytes(
+    shape: DecoderShape,
+    tokens: int,
+    *,
+    kept: int | None = None,
+    sparse_layer: int = 0,
+    bytes_per_value: int = 2,
+    batch: int = 1,
+) -> int:
+    """Return the bytes that one decoding step has to read: the weights once, and every row's keys and values."""
+    cached = kv_bytes(shape, tokens, kept=kept, sparse_layer=sparse_layer, bytes_per_value=bytes_per_value, batch=batch)
+    return weight_bytes(shape, bytes_per_value) + cached
 
 
 def _layer_groups(tokens: int, kept: int | None, layers: int, sparse_layer: int) -> list[tuple[int, int]]:

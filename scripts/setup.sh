@@ -3,6 +3,7 @@
 #   PYTHON           interpreter, default python3 (3.10 - 3.12)
 #   VENV             folder of the environment, default .venv
 #   EXTRAS           optional dependencies, default "train,eval,deepspeed,wandb,dev"
+#   PINS             exact versions instead of the newest, such as "transformers==5.17.* huggingface-hub<2"
 #   TORCH_INDEX_URL  wheel index for torch, default: whatever pip is configured with
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -14,16 +15,17 @@ f"Python {v.major}.{v.minor} was found, 3.10 - 3.12 is needed; set PYTHON to suc
 python="$VENV/bin/python"
 
 stamp="$VENV/.setup-stamp"
-wanted=$({ cat pyproject.toml scripts/setup.sh; echo "$EXTRAS ${TORCH_INDEX_URL:-}"; "$python" -V; } | sha256sum | cut -d' ' -f1)
+wanted=$({ cat pyproject.toml scripts/setup.sh; echo "$EXTRAS ${PINS:-} ${TORCH_INDEX_URL:-}"; "$python" -V; } | sha256sum | cut -d' ' -f1)
 if [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]; then
   # DeepSpeed builds its operators when they are first used; building them here would need a compiler.
   export DS_BUILD_OPS=0 PIP_DISABLE_PIP_VERSION_CHECK=1
   echo "installing into $VENV (extras: $EXTRAS); the first run takes a minute or more"
   # torch comes first, in the range pyproject.toml asks for; the constraint keeps later packages from moving it.
   torch_range=$("$python" -c 'import re; print(re.search(r"\"(torch[<>=~!][^\"]*)\"", open("pyproject.toml").read()).group(1))')
-  "$python" -m pip install -q ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$torch_range"
+  tr ' ' '\n' <<< "${PINS:-}" > "$VENV/constraints.txt"
+  "$python" -m pip install -q -c "$VENV/constraints.txt" ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$torch_range"
   # Not torch.__version__: a wheel may add a local part there that its metadata lacks.
-  "$python" -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > "$VENV/constraints.txt"
+  "$python" -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >> "$VENV/constraints.txt"
   "$python" -m pip install -q -c "$VENV/constraints.txt" -e ".[$EXTRAS]"
   "$python" -m pip check
   echo "$wanted" > "$stamp"

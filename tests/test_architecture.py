@@ -17,10 +17,10 @@ LAYER = {
     "sparsity": 1, "memory_costs": 1, "provenance": 1,
     "methods": 2, "projectors": 2,
     "model": 3,
-    "processing": 4, "checkpoints": 4,
-    "data": 5, "tiny": 5,
+    "processing": 4,
+    "checkpoints": 5, "data": 5, "tiny": 5,
     "train": 6, "eval": 6, "profile": 6, "viz": 6,
-    "cli": 7, "apps": 7, "integrations": 7, "main_job": 7, "sweep": 7,
+    "cli": 7, "apps": 7, "chat": 7, "integrations": 7, "main_job": 7, "sweep": 7,
 }  # fmt: skip
 ENTRY_LAYER = 7
 

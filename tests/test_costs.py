@@ -14,6 +14,8 @@ from dynamic_llava.costs import (
     LLAVA_SHAPES,
     DecoderShape,
     average_tokens,
+    decode_step_bytes,
+    device_peak,
     flops_decode_step,
     flops_exact,
     flops_paper,
@@ -22,6 +24,7 @@ from dynamic_llava.costs import (
     llava_shape,
     parameter_counts,
     predictor_flops,
+    prefill_flops,
     training_flops,
     weight_bytes,
 )
@@ -83,7 +86,8 @@ def test_prefill_with_fifty_text_tokens():
     for shape, dense, sparse in ((LLAVA_7B, 8.21, 2.52), (LLAVA_13B, 16.05, 4.79)):
         head = head_flops(1, shape)
         full = flops_exact(626, shape, causal=True) + head
-        short = flops_exact(626, shape, kept=165, sparse_layer=2, causal=True) + head
+        short = prefill_flops(626, shape, kept=165, sparse_layer=2)
+        assert full == prefill_flops(626, shape) and 8 * full == prefill_flops(626, shape, batch=8)
         assert full / 1e12 == pytest.approx(dense, abs=0.006)
         assert short / 1e12 == pytest.approx(sparse, abs=0.006)
 
@@ -135,6 +139,34 @@ def test_key_value_bytes_of_two_layer_groups():
 def test_weights_read_by_a_decoding_step():
     assert weight_bytes(LLAVA_7B) / 1e9 == pytest.approx(13.21, abs=0.006)
     assert weight_bytes(LLAVA_13B) / 1e9 == pytest.approx(25.70, abs=0.006)
+
+
+def test_a_step_reads_weights_once_and_every_rows_cache():
+    """Half-way through the answer, over an A100's 2.039 TB/s: the table of limits."""
+    limits = (
+        (LLAVA_7B, 1, 1024, 6.77, 6.60),
+        (LLAVA_7B, 8, 4096, 11.98, 9.12),
+        (LLAVA_13B, 1, 1024, 13.06, 12.79),
+        (LLAVA_13B, 8, 2048, 17.91, 14.94),
+    )
+    for shape, batch, outputs, dense, sparse in limits:
+        tokens, kept = 626 + outputs // 2, 165 + outputs // 4
+        least = decode_step_bytes(shape, tokens, batch=batch) / 2.039e9
+        less = decode_step_bytes(shape, tokens, kept=kept, sparse_layer=2, batch=batch) / 2.039e9
+        assert (least, less) == (pytest.approx(dense, abs=0.006), pytest.approx(sparse, abs=0.006))
+
+
+def test_peaks_of_devices_by_name():
+    for name, tflops, terabytes in (
+        ("NVIDIA H200", 989.0, 4.8),
+        ("NVIDIA H100 80GB HBM3", 989.0, 3.35),
+        ("NVIDIA A100-SXM4-80GB", 312.0, 2.039),
+        ("NVIDIA A100-SXM4-40GB", 312.0, 1.555),
+        ("NVIDIA L40S", 362.0, 0.864),
+    ):
+        peak = device_peak(name)
+        assert peak is not None and (peak.tflops, peak.terabytes) == (tflops, terabytes)
+    assert device_peak("cpu") is None and device_peak("NVIDIA L40") is None
 
 
 def test_parameters_of_the_published_sizes():
@@ -190,6 +222,8 @@ def test_training_flops_equal_counted_products(tune, mode, dropped, projector):
     linear, attention, shape = counted_flops(run, kv_heads=2)
     flops = training_flops(shape, sparsity, train, lora)
     outputs = 2 * (40 - 3 - TOKENS_PER_IMAGE)
+    whole = 80 * flops.per_token + 2 * 40 * 41 // 2 * flops.per_pair + 2 * flops.per_image
+    assert flops.of_batch(2, 40, 2, outputs) == whole + outputs * flops.per_output_token
     blocks = 3 * predictor_flops(
         64,
         TOKENS_PER_IMAGE,

@@ -12,11 +12,10 @@ from dynamic_llava.config import SparsityConfig
 from dynamic_llava.costs import (
     DecoderShape,
     average_tokens,
-    flops_exact,
     flops_paper,
-    head_flops,
     kv_bytes,
     predictor_flops,
+    prefill_flops,
 )
 from dynamic_llava.eval.predict import Batch, to_device
 
@@ -66,8 +65,7 @@ def prefill_costs(
         text = prediction.prompt_tokens - total
         average.append(average_tokens(total, kept, shape.layers, layer))
         paper.append(flops_paper(total, shape.hidden, shape.layers, kept=kept, sparse_layer=layer))
-        flops = flops_exact(text + total, shape, kept=text + kept, sparse_layer=layer, causal=True)
-        flops += head_flops(1, shape)
+        flops = prefill_flops(text + total, shape, kept=text + kept, sparse_layer=layer)
         if predictor:
             flops += predictor_flops(
                 shape.hidden,

@@ -1,44 +1,244 @@
-"""`python -m dynamic_llava.profile COMMAND ...`: what training costs.
+"""`python -m dynamic_llava.profile COMMAND ...`: what the method costs, by calculation and measured.
 
-memory  CONFIG.yaml --gpus N: weights, gradients, optimizer states, activations and buffers on each GPU
+Models have random weights, so no checkpoint is needed; nothing beyond torch and transformers is imported, except for
+`memory CONFIG.yaml`, which reads a training configuration, and for pictures, which need matplotlib.
 """
 
+import argparse
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from dynamic_llava.cli import choose_command, exit_on_mistake, read_yaml
-from dynamic_llava.profile.memory import MemoryCommand, memory_report
-from dynamic_llava.train.config import RunConfig
+if TYPE_CHECKING:
+    import torch
 
-COMMANDS = {"memory": MemoryCommand}
+    from dynamic_llava.profile.report import Report
+
+PROGRAM = "python -m dynamic_llava.profile"
+TRAINING_HELP = """
+memory CONFIG.yaml [--gpus N] [--gpu-memory GB] [--shape 7b|13b] [--batch-size N] [--json]
+  calculates the memory of a training run instead: weights, gradients, optimizer states, activations and buffers on each
+  GPU; the exit code is 1 where that does not fit into --gpu-memory
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; return the exit code: 1 where training does not fit, 2 for a mistake."""
-    given = sys.argv[1:] if arguments is None else arguments
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _memory(choose_command(COMMANDS, given, "python -m dynamic_llava.profile", __doc__))
+        if given[:1] == ["memory"] and given[1:2] and not given[1].startswith("-"):
+            return _training_memory(given)
+        options = _parser().parse_args(given)
+        return options.run(options)
     except (ValueError, FileNotFoundError) as error:
-        return exit_on_mistake(error)
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
-def _memory(command: MemoryCommand) -> int:
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[Any], int], text: str, epilog: str | None = None) -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name, help=text, description=text, epilog=epilog, formatter_class=argparse.RawTextHelpFormatter
+        )
+        made.set_defaults(run=run)
+        return made
+
+    flops = command("flops", _flops, "FLOPs of the paper's tables: Eq. 13, and exact from the modules' shapes")
+    tokens = command("tokens", _tokens, "token statistics (Table 8)")
+    memory = command(
+        "memory", _memory, "memory of a generation, calculated; or of a training run (CONFIG.yaml)", TRAINING_HELP
+    )
+    latency = command("latency", _latency, "times of vision tower, prefill and steps, with and without cache; totals")
+    roofline = command("roofline", _latency, "the same beside the limit of the device, measured in the same run")
+    curve = command("curve", _curve, "FLOPs and memory over generated tokens (Fig. 1)")
+    for made in (flops, tokens, memory, latency, roofline, curve):
+        made.add_argument("--json", action="store_true", help="print one line of JSON per row after the table")
+    for made in (memory, latency, roofline, curve):
+        _add_preset(made)
+    for made in (memory, latency, roofline):
+        made.add_argument("--device", help="cpu, or an accelerator's name; default: the accelerator, if there is one")
+    memory.add_argument("--measured", action="store_true", help="run it too, and read the peak")
+    for made in (latency, roofline):
+        made.add_argument(
+            "--compiled", action="store_true", help="time compiled steps as well (compiling takes minutes)"
+        )
+        made.add_argument("--uncached", action="store_true", help="time steps without cache as well")
+    roofline.set_defaults(limits=True)
+    latency.set_defaults(limits=False)
+    curve.add_argument("--tokens", type=int, help="longest answer; default: the preset's, a quarter longer")
+    curve.add_argument("--plot", type=Path, help="write the curves as PNG (needs matplotlib)")
+    curve.add_argument("--device-memory", type=float, help="GiB of a device, marked in the picture")
+    whole = command("benchmark", _benchmark, "everything that the device at hand can show, into docs/results")
+    whole.add_argument("--device", help="cpu, or an accelerator's name; default: the accelerator, if there is one")
+    whole.add_argument("--minutes", type=float, help="time that may be spent; default 4.7 on a CPU, 8.7 elsewhere")
+    whole.add_argument("--output-dir", type=Path, default=Path("docs/results"), help="folder of the results")
+    return parser
+
+
+def _add_preset(parser: argparse.ArgumentParser) -> None:
+    from dynamic_llava.profile.presets import PRESETS
+
+    known = "\n".join(f"  {preset.name:13}{preset.about}" for preset in PRESETS.values())
+    parser.add_argument("--preset", default="table4", help=f"protocol, default table4:\n{known}")
+    parser.add_argument("--batch", type=int, help="rows; default: the preset's")
+    parser.add_argument("--outputs", type=int, nargs="+", help="numbers of generated tokens; default: the preset's")
+    parser.add_argument("--layers", type=int, help="fewer decoder layers than the preset's, where memory is short")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default float32 on a CPU, else bfloat16"
+    )
+
+
+def _preset(options: Any) -> Any:
+    from dataclasses import replace
+
+    from dynamic_llava.profile.presets import find_preset
+
+    preset = find_preset(options.preset).with_layers(options.layers)
+    changes = {"batch": options.batch, "outputs": tuple(options.outputs) if options.outputs else None}
+    return replace(preset, **{name: value for name, value in changes.items() if value is not None})
+
+
+def _device(options: Any) -> "torch.device":
+    import torch
+
+    if options.device is not None:
+        try:
+            return torch.device(options.device)
+        except RuntimeError as error:
+            raise ValueError(f"--device {options.device} is no device: {error}") from None
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if found is None else found
+
+
+def _dtype(options: Any, device: "torch.device | None") -> "torch.dtype":
+    import torch
+
+    if options.dtype is not None:
+        return getattr(torch, options.dtype)
+    return torch.float32 if device is not None and device.type == "cpu" else torch.bfloat16
+
+
+def _show(options: Any, reports: Sequence["Report"], device: "torch.device | None" = None) -> int:
+    from dynamic_llava.profile.report import measured_on
+
+    print("\n\n".join(report.table() for report in reports))
+    if options.json:
+        about = measured_on(device)
+        print("\n".join(line for report in reports for line in report.lines(about)))
+    return 0
+
+
+def _flops(options: Any) -> int:
+    from dynamic_llava.profile.flops import decoding_report, prefill_report
+
+    return _show(options, [prefill_report(), decoding_report()])
+
+
+def _tokens(options: Any) -> int:
+    from dynamic_llava.profile.tokens import tokens_report
+
+    return _show(options, [tokens_report()])
+
+
+def _memory(options: Any) -> int:
+    from dynamic_llava.profile.inference_memory import memory_report
+    from dynamic_llava.profile.presets import WAYS
+
+    preset = _preset(options)
+    if not options.measured:
+        if options.device is not None:
+            raise ValueError("--device belongs to --measured; without it memory is calculated, for any device")
+        return _show(options, [memory_report(preset, WAYS, _dtype(options, None).itemsize)])
+    from dynamic_llava.profile.latency import Bench, Effort
+    from dynamic_llava.profile.measurement_set import measured_report
+
+    device = _device(options)
+    return _show(options, [measured_report(Bench(preset, device, _dtype(options, device), Effort.on(device)))], device)
+
+
+def _latency(options: Any) -> int:
+    from dynamic_llava.profile import latency
+    from dynamic_llava.profile.roofline import measure_limits, roofline_report
+
+    preset, device = _preset(options), _device(options)
+    dtype = _dtype(options, device)
+    bench = latency.Bench(preset, device, dtype, latency.Effort.on(device))
+    variants = latency.EAGER + (latency.COMPILED if options.compiled else ())
+    lengths = (0, *preset.outputs)
+    rows = latency.vision_rows(bench) + latency.prefill_rows(bench) + latency.step_rows(bench, variants, lengths)
+    if options.uncached:
+        rows += latency.uncached_rows(bench, lengths)
+    reports = [latency.latency_report(preset, rows)]
+    if options.limits:
+        reports.append(roofline_report(preset.name, rows, measure_limits(device, dtype)))
+    return _show(options, reports, device)
+
+
+def _curve(options: Any) -> int:
+    from dynamic_llava.profile.curve import curve_report
+
+    preset = _preset(options)
+    longest = options.tokens if options.tokens is not None else preset.outputs[-1] * 5 // 4
+    report = curve_report(preset, longest, _dtype(options, None).itemsize)
+    if options.device_memory is not None and options.plot is None:
+        raise ValueError("--device-memory is a mark in the picture; give --plot as well, or leave it out")
+    _show(options, [report])
+    if options.plot is not None:
+        print(draw_curve(report, options.plot, preset.about, options.device_memory))
+    return 0
+
+
+def draw_curve(report: "Report", path: Path, title: str, device_gib: float | None = None) -> str:
+    """Draw the curve report where matplotlib is installed; return a line that says what was done."""
+    try:
+        from dynamic_llava.viz.cost_curves import draw_cost_curves
+    except ImportError as error:
+        return f"no picture was drawn: {error.name} is not installed"
+    return f"wrote {draw_cost_curves(path, report.rows, device_gib=device_gib, title=title)}"
+
+
+def _benchmark(options: Any) -> int:
+    import logging
+
+    from dynamic_llava.profile.benchmark import benchmark
+    from dynamic_llava.profile.curve import curve_report
+    from dynamic_llava.profile.presets import PRESETS
+
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("dynamic_llava.profile").setLevel(logging.INFO)
+    device = _device(options)
+    for path in benchmark(device, options.minutes, options.output_dir):
+        print(f"wrote {path}")
+    table4 = PRESETS["table4"]
+    print(
+        draw_curve(
+            curve_report(table4, 5120), options.output_dir / "benchmark_curve.png", table4.about, 80 * 10**9 / 2**30
+        )
+    )
+    return 0
+
+
+def _training_memory(arguments: Sequence[str]) -> int:
+    from dynamic_llava.cli import choose_command, read_yaml
+    from dynamic_llava.profile.memory import MemoryCommand, memory_report
+    from dynamic_llava.train.config import RunConfig
+
+    command = choose_command({"memory": MemoryCommand}, arguments, PROGRAM, TRAINING_HELP)
     run = read_yaml(RunConfig, command.config)
-    deepspeed = _deepspeed(run.train.deepspeed)
+    deepspeed = None
+    if run.train.deepspeed is not None:
+        from dynamic_llava.train.distributed import read_deepspeed  # seconds of imports that other runs do not need
+
+        deepspeed = read_deepspeed(run.train.deepspeed)
     report = memory_report(command, run.model, run.data, run.sparsity, run.train, run.lora, deepspeed)
     print(report.table())
     if command.json:
         print(report.line())
     return 1 if report.fits is False else 0
-
-
-def _deepspeed(path: str | None) -> dict[str, Any] | None:
-    if path is None:
-        return None
-    from dynamic_llava.train.distributed import read_deepspeed  # seconds of imports that other runs do not need
-
-    return read_deepspeed(path)
 
 
 if __name__ == "__main__":

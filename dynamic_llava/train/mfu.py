@@ -1,7 +1,6 @@
 """Model FLOPs utilisation (MFU): which share of the devices' peak a run's training FLOPs reach."""
 
 import logging
-import re
 from collections.abc import Mapping
 
 import torch
@@ -9,23 +8,9 @@ from accelerate import PartialState
 from torch import Tensor
 
 from dynamic_llava.config import TrainConfig
-from dynamic_llava.costs import TrainingFlops
+from dynamic_llava.costs import TrainingFlops, device_peak
 
 log = logging.getLogger(__name__)
-
-PEAK_TFLOPS = {
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "H200": 989.0,
-    "A100": 312.0,
-    "A40": 149.7,
-    "L40S": 362.0,
-    "L4": 121.0,
-    "RTX A6000": 154.8,
-    "RTX 4090": 165.2,
-}
-"""Dense bfloat16 peak by a part of the device's name, from NVIDIA's data sheets; the first that fits counts."""
 
 
 def batch_flops(flops: TrainingFlops, inputs: Mapping[str, Tensor], lengths_B: Tensor) -> Tensor:
@@ -57,4 +42,5 @@ def peak_flops(config: TrainConfig, device: torch.device) -> float | None:
 
 def peak_of(name: str) -> float | None:
     """Return the dense bfloat16 peak in TFLOP/s of a device of this name, or None."""
-    return next((peak for part, peak in PEAK_TFLOPS.items() if re.search(rf"\b{part}\b", name)), None)
+    peak = device_peak(name)
+    return None if peak is None else peak.tflops

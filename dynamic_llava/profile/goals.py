@@ -1,0 +1,79 @@
+"""What the measurements should show, where the number comes from, and whether it was reached."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dynamic_llava.profile.report import Column, Report
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A bound on one measured number."""
+
+    key: str
+    """Name of the number among those that were measured."""
+    text: str
+    bound: float
+    at_most: bool = True
+    form: str = ".3f"
+
+    def met(self, value: float) -> bool:
+        """Return whether a measured value keeps the bound."""
+        return value <= self.bound if self.at_most else value >= self.bound
+
+
+CPU_GOALS = (
+    Goal("cache_bytes_256", "allocated cache / (batch x longest row in blocks), 256 generated tokens", 1.02),
+    Goal("cache_bytes_1024", "the same, 1,024 tokens", 1.02),
+    Goal("cache_bytes_4096", "the same, 4,096 tokens", 1.02),
+    Goal("step_both_over_dense", "cached step of I|T / of the dense DynamicCache, 512 tokens, batch 8", 0.6),
+    Goal("step_both_over_image", "cached step of I|T / of image-only", 1.0),
+    Goal("step_more_dropped", "step with 256 kept of 1,024 tokens / of 512, divided by the ratio of bytes", 1.1),
+    Goal("prefill_over_flops", "sparse / dense prefill time, divided by the ratio of their FLOPs", 1.15),
+    Goal("compiled_graphs", "graphs of the compiled step", 1.0, form=".0f"),
+    Goal("compiled_breaks", "breaks in it", 0.0, form=".0f"),
+    Goal("compiled_same_tokens", "same tokens as eager (1 = yes)", 1.0, at_most=False, form=".0f"),
+    Goal("compiled_speedup", "eager / compiled step, hidden 256", 2.0, at_most=False, form=".2f"),
+    Goal("image_predictor_share", "image predictor and selection / prefill, one 7B layer scaled", 0.01, form=".3%"),
+    Goal("output_predictor_share", "output predictor / step, 7B layers scaled", 0.005, form=".3%"),
+    Goal("output_predictor_bytes", "output predictor / step, by bytes", 0.005, form=".3%"),
+)
+"""Goals of the set that runs on two CPU cores."""
+GPU_GOALS = (
+    Goal(
+        "decode_7b-b1_bandwidth", "7B, batch 1: compiled I|T step, share of 4.8 TB/s at 512 tokens", 0.75, False, ".0%"
+    ),
+    Goal("decode_7b-b1_ms", "the same in ms a token", 3.9, form=".2f"),
+    Goal(
+        "decode_7b-b8_bandwidth", "7B, batch 8: compiled I|T step, share of 4.8 TB/s at 1,024 tokens", 0.7, False, ".0%"
+    ),
+    Goal(
+        "decode_7b-b8_speedup", "the same / compiled dense StaticCache, speed-up over the roofline's", 0.9, False, ".0%"
+    ),
+    Goal("prefill_7b-b8_dense_mfu", "7B, batch 8: dense prefill, MFU", 0.6, False, ".0%"),
+    Goal("prefill_7b-b8_both_mfu", "7B, batch 8: sparse prefill, MFU", 0.5, False, ".0%"),
+    Goal("training_mfu", "7B: training step, MFU", 0.4, False, ".0%"),
+    Goal("image_predictor_share", "image predictor and selection / prefill, one 7B layer scaled", 0.01, form=".3%"),
+    Goal("output_predictor_share", "output predictor / step, 7B layers scaled", 0.005, form=".3%"),
+)
+"""Goals of the set that runs on one GPU; the paper's own device reached 46 % of its bandwidth and 51 % of its peak."""
+
+
+def goals_report(goals: Sequence[Goal], values: Mapping[str, float]) -> Report:
+    """Return the goals as a table; a number that is not among `values` was not measured."""
+    rows: list[dict[str, Any]] = []
+    for goal in goals:
+        value = values.get(goal.key)
+        row: dict[str, Any] = {
+            "goal": goal.text,
+            "key": goal.key,
+            "bound": f"{'at most' if goal.at_most else 'at least'} {format(goal.bound, goal.form)}",
+        }
+        if value is None:
+            row |= {"measured": "not measured", "met": None}
+        else:
+            row |= {"measured": format(value, goal.form), "value": value, "met": "yes" if goal.met(value) else "no"}
+        rows.append(row)
+    columns = (Column("goal", "goal"), Column("bound", "bound"), Column("measured", "measured"), Column("met", "met"))
+    return Report("goals", "Goals", columns, rows)

@@ -1,0 +1,118 @@
+"""`python -m dynamic_llava.profile`: commands, mistakes, and that nothing beyond torch and transformers is needed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dynamic_llava.profile.__main__ import draw_curve, main
+from dynamic_llava.profile.curve import curve_report
+from dynamic_llava.profile.presets import PRESETS
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ["--preset", "cpu-bytes", "--batch", "1", "--outputs", "4", "--layers", "3", "--device", "cpu"]
+FOREIGN = (
+    "tyro", "omegaconf", "matplotlib", "PIL", "accelerate", "peft", "datasets", "deepspeed", "wandb", "nltk",
+    "openpyxl", "gradio", "lmms_eval", "torchvision",
+)  # fmt: skip
+
+
+def lines(capsys):
+    return capsys.readouterr().out.strip().split("\n")
+
+
+def test_tables_of_the_paper_and_their_json(capsys):
+    assert main(["flops", "--json"]) == 0
+    out = lines(capsys)
+    rows = [json.loads(line) for line in out if line.startswith("{")]
+    assert len(rows) == 23 and all(row["device"] == "none (calculated)" and row["commit"] for row in rows)
+    assert sum(row.get("agrees") is False for row in rows) == 2
+    assert "HiRED 7B: 2.07 printed, 1.98" in "\n".join(out)
+    assert main(["tokens"]) == 0
+    assert "794 printed, 791" in capsys.readouterr().out
+
+
+def test_memory_is_calculated_and_measured(capsys):
+    assert main(["memory", "--preset", "table4"]) == 0
+    out = capsys.readouterr().out
+    assert "54.050" in out and "39.685" in out and "measured" not in out, "GiB of 4K tokens, dense and I|T"
+    assert out.count("LLaVA-1.5 was trained on 4096") == 1
+    assert main(["memory", *TINY, "--measured", "--json"]) == 0
+    rows = [json.loads(line) for line in lines(capsys) if line.startswith("{")]
+    assert [row["way"] for row in rows] == ["dense", "image", "both"] and all(row["measured"] > 0 for row in rows)
+    assert all(row["device"] == "cpu" for row in rows)
+
+
+@pytest.mark.slow
+def test_latency_and_roofline(capsys):
+    assert main(["latency", *TINY, "--uncached", "--json"]) == 0
+    rows = [json.loads(line) for line in lines(capsys) if line.startswith("{")]
+    phases = {row["phase"] for row in rows}
+    assert phases == {"vision", "prefill", "step", "step without cache", "total", "total without cache"}
+    assert main(["roofline", *TINY]) == 0
+    out = capsys.readouterr().out
+    assert "limit / measured" in out and "GB/s" in out
+
+
+def test_curves_and_their_picture(tmp_path, capsys, monkeypatch):
+    picture = tmp_path / "curve.png"
+    assert (
+        main(["curve", "--preset", "table14", "--tokens", "40", "--plot", str(picture), "--device-memory", "80"]) == 0
+    )
+    assert f"wrote {picture}" in capsys.readouterr().out and picture.stat().st_size > 10_000
+    monkeypatch.setitem(sys.modules, "dynamic_llava.viz.cost_curves", None)
+    said = draw_curve(curve_report(PRESETS["table14"], 10), tmp_path / "none.png", "")
+    assert said.startswith("no picture was drawn") and not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["latency", "--preset", "table5"], "preset 'table5' is not known; choose one of table4"),
+        (["memory", "--preset", "cpu", "--device", "cpu"], "--device belongs to --measured"),
+        (["memory", "--preset", "cpu", "--outputs", "4", "2"], "ascending"),
+        (["latency", "--preset", "cpu", "--layers", "2"], "more layers than the sparse one"),
+        (["latency", "--preset", "cpu", "--device", "gpu0"], "--device gpu0 is no device"),
+        (["curve", "--tokens", "0"], "longest=0"),
+        (["curve", "--device-memory", "80"], "give --plot as well"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(capsys, arguments, message):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_whole_way_needs_nothing_beyond_torch_and_transformers(tmp_path):
+    """Every command but `memory CONFIG.yaml`, in processes in which nothing else can be imported."""
+    block = f"import sys; sys.modules.update(dict.fromkeys({FOREIGN!r}, None)); "
+    commands = [
+        ["flops"],
+        ["tokens"],
+        ["memory", *TINY, "--measured"],
+        ["roofline", *TINY, "--uncached"],
+        ["curve", "--tokens", "20", "--plot", str(tmp_path / "x.png")],
+        ["benchmark", "--device", "cpu", "--minutes", "0", "--output-dir", str(tmp_path)],
+    ]
+    code = block + f"from dynamic_llava.profile.__main__ import main; sys.exit(sum(map(main, {commands!r})))"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("no picture was drawn: matplotlib is not installed") == 2
+    page = (tmp_path / "benchmark_cpu.md").read_text()
+    assert page.count("| not measured |") == 14 and "minutes were left" in page
+    assert (tmp_path / "benchmark_nvidia-h200.md").exists() and (tmp_path / "benchmark_cpu.json").exists()
+
+
+@pytest.mark.slow
+def test_the_script_runs_with_the_python_it_is_given(tmp_path):
+    arguments = ["--device", "cpu", "--minutes", "0", "--output-dir", str(tmp_path)]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    script = ["bash", str(ROOT / "scripts/benchmark.sh"), *arguments]
+    done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"wrote {tmp_path}/benchmark_cpu.md" in done.stdout

@@ -1,0 +1,133 @@
+"""What is measured is what runs: caches opened pre-filled equal generated ones, the baseline equals the model."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dynamic_llava.methods import OutputTokens, Predictors
+from dynamic_llava.model import cache_of
+from dynamic_llava.profile.inference_memory import cache_bytes, inference_memory, measured_memory
+from dynamic_llava.profile.presets import Preset, small_shape
+from dynamic_llava.profile.workload import (
+    Decoding,
+    StatedRate,
+    admission_cache,
+    build_model,
+    dense_cache,
+    dense_decoding,
+    dense_prefill,
+    dense_twin,
+    method_of,
+    prompts,
+    random_ids,
+    sparse_decoding,
+    sparse_prefill,
+)
+
+CPU = torch.device("cpu")
+SHAPE = small_shape(64, 4, 256)
+SMALL = Preset(
+    "small", replace(SHAPE, vision=replace(SHAPE.vision, patches=64), tokens_per_image=64), 2, (90,), "", text=9
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return build_model(SMALL, CPU, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def twin(model):
+    return dense_twin(model)
+
+
+@torch.no_grad()
+def test_the_baseline_is_the_same_model_on_the_same_tensors(model, twin):
+    prompt = prompts(model, SMALL)
+    own = model(input_ids=prompt.ids_BN, image_features=prompt.features_BnD, sparsity="none", logits_to_keep=1)
+    assert torch.equal(own.logits, dense_prefill(twin, prompt).logits)
+    own_tensors = {tensor.data_ptr() for tensor in model.parameters()}
+    assert all(tensor.data_ptr() in own_tensors for tensor in twin.parameters())
+
+
+@pytest.mark.parametrize("way", ["image", "both"])
+@pytest.mark.parametrize("outputs", [1, 64, 90])
+@torch.no_grad()
+def test_a_cache_opened_pre_filled_is_that_of_a_generation(model, way, outputs):
+    opened = sparse_prefill(model, SMALL, way, prompts(model, SMALL))
+    generated = Decoding(model, random_ids(model, 2, 1), cache_of(opened), method=method_of(SMALL, way))
+    for _ in range(outputs):
+        generated.step()
+    filled, cache = admission_cache(model, SMALL, way, outputs), generated.cache
+    after = sparse_decoding(model, SMALL, way, outputs)
+    after.step()
+    generated.step()
+    assert filled.seen_tokens + 1 == cache.seen_tokens == after.cache.seen_tokens
+    for group in ("dense", "sparse"):
+        mine, theirs = getattr(after.cache, group), getattr(cache, group)
+        assert torch.equal(mine.open_lengths(), theirs.open_lengths()) and mine.capacity == theirs.capacity
+    assert torch.equal(after.cache.seen_outputs, cache.seen_outputs)
+    assert torch.equal(after.cache.seen_images, cache.seen_images)
+    assert after.cache.allocated_bytes() == cache.allocated_bytes()
+
+
+@pytest.mark.parametrize("outputs", [0, 63, 90, 300])
+def test_calculated_cache_bytes_are_the_allocated_ones(model, twin, outputs):
+    for way in ("image", "both"):
+        cache = admission_cache(model, SMALL, way, outputs)
+        assert cache.allocated_bytes() == cache_bytes(SMALL, way, outputs, bytes_per_value=4), way
+    cache = dense_cache(twin, SMALL, outputs)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert held == cache_bytes(SMALL, "dense", outputs, bytes_per_value=4)
+
+
+@torch.no_grad()
+def test_dense_steps_go_on_from_the_filled_length(model, twin):
+    decoding = dense_decoding(model, twin, SMALL, 20)
+    decoding.step()
+    decoding.step()
+    assert decoding.cache.get_seq_length() == SMALL.prompt + 22 and decoding.token_B1.shape == (2, 1)
+    static = dense_cache(twin, SMALL, 20, longest=SMALL.prompt + 30)
+    assert int(static.get_seq_length()) == SMALL.prompt + 20
+    assert static.layers[0].keys.shape[2] == SMALL.prompt + 30
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.3, 0.07, 1.0])
+def test_the_stated_rate_is_exact_and_the_predictor_is_asked(rate):
+    asked = []
+
+    def predictor(hidden_TD):
+        asked.append(len(hidden_TD))
+        return torch.randn(len(hidden_TD), 2) * 50
+
+    method = StatedRate(output_keep_rate=rate)
+    rank_T = torch.arange(200)
+    tokens = OutputTokens(torch.zeros(200, 4), rank_T, torch.zeros(200, dtype=torch.int64))
+    keep_T = method.keep_output(tokens, Predictors(predictor, predictor))
+    expected = torch.tensor([int(count * rate + 1e-9) for count in range(1, 201)])
+    assert (keep_T.cumsum(0) - expected).abs().max() <= 1 and abs(int(keep_T.sum()) - 200 * rate) <= 1
+    assert asked == [200]
+    again_T = torch.cat([method.keep_output(OutputTokens(torch.zeros(1, 4), rank_T[i : i + 1], tokens.key[:1]),
+                                            Predictors(predictor, predictor)) for i in range(200)])  # fmt: skip
+    assert torch.equal(keep_T, again_T), "token by token as all at once"
+
+
+def test_the_dense_way_has_no_method():
+    with pytest.raises(ValueError, match="dense way has no method"):
+        method_of(SMALL, "dense")
+
+
+@pytest.mark.parametrize(
+    "way", [pytest.param("dense", marks=pytest.mark.slow), pytest.param("image", marks=pytest.mark.slow), "both"]
+)
+def test_calculated_memory_is_near_the_measured_one(way):
+    """Hidden 256 and 576 image tokens, so that what the formulas leave out is small; prefill and last steps."""
+    preset = Preset("memory", small_shape(256, 3, 512), 1, (400,), "")
+    model = build_model(preset, CPU, torch.float32)
+    found = inference_memory(preset, way, 400, bytes_per_value=4)
+    peaks = measured_memory(model, dense_twin(model), preset, way, 400)
+    assert peaks["prefill"].bytes == pytest.approx(found.prefill, rel=0.04)
+    assert peaks["decoding"].bytes == pytest.approx(found.decoding, rel=0.05)
+    assert peaks["prefill"].how == "bytes of live tensors"
