@@ -20,8 +20,8 @@ from dynamic_llava.costs import DecoderShape, LlavaShape, parameter_counts
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LOSS_BYTES = 12
 """The loss at its highest, per token and word: log-probabilities, their gradient, the logits' gradient, in float32."""
-BLOCK_ROWS = 64
-"""Queries per block of the chunked MaskedSoftmax (sparsity/kernels/chunked.py)."""
+BLOCK_ROWS, PART = 128, 2**24
+"""Queries per block and scores per part of the chunked MaskedSoftmax on a GPU (sparsity/kernels/chunked.py)."""
 
 
 @dataclass(frozen=True)
@@ -270,8 +270,8 @@ def _passing_bytes(run: _Run, tokens: int) -> int:
     layer = tokens * 2 * run.weight * hidden + (written * hidden * decoder.intermediate if run.full else 0)
     layer += _layer_bytes(run, last, tokens) if recomputes else 0
     if run.is_masked(last):
-        floats = 8 + (3 if width != 4 else 0)  # gradients and their parts; float32 copies of queries, keys and values
-        layer += tokens * 4 * (floats * hidden + 2 * BLOCK_ROWS * decoder.heads)
+        floats = 8 + (3 if width != 4 else 0)  # gradients, their sums; float32 copies of queries, keys and values
+        layer += 4 * (tokens * floats * hidden + 3 * min(tokens * BLOCK_ROWS * decoder.heads, PART))
     else:
         layer += tokens * 4 * width * hidden
     # By then the loss, the last norm and the layer's MLP are done.

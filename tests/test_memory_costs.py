@@ -8,7 +8,7 @@ import torch
 from dynamic_llava import DynamicLlavaForConditionalGeneration
 from dynamic_llava.config import LoraConfig, ModelConfig, SparsityConfig, TrainConfig
 from dynamic_llava.costs import LLAVA_SHAPES, llava_shape, parameter_counts
-from dynamic_llava.memory_costs import BLOCK_ROWS, Sharding, training_memory
+from dynamic_llava.memory_costs import BLOCK_ROWS, PART, Sharding, training_memory
 from dynamic_llava.sparsity.kernels import chunked
 from dynamic_llava.train.config import RunConfig
 from dynamic_llava.train.optimizer import build_optimizer, parts, prepare
@@ -171,7 +171,7 @@ def test_what_fits_where():
 
 
 def test_the_kernels_blocks_are_the_ones_that_are_counted():
-    assert BLOCK_ROWS == chunked.BLOCK_ROWS
+    assert (BLOCK_ROWS, PART) == (chunked.BLOCK_ROWS, chunked.DEVICE_PART)
 
 
 def test_refuses_impossible_settings():

@@ -188,7 +188,15 @@ def test_a_second_ctrl_c_begins_a_new_conversation(checkpoint, loaded, monkeypat
     assert [question for question, _ in conversation.turns] == ["<image>\nWhat is it?"]
 
 
-def test_ctrl_c_ends_a_pipe(checkpoint, monkeypatch, capsys):
+@pytest.fixture
+def heard_interrupts():
+    """A process that a shell started in the background ignores Ctrl-C from the beginning."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_a_pipe(checkpoint, monkeypatch, capsys, heard_interrupts):
     monkeypatch.setattr("dynamic_llava.apps.chat.Stream", lambda *streams, color: Interrupting(1))
     code, _, _ = piped(monkeypatch, capsys, QUESTIONS, "--model", checkpoint[0], "--image", checkpoint[1])
     assert code == 130

@@ -17,18 +17,16 @@ CPU, FLOAT = torch.device("cpu"), torch.float32
 
 @pytest.fixture(scope="module")
 def bench():
-    """Half the benchmark's width, depth and batch: 576 image tokens, 512 generated ones."""
-    preset = Preset("ratios", small_shape(512, 8, 4096), 4, (512,), "")
-    return Bench(preset, CPU, FLOAT, Effort(rounds=3, step_rounds=16))
+    """The benchmark's width and batch, half its depth: 576 image tokens, 512 generated ones."""
+    preset = Preset("ratios", small_shape(1024, 8, 4096), 8, (512,), "")
+    return Bench(preset, CPU, FLOAT, Effort(rounds=3, step_rounds=12))
 
 
 def test_a_sparse_step_is_faster_than_dense_and_than_image_only(bench):
-    """Against image-only after 2,048 tokens: at this small size weights outweigh what 256 dropped tokens save."""
-    rows = step_rows(bench, EAGER, (512, 2048))
-    short, long = (checks.step_ratios(rows, outputs) for outputs in (512, 2048))
-    print(short, long)
-    assert short["step_both_over_dense"] <= 0.6 and long["step_both_over_dense"] <= 0.6
-    assert long["step_both_over_image"] <= 1.0
+    found = checks.step_ratios(step_rows(bench, EAGER, (512,)), 512)
+    print(found)
+    assert found["step_both_over_dense"] <= 0.6
+    assert found["step_both_over_image"] <= 1.0
 
 
 def test_dropped_tokens_cost_nothing_later(bench):
@@ -38,8 +36,8 @@ def test_dropped_tokens_cost_nothing_later(bench):
 
 
 def test_a_sparse_prefill_is_as_much_faster_as_its_flops_are_fewer(bench):
-    single = Bench(replace(bench.preset, batch=1), CPU, FLOAT, Effort(rounds=5))
-    found = checks.prefill_ratio(prefill_rows(single))
+    pair = Bench(replace(bench.preset, batch=2), CPU, FLOAT, Effort(rounds=4))
+    found = checks.prefill_ratio(prefill_rows(pair))
     print(found)
     assert found["prefill_over_flops"] <= 1.15
 
