@@ -271,7 +271,7 @@ def _passing_bytes(run: _Run, tokens: int) -> int:
     layer += _layer_bytes(run, last, tokens) if recomputes else 0
     if run.is_masked(last):
         floats = 8 + (3 if width != 4 else 0)  # gradients, their sums; float32 copies of queries, keys and values
-        layer += 4 * (tokens * floats * hidden + 3 * min(tokens * BLOCK_ROWS * decoder.heads, PART))
+        layer += 4 * (tokens * floats * hidden + 3 * min(tokens * BLOCK_ROWS * decoder.heads, 2 * PART))
     else:
         layer += tokens * 4 * width * hidden
     # By then the loss, the last norm and the layer's MLP are done.

@@ -25,7 +25,8 @@ from dynamic_llava.sparsity.kernels import EXPONENT_CAP, compute_dtype
 BLOCK_ROWS = 128
 """Queries per block (fastest of 32 to 256 on a CPU)."""
 CPU_PART, DEVICE_PART = 2**18, 2**24
-"""Scores in the largest block of a part: 1 MiB stays in a CPU's cache; 64 MiB keep an accelerator busy."""
+"""Scores in the largest block of one row's part: 1 MiB stays in a CPU's cache; 64 MiB keep an accelerator busy. Short
+rows go together, up to twice as many scores: more of them at once is faster there."""
 
 
 def chunked_attention(
@@ -191,7 +192,7 @@ def _parts(query: Tensor, key: Tensor) -> Iterator[_Part]:
     groups = heads // key_heads
     largest = CPU_PART if query.device.type == "cpu" else DEVICE_PART
     fitting = max(1, largest // (groups * min(BLOCK_ROWS, tokens) * tokens))  # key heads, in one row or in several
-    rows, heads_each = max(1, fitting // key_heads), min(fitting, key_heads)
+    rows, heads_each = max(1, 2 * fitting // key_heads), min(fitting, key_heads)
     for row in range(0, batch, rows):
         for head in range(0, key_heads, heads_each):
             end = min(head + heads_each, key_heads)
