@@ -22,6 +22,7 @@ class Prefilled:
 
 def _table_10() -> list[Prefilled]:
     def rows(model: str, shape: DecoderShape, *printed: str) -> list[Prefilled]:
+        """Return one size's rows, in the order of Table 10."""
         given = (
             ("LLaVA-1.5", 576, None, 0),
             ("PruMerge+", 146, None, 0),

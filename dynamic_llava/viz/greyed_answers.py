@@ -83,6 +83,7 @@ class _Block:
         self.height = max(_THUMBNAIL, _CAPTION_SIZE + 14 + _LINE * len(self.lines) + _CAPTION_SIZE + 10)
 
     def paint(self, canvas: Image.Image, draw: ImageDraw.ImageDraw, top: int) -> None:
+        """Draw picture, question, words and share of one answer, `top` pixels from the upper edge."""
         rows, columns = self.grid
         side = max(rows, columns) * max(1, _THUMBNAIL // max(rows, columns))
         pixels = np.asarray(self.answer.image.convert("RGB").resize((side, side), Image.Resampling.NEAREST))

@@ -11,7 +11,7 @@ Shape suffixes: B rows, H query heads, K key heads, G query heads per key head, 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from dynamic_llava.sparsity.kernels.triton_common import (
     LOG2_E,
@@ -105,7 +105,7 @@ def ragged_decode(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, 
     return _ragged_decode(query, keys, values, lengths, scale)
 
 
-@torch.library.custom_op("dynamic_llava::ragged_decode", mutates_args=())
+@library.custom_op("dynamic_llava::ragged_decode", mutates_args=())
 def _ragged_decode(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float) -> Tensor:
     """One opaque operation for torch.compile, so that its graph holds no trace of shapes that the kernels ignore."""
     query, keys, values = (with_dense_rows(x) for x in (query, keys, values))
