@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny_pipeline import write_checkpoint, write_test_set
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LINK = re.compile(r"\[[^\]]+\]\(([^)\s]+)\)")
@@ -60,6 +62,25 @@ def test_python_examples_parse_and_import_real_names(page):
             if isinstance(node, ast.ImportFrom) and node.module == "dynamic_llava":
                 unknown = [alias.name for alias in node.names if not hasattr(dynamic_llava, alias.name)]
                 assert not unknown, f"{name_of(page)}: dynamic_llava has no {unknown}"
+
+
+def test_the_first_example_of_the_readme_runs(tmp_path, capsys):
+    """As it stands, with a random checkpoint and a picture in place of the trained one and of the tiny world's."""
+    (tmp_path / "images").mkdir()
+    write_test_set(tmp_path, images=1)
+    (tmp_path / "0.png").rename(tmp_path / "images" / "test_000000.png")
+    code = next(text for text in blocks(ROOT / "README.md", "python") if "apply_chat_template" in text)
+    for written, here in (
+        ('"runs/tiny/seed0/both/model"', repr(str(write_checkpoint(tmp_path / "model", seed=0)))),
+        ("build_world()", f"Path({str(tmp_path)!r})"),
+        ("max_new_tokens=120", "max_new_tokens=8"),
+    ):
+        assert written in code
+        code = code.replace(written, here)
+    made = {"Path": Path}
+    exec(code, made)
+    assert len(made["answer"].sparsity.rows[0].output_decisions) == 7
+    assert "SparsityRecord of 1 x" in capsys.readouterr().out
 
 
 def test_the_tree_in_the_readme_is_the_tree():
