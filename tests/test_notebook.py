@@ -5,13 +5,13 @@ import io
 import re
 from pathlib import Path
 
+import nbclient
+import nbformat
 import numpy as np
 import pytest
 from PIL import Image
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "docs" / "notebooks" / "quickstart.ipynb"
-
-nbformat = pytest.importorskip("nbformat")
 
 
 def outputs(notebook):
@@ -59,8 +59,6 @@ def test_the_committed_notebook_was_run_from_top_to_bottom():
 @pytest.mark.slow
 def test_the_notebook_runs(tmp_path, monkeypatch):
     """From its source alone, in a kernel of its own, with a cache folder that is empty."""
-    nbclient = pytest.importorskip("nbclient")
-    pytest.importorskip("ipykernel")
     monkeypatch.setenv("DYNAMIC_LLAVA_CACHE", str(tmp_path))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     for cell in notebook.cells:

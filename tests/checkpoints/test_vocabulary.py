@@ -4,6 +4,7 @@ import io
 import json
 
 import pytest
+import sentencepiece
 import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlavaProcessor
@@ -14,7 +15,6 @@ from dynamic_llava.checkpoints.vocabulary import extend_vocabulary
 from tests.builders import build_model
 from tests.checkpoints.folders import clip_folder, original_folder, published_folder
 
-sentencepiece = pytest.importorskip("sentencepiece")
 WORDS = 128
 EMBEDDING = "model.language_model.embed_tokens.weight"
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 from transformers import AddedToken, AutoTokenizer
 
 from dynamic_llava.processing import DynamicLlavaProcessor
@@ -26,8 +27,6 @@ from dynamic_llava.processing.prompts import (
 )
 from dynamic_llava.tiny.descriptions import STYLES, describe
 from dynamic_llava.tiny.world import sample_scene
-
-sentencepiece = pytest.importorskip("sentencepiece")
 
 BOS_ID, PER_IMAGE = 1, 4
 SPECIALS = ("<unk>", "<s>", "</s>", "<pad>")
