@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 
 from dynamic_llava.profile import checks
+from dynamic_llava.profile.attention import attention_ratios
 from dynamic_llava.profile.latency import (
     COMPILED,
     EAGER,
@@ -26,6 +27,7 @@ def cpu_parts() -> list[Part]:
         Part("cache bytes", 0.5, _cache_bytes),
         Part("cached steps", 0.8, _steps),
         Part("prefill", 0.5, _prefill),
+        Part("training attention", 0.3, _attention),
         Part("compiled steps", 1.0, _compiled),
         Part("predictors at 7B size", 0.5, measure_shares),
         Part("steps without cache", 0.3, _uncached),
@@ -52,6 +54,12 @@ def _prefill(found: Found) -> None:
     rows = prefill_rows(Bench(preset, found.device, found.dtype, Effort(rounds=3)))
     found.values |= checks.prefill_ratio(rows)
     add_times(found, preset, rows)
+
+
+def _attention(found: Found) -> None:
+    ratios = attention_ratios(("reference", "chunked"), found.device, found.dtype, tokens=2048)
+    found.values["chunked_over_plain"] = ratios["chunked"]
+    found.values["reference_over_chunked"] = ratios["reference"] / ratios["chunked"]
 
 
 def _compiled(found: Found) -> None:

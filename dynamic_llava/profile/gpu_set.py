@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from dynamic_llava.costs import device_peak
+from dynamic_llava.profile.attention import attention_ratios
 from dynamic_llava.profile.latency import (
     COMPILED,
     EAGER,
@@ -30,6 +31,7 @@ def gpu_parts() -> list[Part]:
     return [
         Part("7B, batch 1", 1.5, partial(_protocol, preset=one, compiled=sparse, lengths=(0, 512, 1024))),
         Part("7B, batch 8", 2.0, partial(_protocol, preset=eight, compiled=COMPILED, lengths=(0, 1024, 2048, 4096))),
+        Part("training attention", 0.2, _attention),
         Part("training step", 1.0, _training),
         Part("Table 14", 0.7, partial(_protocol, preset=table14, lengths=(0, 500, 1000), uncached=False)),
         Part("Table 4", 2.0, partial(_protocol, preset=table4, lengths=(0, 1024, 2048, 4096))),
@@ -37,6 +39,13 @@ def gpu_parts() -> list[Part]:
         Part("predictors at 7B size", 0.3, measure_shares),
         Part("Table 14, compiled", 2.0, partial(_compiled, preset=table14, lengths=(500,))),
     ]
+
+
+def _attention(found: Found) -> None:
+    for tokens in (2048, 4096):
+        sizes = {"tokens": tokens, "batch": 4, "heads": 32, "width": 128}
+        ratios = attention_ratios(("auto",), found.device, found.dtype, rounds=10, **sizes)
+        found.values[f"attention_{tokens}"] = ratios["auto"]
 
 
 def _training(found: Found) -> None:
