@@ -54,12 +54,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     latency = command("latency", _latency, "times of vision tower, prefill and steps, with and without cache; totals")
     roofline = command("roofline", _latency, "the same beside the limit of the device, measured in the same run")
+    training = command("training", _training, "a training step's time, and its memory measured beside the calculation")
     curve = command("curve", _curve, "FLOPs and memory over generated tokens (Fig. 1)")
-    for made in (flops, tokens, memory, latency, roofline, curve):
+    for made in (flops, tokens, memory, latency, roofline, training, curve):
         made.add_argument("--json", action="store_true", help="print one line of JSON per row after the table")
-    for made in (memory, latency, roofline, curve):
+    for made in (memory, latency, roofline, training, curve):
         _add_preset(made)
-    for made in (memory, latency, roofline):
+    for made in (memory, latency, roofline, curve):
+        made.add_argument("--outputs", type=int, nargs="+", help="numbers of generated tokens; default: the preset's")
+    for made in (memory, latency, roofline, training):
         made.add_argument("--device", help="cpu, or an accelerator's name; default: the accelerator, if there is one")
     memory.add_argument("--measured", action="store_true", help="run it too, and read the peak")
     for made in (latency, roofline):
@@ -85,7 +88,6 @@ def _add_preset(parser: argparse.ArgumentParser) -> None:
     known = "\n".join(f"  {preset.name:13}{preset.about}" for preset in PRESETS.values())
     parser.add_argument("--preset", default="table4", help=f"protocol, default table4:\n{known}")
     parser.add_argument("--batch", type=int, help="rows; default: the preset's")
-    parser.add_argument("--outputs", type=int, nargs="+", help="numbers of generated tokens; default: the preset's")
     parser.add_argument("--layers", type=int, help="fewer decoder layers than the preset's, where memory is short")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default float32 on a CPU, else bfloat16"
@@ -98,7 +100,8 @@ def _preset(options: Any) -> Any:
     from dynamic_llava.profile.presets import find_preset
 
     preset = find_preset(options.preset).with_layers(options.layers)
-    changes = {"batch": options.batch, "outputs": tuple(options.outputs) if options.outputs else None}
+    outputs = getattr(options, "outputs", None)  # a training step generates nothing
+    changes = {"batch": options.batch, "outputs": tuple(outputs) if outputs else None}
     return replace(preset, **{name: value for name, value in changes.items() if value is not None})
 
 
@@ -176,6 +179,15 @@ def _latency(options: Any) -> int:
     if options.limits:
         reports.append(roofline_report(preset.name, rows, measure_limits(device, dtype)))
     return _show(options, reports, device)
+
+
+def _training(options: Any) -> int:
+    from dynamic_llava.profile.measurement_set import Found, peak_flops
+    from dynamic_llava.profile.training_speed import training_report
+
+    preset, device = _preset(options), _device(options)
+    found = Found(device, _dtype(options, device))
+    return _show(options, [training_report(preset, device, found.dtype, peak_flops(found))], device)
 
 
 def _curve(options: Any) -> int:

@@ -1,14 +1,19 @@
-"""How fast a training step is: forward, backward and AdamW on random samples, and its share of the device's peak."""
+"""How fast a training step is, and what it needs: forward, backward and AdamW on random samples.
+
+The time stands beside the device's peak rate, the peak of the memory beside the calculation of memory_costs.py.
+"""
 
 from typing import Any
 
 import torch
 
-from dynamic_llava.config import SparsityConfig, TrainConfig
+from dynamic_llava.config import ModelConfig, SparsityConfig, TrainConfig
 from dynamic_llava.costs import training_flops
+from dynamic_llava.memory_costs import training_memory
+from dynamic_llava.profile.device_memory import Peak, peak_memory
 from dynamic_llava.profile.presets import Preset
 from dynamic_llava.profile.report import Column, Report
-from dynamic_llava.profile.timing import time_in_turn
+from dynamic_llava.profile.timing import Timing, time_in_turn
 from dynamic_llava.profile.workload import BEFORE_IMAGE, IMAGE_TOKEN, build_model, random_ids
 
 ANSWER = 448
@@ -16,36 +21,42 @@ ANSWER = 448
 
 
 def training_report(preset: Preset, device: torch.device, dtype: torch.dtype, peak: float, rounds: int = 3) -> Report:
-    """Time whole steps of the paper's recipe (both predictors and the language model learn, vision tower frozen).
+    """Time and measure whole steps of the paper's recipe.
 
-    Weights, gradients and AdamW's states are in `dtype`, with gradient checkpointing. Where that does not fit, the
-    decoder is halved until it does, and the row says how many layers were run. `peak` is in FLOP/s. Raises
-    torch.OutOfMemoryError when a few layers do not fit either.
+    Both predictors and the language model learn, the vision tower is frozen. Weights, gradients and AdamW's states are
+    in `dtype`, with gradient checkpointing. Where that does not fit, the decoder is halved until it does, and the row
+    says how many layers were run. `peak` is in FLOP/s. Raises torch.OutOfMemoryError when a few layers do not fit
+    either.
     """
     layers = preset.shape.decoder.layers
     while True:
         settings = preset.with_layers(layers)
         try:
-            seconds, calls = _timed_step(settings, device, dtype, rounds)
+            timing, memory = _measured_step(settings, device, dtype, rounds)
             break
         except torch.OutOfMemoryError:
             if layers < 4 * preset.sparse_layer:
                 raise
         layers //= 2
         torch.accelerator.empty_cache()
-    flops = training_flops(settings.shape, SparsityConfig(), TrainConfig())
+    train = TrainConfig(batch_size=preset.batch, gradient_checkpointing=True)
     tokens = settings.prompt + ANSWER
+    flops = training_flops(settings.shape, SparsityConfig(), train)
     done = flops.of_batch(preset.batch, tokens, preset.batch, preset.batch * ANSWER)
+    weights = ModelConfig(dtype=str(dtype).removeprefix("torch."))  # type: ignore[arg-type]
+    needed = training_memory(settings.shape, weights, SparsityConfig(), train, tokens=tokens)
     row = {
         "preset": preset.name,
         "layers": layers,
         "batch": preset.batch,
         "tokens": tokens,
-        "seconds": seconds,
-        "calls": calls,
+        "seconds": timing.median,
+        "calls": timing.calls,
         "flops": done,
-        "share": done / seconds / peak,
-        "tokens_per_second": preset.batch * tokens / seconds,
+        "share": done / timing.median / peak,
+        "tokens_per_second": preset.batch * tokens / timing.median,
+        "memory": memory.bytes,
+        "memory_calculated": needed.total,
     }
     columns = (
         Column("preset", "preset"),
@@ -56,16 +67,19 @@ def training_report(preset: Preset, device: torch.device, dtype: torch.dtype, pe
         Column("tokens_per_second", "tokens/s", ".0f"),
         Column("flops", "TFLOP", ".4g", 1e-12),
         Column("share", "MFU", ".1%"),
+        Column("memory", "peak, GiB", ".3f", 2**-30),
+        Column("memory_calculated", "calculated, GiB", ".3f", 2**-30),
     )
     notes = [
-        f"{dtype}, AdamW, gradient checkpointing (its recomputation is no useful work); peak {peak / 1e12:.3f} TFLOP/s."
+        f"{dtype}, AdamW, gradient checkpointing (recomputing is no useful work); peak {peak / 1e12:.3f} TFLOP/s.",
+        f"Memory: {memory.how}, of one whole step from a reset; calculated as `memory CONFIG.yaml` does.",
     ]
     if layers < preset.shape.decoder.layers:
         notes.append(f"{layers} of {preset.shape.decoder.layers} layers: more did not fit into the device's memory.")
     return Report("training", f"A training step, {preset.name}", columns, [row], notes)
 
 
-def _timed_step(preset: Preset, device: torch.device, dtype: torch.dtype, rounds: int) -> tuple[float, int]:
+def _measured_step(preset: Preset, device: torch.device, dtype: torch.dtype, rounds: int) -> tuple[Timing, Peak]:
     model: Any = build_model(preset, device, dtype).train()
     learning = list(model.model.language_model.parameters()) + list(model.lm_head.parameters())
     for parameter in learning:
@@ -88,4 +102,6 @@ def _timed_step(preset: Preset, device: torch.device, dtype: torch.dtype, rounds
         optimizer.zero_grad(set_to_none=True)
 
     timing = time_in_turn({"step": step}, device, rounds, warmup=1)["step"]
-    return timing.median, timing.calls
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    held = [*model.parameters(), *states, ids_BN, labels_BN, pixels]
+    return timing, peak_memory(lambda: None, lambda _: step(), device, held)

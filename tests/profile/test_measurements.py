@@ -14,7 +14,7 @@ from dynamic_llava.costs import training_flops
 from dynamic_llava.profile import checks, training_speed
 from dynamic_llava.profile.benchmark import CPU_MINUTES
 from dynamic_llava.profile.cpu_set import cpu_parts
-from dynamic_llava.profile.device_memory import peak_memory
+from dynamic_llava.profile.device_memory import Peak, peak_memory
 from dynamic_llava.profile.goals import CPU_GOALS, GPU_GOALS, Goal, goals_report
 from dynamic_llava.profile.gpu_set import gpu_parts, gpu_values
 from dynamic_llava.profile.latency import (
@@ -33,7 +33,7 @@ from dynamic_llava.profile.page import slug, write_benchmark, write_unmeasured
 from dynamic_llava.profile.presets import PRESETS, Preset, small_shape
 from dynamic_llava.profile.report import Column, Report, measured_on
 from dynamic_llava.profile.roofline import DeviceLimits, measure_limits, roofline_report, with_limit
-from dynamic_llava.profile.timing import seconds_of, summary, time_in_turn
+from dynamic_llava.profile.timing import Timing, seconds_of, summary, time_in_turn
 from dynamic_llava.profile.training_speed import training_report
 
 CPU = torch.device("cpu")
@@ -212,6 +212,7 @@ def test_a_training_step_and_its_mfu():
     assert row["flops"] == flops.of_batch(2, tokens, 2, 2 * 448)
     assert row["share"] == pytest.approx(row["flops"] / row["seconds"] / 1e11)
     assert "layers" not in report.notes[-1], "the whole stack fitted"
+    assert 0.8 < row["memory_calculated"] / row["memory"] < 1.25, "the calculation leaves out what kernels use inside"
 
 
 def test_a_training_step_that_does_not_fit_runs_fewer_layers(monkeypatch):
@@ -221,15 +222,15 @@ def test_a_training_step_that_does_not_fit_runs_fewer_layers(monkeypatch):
         tried.append(preset.shape.decoder.layers)
         if len(tried) < 3:
             raise torch.OutOfMemoryError("full")
-        return 2.0, 1
+        return Timing(2.0, 2.0, 2.0, 1), Peak(2**30, "told")
 
-    monkeypatch.setattr(training_speed, "_timed_step", step)
+    monkeypatch.setattr(training_speed, "_measured_step", step)
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     report = training_report(PRESETS["7b-b8"], CPU, torch.float32, peak=1e11)
     assert tried == [32, 16, 8] and report.rows[0]["layers"] == 8
     assert report.notes[-1].startswith("8 of 32 layers")
     monkeypatch.setattr(
-        training_speed, "_timed_step", lambda *given: (_ for _ in ()).throw(torch.OutOfMemoryError("full"))
+        training_speed, "_measured_step", lambda *given: (_ for _ in ()).throw(torch.OutOfMemoryError("full"))
     )
     with pytest.raises(torch.OutOfMemoryError):
         training_report(PRESETS["7b-b8"], CPU, torch.float32, peak=1e11)
