@@ -25,13 +25,13 @@ def cpu_parts() -> list[Part]:
     """Return the reduced set, for two CPU cores."""
     return [
         Part("cache bytes", 0.5, _cache_bytes),
-        Part("cached steps", 0.8, _steps),
+        Part("cached steps", 1.2, _steps),
         Part("prefill", 0.5, _prefill),
         Part("training attention", 0.3, _attention),
-        Part("compiled steps", 1.0, _compiled),
+        Part("compiled steps", 0.8, _compiled),
         Part("predictors at 7B size", 0.5, measure_shares),
         Part("steps without cache", 0.3, _uncached),
-        Part("memory", 0.2, _memory),
+        Part("memory", 0.3, _memory),
         Part("training step", 0.2, _training),
     ]
 
@@ -45,6 +45,7 @@ def _steps(found: Found) -> None:
     bench = Bench(preset, found.device, found.dtype, Effort(step_rounds=32))
     rows = step_rows(bench, EAGER, preset.outputs)
     found.values |= checks.step_ratios(rows, preset.outputs[-1])
+    bench.effort = Effort(step_rounds=16)
     found.values |= checks.dropped_tokens_ratio(bench)
     add_times(found, preset, rows)
 
@@ -86,11 +87,11 @@ def _uncached(found: Found) -> None:
 
 
 def _memory(found: Found) -> None:
-    preset = replace(PRESETS["cpu-uncached"], outputs=(64, 512))
+    preset = replace(PRESETS["cpu-uncached"], outputs=(512,))
     bench = Bench(preset, found.device, found.dtype, Effort())
     found.reports.append(measured_report(bench))
 
 
 def _training(found: Found) -> None:
-    preset, peak = replace(PRESETS["cpu-small"], batch=2), found.device_limits().flops_per_second
+    preset, peak = replace(PRESETS["cpu-small"].with_layers(4), batch=2), found.device_limits().flops_per_second
     found.reports.append(training_report(preset, found.device, found.dtype, peak))
