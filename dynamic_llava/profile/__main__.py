@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     curve.add_argument("--device-memory", type=float, help="GiB of a device, marked in the picture")
     whole = command("benchmark", _benchmark, "everything that the device at hand can show, into docs/results")
     whole.add_argument("--device", help="cpu, or an accelerator's name; default: the accelerator, if there is one")
-    whole.add_argument("--minutes", type=float, help="time that may be spent; default 4.7 on a CPU, 8.7 elsewhere")
+    whole.add_argument("--minutes", type=float, help="time that may be spent; default 4.8 on a CPU, 8.7 elsewhere")
     whole.add_argument("--output-dir", type=Path, default=Path("docs/results"), help="folder of the results")
     return parser
 

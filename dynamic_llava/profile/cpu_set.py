@@ -45,7 +45,7 @@ def _steps(found: Found) -> None:
     bench = Bench(preset, found.device, found.dtype, Effort(step_rounds=32))
     rows = step_rows(bench, EAGER, preset.outputs)
     found.values |= checks.step_ratios(rows, preset.outputs[-1])
-    bench.effort = Effort(step_rounds=16)
+    bench.effort = Effort(step_rounds=8)
     found.values |= checks.dropped_tokens_ratio(bench)
     add_times(found, preset, rows)
 
@@ -87,7 +87,7 @@ def _uncached(found: Found) -> None:
 
 
 def _memory(found: Found) -> None:
-    preset = replace(PRESETS["cpu-uncached"], outputs=(512,))
+    preset = replace(PRESETS["cpu-uncached"].with_layers(4), outputs=(512,))
     bench = Bench(preset, found.device, found.dtype, Effort())
     found.reports.append(measured_report(bench))
 

@@ -117,8 +117,15 @@ PRESETS = {
         Preset(
             "cpu-small", small_shape(256, 8, 1024), 1, (64,), "hidden 256, 8 layers, batch 1: where calls cost most"
         ),
-        Preset("cpu-uncached", small_shape(512, 8), 2, (512,), "hidden 512, 8 layers, batch 2: steps without cache"),
-        Preset("cpu-bytes", small_shape(64, 3, 512), 4, (256, 1024, 4096), "tiny and long: bytes follow from lengths"),
+        Preset("cpu-uncached", small_shape(512, 8), 2, (256,), "hidden 512, 8 layers, batch 2: steps without cache"),
+        Preset(
+            "cpu-bytes",
+            small_shape(64, 2, 512),
+            4,
+            (256, 1024, 4096),
+            "tiny and long: bytes follow from lengths",
+            sparse_layer=1,
+        ),
     )
 }
 """Protocols by name; all with the paper's rates, r_I = 0.2 and half of the output tokens kept."""

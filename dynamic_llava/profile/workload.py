@@ -21,6 +21,7 @@ from dynamic_llava.methods import Dynamic, OutputTokens, Predictors
 from dynamic_llava.methods.base import keep_all_output
 from dynamic_llava.model import AdmissionCache, DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
 from dynamic_llava.model.cache_names import CACHE
+from dynamic_llava.model.step import compile_options
 from dynamic_llava.profile.presets import Preset, Way
 from dynamic_llava.sparsity.predictors import keep_margin
 
@@ -195,14 +196,16 @@ def dense_cache(
 ) -> DynamicCache | StaticCache:
     """Return transformers' cache after a prefill and `outputs` tokens; a StaticCache of `longest` slots, if given."""
     cache = DynamicCache() if longest is None else StaticCache(config=twin.config, max_cache_len=longest)
+    pair = _random_pair(twin, preset, preset.prompt + outputs)  # the same for all layers, which copy it
     for index in range(preset.shape.decoder.layers):
-        cache.update(*_random_pair(twin, preset, preset.prompt + outputs), index)
+        cache.update(*pair, index)
     return cache
 
 
 def _store(model: Any, preset: Preset, cache: AdmissionCache, dense: int, sparse: int) -> None:
+    early, late = (_random_pair(model, preset, tokens) for tokens in (dense, sparse))
     for index, layer in enumerate(cache.layers):
-        layer.update(*_random_pair(model, preset, dense if index < preset.sparse_layer else sparse))
+        layer.update(*(early if index < preset.sparse_layer else late))
 
 
 def _random_pair(model: Any, preset: Preset, tokens: int) -> tuple[Tensor, Tensor]:
@@ -242,14 +245,14 @@ def dense_decoding(
 ) -> Decoding:
     """Return a dense generation with `outputs` tokens behind it: DynamicCache, or compiled for `steps` more tokens.
 
-    Compiled means StaticCache and torch.compile, replayed as one graph where the device can.
+    Compiled means StaticCache and torch.compile with the settings of the sparse step: replayed where the device can.
     """
     token_B1 = random_ids(model, preset.batch, 1)
     if not steps:
         return Decoding(twin, token_B1, dense_cache(twin, preset, outputs))
     longest = preset.prompt + outputs + steps
-    mode = "default" if model.device.type == "cpu" else "reduce-overhead"
-    forward = torch.compile(twin.forward, fullgraph=True, dynamic=False, mode=mode)
+    options = compile_options(replayed=model.device.type != "cpu")
+    forward = torch.compile(twin.forward, fullgraph=True, dynamic=False, options=options)
     return Decoding(forward, token_B1, dense_cache(twin, preset, outputs, longest))
 
 

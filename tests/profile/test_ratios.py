@@ -44,12 +44,11 @@ def test_a_sparse_prefill_is_as_much_faster_as_its_flops_are_fewer(bench):
 
 @pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler")
 def test_a_compiled_step_is_one_graph_and_says_the_same():
-    preset = replace(PRESETS["cpu-small"], shape=small_shape(256, 3, 1024))
-    found = checks.compiled_decoding(preset, CPU, FLOAT, steps=16)
+    found = checks.compiled_decoding(PRESETS["cpu-small"], CPU, FLOAT, steps=16)
     print(found)
     assert (found["compiled_graphs"], found["compiled_breaks"]) == (1, 0) and found["compiled_same_tokens"] == 1
-    # How much faster is the benchmark's to say, on a machine of its own: a busy one shares its bandwidth out.
-    assert found["compiled_speedup"] > 1.1
+    # The goal, 2, is the benchmark's, with both cores its own; a test has one thread, beside other tests.
+    assert found["compiled_speedup"] > 1.5
 
 
 def test_predictors_are_a_small_share_at_full_size():
