@@ -7,6 +7,7 @@ for each way what the two groups of layers see, in the words of the formulas in 
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from dynamic_llava.config import SparsityConfig
 from dynamic_llava.costs import LLAVA_SHAPES, DecoderShape, LlavaShape, VisionShape
 from dynamic_llava.sparsity.decisions import budget
 
@@ -50,6 +51,11 @@ class Preset:
                 f"outputs={self.outputs}, sparse_layer={self.sparse_layer} of {self.shape.decoder.layers} layers are "
                 "not possible; give at least 1 generated token and more layers than the sparse one"
             )
+
+    @property
+    def sparsity(self) -> SparsityConfig:
+        """The method's settings of the model."""
+        return SparsityConfig(sparse_layer=self.sparse_layer, image_keep_rate=self.image_keep_rate)
 
     @property
     def prompt(self) -> int:

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from dynamic_llava.config import ModelConfig, SparsityConfig, TrainConfig
+from dynamic_llava.config import ModelConfig, TrainConfig
 from dynamic_llava.costs import training_flops
 from dynamic_llava.memory_costs import training_memory
+from dynamic_llava.model.recomputation import recompute_activations
 from dynamic_llava.profile.device_memory import Peak, peak_memory
 from dynamic_llava.profile.presets import Preset
 from dynamic_llava.profile.report import Column, Report
@@ -41,10 +42,10 @@ def training_report(preset: Preset, device: torch.device, dtype: torch.dtype, pe
         torch.accelerator.empty_cache()
     train = TrainConfig(batch_size=preset.batch, gradient_checkpointing=True)
     tokens = settings.prompt + ANSWER
-    flops = training_flops(settings.shape, SparsityConfig(), train)
+    flops = training_flops(settings.shape, preset.sparsity, train)
     done = flops.of_batch(preset.batch, tokens, preset.batch, preset.batch * ANSWER)
     weights = ModelConfig(dtype=str(dtype).removeprefix("torch."))  # type: ignore[arg-type]
-    needed = training_memory(settings.shape, weights, SparsityConfig(), train, tokens=tokens)
+    needed = training_memory(settings.shape, weights, preset.sparsity, train, tokens=tokens)
     row = {
         "preset": preset.name,
         "layers": layers,
@@ -84,9 +85,7 @@ def _measured_step(preset: Preset, device: torch.device, dtype: torch.dtype, rou
     learning = list(model.model.language_model.parameters()) + list(model.lm_head.parameters())
     for parameter in learning:
         parameter.requires_grad_(True)
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-    model.disable_input_require_grads()  # else the frozen vision tower would run backward
+    recompute_activations(model)
     optimizer = torch.optim.AdamW(learning, lr=1e-6, weight_decay=0.0, fused=True)
     vision, shape = preset.shape.vision, preset.shape
     side = vision.patch * round(vision.patches**0.5)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from dynamic_llava.config import SparsityConfig
 from dynamic_llava.methods import Dynamic, OutputTokens, Predictors
 from dynamic_llava.methods.base import keep_all_output
 from dynamic_llava.model import AdmissionCache, DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
@@ -93,7 +92,7 @@ def build_model(preset: Preset, device: torch.device, dtype: torch.dtype) -> Dyn
         image_token_id=IMAGE_TOKEN,
         image_seq_length=shape.tokens_per_image,
         tie_word_embeddings=False,
-        sparsity=SparsityConfig(sparse_layer=preset.sparse_layer, image_keep_rate=preset.image_keep_rate),
+        sparsity=preset.sparsity,
     )
     with device, _default_dtype(dtype):
         model = DynamicLlavaForConditionalGeneration(config)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from dynamic_llava.config import TrainConfig
+from dynamic_llava.model.recomputation import recompute_activations
 from dynamic_llava.sparsity.predictors import ImagePredictor, OutputPredictor
 from dynamic_llava.train.config import RunConfig
 from dynamic_llava.train.lora import add_adapters
@@ -41,18 +42,6 @@ def prepare(model: Any, config: RunConfig) -> Any:
     if config.train.gradient_checkpointing:
         recompute_activations(model)
     return model
-
-
-def recompute_activations(model: Any) -> None:
-    """Switch gradient checkpointing on, without gradients at the inputs.
-
-    transformers' own switch also makes the embeddings of tokens and patches require gradients, which only its reentrant
-    variant needs: the frozen vision tower and frozen layers below the predictors would all run backward, for nothing.
-    """
-    # Renamed within transformers 5.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-    model.disable_input_require_grads()
 
 
 def parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:

@@ -54,7 +54,9 @@ def test_a_training_step_is_measured(capsys):
     assert main(["training", *SMALL, "--json"]) == 0
     out = lines(capsys)
     row = json.loads(out[-1])
-    assert row["memory"] > 0 and row["memory_calculated"] > 0 and row["calls"] and "calculated, GiB" in "".join(out)
+    assert (row["layers"], row["batch"], row["calls"], row["device"]) == (3, 1, 3, "cpu")
+    assert 1.0 < row["memory_calculated"] / row["memory"] < 1.25 and row["share"] < 1
+    assert f"{row['memory'] / 2**30:.3f}" in "".join(out[:-1])
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dynamic_llava.config import SparsityConfig, TrainConfig
+from dynamic_llava.config import TrainConfig
 from dynamic_llava.costs import training_flops
 from dynamic_llava.profile import checks, training_speed
 from dynamic_llava.profile.benchmark import CPU_MINUTES
@@ -206,13 +206,14 @@ def test_generated_bytes_follow_the_longest_row():
 def test_a_training_step_and_its_mfu():
     report = training_report(SMALL, CPU, torch.float32, peak=1e11, rounds=1)
     row = report.rows[0]
-    flops = training_flops(SMALL.shape, SparsityConfig(), TrainConfig())
+    flops = training_flops(SMALL.shape, SMALL.sparsity, TrainConfig())
     tokens = 64 + 9 + 448
     assert (row["layers"], row["tokens"], row["batch"]) == (4, tokens, 2)
     assert row["flops"] == flops.of_batch(2, tokens, 2, 2 * 448)
     assert row["share"] == pytest.approx(row["flops"] / row["seconds"] / 1e11)
     assert "layers" not in report.notes[-1], "the whole stack fitted"
-    assert 0.8 < row["memory_calculated"] / row["memory"] < 1.25, "the calculation leaves out what kernels use inside"
+    # Calculated: gradients and activations at once. Measured: they peak one after the other.
+    assert 1.0 < row["memory_calculated"] / row["memory"] < 1.25
 
 
 def test_a_training_step_that_does_not_fit_runs_fewer_layers(monkeypatch):
