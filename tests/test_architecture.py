@@ -14,7 +14,7 @@ LAYERED = [path for path in FILES if path != PACKAGE / "__init__.py"]
 
 LAYER = {
     "config": 0, "layout": 0, "costs": 0,
-    "sparsity": 1, "memory_costs": 1, "provenance": 1,
+    "sparsity": 1, "provenance": 1,
     "methods": 2, "projectors": 2,
     "model": 3,
     "processing": 4,

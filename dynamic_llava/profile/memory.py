@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from dynamic_llava.config import DataConfig, LoraConfig, ModelConfig, SparsityConfig, TrainConfig
 from dynamic_llava.costs import LLAVA_SHAPES, LlavaShape, llava_shape, parameter_counts
-from dynamic_llava.memory_costs import Sharding, TrainingMemory, training_memory
+from dynamic_llava.costs.memory import Sharding, TrainingMemory, training_memory
 from dynamic_llava.tiny import BASE_WEIGHTS
 
 GB = 10**9

@@ -1,7 +1,7 @@
 """What is measured: model sizes, batches and lengths, named after the paper's protocols; and the ways to run them.
 
 A way is dense, image (Dynamic-LLaVA_I: image tokens dropped) or both (_I|T: output tokens too). `Preset.groups` says
-for each way what the two groups of layers see, in the words of the formulas in costs.py.
+for each way what the two groups of layers see, in the words of the formulas in costs/.
 """
 
 from dataclasses import dataclass, replace
@@ -72,7 +72,7 @@ class Preset:
         return int(outputs * self.output_keep_rate)
 
     def groups(self, way: Way, outputs: int = 0) -> dict[str, Any]:
-        """Return tokens=, kept= and sparse_layer= for costs.py, with `outputs` tokens generated."""
+        """Return tokens=, kept= and sparse_layer= for the formulas of costs/, with `outputs` tokens generated."""
         tokens = self.prompt + outputs
         if way == "dense":
             return {"tokens": tokens, "kept": None, "sparse_layer": self.sparse_layer}

@@ -1,6 +1,6 @@
 """How fast a training step is, and what it needs: forward, backward and AdamW on random samples.
 
-The time stands beside the device's peak rate, the peak of the memory beside the calculation of memory_costs.py.
+The time stands beside the device's peak rate, the peak of the memory beside the calculation of costs/memory.py.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 
 from dynamic_llava.config import ModelConfig, TrainConfig
 from dynamic_llava.costs import training_flops
-from dynamic_llava.memory_costs import training_memory
+from dynamic_llava.costs.memory import training_memory
 from dynamic_llava.model.recomputation import recompute_activations
 from dynamic_llava.profile.device_memory import Peak, peak_memory
 from dynamic_llava.profile.presets import Preset

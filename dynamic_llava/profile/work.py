@@ -38,9 +38,10 @@ def work_of(phase: str, preset: Preset, way: Way, value_bytes: int, outputs: int
 def vision_work(preset: Preset, value_bytes: int) -> Work:
     """Return the work of vision tower and projector on one image per row."""
     shape = preset.shape
-    hidden, projector = shape.decoder.hidden, shape.vision.hidden * shape.decoder.hidden + shape.decoder.hidden**2
-    flops = preset.batch * (shape.vision.flops + 2 * shape.tokens_per_image * projector)
-    return Work(flops, value_bytes * (shape.vision.parameters + projector + 2 * hidden))
+    maps = sum(shape.projector_maps)
+    flops = preset.batch * (shape.vision.flops + 2 * shape.tokens_per_image * maps)
+    parameters = shape.vision.parameters + maps + shape.projector_bias * 2 * shape.decoder.hidden
+    return Work(flops, value_bytes * parameters)
 
 
 def prefill_work(preset: Preset, way: Way, value_bytes: int, outputs: int = 0) -> Work:

@@ -85,6 +85,7 @@ def build_model(preset: Preset, device: torch.device, dtype: torch.dtype) -> Dyn
             num_hidden_layers=decoder.layers,
             num_attention_heads=decoder.heads,
             num_key_value_heads=decoder.kv_heads,
+            head_dim=decoder.head_width,
             vocab_size=decoder.vocab,
             max_position_embeddings=4096,
             tie_word_embeddings=False,
@@ -209,7 +210,7 @@ def _store(model: Any, preset: Preset, cache: AdmissionCache, dense: int, sparse
 
 def _random_pair(model: Any, preset: Preset, tokens: int) -> tuple[Tensor, Tensor]:
     decoder = preset.shape.decoder
-    size = (preset.batch, decoder.kv_heads, tokens, decoder.hidden // decoder.heads)
+    size = (preset.batch, decoder.kv_heads, tokens, decoder.head_width)
     keys, values = (torch.randn(size, device=model.device, dtype=model.dtype) for _ in range(2))
     return keys, values
 

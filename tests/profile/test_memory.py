@@ -8,7 +8,7 @@ import pytest
 
 from dynamic_llava.config import SparsityConfig
 from dynamic_llava.costs import LLAVA_SHAPES
-from dynamic_llava.memory_costs import Sharding
+from dynamic_llava.costs.memory import Sharding
 from dynamic_llava.profile.__main__ import main
 from dynamic_llava.profile.memory import shape_of, sharding_of
 from tests.builders import TINY_SPARSITY, build_model

@@ -1,4 +1,4 @@
-"""What passes cost: parameters, FLOPs, tokens per layer, key-value bytes. Pure arithmetic, no torch.
+"""What passes cost: FLOPs, tokens per layer, key-value bytes. Pure arithmetic, no torch.
 
 Two ways to count, never to be mixed in one table. `flops_paper` is Eq. 13 as the paper's tables use it: 32 N C^2 stands
 for ALL linear layers (four projections 8 N C^2, a three-matrix MLP of width 4C 24 N C^2) and 4 N^2 C for attention; the
@@ -7,186 +7,13 @@ ratios hold. `flops_exact` counts the real module shapes, two operations per mul
 softmax, embeddings and the vision tower; the head is `head_flops`.
 
 In every function `tokens` is what layers below `sparse_layer` see and `kept` what the others see; kept=None is dense.
-Training masks instead of removing, so `training_flops` counts every token; its bytes are in memory_costs.py.
+Training masks instead of removing, so `training_flops` counts every token; its bytes are in memory.py.
 """
 
-import re
 from dataclasses import dataclass
-from typing import Any
 
 from dynamic_llava.config import LoraConfig, SparsityConfig, TrainConfig
-
-
-@dataclass(frozen=True)
-class DecoderShape:
-    """The sizes of a Llama-type decoder that its costs follow from; ValueError where they do not fit together."""
-
-    hidden: int
-    """C: hidden size."""
-    layers: int
-    """L: decoder layers."""
-    intermediate: int
-    """I: width of the gated MLP."""
-    heads: int
-    """Query heads."""
-    kv_heads: int
-    """Key and value heads."""
-    vocab: int
-    """Rows of the output head."""
-
-    def __post_init__(self) -> None:
-        if self.hidden % self.heads or self.heads % self.kv_heads:
-            raise ValueError(
-                f"hidden={self.hidden}, heads={self.heads}, kv_heads={self.kv_heads} do not fit; choose heads that "
-                "divide hidden and kv_heads that divide heads"
-            )
-
-    @property
-    def kv_width(self) -> int:
-        """Width of a token's keys, and of its values, in one layer."""
-        return self.hidden // self.heads * self.kv_heads
-
-    @property
-    def layer_parameters(self) -> int:
-        """Weights of one layer's linear maps: query, key, value, output, and the three of the MLP."""
-        attention = 2 * self.hidden * self.hidden + 2 * self.hidden * self.kv_width
-        return attention + 3 * self.hidden * self.intermediate
-
-    def adapter_parameters(self, rank: int) -> int:
-        """Weights of one layer's LoRA adapters: rank x (inputs + outputs) for each of its seven linear maps."""
-        attention = 2 * (2 * self.hidden) + 2 * (self.hidden + self.kv_width)
-        return rank * (attention + 3 * (self.hidden + self.intermediate))
-
-
-@dataclass(frozen=True)
-class VisionShape:
-    """The sizes of a CLIP vision tower."""
-
-    hidden: int
-    """Hidden size."""
-    layers: int
-    """Encoder layers."""
-    intermediate: int
-    """Width of the MLP."""
-    patch: int
-    """Side of a patch in pixels."""
-    patches: int
-    """Patches of an image; the class token comes on top."""
-
-    @property
-    def parameters(self) -> int:
-        """All weights: embeddings, encoder layers, and the norms before and after them."""
-        linear = 4 * self.hidden**2 + 2 * self.hidden * self.intermediate
-        layer = linear + (4 + 1 + 4) * self.hidden + self.intermediate  # biases and two layer norms
-        return 3 * self.patch**2 * self.hidden + (1 + self.patches + 1 + 4) * self.hidden + self.layers * layer
-
-    @property
-    def flops(self) -> int:
-        """FLOPs of one image; the last layer counts, which LLaVA runs and does not use."""
-        tokens = self.patches + 1
-        linear = 2 * tokens * (4 * self.hidden**2 + 2 * self.hidden * self.intermediate)
-        embedding = 2 * self.patches * 3 * self.patch**2 * self.hidden
-        return embedding + self.layers * (linear + 4 * tokens**2 * self.hidden)
-
-
-@dataclass(frozen=True)
-class LlavaShape:
-    """The sizes of a whole LLaVA: vision tower, two-layer projector, decoder with an untied head."""
-
-    decoder: DecoderShape
-    """The language model."""
-    vision: VisionShape
-    """The vision tower."""
-    tokens_per_image: int
-    """n: image tokens of one image."""
-
-
-LLAVA_7B = DecoderShape(hidden=4096, layers=32, intermediate=11008, heads=32, kv_heads=32, vocab=32064)
-"""The decoder of LLaVA-1.5-7B."""
-LLAVA_13B = DecoderShape(hidden=5120, layers=40, intermediate=13824, heads=40, kv_heads=40, vocab=32064)
-"""The decoder of LLaVA-1.5-13B."""
-_CLIP_L_336 = VisionShape(hidden=1024, layers=24, intermediate=4096, patch=14, patches=576)
-LLAVA_SHAPES = {name: LlavaShape(decoder, _CLIP_L_336, 576) for name, decoder in (("7b", LLAVA_7B), ("13b", LLAVA_13B))}
-"""The published sizes of LLaVA-1.5."""
-
-
-@dataclass(frozen=True)
-class DevicePeak:
-    """What a device can do at best, by its maker's data sheet."""
-
-    tflops: float
-    """Dense bfloat16 matrix products, TFLOP/s."""
-    terabytes: float
-    """Memory bandwidth, TB/s."""
-
-
-DEVICE_PEAKS = {
-    "H100 PCIe": DevicePeak(756.0, 2.0),
-    "H100 NVL": DevicePeak(835.0, 3.9),
-    "H100": DevicePeak(989.0, 3.35),
-    "H200": DevicePeak(989.0, 4.8),
-    "A100-SXM4-40GB": DevicePeak(312.0, 1.555),
-    "A100-PCIE-40GB": DevicePeak(312.0, 1.555),
-    "A100 80GB PCIe": DevicePeak(312.0, 1.935),
-    "A100": DevicePeak(312.0, 2.039),
-    "A40": DevicePeak(149.7, 0.696),
-    "L40S": DevicePeak(362.0, 0.864),
-    "L4": DevicePeak(121.0, 0.3),
-    "RTX A6000": DevicePeak(154.8, 0.768),
-    "RTX 4090": DevicePeak(165.2, 1.008),
-}
-"""Peaks by a part of the device's name, from NVIDIA's data sheets; the first that fits counts."""
-
-
-def device_peak(name: str) -> DevicePeak | None:
-    """Return the peaks of a device of this name, or None where nobody wrote them down."""
-    return next((peak for part, peak in DEVICE_PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
-
-
-def decoder_shape(config: Any) -> DecoderShape:
-    """Return the sizes of the language model in a DynamicLlavaConfig or LlavaConfig."""
-    text = config.text_config
-    return DecoderShape(
-        hidden=text.hidden_size,
-        layers=text.num_hidden_layers,
-        intermediate=text.intermediate_size,
-        heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
-        vocab=text.vocab_size,
-    )
-
-
-def llava_shape(config: Any) -> LlavaShape:
-    """Return the sizes in a DynamicLlavaConfig or LlavaConfig."""
-    vision = config.vision_config
-    tower = VisionShape(
-        hidden=vision.hidden_size,
-        layers=vision.num_hidden_layers,
-        intermediate=vision.intermediate_size,
-        patch=vision.patch_size,
-        patches=(vision.image_size // vision.patch_size) ** 2,
-    )
-    class_token = config.vision_feature_select_strategy != "default"
-    return LlavaShape(decoder_shape(config), tower, tower.patches + class_token)
-
-
-def parameter_counts(shape: LlavaShape, sparsity: SparsityConfig, lora: LoraConfig | None = None) -> dict[str, int]:
-    """Return the number of parameters of each part; the parts are those of train/optimizer.py."""
-    hidden, decoder, width = shape.decoder.hidden, shape.decoder, sparsity.predictor_width
-    layer = decoder.layer_parameters + 2 * hidden
-    half, quarter = width // 2, width // 4
-    ends = (2 * hidden + hidden * width + width) + (width * half + half) + (half * quarter + quarter)
-    ends += quarter * 2 + 2
-    mlp = sparsity.predictor_mlp
-    block = 4 * width + 4 * width**2 + width + 2 * width * mlp + mlp + width
-    return {
-        "language_model": decoder.layers * layer + hidden + 2 * decoder.vocab * hidden,
-        "vision_tower": shape.vision.parameters,
-        "projector": shape.vision.hidden * hidden + hidden**2 + 2 * hidden,
-        "image_predictor": ends + sparsity.predictor_blocks * block,
-        "output_predictor": ends,
-        "adapters": 0 if lora is None else decoder.layers * decoder.adapter_parameters(lora.rank),
-    }
+from dynamic_llava.costs.shapes import DecoderShape, LlavaShape
 
 
 def average_tokens(total: float, kept: float, layers: int, sparse_layer: int) -> float:
@@ -219,7 +46,7 @@ def flops_exact(
     total = 0
     for depth, n in _layer_groups(tokens, kept, shape.layers, sparse_layer):
         pairs = n * (n + 1) // 2 if causal else n * n
-        total += depth * (2 * n * shape.layer_parameters + 4 * pairs * shape.hidden)
+        total += depth * (2 * n * shape.layer_parameters + 4 * pairs * shape.query_width)
     return batch * total
 
 
@@ -228,7 +55,7 @@ def flops_decode_step(
 ) -> int:
     """Return the FLOPs of the decoder layers for one new token with a cache of `tokens` (`kept` in sparse layers)."""
     groups = _layer_groups(tokens, kept, shape.layers, sparse_layer)
-    return batch * sum(depth * (2 * shape.layer_parameters + 4 * (n + 1) * shape.hidden) for depth, n in groups)
+    return batch * sum(depth * (2 * shape.layer_parameters + 4 * (n + 1) * shape.query_width) for depth, n in groups)
 
 
 def head_flops(tokens: int, shape: DecoderShape) -> int:
@@ -300,19 +127,18 @@ def training_flops(
     full, projector = train.tune == "full", train.projector_learning_rate is not None
     first = sparsity.sparse_layer if train.tune == "predictors" and not projector else 0
     reached = decoder.layers - first
-    incoming = hidden * (hidden + 2 * decoder.kv_width)  # the maps to queries, keys and values of the first layer
     linear = decoder.layers * decoder.layer_parameters * (2 if full else 1) + reached * decoder.layer_parameters
-    pairs = 4 * hidden * decoder.layers + 8 * hidden * reached
+    pairs = 4 * decoder.query_width * decoder.layers + 8 * decoder.query_width * reached
     if train.tune == "lora" and not projector:
-        linear -= incoming
+        linear -= decoder.incoming_parameters  # of the first layer
     elif first and sparsity.dropped_tokens == "masked_softmax":
-        linear -= incoming
-        pairs -= 6 * hidden
+        linear -= decoder.incoming_parameters
+        pairs -= 6 * decoder.query_width
     head = hidden * decoder.vocab * (3 if full else 2)
     if lora is not None:
         linear += 3 * decoder.layers * decoder.adapter_parameters(lora.rank)
         linear -= 0 if projector else 3 * lora.rank * hidden
-    maps = shape.vision.hidden * hidden, hidden**2
+    maps = shape.projector_maps
     image = shape.vision.flops + 2 * shape.tokens_per_image * (sum(maps) + projector * (sum(maps) + maps[1]))
     sizes = {"width": sparsity.predictor_width, "mlp": sparsity.predictor_mlp, "blocks": sparsity.predictor_blocks}
     if train.sparsity_mode in ("both", "image"):
@@ -338,7 +164,8 @@ def kv_bytes(
 
 def weight_bytes(shape: DecoderShape, bytes_per_value: int = 2) -> int:
     """Return the bytes of the weights that one decoding step reads: all layers' linear maps and the head."""
-    return bytes_per_value * (shape.layers * shape.layer_parameters + shape.vocab * shape.hidden)
+    layers = shape.layers * (shape.layer_parameters + shape.layer_biases)
+    return bytes_per_value * (layers + shape.vocab * shape.hidden)
 
 
 def decode_step_bytes(

@@ -8,7 +8,7 @@ import torch
 from dynamic_llava import DynamicLlavaForConditionalGeneration
 from dynamic_llava.config import LoraConfig, ModelConfig, SparsityConfig, TrainConfig
 from dynamic_llava.costs import LLAVA_SHAPES, llava_shape, parameter_counts
-from dynamic_llava.memory_costs import BLOCK_ROWS, PART, Sharding, training_memory
+from dynamic_llava.costs.memory import BLOCK_ROWS, PART, Sharding, training_memory
 from dynamic_llava.sparsity.kernels import chunked
 from dynamic_llava.train.config import RunConfig
 from dynamic_llava.train.optimizer import build_optimizer, parts, prepare

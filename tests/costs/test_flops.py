@@ -29,8 +29,8 @@ from dynamic_llava.costs import (
     weight_bytes,
 )
 from dynamic_llava.train.config import RunConfig
-from dynamic_llava.train.optimizer import prepare
-from tests.builders import FIRST_WORD, IMAGE_TOKEN, TOKENS_PER_IMAGE, VOCABULARY, tiny_config
+from tests.builders import TOKENS_PER_IMAGE, tiny_config
+from tests.costs.counted import check_training_flops
 
 # (model, tokens, kept, sparse layer, Eq. 13, exact, exact causal, average tokens); TFLOP.
 ROWS = {
@@ -178,33 +178,6 @@ def test_parameters_of_the_published_sizes():
     assert parameter_counts(LLAVA_SHAPES["7b"], SparsityConfig(), LoraConfig())["adapters"] == 319_815_680
 
 
-def counted_flops(run, kv_heads=4):
-    """Return a real step's matrix products (2 rows of 40 tokens, features given), by kind, and the model's shape.
-
-    The sums over tokens run in `mm`, those over heads, which is attention, in `bmm`.
-    """
-    config = tiny_config(kv_heads, "eager", masked_softmax="reference", dropped_tokens=run.sparsity.dropped_tokens)
-    model = prepare(DynamicLlavaForConditionalGeneration(config), run).train()
-    ids = torch.randint(FIRST_WORD, VOCABULARY, (2, 40))
-    ids[:, 3 : 3 + TOKENS_PER_IMAGE] = IMAGE_TOKEN
-    labels = ids.clone()
-    labels[:, : 3 + TOKENS_PER_IMAGE] = -100
-    learns = run.train.projector_learning_rate is not None
-    images = {"image_features": torch.randn(2, TOKENS_PER_IMAGE, 64, requires_grad=learns)}
-    with FlopCounterMode(display=False) as counter:
-        mode = run.train.sparsity_mode
-        model(
-            input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, sparsity=mode, **images
-        ).loss.backward()
-    # Earlier transformers computes the rotary angles by a product, later ones do not.
-    rotary = next(module for module in model.modules() if type(module).__name__ == "LlamaRotaryEmbedding")
-    with FlopCounterMode(display=False) as angles:
-        rotary(images["image_features"], position_ids=torch.arange(40)[None])
-    counts = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
-    attention = counts["aten.bmm"] - angles.get_total_flops()
-    return counts["aten.mm"] + counts.get("aten.addmm", 0), attention, llava_shape(config)
-
-
 WAYS = [
     pytest.param(*way, marks=() if way[1:] in (("both", "masked_softmax", None), ("none", "masked_softmax", 1e-4))
                  or way[:3] == ("predictors", "both", "zero_vectors") else pytest.mark.slow)
@@ -224,22 +197,7 @@ def test_training_flops_equal_counted_products(tune, mode, dropped, projector):
     train = TrainConfig(tune=tune, sparsity_mode=mode, projector_learning_rate=projector)
     sparsity = SparsityConfig(**{**tiny_config().sparsity.to_dict(), "dropped_tokens": dropped})
     run = RunConfig(sparsity=sparsity, train=train, lora=lora)
-    linear, attention, shape = counted_flops(run, kv_heads=2)
-    flops = training_flops(shape, sparsity, train, lora)
-    outputs = 2 * (40 - 3 - TOKENS_PER_IMAGE)
-    whole = 80 * flops.per_token + 2 * 40 * 41 // 2 * flops.per_pair + 2 * flops.per_image
-    assert flops.of_batch(2, 40, 2, outputs) == whole + outputs * flops.per_output_token
-    blocks = 3 * predictor_flops(
-        64,
-        TOKENS_PER_IMAGE,
-        width=sparsity.predictor_width,
-        mlp=sparsity.predictor_mlp,
-        blocks=sparsity.predictor_blocks,
-    )
-    inner = 3 * sparsity.predictor_blocks * 4 * TOKENS_PER_IMAGE**2 * sparsity.predictor_width
-    images = 2 * (blocks - inner) if mode in ("both", "image") else 0
-    assert linear == 80 * flops.per_token + images + outputs * flops.per_output_token
-    assert attention == 2 * 40**2 * flops.per_pair, "the reference attention computes every pair"
+    check_training_flops(run, tiny_config(2, "eager", masked_softmax="reference", dropped_tokens=dropped))
 
 
 def test_an_images_flops_equal_counted_products():

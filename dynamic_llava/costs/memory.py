@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dynamic_llava.config import LoraConfig, ModelConfig, SparsityConfig, TrainConfig
-from dynamic_llava.costs import DecoderShape, LlavaShape, parameter_counts
+from dynamic_llava.costs.shapes import DecoderShape, LlavaShape, parameter_counts
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LOSS_BYTES = 12
@@ -196,7 +196,7 @@ def _activation_bytes(shape: LlavaShape, run: _Run, tokens: int, pictures: int) 
         kept += run.compute * decoder.vocab * decoder.hidden
     kept += _predictor_bytes(run, parameter_counts(shape, run.sparsity), tokens, pictures)
     if train.projector_learning_rate is not None:
-        kept += pictures * run.compute * (shape.vision.hidden + 2 * decoder.hidden)
+        kept += pictures * run.compute * (shape.feature_layers * shape.vision.hidden + 2 * decoder.hidden)
     return kept
 
 
@@ -209,7 +209,7 @@ def _layer_bytes(run: _Run, layer: int, tokens: int) -> int:
         copies += decoder.adapter_parameters(run.lora.rank)
     if layer == run.first_layer and not run.reaches_first:
         per_token -= 4 * decoder.hidden + 4
-        copies -= decoder.hidden * (decoder.hidden + 2 * decoder.kv_width) if run.compute != run.weight else 0
+        copies -= decoder.incoming_parameters if run.compute != run.weight else 0
     return tokens * per_token + run.compute * copies
 
 
@@ -217,13 +217,14 @@ def _attention_bytes(run: _Run, layer: int) -> int:
     """Bytes per token of an attention and its norm: queries, keys, values, output, and what four maps learn from."""
     decoder = run.decoder
     statistics = 8 * decoder.heads + 8 if run.is_masked(layer) else 4 * decoder.heads
-    values = run.compute * 2 * (decoder.hidden + decoder.kv_width)
+    values = run.compute * 2 * (decoder.query_width + decoder.kv_width)
     inputs = 0
     if run.full:  # the output map learns from the output, which is kept and has the right format already
         inputs = run.compute * (3 if run.compute != run.weight else 1) * decoder.hidden
     elif run.lora is not None:
-        inputs = run.compute * ((4 if run.splits_inputs else 1) * decoder.hidden + 4 * run.lora.rank)
-        inputs += 4 * decoder.hidden if run.lora.dropout > 0 else 0  # the dropout's masks, a byte per value
+        split = 3 * decoder.hidden + decoder.query_width
+        inputs = run.compute * ((split if run.splits_inputs else decoder.hidden) + 4 * run.lora.rank)
+        inputs += split if run.lora.dropout > 0 else 0  # the dropout's masks, a byte per value
     return values + statistics + inputs + _norm_bytes(run)
 
 
@@ -271,9 +272,9 @@ def _passing_bytes(run: _Run, tokens: int) -> int:
     layer += _layer_bytes(run, last, tokens) if recomputes else 0
     if run.is_masked(last):
         floats = 8 + (3 if width != 4 else 0)  # gradients, their sums; float32 copies of queries, keys and values
-        layer += 4 * (tokens * floats * hidden + 3 * min(tokens * BLOCK_ROWS * decoder.heads, 2 * PART))
+        layer += 4 * (tokens * floats * decoder.query_width + 3 * min(tokens * BLOCK_ROWS * decoder.heads, 2 * PART))
     else:
-        layer += tokens * 4 * width * hidden
+        layer += tokens * 4 * width * decoder.query_width
     # By then the loss, the last norm and the layer's MLP are done.
     layer -= 4 * words + tokens * (_norm_bytes(run) + _mlp_bytes(run))
     # Autocast remembers its copies of trained weights until the forward pass is over.

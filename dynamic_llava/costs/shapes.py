@@ -1,0 +1,228 @@
+"""The sizes of a LLaVA and of a device that costs follow from, and the parameters of each part. No torch."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from dynamic_llava.config import LoraConfig, SparsityConfig
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """The sizes of a Llama-type decoder that its costs follow from; ValueError where they do not fit together."""
+
+    hidden: int
+    """C: hidden size."""
+    layers: int
+    """L: decoder layers."""
+    intermediate: int
+    """I: width of the gated MLP."""
+    heads: int
+    """Query heads."""
+    kv_heads: int
+    """Key and value heads."""
+    vocab: int
+    """Rows of the output head."""
+    head_dim: int | None = None
+    """D: width of one head; None means hidden / heads."""
+    attention_bias: bool = False
+    """Whether the four maps of attention have a bias."""
+    mlp_bias: bool = False
+    """Whether the three maps of the MLP have a bias."""
+    tied_head: bool = False
+    """Whether the output head is the embedding matrix itself."""
+
+    def __post_init__(self) -> None:
+        divides = self.head_dim is not None or self.hidden % self.heads == 0
+        if not divides or self.heads % self.kv_heads:
+            raise ValueError(
+                f"hidden={self.hidden}, heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim} do not "
+                "fit; choose kv_heads that divide heads, and heads that divide hidden or a head_dim"
+            )
+
+    @property
+    def head_width(self) -> int:
+        """D: width of one head, stated or hidden / heads."""
+        return self.head_dim if self.head_dim is not None else self.hidden // self.heads
+
+    @property
+    def query_width(self) -> int:
+        """Width of a token's queries, and of what attention hands to the output map, in one layer."""
+        return self.head_width * self.heads
+
+    @property
+    def kv_width(self) -> int:
+        """Width of a token's keys, and of its values, in one layer."""
+        return self.head_width * self.kv_heads
+
+    @property
+    def incoming_parameters(self) -> int:
+        """Weights of one layer's maps to queries, keys and values."""
+        return self.hidden * (self.query_width + 2 * self.kv_width)
+
+    @property
+    def layer_parameters(self) -> int:
+        """Weights of one layer's linear maps: query, key, value, output, and the three of the MLP; without biases."""
+        return self.incoming_parameters + self.query_width * self.hidden + 3 * self.hidden * self.intermediate
+
+    @property
+    def layer_biases(self) -> int:
+        """Biases of one layer's linear maps."""
+        attention = self.query_width + 2 * self.kv_width + self.hidden
+        return self.attention_bias * attention + self.mlp_bias * (2 * self.intermediate + self.hidden)
+
+    def adapter_parameters(self, rank: int) -> int:
+        """Weights of one layer's LoRA adapters: rank x (inputs + outputs) for each of its seven linear maps."""
+        attention = 2 * (self.hidden + self.query_width) + 2 * (self.hidden + self.kv_width)
+        return rank * (attention + 3 * (self.hidden + self.intermediate))
+
+
+@dataclass(frozen=True)
+class VisionShape:
+    """The sizes of a CLIP vision tower."""
+
+    hidden: int
+    """Hidden size."""
+    layers: int
+    """Encoder layers."""
+    intermediate: int
+    """Width of the MLP."""
+    patch: int
+    """Side of a patch in pixels."""
+    patches: int
+    """Patches of an image; the class token comes on top."""
+
+    @property
+    def parameters(self) -> int:
+        """All weights: embeddings, encoder layers, and the norms before and after them."""
+        linear = 4 * self.hidden**2 + 2 * self.hidden * self.intermediate
+        layer = linear + (4 + 1 + 4) * self.hidden + self.intermediate  # biases and two layer norms
+        return 3 * self.patch**2 * self.hidden + (1 + self.patches + 1 + 4) * self.hidden + self.layers * layer
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of one image; the last layer counts, which LLaVA runs and does not use."""
+        tokens = self.patches + 1
+        linear = 2 * tokens * (4 * self.hidden**2 + 2 * self.hidden * self.intermediate)
+        embedding = 2 * self.patches * 3 * self.patch**2 * self.hidden
+        return embedding + self.layers * (linear + 4 * tokens**2 * self.hidden)
+
+
+@dataclass(frozen=True)
+class LlavaShape:
+    """The sizes of a whole LLaVA: vision tower, two-layer projector, decoder."""
+
+    decoder: DecoderShape
+    """The language model."""
+    vision: VisionShape
+    """The vision tower."""
+    tokens_per_image: int
+    """n: image tokens of one image."""
+    feature_layers: int = 1
+    """Layers of the vision tower whose outputs, side by side, enter the projector."""
+    projector_bias: bool = True
+    """Whether the projector's two maps have a bias."""
+
+    @property
+    def projector_maps(self) -> tuple[int, int]:
+        """Weights of the projector's first and second linear map."""
+        return self.feature_layers * self.vision.hidden * self.decoder.hidden, self.decoder.hidden**2
+
+
+LLAVA_7B = DecoderShape(hidden=4096, layers=32, intermediate=11008, heads=32, kv_heads=32, vocab=32064)
+"""The decoder of LLaVA-1.5-7B."""
+LLAVA_13B = DecoderShape(hidden=5120, layers=40, intermediate=13824, heads=40, kv_heads=40, vocab=32064)
+"""The decoder of LLaVA-1.5-13B."""
+_CLIP_L_336 = VisionShape(hidden=1024, layers=24, intermediate=4096, patch=14, patches=576)
+LLAVA_SHAPES = {name: LlavaShape(decoder, _CLIP_L_336, 576) for name, decoder in (("7b", LLAVA_7B), ("13b", LLAVA_13B))}
+"""The published sizes of LLaVA-1.5."""
+
+
+@dataclass(frozen=True)
+class DevicePeak:
+    """What a device can do at best, by its maker's data sheet."""
+
+    tflops: float
+    """Dense bfloat16 matrix products, TFLOP/s."""
+    terabytes: float
+    """Memory bandwidth, TB/s."""
+
+
+DEVICE_PEAKS = {
+    "H100 PCIe": DevicePeak(756.0, 2.0),
+    "H100 NVL": DevicePeak(835.0, 3.9),
+    "H100": DevicePeak(989.0, 3.35),
+    "H200": DevicePeak(989.0, 4.8),
+    "A100-SXM4-40GB": DevicePeak(312.0, 1.555),
+    "A100-PCIE-40GB": DevicePeak(312.0, 1.555),
+    "A100 80GB PCIe": DevicePeak(312.0, 1.935),
+    "A100": DevicePeak(312.0, 2.039),
+    "A40": DevicePeak(149.7, 0.696),
+    "L40S": DevicePeak(362.0, 0.864),
+    "L4": DevicePeak(121.0, 0.3),
+    "RTX A6000": DevicePeak(154.8, 0.768),
+    "RTX 4090": DevicePeak(165.2, 1.008),
+}
+"""Peaks by a part of the device's name, from NVIDIA's data sheets; the first that fits counts."""
+
+
+def device_peak(name: str) -> DevicePeak | None:
+    """Return the peaks of a device of this name, or None where nobody wrote them down."""
+    return next((peak for part, peak in DEVICE_PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
+
+
+def decoder_shape(config: Any) -> DecoderShape:
+    """Return the sizes of the language model in a DynamicLlavaConfig or LlavaConfig."""
+    text = config.text_config
+    return DecoderShape(
+        hidden=text.hidden_size,
+        layers=text.num_hidden_layers,
+        intermediate=text.intermediate_size,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        vocab=text.vocab_size,
+        head_dim=getattr(text, "head_dim", None),
+        attention_bias=bool(getattr(text, "attention_bias", False)),
+        mlp_bias=bool(getattr(text, "mlp_bias", False)),
+        tied_head=bool(config.tie_word_embeddings),
+    )
+
+
+def llava_shape(config: Any) -> LlavaShape:
+    """Return the sizes in a DynamicLlavaConfig or LlavaConfig."""
+    vision = config.vision_config
+    tower = VisionShape(
+        hidden=vision.hidden_size,
+        layers=vision.num_hidden_layers,
+        intermediate=vision.intermediate_size,
+        patch=vision.patch_size,
+        patches=(vision.image_size // vision.patch_size) ** 2,
+    )
+    class_token = config.vision_feature_select_strategy != "default"
+    layers = config.vision_feature_layer
+    return LlavaShape(
+        decoder_shape(config),
+        tower,
+        tower.patches + class_token,
+        feature_layers=1 if isinstance(layers, int) else len(layers),
+        projector_bias=config.multimodal_projector_bias,
+    )
+
+
+def parameter_counts(shape: LlavaShape, sparsity: SparsityConfig, lora: LoraConfig | None = None) -> dict[str, int]:
+    """Return the number of parameters of each part; the parts are those of train/optimizer.py."""
+    hidden, decoder, width = shape.decoder.hidden, shape.decoder, sparsity.predictor_width
+    layer = decoder.layer_parameters + decoder.layer_biases + 2 * hidden
+    half, quarter = width // 2, width // 4
+    ends = (2 * hidden + hidden * width + width) + (width * half + half) + (half * quarter + quarter)
+    ends += quarter * 2 + 2
+    mlp = sparsity.predictor_mlp
+    block = 4 * width + 4 * width**2 + width + 2 * width * mlp + mlp + width
+    return {
+        "language_model": decoder.layers * layer + hidden + (2 - decoder.tied_head) * decoder.vocab * hidden,
+        "vision_tower": shape.vision.parameters,
+        "projector": sum(shape.projector_maps) + shape.projector_bias * 2 * hidden,
+        "image_predictor": ends + sparsity.predictor_blocks * block,
+        "output_predictor": ends,
+        "adapters": 0 if lora is None else decoder.layers * decoder.adapter_parameters(lora.rank),
+    }
