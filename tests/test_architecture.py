@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERED = [path for path in FILES if path != PACKAGE / "__init__.py"]
 
 LAYER = {
-    "config": 0, "layout": 0, "costs": 0,
+    "config": 0, "files": 0, "layout": 0, "costs": 0,
     "sparsity": 1, "provenance": 1,
     "methods": 2, "projectors": 2,
     "model": 3,

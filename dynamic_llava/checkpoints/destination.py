@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dynamic_llava.files import amount
+
 
 def check_destination(destination: Path) -> None:
     """Raise ValueError unless `destination` is free: not there, or an empty folder."""
@@ -27,7 +29,7 @@ def new_folder(destination: Path, needed: int) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     free = shutil.disk_usage(destination.parent).free
     if free < needed:
-        raise _full(destination, needed, f"only {free / 1e9:.2f} GB are free")
+        raise _full(destination, needed, f"only {amount(free)} are free")
     partial.mkdir()
     try:
         yield partial
@@ -42,6 +44,6 @@ def new_folder(destination: Path, needed: int) -> Iterator[Path]:
 
 def _full(destination: Path, needed: int, reason: str) -> ValueError:
     return ValueError(
-        f"the disk of {destination.parent} has no room for the {needed / 1e9:.2f} GB of {destination.name}: {reason}. "
+        f"the disk of {destination.parent} has no room for the {amount(needed)} of {destination.name}: {reason}. "
         "Free some space or choose another disk; nothing was left behind"
     )

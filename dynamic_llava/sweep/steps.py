@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dynamic_llava.cli import read_yaml
-from dynamic_llava.train.checkpoints import compared_settings, replace_file
+from dynamic_llava.files import replace_file
+from dynamic_llava.train.checkpoints import compared_settings
 from dynamic_llava.train.config import RunConfig
 from dynamic_llava.train.run import MODEL_SETTINGS
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from dynamic_llava.eval.report import MISSING, markdown
+from dynamic_llava.files import replace_file
 from dynamic_llava.provenance import environment
 from dynamic_llava.sweep.config import TINY, SweepColumn
 from dynamic_llava.sweep.plan import Plan, PlannedRow
 from dynamic_llava.sweep.steps import Evaluation
-from dynamic_llava.train.checkpoints import replace_file
 
 SERVER_SCORES = "server.json"
 """In an evaluation's folder, written by hand: {"score": 77.6}, what the benchmark's server or judge answered."""

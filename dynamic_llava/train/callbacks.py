@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dynamic_llava.config import SparsityConfig, TrainConfig
-from dynamic_llava.train.checkpoints import replace_file
+from dynamic_llava.files import replace_file
 from dynamic_llava.train.distributed import anywhere
 from dynamic_llava.train.stopping import StopRequest
 

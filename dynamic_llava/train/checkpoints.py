@@ -9,7 +9,6 @@ random states. transformers reads its own with weights_only; DeepSpeed unpickles
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from dynamic_llava.files import replace_file
 from dynamic_llava.train.config import RunConfig
 from dynamic_llava.train.distributed import on_main, wait_for_all
 from dynamic_llava.train.stopping import SaveError
@@ -228,16 +228,6 @@ def published(folder: Path, least_bytes: int) -> Iterator[Path]:
         yield unfinished
     wait_for_all()
     on_main(lambda: _publish(unfinished, folder))
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a text file that is there in full or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _fresh(folder: Path, least_bytes: int) -> None:

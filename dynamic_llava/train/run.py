@@ -15,6 +15,7 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 
 import dynamic_llava.tiny
 from dynamic_llava.data import Collator, SftDataset
+from dynamic_llava.files import replace_file
 from dynamic_llava.model import DynamicLlavaForConditionalGeneration
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.provenance import environment, versions
@@ -27,7 +28,7 @@ from dynamic_llava.train.callbacks import (
     SeparateClipping,
     WandbLog,
 )
-from dynamic_llava.train.checkpoints import Checkpoints, compared_settings, least_bytes, published, replace_file
+from dynamic_llava.train.checkpoints import Checkpoints, compared_settings, least_bytes, published
 from dynamic_llava.train.config import RunConfig
 from dynamic_llava.train.distributed import join, on_main, read_deepspeed, wait_for_all, zero_stage
 from dynamic_llava.train.lora import save_lora

@@ -284,7 +284,7 @@ def test_a_full_disk(model, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         usage = shutil.disk_usage(tmp_path)
         patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-        assert "only 0.00 GB are free" in refused(source, tmp_path / "new")
+        assert "only 1.0 kB are free" in refused(source, tmp_path / "new")
 
     def fill(path, placements):
         raise OSError(28, "No space left on device")
