@@ -11,8 +11,12 @@ GPUs) never make a tensor of size N x N. docs/kernels.md describes them.
 
 Stability: all subtract the row maximum over the kept visible keys, which changes nothing in the formula. A dropped key
 may lie above that maximum; its exponent is clamped at EXPONENT_CAP. Outputs and the gradients of query, key and value
-do not depend on the clamp (a dropped key has weight 0); the gradient of M is exact up to a dominance of EXPONENT_CAP
-and has the right sign and a finite size beyond it.
+do not depend on the clamp (a dropped key has weight 0). The gradient of M is exact as long as no score of a dropped key
+exceeds its row's maximum by more than EXPONENT_CAP. Beyond that it is finite but no longer the gradient: each term of
+its sum over heads and queries keeps its sign and loses size, so that the sum itself may have the other sign.
+A dropped token or padding that is not finite (nan, inf) is as invisible to the others as any: its values reach no other
+row and, with `reference` and `chunked`, no other token's gradient. Where it is real its own row is not finite either,
+and its own mask gradient means nothing.
 Shape suffixes: B batch, H heads, N tokens, D head size.
 """
 
@@ -21,7 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dynamic_llava.sparsity.kernels import EXPONENT_CAP, compute_dtype
+from dynamic_llava.sparsity.kernels import EXPONENT_CAP, broken_tokens, compute_dtype
 from dynamic_llava.sparsity.kernels.choice import choose
 from dynamic_llava.sparsity.kernels.chunked import chunked_attention
 
@@ -51,6 +55,8 @@ def masked_softmax_attention(
     Raises ValueError.
     """
     _check(query, key, value, keep_mask, padding_mask, implementation)
+    if not query.numel():
+        return query.clone()
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     chosen = choose("MaskedSoftmax", implementation, "chunked", query.device, query.dtype, query.shape[-1])
     # Autocast would turn the float32 scores back into half precision.
@@ -85,15 +91,17 @@ def masked_softmax_weights(scores_BHNN: Tensor, keep_mask_BN: Tensor, visible: T
 def _reference_attention(
     query: Tensor, key: Tensor, value: Tensor, keep_mask: Tensor, padding_mask: Tensor | None, scale: float
 ) -> Tensor:
-    dtype = compute_dtype(query)
-    groups = query.shape[1] // key.shape[1]
+    dtype, groups = compute_dtype(query), query.shape[1] // key.shape[1]
+    real = torch.ones_like(keep_mask, dtype=torch.bool) if padding_mask is None else padding_mask
+    broken = broken_tokens(query.unflatten(1, (-1, groups)), key, value, keep_mask.masked_fill(~real, 0))
+    broken = broken.repeat_interleave(groups, dim=1)[..., None]
     key, value = (x.to(dtype).repeat_interleave(groups, dim=1) for x in (key, value))
+    wide, key, value = (x.to(dtype).masked_fill(broken, 0) for x in (query, key, value))
     tokens = query.shape[2]
-    visible = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()
-    if padding_mask is not None:
-        visible = visible & padding_mask[:, None, None, :]
-    scores = query.to(dtype) @ key.transpose(-1, -2) * scale
-    return (masked_softmax_weights(scores, keep_mask, visible) @ value).to(query.dtype)
+    visible = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril() & real[:, None, None]
+    scores = wide @ key.transpose(-1, -2) * scale
+    output = masked_softmax_weights(scores, keep_mask, visible) @ value
+    return output.masked_fill(broken & real[:, None, :, None], torch.nan).to(query.dtype)
 
 
 def _check(

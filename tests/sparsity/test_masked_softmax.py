@@ -98,7 +98,7 @@ def test_dropped_keys_that_dominate_by_fifty(implementation, dtype):
 
 @every
 @pytest.mark.parametrize("dominance", [80.0, 300.0])
-def test_mask_gradient_beyond_the_cap_is_finite_and_has_the_right_sign(implementation, dominance):
+def test_mask_gradient_beyond_the_cap_is_finite_term_by_term_of_the_right_sign(implementation, dominance):
     inputs, upstream = dominated(dominance)
     expected = results(equation_7, inputs, upstream)
     actual, reference = (
@@ -106,7 +106,7 @@ def test_mask_gradient_beyond_the_cap_is_finite_and_has_the_right_sign(implement
     )
     assert_equal(actual[:4], expected[:4], 2e-4, NAMES[:4])
     assert_equal(actual, reference, 2e-4)
-    # One query, one dropped key: there the clamp can only change the size.
+    # One query, one dropped key: there the clamp can only change the size. Of sums nothing of the kind holds.
     query, key = torch.ones(1, 1, 2, 1), torch.tensor([dominance, 0.0]).view(1, 1, 2, 1)
     value = torch.tensor([-1.0, 1.0]).view(1, 1, 2, 1)
     mask = torch.zeros(1, 2, requires_grad=True)
@@ -182,6 +182,46 @@ def test_padding_is_invisible_and_blind_rows_give_zero(implementation, side):
         torch.testing.assert_close(output[row, :, alone].float(), expected[0], rtol=1e-5, atol=1e-5)
     if side == "left":
         assert (output * fill).abs().max() == 0 and (actual[1] * fill).abs().max() == 0
+
+
+@every
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["query", "key", "value", "all"])
+@pytest.mark.parametrize("kind", ["dropped", "left", "right"])
+def test_a_token_that_is_not_finite_is_invisible_too(implementation, poison, where, kind):
+    """Dropped tokens and padding that hold nan or inf: every other row, and its gradients, as with finite ones."""
+    (query, key, value, mask), upstream = make(batch=2, heads=2, key_heads=1, tokens=45)
+    real = padding(2, 45, None if kind == "dropped" else kind)
+    mask[:, 30:40] = 0
+    hidden = torch.zeros(2, 45, dtype=torch.bool) if real is None else ~real
+    hidden[:, 35] |= kind == "dropped"
+    seen = (~hidden)[:, None, :, None]
+    clean = (query, key, value, mask)
+    dirty = [x.masked_fill(~seen, poison) if where in (name, "all") else x for name, x in
+             zip(("query", "key", "value"), clean[:3], strict=True)]  # fmt: skip
+    function = attention(implementation, padding_mask=real)
+    expected = results(function, clean, upstream * seen, torch.float32)
+    actual = results(function, (*dirty, mask), upstream * seen, torch.float32)
+    held = 1 if implementation == "triton" else 4  # its gradients do not promise it
+    finite = [tensor.where(seen, 0) for tensor in actual[:held]]
+    assert_equal(finite, [tensor.where(seen, 0) for tensor in expected[:held]], 1e-6, NAMES[:held])
+    if held > 1:
+        assert_equal([actual[4].where(~hidden, 0)], [expected[4].where(~hidden, 0)], 1e-6, ["mask gradient"])
+    if kind == "dropped" and where in ("value", "all"):
+        assert not actual[0][:, :, 35].isfinite().any(), "a real token's own row says that it is not finite"
+    if kind == "left":
+        assert (actual[0] * ~seen).abs().max() == 0
+
+
+@every
+@pytest.mark.parametrize("shape", [(2, 0), (0, 5), (0, 0)])
+def test_nothing_gives_nothing(implementation, shape):
+    batch, tokens = shape
+    leaves = [torch.zeros(batch, heads, tokens, 8, requires_grad=True) for heads in (4, 2, 2)]
+    mask = torch.ones(batch, tokens, requires_grad=True)
+    output = attention(implementation, padding_mask=torch.ones(batch, tokens, dtype=torch.bool))(*leaves, mask)
+    assert output.shape == (batch, 4, tokens, 8)
+    output.sum().backward()
 
 
 @every

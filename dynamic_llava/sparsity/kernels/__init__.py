@@ -11,3 +11,13 @@ that forms a mask gradient stays below float32's 3.4e38 while the summed |dP - D
 def compute_dtype(query: Tensor) -> torch.dtype:
     """Return the dtype to compute and accumulate in: float64 for float64, float32 for everything else."""
     return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+def broken_tokens(query_BKGND: Tensor, key_BKND: Tensor, value_BKND: Tensor, keep_BN: Tensor) -> Tensor:
+    """(B, K, N) bool: tokens that no other token sees, dropped ones and padding, and that are not finite in a key head.
+
+    keep_BN is the keep mask with 0 at padding. Whoever multiplies such a token's weight, which is 0, by its values has
+    to leave it out: 0 * nan is nan.
+    """
+    finite = query_BKGND.isfinite().all(-1).all(2) & key_BKND.isfinite().all(-1) & value_BKND.isfinite().all(-1)
+    return ~finite & (keep_BN == 0)[:, None]

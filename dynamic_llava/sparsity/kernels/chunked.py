@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dynamic_llava.sparsity.kernels import EXPONENT_CAP, compute_dtype
+from dynamic_llava.sparsity.kernels import EXPONENT_CAP, broken_tokens, compute_dtype
 
 BLOCK_ROWS = 128
 """Queries per block (fastest of 32 to 256 on a CPU)."""
@@ -113,9 +113,8 @@ def _part_forward(
 ) -> None:
     """Fill the part's share of out, row_max and row_sum."""
     groups, keep_BN = query.shape[1] // key.shape[1], keep_BN[part.rows]
-    q, k, v = (x.to(keep_BN.dtype) for x in (part.queries(query, groups), part.keys(key), part.keys(value)))
+    q, k, v, own_score = _load(part, scale, query, key, value, keep_BN, own_BN)
     out, row_max, row_sum = (part.queries(x, groups) for x in (out, row_max, row_sum))
-    own_score = _own_score(q, k, own_BN[part.rows], scale)
     kept_v = keep_BN[:, None, :, None] * v
     dropped_B111N = (keep_BN == 0)[:, None, None, None, :]
     for start, stop in _blocks(q.shape[3]):
@@ -149,13 +148,14 @@ def _part_backward(
 ) -> None:
     """Fill the part's share of the gradients, by the formulas at the top."""
     groups, keep_BN = query.shape[1] // key.shape[1], keep_BN[part.rows]
-    q, k, v = (x.to(keep_BN.dtype) for x in (part.queries(query, groups), part.keys(key), part.keys(value)))
+    q, k, v, own_score = _load(part, scale, query, key, value, keep_BN, own_BN)
     row_max, row_sum = part.queries(row_max, groups), part.queries(row_sum, groups)
     # 1 / Z_i is carried by the gradient's rows instead of by an N x N matrix.
     d_out = part.queries(grad_out, groups).to(keep_BN.dtype) * _reciprocal(row_sum)[..., None]
-    d_row = (d_out * part.queries(out, groups).to(keep_BN.dtype)).sum(dim=-1)
+    # A row that is not a number in the output and gets no gradient must not hand one to its past: 0 * nan is nan.
+    d_row = (d_out * part.queries(out, groups).to(keep_BN.dtype)).sum(dim=-1).nan_to_num_(0.0, torch.inf, -torch.inf)
     keep_B1N1 = keep_BN[:, None, :, None]
-    own = (_own_score(q, k, own_BN[part.rows], scale) - row_max).exp()
+    own = (own_score - row_max).exp()
     change_own = own * ((d_out * v[:, :, None]).sum(dim=-1) - d_row)
     kept_k = keep_B1N1 * k
     d_k, d_v = (None if grad is None else torch.zeros_like(k) for grad in (gradients.key, gradients.value))
@@ -205,10 +205,22 @@ def _blocks(tokens: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + BLOCK_ROWS, tokens)
 
 
-def _own_score(q_BKGND: Tensor, k_BKND: Tensor, own_BN: Tensor, scale: float) -> Tensor:
-    """Return each query's score of its own key (B, K, G, N), -inf where that key is padding."""
-    score = (q_BKGND * k_BKND[:, :, None]).sum(dim=-1) * scale
-    return score.masked_fill(own_BN[:, None, None, :] == 0, -torch.inf)
+def _load(
+    part: _Part, scale: float, query: Tensor, key: Tensor, value: Tensor, keep_BN: Tensor, own_BN: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the part's queries, keys and values, and each query's score of its own key (B, K, G, N).
+
+    Where a key is padding that score is -inf. A token that nobody else sees and that is not finite becomes zero, since
+    0 * nan is nan; its own score is nan unless it is padding, so that its own row says what it is.
+    """
+    groups, own_B11N = query.shape[1] // key.shape[1], own_BN[part.rows, None, None]
+    q, k, v = (x.to(keep_BN.dtype) for x in (part.queries(query, groups), part.keys(key), part.keys(value)))
+    broken_BKN = broken_tokens(q, k, v, keep_BN)
+    if q.device.type != "cpu" or bool(broken_BKN.any()):  # an accelerator would have to be waited for
+        q = q.masked_fill(broken_BKN[:, :, None, :, None], 0)
+        k, v = (x.masked_fill(broken_BKN[..., None], 0) for x in (k, v))
+    score = (q * k[:, :, None]).sum(dim=-1).mul_(scale).masked_fill_(broken_BKN[:, :, None], torch.nan)
+    return q, k, v, score.masked_fill_(own_B11N == 0, -torch.inf)
 
 
 def _not_past(rows: int, device: torch.device) -> Tensor:

@@ -51,7 +51,7 @@ def forward_kernel(
     total = tl.load(own + batch * tokens + rows, mask=live, other=0.0)
     score = tl.sum(q.to(tl.float32) * own_key, 1) * scale
     highest = tl.where(total > 0, score, -float("inf"))
-    mean = own_value * total[:, None]
+    mean = tl.where(total[:, None] > 0, own_value, 0.0)  # padding may hold anything: 0 * nan is nan
     count = tl.load(kept_before + batch * tokens + tl.minimum(start + ROWS, tokens) - 1)
     for first in range(0, count, KEYS):
         place = first + tl.arange(0, KEYS)
