@@ -202,7 +202,7 @@ class DynamicLlavaForConditionalGeneration(
             tokens are physically removed.
         output_mask: (B, N) bool, tokens of an answer. By default the labelled tokens of each row's last answer
             (of all answers with output_segments="all"), and on a live cache a single new token.
-        keep_mask: (B, N) 0/1, decisions given instead of made.
+        keep_mask: (B, N) bool, int or float, 1 = kept and 0 = dropped: decisions given instead of made.
         image_features: (I, n, D) projected images instead of pixel_values.
         image_mask: (B, N) bool, only with inputs_embeds that already hold image features.
         sparsity: "both", "image", "output" or "none"; default both.
@@ -359,4 +359,12 @@ def _chunk_of(keep_mask: Tensor | None, like: Tensor) -> Tensor | None:
             f"keep_mask has shape {tuple(keep_mask.shape)} but the tokens have shape {tuple(like.shape)}; give one "
             "value per token"
         )
-    return keep_mask[:, keep_mask.shape[1] - like.shape[1] :]
+    chunk = keep_mask[:, keep_mask.shape[1] - like.shape[1] :]
+    # Eq. 7 could weigh a token by a fraction, but a token cannot be removed by a fraction: the paths would part.
+    between = (chunk != 0) & (chunk != 1)
+    if chunk.dtype != torch.bool and bool(between.any()):
+        raise ValueError(
+            f"keep_mask holds {chunk[between][0].item():.4g}; give 1 for a token that is kept and 0 for one that is "
+            "dropped (masked_softmax_attention itself takes fractions)"
+        )
+    return chunk

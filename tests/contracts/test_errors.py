@@ -142,6 +142,20 @@ def test_decisions_of_another_shape(model, inputs):
     refused(model, "keep_mask", "(4, 3)", **inputs, keep_mask=keep)
 
 
+@pytest.mark.parametrize("value", [0.5, 2, -1, float("nan")])
+@pytest.mark.parametrize("path", [{}, {"use_cache": True}, {"use_cache": False}, {"masked": True}], ids=str)
+def test_decisions_between_keeping_and_dropping(model, inputs, value, path):
+    """Masking could weigh a token by a fraction, removing it could not: no path may read the mask its own way."""
+    keep = torch.ones(inputs["input_ids"].shape, dtype=torch.long if isinstance(value, int) else torch.float)
+    keep[0, -1] = value
+    arguments = {**inputs, "keep_mask": keep}
+    if path.get("masked"):
+        arguments["labels"] = inputs["input_ids"]
+    else:
+        arguments |= path
+    refused(model, "keep_mask", "1 for a token that is kept and 0", **arguments)
+
+
 def test_an_output_mask_of_another_shape(model, inputs):
     refused(model, "output_mask", "(2, 2)", **inputs, output_mask=torch.ones(2, 2, dtype=torch.bool))
 
