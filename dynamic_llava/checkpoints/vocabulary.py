@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AddedToken, AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
+from transformers import AddedToken, LlamaTokenizer, PreTrainedTokenizerFast
 
 from dynamic_llava.checkpoints.layouts import read_json
 from dynamic_llava.model import DynamicLlavaConfig
+from dynamic_llava.processing.folder import load_tokenizer
 
 IMAGE_WORD, PAD_WORD = "<image>", "<pad>"
 ROWS_MULTIPLE = 64
@@ -43,10 +44,10 @@ def read_tokenizer(folders: list[Path], original: bool) -> Any:
     settings = read_json(path) if path.is_file() else {}
     try:
         if not original:
-            return AutoTokenizer.from_pretrained(folder)
+            return load_tokenizer(folder)
         if (folder / "tokenizer.model").is_file():
-            return LlamaTokenizer.from_pretrained(folder, legacy=settings.get("legacy", True))
-        return PreTrainedTokenizerFast.from_pretrained(folder)
+            return LlamaTokenizer.from_pretrained(folder, legacy=settings.get("legacy", True), trust_remote_code=False)
+        return PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
     except ImportError as error:
         raise ValueError(f"reading {folder / 'tokenizer.model'} needs: pip install sentencepiece protobuf") from error
     except Exception as error:  # transformers and tokenizers raise what they like for a damaged file

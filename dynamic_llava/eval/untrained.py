@@ -13,7 +13,7 @@ def write_untrained_base(base: Path, folder: Path, seed: int) -> Path:
 
     Vision tower and projector stay as trained. The global random state is left as it was.
     """
-    trained = LlavaForConditionalGeneration.from_pretrained(str(base))
+    trained = LlavaForConditionalGeneration.from_pretrained(str(base), trust_remote_code=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = LlavaForConditionalGeneration(trained.config)

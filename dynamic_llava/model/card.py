@@ -40,7 +40,7 @@ the output tokens that a small predictor admits.
 import dynamic_llava
 from transformers import pipeline
 
-answer = pipeline("image-text-to-text", model="FOLDER_OR_HUB_NAME")
+answer = pipeline("image-text-to-text", model="FOLDER_OR_HUB_NAME", trust_remote_code=False)
 content = [{{"type": "image", "path": "cat.jpg"}}, {{"type": "text", "text": "What is it?"}}]
 messages = [{{"role": "user", "content": content}}]
 print(answer(text=messages, max_new_tokens=128, return_full_text=False)[0]["generated_text"])

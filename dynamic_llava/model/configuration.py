@@ -6,6 +6,7 @@ from transformers import LlavaConfig
 
 from dynamic_llava.config import SparsityConfig
 from dynamic_llava.model.quantization import spare_predictors
+from dynamic_llava.model.supported import check_kernels
 from dynamic_llava.model.untrained import check_names
 
 
@@ -27,6 +28,7 @@ class DynamicLlavaConfig(LlavaConfig):
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read config.json; a dense LLaVA-1.5 one counts as ours. ValueError for any other architecture."""
         values, rest = super().get_config_dict(*args, **kwargs)
+        check_kernels(str(args[0]) if args else "the checkpoint", values)
         found = values.get("model_type", cls.model_type)
         if found not in ("llava", cls.model_type):
             raise ValueError(

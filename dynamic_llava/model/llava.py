@@ -53,7 +53,7 @@ class DynamicLlavaModel(DynamicLlavaPreTrainedModel, LlavaModel):
     def __init__(self, config: DynamicLlavaConfig) -> None:
         # LlavaModel's own constructor would build a plain Llama.
         LlavaPreTrainedModel.__init__(self, config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         self.language_model = DynamicLlamaModel(config.text_config, config.sparsity)
         self.post_init()

@@ -10,6 +10,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from dynamic_llava.model.card import replace_generic_card, write_card
 from dynamic_llava.model.quantization import spare_predictors
+from dynamic_llava.model.supported import refuse_code
 from dynamic_llava.model.untrained import PREDICTORS
 from dynamic_llava.model.weight_files import WeightFiles
 
@@ -37,11 +38,12 @@ class CheckedLoading:
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = spare_predictors(kwargs["quantization_config"])
         source = str(args[0]) if args else str(kwargs.get("pretrained_model_name_or_path"))
+        refuse_code(source, kwargs)
         if Path(source).is_dir() and not any(kwargs.get(name) for name in _OTHER_SOURCES):
             check_folder(Path(source), needs_config=kwargs.get("config") is None)
         # Mismatches are let through here only to be named in the error below.
         model, info = super().from_pretrained(  # type: ignore[misc]
-            *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            *args, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **kwargs
         )
         check_loaded(source, info)
         return (model, info) if wants_info else model
@@ -62,6 +64,7 @@ class CheckedLoading:
             device_map={"": "meta"},
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            trust_remote_code=False,
         )
         check_loaded(str(source), info)
 

@@ -4,12 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import LlavaConfig
-from transformers.utils import cached_file
+from transformers import AutoTokenizer, LlavaConfig
 
+from dynamic_llava.model.supported import read_settings_file, refuse_code
 from dynamic_llava.processing.images import CLIP_MEAN, CLIP_STD
-
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 
 
 def read_settings(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -19,9 +17,9 @@ def read_settings(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     transformers' hub arguments; others are left alone.
     Raises FileNotFoundError when the sizes are nowhere to be found, and ValueError when two files contradict.
     """
-    hub = {key: arguments[key] for key in _HUB_ARGUMENTS if key in arguments}
-    model, processor = _read_json(name, "config.json", hub), _read_json(name, "processor_config.json", hub) or {}
-    pixels = _read_json(name, "preprocessor_config.json", hub) or processor.get("image_processor") or {}
+    model = read_settings_file(name, "config.json", arguments)
+    processor = read_settings_file(name, "processor_config.json", arguments) or {}
+    pixels = read_settings_file(name, "preprocessor_config.json", arguments) or processor.get("image_processor") or {}
     if model is None and not ("patch_size" in processor and "crop_size" in pixels):
         raise FileNotFoundError(
             f"{name} holds neither config.json nor processor_config.json with preprocessor_config.json; "
@@ -34,6 +32,15 @@ def read_settings(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
         "image_mean": pixels.get("image_mean", CLIP_MEAN),
         "image_std": pixels.get("image_std", CLIP_STD),
     }
+
+
+def load_tokenizer(name: str | Path, **arguments: Any) -> Any:
+    """Return the tokenizer of a folder or hub name, of one of transformers' own classes; no code of the folder is run.
+
+    `arguments` are those of transformers' AutoTokenizer. Raises ValueError where the folder asks for code of its own.
+    """
+    refuse_code(name, arguments)
+    return AutoTokenizer.from_pretrained(str(name), trust_remote_code=False, **arguments)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -72,13 +79,3 @@ def _check_pixels(name: str, pixels: dict[str, Any], image_size: int) -> None:
 
 def _side(size: int | dict[str, int]) -> int:
     return size if isinstance(size, int) else size["height"]
-
-
-def _read_json(name: str, file: str, hub: dict[str, Any]) -> dict[str, Any] | None:
-    found = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub)
-    if found is None:
-        return None
-    try:
-        return json.loads(Path(found).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{found} is no valid JSON ({error}); replace the file") from None

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers import BatchFeature, ProcessorMixin
 
 from dynamic_llava.processing import images as image_io
-from dynamic_llava.processing.folder import read_settings, write_json
+from dynamic_llava.processing.folder import load_tokenizer, read_settings, write_json
 from dynamic_llava.processing.image_processor import DynamicLlavaImageProcessor, ImageInput
 from dynamic_llava.processing.messages import Chat, Message, chat_prompt, read_chat
 from dynamic_llava.processing.prompts import (
@@ -244,7 +244,7 @@ class DynamicLlavaProcessor(ProcessorMixin):
         Raises FileNotFoundError when the sizes are nowhere to be found, and ValueError when two files contradict.
         """
         settings = read_settings(str(folder), kwargs)
-        return cls(AutoTokenizer.from_pretrained(str(folder), **{"padding_side": "left", **kwargs}), **settings)
+        return cls(load_tokenizer(folder, **{"padding_side": "left", **kwargs}), **settings)
 
     def save_pretrained(self, folder: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """Write the tokenizer, preprocessor_config.json, processor_config.json and chat_template.jinja.

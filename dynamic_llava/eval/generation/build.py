@@ -176,11 +176,10 @@ def _token_counter(tokenizer: str | None) -> Any:
     """Return a function that gives text and output tokens of rounds, as the benchmark feeds them; None without one."""
     if tokenizer is None:
         return None
-    from transformers import AutoTokenizer
-
     from dynamic_llava.eval.generation.dialogues import encode_dialogue
+    from dynamic_llava.processing.folder import load_tokenizer
 
-    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    loaded = load_tokenizer(tokenizer)
 
     def count(rounds: Sequence[tuple[str, str]]) -> tuple[int, int]:
         first = rounds[0][0].replace(IMAGE_PLACE, "").strip()
