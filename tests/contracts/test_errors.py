@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig
 
 from dynamic_llava import DynamicLlavaConfig, SparsityConfig, get_method
-from tests.builders import LAYERS, build_model, collate, fixed_rows, prompts, shared_model, tiny_config
+from tests.builders import IMAGE_TOKEN, LAYERS, build_model, collate, fixed_rows, prompts, shared_model, tiny_config
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_decisions_between_keeping_and_dropping(model, inputs, value, path):
     keep[0, -1] = value
     arguments = {**inputs, "keep_mask": keep}
     if path.get("masked"):
-        arguments["labels"] = inputs["input_ids"]
+        arguments["labels"] = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE_TOKEN, -100)
     else:
         arguments |= path
     refused(model, "keep_mask", "1 for a token that is kept and 0", **arguments)
