@@ -3,6 +3,7 @@
 config = load_config(RunConfig, ["configs/tiny.yaml", "--train.learning-rate", "1e-5"])
 """
 
+import io
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -106,19 +107,33 @@ def _chain(config_class: type, path: Path, below: tuple[Path, ...] = ()) -> list
 
 @contextmanager
 def _naming(file: str | Path) -> Iterator[None]:
-    """Turn OmegaConf's exceptions into a ValueError that names the file and the key."""
+    """Turn OmegaConf's exceptions, and those of a configuration that refuses a value, into a ValueError with the file.
+
+    The key stands in either.
+    """
     try:
         yield
     except OmegaConfBaseException as error:
         raise ValueError(f"{file}: {error.full_key}: {error.msg}") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def _read_values(path: Path) -> dict[str, Any]:
     try:
+        text = path.read_bytes().decode("utf-8-sig")
         with _naming(path):
-            values = OmegaConf.to_container(OmegaConf.load(path)) or {}
+            values = OmegaConf.to_container(OmegaConf.load(io.StringIO(text))) or {}
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not written in UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8"
+        ) from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no valid YAML: {error}") from None
+    except OSError as error:  # OmegaConf's, for a file that holds a single word or number
+        raise ValueError(f"{path}: {error}; a configuration file holds key: value lines") from None
+    except RecursionError:
+        raise ValueError(f"{path} is no valid YAML: it is nested too deeply") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}; a configuration file holds key: value lines")
     return values  # type: ignore[return-value]

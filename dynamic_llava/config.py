@@ -4,6 +4,7 @@ SparsityConfig is the method; ModelConfig, DataConfig, TrainConfig and LoraConfi
 file.
 """
 
+import math
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -61,6 +62,7 @@ class SparsityConfig:
     """Implementation of MaskedSoftmax attention (Eq. 7) in training and scoring; `auto`: the fastest that can run."""
 
     def __post_init__(self) -> None:
+        check_finite("", self)
         _at_least("sparse_layer", self.sparse_layer, 1, "layer 0 has no earlier layer whose output could be judged")
         check_keep_rate("image_keep_rate", self.image_keep_rate)
         check_keep_rate("output_keep_rate", self.output_keep_rate)
@@ -196,6 +198,7 @@ class TrainConfig:
     """Steps of that mean."""
 
     def __post_init__(self) -> None:
+        check_finite("train.", self)
         _one_of("train.sparsity_mode", self.sparsity_mode, SPARSITY_MODES)
         _one_of("train.tune", self.tune, ("full", "lora", "predictors"))
         if self.tune == "predictors" and self.sparsity_mode == "none" and self.projector_learning_rate is None:
@@ -251,6 +254,7 @@ class LoraConfig:
     """Dropout on what enters an adapter; drawn by torch's generator, so it differs between numbers of processes."""
 
     def __post_init__(self) -> None:
+        check_finite("lora.", self)
         _at_least("lora.rank", self.rank, 1, "128 is usual")
         if not self.alpha > 0:
             raise ValueError(f"lora.alpha={self.alpha} must be positive")
@@ -261,6 +265,17 @@ class LoraConfig:
 def cache_folder() -> Path:
     """Return the folder of generated files: $DYNAMIC_LLAVA_CACHE, or ~/.cache/dynamic_llava."""
     return Path(os.environ.get("DYNAMIC_LLAVA_CACHE") or Path.home() / ".cache" / "dynamic_llava")
+
+
+def check_finite(prefix: str, settings: Any) -> None:
+    """Raise ValueError for a number of a dataclass that is not finite: NaN passes every comparison with a limit.
+
+    `prefix` is what a message calls the section: "train.".
+    """
+    for setting in fields(settings):
+        value = getattr(settings, setting.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{prefix}{setting.name}={value!r} is no finite number; give one, such as 1e-5")
 
 
 def check_keep_rate(name: str, value: float) -> None:

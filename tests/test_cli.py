@@ -16,7 +16,7 @@ def load(*arguments):
 @pytest.fixture
 def file(tmp_path):
     def write(text):
-        (tmp_path / "a.yaml").write_text(text)
+        (tmp_path / "a.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
         return tmp_path / "a.yaml"
 
     return write
@@ -56,11 +56,27 @@ def test_no_file_gives_the_defaults():
         ("name: a/b", "name='a/b' must be a plain folder name"),
         ("- 1\n- 2", "holds a list"),
         ("train: {", "a.yaml"),
+        ("train: {learning_rate: 1e400}", r"train\.learning_rate=inf is no finite number"),
+        ("train: {predictor_learning_rate: .nan}", r"train\.predictor_learning_rate=nan is no finite number"),
+        ("train: {projector_learning_rate: -.inf}", r"train\.projector_learning_rate=-inf is no finite number"),
+        ("train: {max_grad_norm: .nan}", r"train\.max_grad_norm=nan is no finite number"),
+        ("train: {epochs: .inf}", r"train\.epochs=inf is no finite number"),
+        ("sparsity: {keep_rate_weight: .nan}", "keep_rate_weight=nan is no finite number"),
+        ("sparsity: {mask_grad_clip: .inf}", "mask_grad_clip=inf is no finite number"),
+        ("sparsity: {output_threshold: .nan}", "output_threshold=nan is no finite number"),
+        ("train: {tune: lora}\nlora: {alpha: .inf}", r"lora\.alpha=inf is no finite number"),
+        ("just a word", "unknown key just a word"),
+        ("3.5", "Invalid loaded object type: float"),
+        ("{" * 3000, "is no valid YAML"),
+        ("train: {learning_rate: \"${nothing}\"}", "nothing"),
+        ("name: caf\udce9".encode("utf-8", "surrogateescape"), "is not written in UTF-8 .byte 9"),
+        ("name: x".encode("utf-16"), "is not written in UTF-8 .byte 0"),
     ],
 )
 def test_mistakes_in_a_file_are_named(file, text, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         read_yaml(RunConfig, file(text))
+    assert type(error.value) is ValueError and str(error.value).count("a.yaml:") <= 1 and "a.yaml" in str(error.value)
 
 
 def test_a_missing_file_is_named(tmp_path):

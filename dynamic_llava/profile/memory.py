@@ -126,10 +126,10 @@ def sharding_of(deepspeed: Mapping[str, Any] | None, gpus: int, hidden: int) -> 
     zero = deepspeed.get("zero_optimization", {})
 
     def offloads(what: str) -> bool:
-        return zero.get(f"offload_{what}", {}).get("device", "none") != "none"
+        return ((zero.get(f"offload_{what}") or {}).get("device") or "none") != "none"
 
     def parameters(key: str, unset: int, automatic: float) -> int:
-        value = zero.get(key, unset)
+        value = unset if zero.get(key) is None else zero[key]
         return int(automatic) if value == "auto" else int(value)
 
     return Sharding(

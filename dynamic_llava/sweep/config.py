@@ -5,6 +5,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
+from dynamic_llava.config import check_finite
 from dynamic_llava.eval.tasks import get_task
 
 TINY = "tiny"
@@ -98,6 +99,7 @@ class SweepConfig:
             if "" in names or len(set(names)) < len(names):
                 raise ValueError(f"sweep {self.name}: every {what} must be given, and given once; these are {names}")
         for column in self.columns:
+            check_finite(f"column {column.header!r}: ", column)
             self._check_task(column)
         for row in self.rows:
             _check_row(row, headers)

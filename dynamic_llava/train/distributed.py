@@ -19,6 +19,22 @@ log = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 
+SECTIONS = (
+    "zero_optimization", "zero_optimization.offload_optimizer", "zero_optimization.offload_param", "fp16", "bf16",
+    "amp", "activation_checkpointing", "aio", "autotuning", "checkpoint", "comms_logger", "compression_training",
+    "csv_monitor", "curriculum_learning", "data_efficiency", "data_types", "elasticity", "flops_profiler",
+    "hybrid_engine", "inference", "nebula", "tensor_parallel", "tensorboard", "wandb",
+)  # fmt: skip
+"""Places of a DeepSpeed file that hold an object of settings."""
+NUMBERS = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "steps_per_print", "zero_optimization.reduce_bucket_size", "zero_optimization.allgather_bucket_size",
+    "zero_optimization.sub_group_size", "zero_optimization.stage3_prefetch_bucket_size",
+    "zero_optimization.stage3_param_persistence_threshold", "zero_optimization.stage3_max_live_parameters",
+    "zero_optimization.stage3_max_reuse_distance",
+)  # fmt: skip
+"""Places that hold a number."""
+
 
 def join(arguments: dict[str, Any]) -> TrainingArguments:
     """Return the TrainingArguments, with the process group up; comes before any model is built.
@@ -48,26 +64,32 @@ def join(arguments: dict[str, Any]) -> TrainingArguments:
 def read_deepspeed(path: str) -> dict[str, Any]:
     """Return a DeepSpeed file's settings.
 
-    Raises FileNotFoundError, and ValueError for what is no JSON object, has no ZeRO stage 1 - 3, or brings an optimizer
+    Raises FileNotFoundError, and ValueError that names the file and the place for what is no JSON object, holds a
+    section or number of another type than DeepSpeed reads there, has no ZeRO stage 1 - 3, or brings an optimizer
     or a schedule of its own, which would silently replace the run's learning rates.
     """
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"there is no DeepSpeed file {path} (train.deepspeed); see configs/deepspeed")
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        settings = json.loads(file.read_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # broken JSON, other encodings, numbers of thousands of digits
         raise ValueError(f"{path} is no valid JSON: {error}") from None
-    stage = zero_stage(settings) if isinstance(settings, dict) else 0
-    if stage not in (1, 2, 3):
-        raise ValueError(f"{path} sets no zero_optimization.stage of 1, 2 or 3; see configs/deepspeed")
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds {_shown(settings)}; a DeepSpeed file is a JSON object, see configs/deepspeed")
+    _check_types(path, settings)
+    stage = (settings.get("zero_optimization") or {}).get("stage")
+    if isinstance(stage, bool) or stage not in (1, 2, 3) or not isinstance(stage, int):
+        raise ValueError(
+            f"{path} sets no zero_optimization.stage of 1, 2 or 3 (it is {_shown(stage)}); see configs/deepspeed"
+        )
     for section in ("optimizer", "scheduler"):
         if section in settings:
             raise ValueError(
                 f"{path} has a section {section!r}, which would replace the run's own with its learning rate per part; "
                 "remove it"
             )
-    if stage == 3 and not settings["zero_optimization"].get("stage3_gather_16bit_weights_on_model_save"):
+    if stage == 3 and settings["zero_optimization"].get("stage3_gather_16bit_weights_on_model_save") is not True:
         raise ValueError(
             f"{path}: ZeRO-3 needs zero_optimization.stage3_gather_16bit_weights_on_model_save: true, or no model that "
             "loads without DeepSpeed could be saved"
@@ -115,6 +137,32 @@ def leave() -> None:
     """Take the process group down, if one is up; the process trains nothing any more."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def _check_types(path: str, settings: dict[str, Any]) -> None:
+    """Raise ValueError for a value of another type than transformers, accelerate and DeepSpeed read without asking."""
+
+    def value_at(place: str) -> Any:
+        outer, _, inner = place.partition(".")
+        return (settings.get(outer) or {}).get(inner) if inner else settings.get(outer)
+
+    for place in SECTIONS:
+        section = value_at(place)
+        if section is not None and not isinstance(section, dict):
+            raise ValueError(f"{path}: {place} is {_shown(section)}; it must be a JSON object of settings")
+        device = (section or {}).get("device")
+        if device is not None and not isinstance(device, str):
+            raise ValueError(f'{path}: {place}.device is {_shown(device)}; it must be "cpu", "nvme" or "none"')
+    for place in NUMBERS:
+        value = value_at(place)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
+        if not (value is None or value == "auto" or number):
+            raise ValueError(f'{path}: {place} is {_shown(value)}; it must be a number of at least 0, or "auto"')
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _prepare_deepspeed() -> None:

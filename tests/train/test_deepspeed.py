@@ -6,9 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from safetensors.torch import load_file, save_file
 
 from dynamic_llava.config import DataConfig, ModelConfig, TrainConfig
+from dynamic_llava.profile.memory import sharding_of
 from dynamic_llava.tiny.config import TinyJobConfig
 from dynamic_llava.train import distributed
 from dynamic_llava.train.config import RunConfig
@@ -36,7 +38,26 @@ def test_the_shipped_files_are_read_and_leave_the_run_its_values():
     ("text", "message"),
     [
         ("{", "is no valid JSON"),
-        ("[]", "sets no zero_optimization.stage"),
+        ("[]", r"holds \[\]; a DeepSpeed file is a JSON object"),
+        ("null", "holds null; a DeepSpeed file is a JSON object"),
+        ("[" * 100_000, "is no valid JSON"),
+        ('{"a": ' + "9" * 5000 + "}", "is no valid JSON"),
+        (b'{"zero_optimization": {"stage": 2}, "a": "\xff"}', "is no valid JSON: 'utf-8' codec"),
+        ('{"zero_optimization": "3"}', 'zero_optimization is "3"; it must be a JSON object'),
+        ('{"zero_optimization": [3]}', r"zero_optimization is \[3\]; it must be a JSON object"),
+        ('{"zero_optimization": null}', "sets no zero_optimization.stage"),
+        ('{"zero_optimization": {"stage": "3"}}', r'sets no zero_optimization.stage of 1, 2 or 3 .it is "3"'),
+        ('{"zero_optimization": {"stage": true}}', "sets no zero_optimization.stage of 1, 2 or 3 .it is true"),
+        ('{"zero_optimization": {"stage": 2.0}}', "sets no zero_optimization.stage of 1, 2 or 3 .it is 2.0"),
+        ('{"zero_optimization": {"stage": [2]}}', r"sets no zero_optimization.stage of 1, 2 or 3 .it is \[2\]"),
+        ('{"zero_optimization": {"stage": 2, "offload_param": "cpu"}}', 'offload_param is "cpu"; it must be'),
+        ('{"zero_optimization": {"stage": 2, "offload_param": {"device": []}}}', r"offload_param.device is \[\];"),
+        ('{"zero_optimization": {"stage": 2, "reduce_bucket_size": {}}}', "zero_optimization.reduce_bucket_size is"),
+        ('{"zero_optimization": {"stage": 2}, "bf16": true}', "bf16 is true; it must be a JSON object"),
+        ('{"zero_optimization": {"stage": 2}, "train_batch_size": NaN}', "train_batch_size is NaN; it must"),
+        ('{"zero_optimization": {"stage": 2}, "gradient_clipping": "1"}', 'gradient_clipping is "1"; it must'),
+        ('{"zero_optimization": {"stage": 2}, "optimizer": null}', "section 'optimizer'"),
+        ('{"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": "no"}}', "save: true"),
         ("{}", "sets no zero_optimization.stage"),
         ('{"zero_optimization": {"stage": 4}}', "sets no zero_optimization.stage of 1, 2 or 3"),
         ('{"zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam"}}', "section 'optimizer', which would"),
@@ -45,11 +66,50 @@ def test_the_shipped_files_are_read_and_leave_the_run_its_values():
     ],
 )  # fmt: skip
 def test_a_file_that_would_not_do_what_the_run_says_is_refused(tmp_path, text, message):
-    (tmp_path / "ds.json").write_text(text)
-    with pytest.raises(ValueError, match=message):
+    (tmp_path / "ds.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=message) as error:
         read_deepspeed(str(tmp_path / "ds.json"))
+    assert str(error.value).startswith(str(tmp_path / "ds.json")) and type(error.value) is ValueError
     with pytest.raises(FileNotFoundError, match="there is no DeepSpeed file"):
         read_deepspeed(str(tmp_path / "nowhere.json"))
+
+
+MUTATIONS = (None, True, 0, -1, 3, 2.5, float("nan"), "", "3", [], [1], {}, {"stage": 3})
+
+
+def test_a_mutated_file_is_read_or_refused_by_name(tmp_path):
+    """Every value of the shipped files in turn replaced by every kind of JSON: all readers take it, or it is named."""
+    file, refused = tmp_path / "ds.json", 0
+    for path in CONFIGS.glob("*.json"):
+        for place in places(json.loads(path.read_text())):
+            for value in MUTATIONS:
+                settings = json.loads(path.read_text())
+                put(settings, place, value)
+                file.write_text(json.dumps(settings))
+                try:
+                    read = read_deepspeed(str(file))
+                except ValueError as error:
+                    assert type(error) is ValueError and str(file) in str(error)
+                    refused += 1
+                else:
+                    assert zero_stage(read) in (1, 2, 3)
+                    sharding_of(read, 2, 64)
+                    HfDeepSpeedConfig(read).is_true("bf16.enabled")
+    assert refused > 100
+
+
+def places(settings, above=()):
+    for name, value in settings.items():
+        yield (*above, name)
+        if isinstance(value, dict):
+            yield from places(value, (*above, name))
+
+
+def put(settings, place, value):
+    *above, last = place
+    for name in above:
+        settings = settings[name]
+    settings[last] = value
 
 
 def test_settings_that_exclude_one_another():
