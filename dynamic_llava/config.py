@@ -185,7 +185,10 @@ class TrainConfig:
     save_every: int | None = None
     """Steps between two checkpoints to resume from; None writes one only when the run is told to stop (SIGTERM)."""
     keep_checkpoints: int = 2
-    """Newest complete checkpoints that stay in the run's folder; one more lies there while it is written."""
+    """Newest complete checkpoints that stay in the run's folder; one more lies there while it is written.
+
+    Where 1 stays, the one before it is removed a step later, when the newest has shown that its loss is finite.
+    """
     resume: bool = True
     """Go on from the newest complete checkpoint in the run's folder; false removes what is there and starts over."""
     report_to: Literal["none", "wandb"] = "none"

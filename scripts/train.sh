@@ -8,7 +8,8 @@
 # One process per visible GPU: plain python, torchrun, or with train.deepspeed the deepspeed launcher; a line says which.
 #   PROCESSES=2                                        another number, also on the CPU
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=... MASTER_PORT=...   several machines: the same command on each, by its rank
-# SIGTERM or Ctrl-C saves and stops (exit code 75); the same command goes on. 74: the disk is full. 2: a mistake.
+# SIGTERM or Ctrl-C saves and stops (exit code 75); the same command goes on. 74: a file could not be
+# written (disk full, read-only). 76: a loss, gradient or weight became NaN or infinite. 2: a mistake.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bash "$root/scripts/setup.sh"

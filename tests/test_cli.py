@@ -68,7 +68,7 @@ def test_no_file_gives_the_defaults():
         ("just a word", "unknown key just a word"),
         ("3.5", "Invalid loaded object type: float"),
         ("{" * 3000, "is no valid YAML"),
-        ("train: {learning_rate: \"${nothing}\"}", "nothing"),
+        ('train: {learning_rate: "${nothing}"}', "nothing"),
         ("name: caf\udce9".encode("utf-8", "surrogateescape"), "is not written in UTF-8 .byte 9"),
         ("name: x".encode("utf-16"), "is not written in UTF-8 .byte 0"),
     ],

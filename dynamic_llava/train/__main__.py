@@ -6,8 +6,16 @@ import sys
 from collections.abc import Sequence
 
 from dynamic_llava.cli import exit_on_mistake, load_config
+from dynamic_llava.files import WriteError
 from dynamic_llava.train.config import RunConfig
-from dynamic_llava.train.stopping import EXIT_SAVE_FAILED, EXIT_STOPPED, SaveError, Stopped, tell_launcher
+from dynamic_llava.train.stopping import (
+    EXIT_NOT_FINITE,
+    EXIT_SAVE_FAILED,
+    EXIT_STOPPED,
+    NotFinite,
+    Stopped,
+    tell_launcher,
+)
 
 PROGRAM = "python -m dynamic_llava.train CONFIG.yaml"
 DESCRIPTION = """Train Dynamic-LLaVA on LLaVA-format data from a base checkpoint.
@@ -23,11 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_config(RunConfig, sys.argv[1:] if arguments is None else arguments, PROGRAM, DESCRIPTION)
         code = _train(config)
-    except (ValueError, OSError) as error:  # OSError: also a base that the hub does not give
-        code = exit_on_mistake(error)
-    except SaveError as error:
+    except WriteError as error:
         print(f"error: {error}", file=sys.stderr)
         code = EXIT_SAVE_FAILED
+    except NotFinite as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = EXIT_NOT_FINITE
+    except (ValueError, OSError) as error:  # OSError: also a base that the hub does not give
+        code = exit_on_mistake(error)
     except Stopped:  # the log has said so
         code = EXIT_STOPPED
     if code:

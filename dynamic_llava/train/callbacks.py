@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dynamic_llava.config import SparsityConfig, TrainConfig
-from dynamic_llava.files import replace_file
+from dynamic_llava.files import replace_file, writing
 from dynamic_llava.train.distributed import anywhere
 from dynamic_llava.train.stopping import StopRequest
 
@@ -45,10 +45,11 @@ class MetricsFile(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Append a line."""
+        """Append a line; what is not finite becomes null, as JSON has no word for it."""
         if state.is_world_process_zero and logs:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            values = {name: value if math.isfinite(value) else None for name, value in logs.items()}
+            with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **values}) + "\n")
 
 
 class Progress(TrainerCallback):

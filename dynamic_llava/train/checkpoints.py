@@ -78,6 +78,7 @@ class Checkpoints:
     def write(self, step: int, save: Callable[[], None], least_bytes: int) -> None:
         """Let `save` write checkpoint-<step>, mark it complete, then remove all but the newest `keep` complete ones.
 
+        The one before it stays in any case until `trim`: what is newest has not yet shown that it is healthy.
         `least_bytes` is what it will take at least. Raises SaveError when the disk is too full or writing fails.
         """
         target = self.folder / f"checkpoint-{step}"
@@ -85,7 +86,18 @@ class Checkpoints:
         with saving(target, least_bytes):
             save()
         wait_for_all()
-        on_main(lambda: self._complete(target, step))
+        on_main(lambda: self._mark(target, step))
+
+    def trim(self) -> None:
+        """Remove all but the newest `keep` complete checkpoints."""
+        on_main(lambda: self._remove_older(self.keep))
+
+    def after_illness(self, step: int) -> str:
+        """Return what is left to go on from, in words, when the loss of the step after `step` was not finite.
+
+        A checkpoint of `step` itself is put aside, where there is an older one: its weights gave that loss.
+        """
+        return on_main(lambda: self._after_illness(step))
 
     def _resume_point(self, resume: bool) -> Path | None:
         found = _numbered(self.folder)
@@ -130,13 +142,13 @@ class Checkpoints:
     def _make_room(self, target: Path, least_bytes: int) -> None:
         if target.exists():
             shutil.rmtree(target)
-        complete = [size_of(checkpoint) for checkpoint in _numbered(self.folder) if is_complete(checkpoint)]
-        needed = complete[-1] if complete else least_bytes
+        complete = self._complete_ones()
+        needed = size_of(complete[-1]) if complete else least_bytes
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise SaveError(_full(target, needed, free))
 
-    def _complete(self, target: Path, step: int) -> None:
+    def _mark(self, target: Path, step: int) -> None:
         (target / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same
         files = {str(path.relative_to(target)): path.stat().st_size for path in _files(target)}
         facts = {
@@ -148,10 +160,25 @@ class Checkpoints:
         }
         with saving(target, 0):
             replace_file(target / MARKER, json.dumps(facts, indent=1) + "\n")
-        complete = [checkpoint for checkpoint in _numbered(self.folder) if is_complete(checkpoint)]
-        for old in complete[: -self.keep]:
+        self._remove_older(max(self.keep, 2))
+
+    def _remove_older(self, keep: int) -> None:
+        for old in self._complete_ones()[:-keep]:
             (old / MARKER).unlink()  # first, so that a half-removed one does not count
             shutil.rmtree(old)
+
+    def _after_illness(self, step: int) -> str:
+        complete, note = self._complete_ones(), ""
+        if len(complete) > 1 and complete[-1].name == f"checkpoint-{step}":
+            ill = complete.pop()
+            aside = ill.with_name(f"unhealthy-{step}")
+            shutil.rmtree(aside, ignore_errors=True)
+            ill.rename(aside)
+            note = f" ({ill.name} gave that loss and is put aside as {aside.name})"
+        return f"the last healthy checkpoint is {complete[-1]}{note}" if complete else "no checkpoint had been written"
+
+    def _complete_ones(self) -> list[Path]:
+        return [checkpoint for checkpoint in _numbered(self.folder) if is_complete(checkpoint)]
 
 
 def compared_settings(config: RunConfig, processes: int) -> dict[str, Any]:

@@ -31,9 +31,10 @@ from dynamic_llava.train.callbacks import (
 from dynamic_llava.train.checkpoints import Checkpoints, compared_settings, least_bytes, published
 from dynamic_llava.train.config import RunConfig
 from dynamic_llava.train.distributed import join, on_main, read_deepspeed, wait_for_all, zero_stage
+from dynamic_llava.train.health import Proving
 from dynamic_llava.train.lora import save_lora
 from dynamic_llava.train.optimizer import prepare
-from dynamic_llava.train.stopping import Stopped, StopRequest
+from dynamic_llava.train.stopping import NotFinite, Stopped, StopRequest
 from dynamic_llava.train.trainer import DynamicLlavaTrainer
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,8 @@ def run(config: RunConfig) -> RunResult:
 
     Goes on from the newest complete checkpoint in the run's folder, if there is one. Raises ValueError or
     FileNotFoundError for a missing base or data file, unusable samples, settings that do not fit the model and a
-    checkpoint of other settings; SaveError when the disk is full; Stopped after a signal, with a checkpoint written.
+    checkpoint of other settings; WriteError (SaveError) when the disk is full; NotFinite at the
+    first loss, gradient or weight that is not finite; Stopped after a signal, with a checkpoint written.
     """
     for name, value in (("model.base", config.model.base), ("data.json", config.data.json)):
         if not value:
@@ -90,7 +92,12 @@ def run(config: RunConfig) -> RunResult:
     with StopRequest() as request:
         saves = Saving(config.train.save_every, request)
         trainer.add_callback(saves)
-        outcome = trainer.train(resume_from_checkpoint=None if start is None else str(start))
+        trainer.add_callback(Proving(checkpoints))
+        try:
+            outcome = trainer.train(resume_from_checkpoint=None if start is None else str(start))
+            trainer.check_weights()
+        except NotFinite as error:
+            raise NotFinite(f"{error}; {checkpoints.after_illness(trainer.state.global_step)}") from None
     if saves.stops:
         raise _stopped(trainer)
     save(config, trainer, processor)
@@ -187,6 +194,7 @@ def training_arguments(config: RunConfig) -> dict[str, Any]:
         "remove_unused_columns": False,
         "logging_steps": settings.log_every,
         "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # it would write 0 where the loss is NaN; training ends there
         "save_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,

@@ -13,13 +13,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from dynamic_llava.files import EXIT_WRITE_FAILED, WriteError
+
 log = logging.getLogger(__name__)
 
 LAUNCH_FOLDER = "DYNAMIC_LLAVA_LAUNCH_FOLDER"
 """Environment variable: the folder through which a launcher and its training processes speak."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-EXIT_SAVE_FAILED, EXIT_STOPPED = 74, 75
-"""Exit codes: a checkpoint could not be written; stopped as asked, and the same command goes on."""
+EXIT_SAVE_FAILED, EXIT_STOPPED, EXIT_NOT_FINITE = EXIT_WRITE_FAILED, 75, 76
+"""Exit codes: a file could not be written; stopped as asked, and the same command goes on; NaN or infinity."""
 ECHO_SECONDS = 2.0
 """A signal this soon after the first one is its echo: a terminal and a launcher both deliver it."""
 
@@ -28,7 +30,11 @@ class Stopped(Exception):
     """The run was told to stop, has written a complete checkpoint and can be continued."""
 
 
-class SaveError(Exception):
+class NotFinite(Exception):
+    """A loss, gradient or weight is NaN or infinite: training further would only spoil what there is."""
+
+
+class SaveError(WriteError):
     """A checkpoint or the model could not be written; complete checkpoints are untouched."""
 
 

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -17,6 +18,7 @@ from dynamic_llava.model.outputs import DynamicLlavaOutput, MaskGradient
 from dynamic_llava.sparsity.noise import fold_key
 from dynamic_llava.sparsity.schedule import temperature
 from dynamic_llava.train.checkpoints import Checkpoints, least_bytes
+from dynamic_llava.train.health import check_finite, trained_weights
 from dynamic_llava.train.meter import Meter
 from dynamic_llava.train.mfu import batch_flops, peak_flops
 from dynamic_llava.train.optimizer import build_optimizer, clip_separately
@@ -124,6 +126,7 @@ class DynamicLlavaTrainer(Trainer):
             output_loss = outputs.output_keep_loss / counts.output_samples
             loss = loss + self.sparsity.keep_rate_weight * (image_loss + output_loss)
             self._note(outputs, image_loss, output_loss)
+        check_finite("the loss", loss, self.state.global_step + 1)
         loss = loss.float() * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
@@ -141,7 +144,9 @@ class DynamicLlavaTrainer(Trainer):
         return int(self.state.epoch or 0)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the window's own values to the line of a training step."""
+        """Add the window's own values to the line of a training step; leave out means over the latest start alone."""
+        for name in ("train_loss", "train_samples_per_second", "train_steps_per_second"):
+            logs.pop(name, None)
         if "loss" in logs:
             logs.update(self.meter.collect(self.accelerator, self.state.global_step, self.peak))
             self.meter = Meter(step=self.state.global_step)
@@ -153,11 +158,23 @@ class DynamicLlavaTrainer(Trainer):
         """Begin the log's first window at the current step, which is not 0 in a resumed run."""
         self.meter = Meter(step=self.state.global_step)
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Return the gradient's norm before clipping; a DeepSpeed engine has already used the gradient by now."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
+            check_finite("the gradient's norm", torch.as_tensor(norm), self.state.global_step + 1)
+        return norm
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint, which counts only once it is complete."""
+        """Write a checkpoint, which counts only once it is complete; none is written of weights that are not finite."""
         assert self.checkpoints is not None
+        self.check_weights()
         save = partial(super()._save_checkpoint, model, trial)
         self.checkpoints.write(self.state.global_step, save, least_bytes(self.model, optimizer=True))
+
+    def check_weights(self) -> None:
+        """Raise NotFinite in every process unless all trained weights are finite."""
+        check_finite("a trained weight", trained_weights(self.model), self.state.global_step)
 
     def clip_separately(self) -> None:
         """Clip each predictor's gradient by itself and log the norms (`train.clip_predictors_separately`)."""

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from dynamic_llava.data import EpochSampler
 from dynamic_llava.train.checkpoints import MARKER, is_complete
-from dynamic_llava.train.stopping import EXIT_SAVE_FAILED, EXIT_STOPPED
+from dynamic_llava.train.stopping import EXIT_NOT_FINITE, EXIT_SAVE_FAILED, EXIT_STOPPED
 from tests.builders import TINY_SPARSITY
 from tests.sft_builders import conversation, write_checkpoint, write_data
 
@@ -321,3 +321,17 @@ runpy.run_module("dynamic_llava.train", run_name="__main__")
     folder = runs.finish(name, runs.start(file, 1))
     assert "checkpoint-2 is incomplete" in (runs.folder / f"{name}-0.log").read_text()
     assert [line["step"] for line in lines_of(folder)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("deepspeed", [None, "zero2", "zero3"])
+def test_every_process_ends_at_the_first_loss_that_is_not_finite(runs, deepspeed):
+    """DDP averages gradients, ZeRO steps inside its backward pass: either way no weight of a checkpoint is spoilt."""
+    name = f"nan-{deepspeed}"
+    extra = {} if deepspeed is None else {"deepspeed": f"configs/deepspeed/{deepspeed}.json"}
+    file = runs.config(name, batch_size=4, save_every=1, learning_rate=1e30, warmup_ratio=0.1, **extra)
+    folder = runs.finish(name, runs.start(file, 2), expected=EXIT_NOT_FINITE)
+    assert [path.name for path in folder.glob("checkpoint-*") if is_complete(path)] == ["checkpoint-1"]
+    assert not (folder / "model").exists()
+    assert all(line["lm_loss"] > 0 and line["loss"] > 0 for line in lines_of(folder))
+    for rank in range(2):
+        assert "NaN or infinite, so training ends here" in (runs.folder / f"{name}-{rank}.log").read_text()
