@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """The kind of each token (method.md section 1); every mask is (B, N) bool and rows never refer to each other.
+    """The kind of each token (docs/method.md, section 1); every mask is (B, N) bool and rows never refer to each other.
 
     A valid token that is neither image nor output is a prompt token and is never dropped.
     """

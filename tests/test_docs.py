@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.builders import TOKENS_PER_IMAGE, fixed_rows, prompts, shared_model
 from tests.tiny_pipeline import write_checkpoint, write_test_set
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,6 +82,30 @@ def test_the_first_example_of_the_readme_runs(tmp_path, capsys):
     exec(code, made)
     assert len(made["answer"].sparsity.rows[0].output_decisions) == 7
     assert "SparsityRecord of 1 x" in capsys.readouterr().out
+
+
+def test_the_example_of_adding_a_method_is_a_method():
+    """As the page has it: right for ragged rows, alone and together, cached and not."""
+    made = {"__name__": "norm_method"}
+    exec(blocks(ROOT / "docs/adding-a-method.md", "python")[0], made)
+    model, method = shared_model(), made["Norm"](image_keep_rate=0.5)
+    inputs = prompts(fixed_rows(seed=3, output=0))
+    settings = {"method": method, "max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
+    cached = model.generate(**inputs, **settings)
+    assert cached.sequences.equal(model.generate(**inputs, **settings, use_cache=False).sequences)
+    kept = [len(image) for row in cached.sparsity.rows for image in row.image_indices]
+    assert kept and set(kept) == {TOKENS_PER_IMAGE // 2}
+    assert all(all(row.output_decisions) for row in cached.sparsity.rows)
+
+
+def test_pages_cited_in_the_code_exist():
+    """A page that a docstring or message sends its reader to lies in the repository, under the name it has there."""
+    cited = re.compile(r"(?<![\w/{}.*-])((?:docs/)?[\w-]+\.md)\b")
+    written = {"table.md", "budgets.md", "README.md"}  # files that runs write
+    for path in sorted((ROOT / "dynamic_llava").rglob("*.py")):
+        names = set(cited.findall(path.read_text(encoding="utf-8"))) - written
+        missing = [name for name in names if not (ROOT / name).is_file() and not (ROOT / "docs" / name).is_file()]
+        assert not missing, f"{name_of(path)} cites {missing}"
 
 
 def test_the_tree_in_the_readme_is_the_tree():

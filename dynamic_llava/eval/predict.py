@@ -147,7 +147,7 @@ def generate_answers(
 
 @torch.no_grad()
 def likelihood(model: Any, batches: Sequence[Batch], *, switches: Mapping[str, Any], title: str = "") -> Likelihood:
-    """Negative log-likelihood of the reference answers, one masked forward pass per batch (method.md section 5).
+    """Negative log-likelihood of the reference answers, one masked forward pass per batch (docs/method.md, section 5).
 
     Keep rates are means over all image tokens and over all output tokens of the answers; 1 for a dense call.
     """

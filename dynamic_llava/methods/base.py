@@ -1,7 +1,7 @@
 """What a sparsification method is: two decisions on the hidden states that enter one decoder layer.
 
 The engine (model/decoder.py) owns padding, positions, masks, packing and the cache; a method only answers which tokens
-stay. Hook B decides on image tokens at prefill, hook C on output tokens, one token at a time or many at once.
+stay. `keep_image` decides on image tokens, `keep_output` on output tokens, one token at a time or many at once.
 Shape suffixes: I images, n tokens of one image, T output tokens of the batch, D hidden size.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """What hook B sees: every image of the batch, one entry per image, independent of its row mates."""
+    """What `keep_image` sees: every image of the batch, one entry per image, independent of its row mates."""
 
     hidden: Tensor
     """(I, n, D): hidden states that enter the sparse layer."""
@@ -28,7 +28,7 @@ class ImageTokens:
 
 @dataclass(frozen=True)
 class OutputTokens:
-    """What hook C sees: the output tokens of the batch, flattened; each is judged alone."""
+    """What `keep_output` sees: the output tokens of the batch, flattened; each is judged alone."""
 
     hidden: Tensor
     """(T, D): hidden states that enter the sparse layer."""
@@ -52,7 +52,7 @@ class Method(ABC):
 
     name: ClassVar[str]
     needs_attention: ClassVar[bool] = False
-    """Whether hook B wants one row of attention, recomputed from the layer before the sparse one."""
+    """Whether `keep_image` wants one row of attention, recomputed from the layer before the sparse one."""
 
     layer: int = 2
     """The sparse layer: this one and all later ones see only kept tokens."""
@@ -64,11 +64,11 @@ class Method(ABC):
 
     @abstractmethod
     def keep_image(self, images: ImageTokens, predictors: Predictors) -> Tensor:
-        """Hook B: (I, n) bool, True where an image token stays."""
+        """(I, n) bool, True where an image token stays."""
 
     @abstractmethod
     def keep_output(self, outputs: OutputTokens, predictors: Predictors) -> Tensor:
-        """Hook C: (T,) bool, True where an output token stays (its keys and values are admitted)."""
+        """(T,) bool, True where an output token stays (its keys and values are admitted)."""
 
 
 def check_rate_or_none(name: str, value: float | None) -> None:

@@ -21,7 +21,7 @@ from dynamic_llava.sparsity.relaxations import RELAXATIONS
 
 @dataclass(frozen=True)
 class Past:
-    """What a row has seen before this chunk, so that a token gets the same draw on every path; zero without a cache."""
+    """What a row has seen before this chunk, so that a token gets the same draw on every path; None without."""
 
     images: Tensor | None = None
     """(B,) int64: images seen."""

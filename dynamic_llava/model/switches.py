@@ -60,7 +60,7 @@ def check_compile(compile: bool, method: Method, *, cached: bool) -> None:
         return
     if method.is_dense:
         raise ValueError(
-            "compile=True compiles decoding on an admission cache, which a dense call has not; "
+            "compile=True compiles decoding on an admission cache, and a dense call has no admission cache; "
             "leave it out and use transformers' cache_implementation='static'"
         )
     if not cached:

@@ -15,7 +15,8 @@ def check_names(names: Any) -> list[str]:
     """Return a configuration's `untrained_predictors` as a list. ValueError for other names than the predictors'."""
     names = list(names or ())
     if not set(names) <= set(PREDICTORS):
-        raise ValueError(f"untrained_predictors={names} names something else than {' and '.join(PREDICTORS)}")
+        known = " and ".join(PREDICTORS)
+        raise ValueError(f"untrained_predictors={names} may only name {known}; correct it in config.json")
     return names
 
 

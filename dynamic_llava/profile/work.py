@@ -1,4 +1,4 @@
-"""The FLOPs and the bytes of each phase of a preset, which its time is held against."""
+"""The FLOPs and the bytes of each phase of a preset; profiles hold the measured time of the phase against them."""
 
 from dataclasses import dataclass
 

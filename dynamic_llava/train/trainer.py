@@ -98,7 +98,7 @@ class DynamicLlavaTrainer(Trainer):
         """Return this batch's part of the step's loss, times the number of ranks that the gradients are averaged over.
 
         The model returns sums: its denominators are the step's count of tokens, and 1 for the regularisers, which are
-        divided here by the count of samples that each of them applies to (Eq. 10; method.md, "reduction").
+        divided here by the count of samples that each of them applies to (Eq. 10; docs/method.md, section 3).
         """
         counts = self._denominators
         if counts is None or not model.training:

@@ -1,4 +1,4 @@
-"""The central law (method.md, section 4): with the same decisions, every path gives the same logits.
+"""The central law (docs/method.md, section 4): with the same decisions, every path gives the same logits.
 
 The masked forward over all tokens is the reference; against it stand physical dropping (prefill), decoding without a
 cache, and decoding with one, over random layouts, padded left or right, with multi-head and grouped-query attention.

@@ -17,7 +17,7 @@ class LiveDialogues:
     """The state of B dialogues: their cache, and what was kept of them. Nothing of it is left on the model."""
 
     def __init__(self, model: Any, pixel_values: Tensor, sparsity: SparsityMode) -> None:
-        """Begin; pixel_values (B, 3, S, S) holds the image of each row, which its first chunk has the places of."""
+        """Begin; pixel_values (B, 3, S, S) holds each row's image, whose places lie in the row's first chunk."""
         self.model, self.sparsity = model, sparsity
         batch, device = pixel_values.shape[0], model.device
         self._pixels: Tensor | None = pixel_values.to(device, model.dtype)

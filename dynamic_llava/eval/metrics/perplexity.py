@@ -1,4 +1,4 @@
-"""Teacher-forced perplexity: negative log-likelihoods per answer token from ONE forward pass (method.md section 5).
+"""Teacher-forced perplexity: negative log-likelihoods per answer token from ONE forward pass (docs/method.md, 5).
 
 B batch, N tokens, V vocabulary.
 """
