@@ -5,15 +5,16 @@ tasks, further fields (`extra`), e.g. MMBench's round_id, options and option_cha
 """
 
 import json
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
+from dynamic_llava.eval.reading import brief, read_json_lines
+from dynamic_llava.eval.writing import write_whole
+
 FIELDS = ("question_id", "prompt", "text", "answer_id", "model_id", "metadata")
 """Fields of a line that have a place of their own in `Answer`; all others are `extra`."""
-SHOWN = 5
-"""How many ids an error message or a warning shows; it counts the others."""
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -63,12 +64,8 @@ def append_answers(file: TextIO, answers: Iterable[Answer]) -> None:
 
 
 def write_answers(path: str | Path, answers: Iterable[Answer]) -> Path:
-    """Write a whole answer file and return its path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        append_answers(file, answers)
-    return path
+    """Write an answer file, whole or not at all, and return its path."""
+    return write_whole(Path(path), "".join(map(answer_line, answers)))
 
 
 def read_answers(path: str | Path) -> list[Answer]:
@@ -88,12 +85,14 @@ def parse_answer(line: Mapping[str, Any], place: str, number: int = 0) -> Answer
     """Return the answer that a decoded line holds; `place` names the line in the ValueError for a wrong one."""
     question = line.get("question_id")
     if not isinstance(question, int | str) or isinstance(question, bool):
-        raise ValueError(f"{place}: question_id is {question!r}; an answer line names its question by a number or text")
+        raise ValueError(
+            f"{place}: question_id is {brief(question)}; an answer line names its question by a number or text"
+        )
     for name, kind in (("text", str), ("prompt", str), ("metadata", dict)):
         if name == "text" and name not in line:
-            raise ValueError(f"{place}: the answer to question {question!r} has no 'text'")
+            raise ValueError(f"{place}: the answer to question {brief(question)} has no 'text'")
         if name in line and not isinstance(line[name], kind):
-            raise ValueError(f"{place}: {name!r} is {line[name]!r}; an answer line holds a {kind.__name__} there")
+            raise ValueError(f"{place}: {name!r} is {brief(line[name])}; an answer line holds a {kind.__name__} there")
     return Answer(
         question,
         line["text"],
@@ -104,24 +103,6 @@ def parse_answer(line: Mapping[str, Any], place: str, number: int = 0) -> Answer
         extra={name: value for name, value in line.items() if name not in FIELDS},
         line=number,
     )
-
-
-def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number from 1, object) of a file of JSON objects, one a line; empty lines are passed over.
-
-    Raises FileNotFoundError when there is no such file, ValueError that names file and line for anything else.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    number = 0
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, _json_object(line, f"{path}:{number}")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: after line {number} come bytes that are no UTF-8 ({error.reason})") from None
 
 
 def one_per_question(
@@ -136,25 +117,8 @@ def one_per_question(
         name = key(answer)
         if name in found:
             raise ValueError(
-                f"question {name!r} is answered twice, in lines {found[name].line} and {answer.line}; "
+                f"question {brief(name)} is answered twice, in lines {found[name].line} and {answer.line}; "
                 "keep one answer to each question"
             )
         found[name] = answer
     return found
-
-
-def shown(ids: Iterable[object]) -> str:
-    """Name the first few of many ids and count them all: "3 (1, 2, 3)", "1000 (1, 2, 3, 4, 5, ...)"."""
-    ids = list(ids)
-    more = ", ..." if len(ids) > SHOWN else ""
-    return f"{len(ids)} ({', '.join(map(repr, ids[:SHOWN]))}{more})"
-
-
-def _json_object(line: str, place: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{place} is no valid JSON ({error}); is the file cut off there?") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{place} holds a {type(value).__name__}; each line holds one JSON object")
-    return value

@@ -28,10 +28,11 @@ from dynamic_llava.eval.answering import (
     prompt_inputs,
     read_ahead,
 )
-from dynamic_llava.eval.answers import SHOWN, Answer, read_answers, shown
+from dynamic_llava.eval.answers import Answer, read_answers
 from dynamic_llava.eval.efficiency import Counted, mean_kv_bytes, measure_speed, prefill_costs
 from dynamic_llava.eval.identity import model_settings, question_settings
 from dynamic_llava.eval.predict import Batch, hide_library_progress
+from dynamic_llava.eval.reading import SHOWN, shown
 from dynamic_llava.eval.score import score_table
 from dynamic_llava.eval.shard import Shard, joined_processes, own_device
 from dynamic_llava.eval.store import PLACE, AnswerStore

@@ -10,6 +10,8 @@ from typing import Any
 
 from dynamic_llava.eval.answers import read_answers
 from dynamic_llava.eval.tasks import TASKS, HubData, Score, Submission, Task, get_task
+from dynamic_llava.eval.tasks.base import naming
+from dynamic_llava.eval.writing import write_whole
 
 DATA_ROOT = Path("playground/data/eval")
 """Where LLaVA keeps its evaluation data."""
@@ -25,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--answers", type=Path, required=True, help="answer file, JSON lines as LLaVA writes them")
     parser.add_argument("--data-root", type=Path, default=DATA_ROOT, help="folder as LLaVA's playground/data/eval")
     parser.add_argument("--dataset", help="take labels from a Hugging Face dataset instead: an id or a local folder")
+    parser.add_argument(
+        "--part", action="store_true", help="score the questions that are answered, not all of them (after --limit)"
+    )
     parser.add_argument("--json", type=Path, help="write every metric with its unit, counts and warnings here")
     parser.add_argument(
         "--submission-dir",
@@ -37,7 +42,7 @@ def run(given: argparse.Namespace) -> None:
     """Score what the command line names, print it, write what it asks for. Raises what the task's `score` raises."""
     task = get_task(given.task)
     hub = task.hub_data(given.dataset) if given.dataset is not None else None
-    score = task.score_file(given.answers, given.data_root, hub)
+    score = task.score_file(given.answers, given.data_root, hub, part=given.part)
     submission = None
     if score is None or given.submission_dir is not None:
         submission = _submit(task, given, hub)
@@ -46,8 +51,7 @@ def run(given: argparse.Namespace) -> None:
     if submission is not None:
         print(f"written: {', '.join(map(str, submission.files))}\nsend to: {submission.send_to}")
     if given.json is not None:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps(as_json(task, score, submission), indent=1) + "\n", encoding="utf-8")
+        write_whole(given.json, json.dumps(as_json(task, score, submission), indent=1) + "\n")
         print(f"metrics: {given.json}")
 
 
@@ -77,7 +81,9 @@ def as_json(task: Task, score: Score | None, submission: Submission | None) -> d
 
 def _submit(task: Task, given: argparse.Namespace, hub: HubData | None) -> Submission:
     folder = given.submission_dir or given.answers.parent
-    submission = task.submission(read_answers(given.answers), given.data_root, folder, hub)
+    answers = read_answers(given.answers)
+    with naming(given.answers):
+        submission = task.submission(answers, given.data_root, folder, hub)
     if submission is None:
         raise ValueError(f"task {task.name} has no server or judge to write a file for; leave out --submission-dir")
     return submission

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from dynamic_llava.eval.answers import Answer, append_answers, parse_answer, shown, write_answers
+from dynamic_llava.eval.answers import Answer, append_answers, parse_answer, write_answers
+from dynamic_llava.eval.reading import WHOLE, fields_of, parse_json, read_json, shown
 
 PLACE = "place"
 """Field of an answer's metadata: the number of its question, from 0, in the order in which the task gives them."""
@@ -65,8 +66,7 @@ class AnswerStore:
         found = self._read()
         if missing := [place for place in range(self.count) if place not in found]:
             raise ValueError(f"{self._name}: questions without an answer, by place: {shown(missing)}")
-        whole = write_answers(self.path.with_suffix(".partial"), [found[place] for place in range(self.count)])
-        os.replace(whole, self.path)
+        write_answers(self.path, [found[place] for place in range(self.count)])
         for part in self._parts():
             part.unlink()
         return self.path
@@ -87,7 +87,7 @@ class AnswerStore:
             partial.write_text(json.dumps(self._settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
             os.replace(partial, self._record)
             return
-        before = json.loads(self._record.read_text(encoding="utf-8"))
+        before = fields_of(read_json(self._record), {}, str(self._record))
         if before != self._settings:
             raise ValueError(
                 f"{self._folder} holds answers of another run: {differences(before, self._settings)}; "
@@ -100,7 +100,7 @@ class AnswerStore:
         for path in (self.path, *self._parts()):
             for answer in _whole_lines(path):
                 place = answer.metadata.get(PLACE)
-                if not isinstance(place, int) or not 0 <= place < self.count:
+                if not WHOLE.fits(place) or not 0 <= place < self.count:
                     raise ValueError(
                         f"{path}:{answer.line} has place {place!r} in its metadata; there are {self.count} questions"
                     )
@@ -151,10 +151,4 @@ def _whole_lines(path: Path) -> Iterator[Answer]:
             if not line.endswith(b"\n"):
                 return
             place = f"{path}:{number}"
-            try:
-                content = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{place} is no valid JSON ({error}); remove the line, it is answered anew") from None
-            if not isinstance(content, dict):
-                raise ValueError(f"{place} holds a {type(content).__name__}; each line holds one JSON object")
-            yield parse_answer(content, place, number)
+            yield parse_answer(fields_of(parse_json(line, place), {}, place), place, number)

@@ -10,9 +10,9 @@ from dynamic_llava.eval.answers import (
     append_answers,
     one_per_question,
     read_answers,
-    shown,
     write_answers,
 )
+from dynamic_llava.eval.reading import shown
 
 LINE = '{"question_id": 1, "prompt": "Is it?", "text": "No"}\n'
 ODD = Answer(

@@ -4,6 +4,7 @@ import pytest
 
 datasets = pytest.importorskip("datasets")
 
+from dynamic_llava.eval.reading import NAME, TEXT  # noqa: E402
 from dynamic_llava.eval.tasks.hub import HubData, read_hub  # noqa: E402
 from tests.sft_builders import picture  # noqa: E402
 
@@ -15,7 +16,7 @@ def made(**more):
 
 
 def check(hub):
-    table = read_hub(hub, ("id", "text"))
+    table = read_hub(hub, {"id": NAME, "text": TEXT})
     assert [(row["id"], row["text"]) for row in table.rows] == [(number, f"t{number}") for number in range(3)]
     assert "image" not in table.rows[0]
     assert table.image(2).load().tobytes() == picture(2).tobytes()
@@ -27,7 +28,7 @@ def test_saved_datasets(tmp_path):
     datasets.DatasetDict({"test": made(), "val": made()}).save_to_disk(tmp_path / "several")
     check(HubData(str(tmp_path / "several"), "val"))
     with pytest.raises(ValueError, match=r"split train cannot be had"):
-        read_hub(HubData(str(tmp_path / "several"), "train"), ("id",))
+        read_hub(HubData(str(tmp_path / "several"), "train"), {"id": NAME})
 
 
 def test_folders_of_parquet_files_and_configurations(tmp_path):
@@ -42,7 +43,7 @@ def test_folders_of_parquet_files_and_configurations(tmp_path):
 def test_a_cell_with_several_images(tmp_path):
     rows = [{"id": 0, "image": [picture(1), picture(2)]}, {"id": 1, "image": []}]
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "d")
-    table = read_hub(HubData(str(tmp_path / "d"), "test"), ("id",))
+    table = read_hub(HubData(str(tmp_path / "d"), "test"), {"id": NAME})
     assert table.image(0, place=1).load().tobytes() == picture(2).tobytes()
     with pytest.raises(ValueError, match=r"row 1, image has 0 images; number 1 is due"):
         table.image(1).load()
@@ -53,7 +54,7 @@ def test_images_outside_the_dataset_are_refused(tmp_path):
     cells = [{"bytes": None, "path": str(tmp_path / "a.png")}, None]
     data = datasets.Dataset.from_list([{"id": number, "image": cell} for number, cell in enumerate(cells)])
     data.save_to_disk(tmp_path / "d")
-    table = read_hub(HubData(str(tmp_path / "d"), "test"), ("id",))
+    table = read_hub(HubData(str(tmp_path / "d"), "test"), {"id": NAME})
     for row in range(2):
         with pytest.raises(ValueError, match=f"row {row}, image holds no image; the pixels must lie in the dataset"):
             table.image(row).load()
@@ -62,10 +63,10 @@ def test_images_outside_the_dataset_are_refused(tmp_path):
 def test_what_is_missing_is_named(tmp_path):
     made().save_to_disk(tmp_path / "d")
     with pytest.raises(ValueError, match=r"no columns \['label'\]; it has \['id', 'text', 'image'\]"):
-        read_hub(HubData(str(tmp_path / "d"), "test"), ("id", "label"))
+        read_hub(HubData(str(tmp_path / "d"), "test"), {"id": NAME, "label": TEXT})
     (tmp_path / "empty").mkdir()
     made().select([]).to_parquet(tmp_path / "empty" / "test.parquet")
     with pytest.raises(ValueError, match="no data"):
-        read_hub(HubData(str(tmp_path / "empty"), "test"), ("id",))
+        read_hub(HubData(str(tmp_path / "empty"), "test"), {"id": NAME})
     with pytest.raises(ValueError, match=r"nobody/nothing.*cannot be had.*local folder"):
-        read_hub(HubData("nobody/nothing", "test"), ("id",))
+        read_hub(HubData("nobody/nothing", "test"), {"id": NAME})

@@ -43,7 +43,7 @@ OPTIONS = {"A": "a red cat", "B": "Dog", "C": "dogs of war"}
     [
         ("A", "A"), ("(B)", "B"), ("B.", "B"), ("**C**", "C"), ("The answer is [B]:", "B"), ("{C};", "C"), ("a", None),
         ("D", None), ("", None), ("A or B", None), ("A A", "A"), ("#B!", "B"), ("A-B", None),
-        ("B one two three four", "B"), ("B one two three four five", None),
+        ("B one two three", "B"), ("B one two three four", None), ("A man holding a bat.", None), ("A x y z u A", None),
         # no letter that counts: the only option whose text occurs, whatever the case
         ("It is A RED CAT", "A"), ("a dog", "B"), ("the dogs of war", None), ("A or B: a red cat", "A"),
         ("A small one, I think, is the dog", "B"),

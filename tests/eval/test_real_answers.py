@@ -36,7 +36,7 @@ def test_pope(tmp_path):
         assert score.metrics[name].value == pytest.approx(value, abs=5e-11)
         assert score.metrics[name].unit == "fraction"
     assert round(score.value, 2) == 85.95
-    assert score.counts == {"questions": 8910, "answered": 8910} and score.warnings == ()
+    assert score.counts == {"questions": 8910, "answered": 8910, "unreadable": 0} and score.warnings == ()
     assert as_json(get_task("pope"), score, None)["metrics"]["mean_f1"]["unit"] == "percent"
 
 
@@ -57,7 +57,7 @@ def test_llava_bench(tmp_path, number, relative):
     reviews = unpack(f"llava_bench/reviews_llava-v1.5-7b-eval{number}.jsonl", tmp_path / "reviews.jsonl")
     score = get_task("llava_bench").score_file(reviews, tmp_path)
     assert score.value == relative
-    assert score.counts == {"questions": 60, "reviews": 60, "without scores": 0} and score.warnings == ()
+    assert score.counts == {"questions": 60, "reviews": 60, "unreadable": 0} and score.warnings == ()
     assert {name.split("/")[1] for name in score.metrics if "/" in name} == {"conv", "detail", "complex"}
 
 

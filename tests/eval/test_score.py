@@ -35,7 +35,7 @@ def test_prints_a_table_and_writes_every_metric(pope, tmp_path, capsys):
     assert found["task"] == "pope" and found["table_metric"] == "mean_f1"
     assert found["metrics"]["mean_f1"] == {"value": 100.0, "unit": "percent"}
     assert found["metrics"]["recall/random"] == {"value": 1.0, "unit": "fraction"}
-    assert found["counts"] == {"questions": 12, "answered": 12} and found["warnings"] == []
+    assert found["counts"] == {"questions": 12, "answered": 12, "unreadable": 0} and found["warnings"] == []
     assert "submission" not in found
 
 

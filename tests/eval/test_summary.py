@@ -11,7 +11,9 @@ from dynamic_llava.eval.summary import PAPER_COSTS, SIZES, Row, Summary, write_s
 from dynamic_llava.eval.tasks import Submission, get_task
 
 POPE = get_task("pope")
-SCORE = POPE.result({"mean_f1": (86.0, "percent"), "f1/random": (0.86, "fraction")}, {"questions": 3}, ["odd"])
+SCORE = POPE.result(
+    {"mean_f1": (86.0, "percent"), "f1/random": (0.86, "fraction")}, {"questions": 3}, [(7, "?")], ["odd"]
+)
 ROW = Row("pope", POPE, SCORE, costs={"image_tokens_per_layer": 143.8, "prefill_flop_paper": 2.4881e12})
 RUN = Summary("m", "both", "7b", {"dtype": "float16", "limit": None}, {"torch": "2.13"}, [ROW])
 
@@ -42,7 +44,7 @@ def test_the_papers_column_follows_from_size_and_sparsity(size, sparsity, differ
 
 def test_another_split_or_a_part_of_the_questions_is_not_compared():
     vizwiz = get_task("vizwiz:val")
-    score = vizwiz.result({"accuracy": (50.0, "percent")}, {})
+    score = vizwiz.result({"accuracy": (50.0, "percent")}, {}, [])
     row = replace(RUN, rows=[Row("vizwiz:val", vizwiz, score)]).to_json()["tasks"]["vizwiz:val"]
     assert row["difference"] is None and row["paper"] == {}
     limited = replace(RUN, settings={"limit": 10}).to_json()["tasks"]["pope"]
@@ -56,7 +58,7 @@ def test_the_json_has_what_readers_rely_on(tmp_path):
     row = found["tasks"]["pope"]
     assert (row["metric"], row["value"], row["unit"]) == ("mean_f1", 86.0, "percent")
     assert row["metrics"]["f1/random"] == {"value": 0.86, "unit": "fraction"}
-    assert row["counts"] == {"questions": 3} and row["warnings"] == ["odd"] and row["error"] is None
+    assert row["counts"] == {"questions": 3, "unreadable": 1} and row["warnings"][0] == "odd" and row["error"] is None
     assert row["efficiency"]["image_tokens_per_layer"] == {"value": 143.8, "unit": "tokens"}
     assert row["efficiency"]["prefill_flop_paper"]["paper"] == {"none": 10.1e12, "image": 2.5e12, "both": 2.5e12}
     assert row["efficiency"]["image_tokens_kept"]["value"] is None
@@ -85,7 +87,7 @@ def test_several_metrics_of_the_paper_are_a_line_each():
     class Two(type(POPE)):
         paper: ClassVar = {**type(POPE).paper, "accuracy": type(POPE).paper["mean_f1"]}
 
-    score = Two().result({"mean_f1": (86.0, "percent"), "accuracy": (0.5, "fraction")}, {})
+    score = Two().result({"mean_f1": (86.0, "percent"), "accuracy": (0.5, "fraction")}, {}, [])
     lines = replace(RUN, rows=[Row("pope", Two(), score)]).to_markdown().splitlines()
     second = next(line for line in lines if "accuracy, fraction" in line)
     assert "0.5000" in second and lines.index(second) == next(i for i, one in enumerate(lines) if "mean_f1" in one) + 1

@@ -2,10 +2,13 @@
 
 import json
 import math
+from itertools import product
 
+import openpyxl
 import pytest
 
-from dynamic_llava.eval.answers import read_answers, write_answers
+from dynamic_llava.eval.answers import Answer, read_answers, write_answers
+from dynamic_llava.eval.score import score_table
 from dynamic_llava.eval.tasks import GROUPS, TASKS, get_task, get_tasks
 from dynamic_llava.eval.tasks.base import GENERATION, PAPER_TABLE1, SHORT, ImageData, ImageFile, Metric, Question, Score
 from tests.eval.task_data import TASK_DATA, save_hub
@@ -83,6 +86,99 @@ def test_an_answer_that_is_missing_is_an_error_or_counted(made, tmp_path):
         assert score.counts["missing"] >= 1 and score.warnings
 
 
+def test_answers_that_cannot_be_read_are_counted_and_named(made, tmp_path):
+    """One place for every scorer: `counts`, and a warning that says which they are and what they count as."""
+    task = get_task(made.task)
+    if made.best is None:
+        assert "unreadable" in task.result({task.table_metric: (0.0, "points")}, {}, []).counts
+        pytest.skip("scored by a server or a judge")
+    assert task.score(made.answers(tmp_path), tmp_path).counts["unreadable"] == 0
+    count = len(made.right)
+    for texts, unreadable, empty in (
+        ([""] * count, count, count),
+        ([" \n"] * count, count, count),
+        (["", *made.right[1:]], 1, 1),
+    ):
+        score = task.score(made.answers(tmp_path, texts=texts), tmp_path)
+        assert score.counts["unreadable"] == unreadable
+        (warning,) = [one for one in score.warnings if "unreadable" in one]
+        assert f"counted as {task.unreadable_counts_as}: {unreadable} (" in warning
+        assert f"{empty} of them are empty" in warning
+        assert json.loads(json.dumps(score.to_json()))["counts"]["unreadable"] == unreadable
+        assert f"unreadable {unreadable}" in score_table(task, score) and warning in score_table(task, score)
+
+
+def test_a_part_of_the_questions_has_a_score_of_its_own(made, tmp_path):
+    """Right answers to the first questions alone are worth the best score; what is left out is said."""
+    task = get_task(made.task)
+    answers = made.answers(tmp_path)
+    if made.best is None:
+        pytest.skip("scored by a server or a judge")
+    for count in range(1, len(answers) + 1):
+        try:
+            score = task.score(answers[:count], tmp_path, part=True)
+        except ValueError as error:
+            assert count == 1 and "pair" in str(error)  # half a pair of MMVP
+            continue
+        best = made.best * score.counts["answered"] // len(answers) if task.name == "mme" else made.best
+        assert score.value == pytest.approx(best) or task.name == "mme"
+        assert score.counts["answered"] == count
+        assert count == len(answers) or score.warnings
+    whole = task.score(answers, tmp_path)
+    assert task.score(answers, tmp_path, part=True) == whole
+
+
+def test_a_byte_order_mark_is_passed_over(made, tmp_path):
+    """In every text file that a task reads, and in the file of answers."""
+    task = get_task(made.task)
+    answers = made.answers(tmp_path)
+    questions = task.questions(tmp_path)
+    path = write_answers(tmp_path / "answers.jsonl", answers)
+    before = task.score_file(path, tmp_path)
+    for file in tmp_path.rglob("*"):
+        if file.suffix in (".json", ".jsonl", ".tsv", ".csv", ".txt"):
+            file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert task.questions(tmp_path) == questions
+    assert task.score_file(path, tmp_path) == before and read_answers(path) == answers
+
+
+HOSTILE_ANSWERS = (
+    "a\uffffb", "a\ufffeb", "a\ud800b", "\udfff", "a\x00b\x0bc\x1f", "=1+1", "x\r\ny\rz", "_x0041_", "\U0001f600",
+    "'quoted'", "<b>", "",
+)  # fmt: skip
+"""What a model may say, or a file of answers hold."""
+
+
+def test_what_is_written_for_a_server_can_be_read(name, made, tmp_path):
+    """Files of strict JSON in UTF-8, and workbooks; every answer is in them, whatever it says."""
+    for split, text in product(TASKS[name].splits or (None,), HOSTILE_ANSWERS):
+        task = TASKS[name](split)
+        answers = [
+            Answer(question.id, text, prompt=question.logged_prompt, extra=question.extra, line=number)
+            for number, question in enumerate(task.questions(tmp_path), 1)
+        ]
+        try:
+            written = task.submission(answers, tmp_path, tmp_path / "out")
+        except ValueError as error:
+            assert "no question" in str(error) or "missing" in str(error)  # labels of a split that has no server
+            continue
+        for path in () if written is None else written.files:
+            read = rows_of(path)
+            assert len(read) >= len(answers)
+            for row in read:
+                "".join(map(str, row)).encode()
+
+
+def rows_of(path):
+    """Return what a written file holds, each row as a list of values, read as strictly as a server may."""
+    if path.suffix == ".xlsx":
+        return list(openpyxl.load_workbook(path).active.iter_rows(values_only=True))[1:]
+    text = path.read_bytes().decode()
+    content = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+    rows = content.items() if isinstance(content, dict) else content
+    return [list(row.values()) if isinstance(row, dict) else list(row) for row in rows]
+
+
 def test_a_question_answered_twice_is_an_error(made, tmp_path):
     task = get_task(made.task)
     answers = made.answers(tmp_path)
@@ -148,8 +244,11 @@ def test_names_groups_and_splits():
     [
         ('{"question_id": 2, "te', r"llava_pope_test\.jsonl:13 is no valid JSON"),
         ('{"question_id": 2}', r"llava_pope_test\.jsonl:13 has no 'text'"),
-        ('{"question_id": [2], "text": "a"}', r":13: question_id is a number or text"),
-        ('{"question_id": 2, "text": "a", "image": 3}', r":13: question_id is a number or text"),
+        ('{"question_id": [2], "text": "a"}', r":13: 'question_id' is \[2\]; a whole number or text is due"),
+        (
+            '{"question_id": 2, "text": "a", "image": 3}',
+            r":13: 'image' is 3; a path inside the image folder, or nothing",
+        ),
         ('{"question_id": "1", "text": "a", "image": "b.jpg"}', r":13: question '1' stands already in line 1"),
     ],
 )
@@ -194,6 +293,8 @@ def test_a_score_names_units_and_holds_its_headline():
         Metric(1.0, "pct")
     with pytest.raises(ValueError, match="accuracy is not among f1"):
         Score("x", "accuracy", {"f1": Metric(1.0, "percent")}, {})
+    with pytest.raises(ValueError, match="how many answers were unreadable"):
+        Score("x", "f1", {"f1": Metric(1.0, "percent")}, {"questions": 3})
 
 
 def test_a_task_without_a_dataset_says_so():

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from dynamic_llava.eval.tasks.files import write_json
+from dynamic_llava.eval.writing import write_json
 
 IMAGE_PLACE = "<image>"
 

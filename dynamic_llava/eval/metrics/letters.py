@@ -12,8 +12,8 @@ _ANSWER = re.compile(r"answer is|answer:", re.IGNORECASE)
 _LETTER = re.compile(r"\(?([a-z])(?:\)|\s*$|\s*\n|[.:,](?:\s|$))", re.IGNORECASE)
 """b in or before a bracket, alone on its line, or with one mark and then a space or the end."""
 _MMBENCH_MARKS = str.maketrans({mark: " " for mark in ".()[],:;!*#{}"})
-LAST_WORDS = 5
-"""MMBench's letter stands among so many last words."""
+LAST_WORDS = 4
+"""MMBench's letter stands among so many last words: the article of "A man holding a bat." does not."""
 
 
 def read_scienceqa(text: str) -> str | None:
@@ -39,12 +39,12 @@ def scienceqa_choice(text: str, choices: int) -> int:
 def read_mmbench(text: str, options: Mapping[str, str]) -> str | None:
     """Read a letter of `options` (letter -> text) as MMBench is scored without a judge; None where there is none.
 
-    With the marks . ( ) [ ] , : ; ! * # { } as spaces: the only option letter among the words, if it is one of the last
-    five; else the only option whose text occurs in the answer, whatever its case.
+    With the marks . ( ) [ ] , : ; ! * # { } as spaces: the only option letter among the words, if the first place where
+    it stands is one of the last four; else the only option whose text occurs in the answer, whatever its case.
     """
     words = text.translate(_MMBENCH_MARKS).split()
     letters = [letter for letter in options if letter in words]
-    if len(letters) == 1 and letters[0] in words[-LAST_WORDS:]:
+    if len(letters) == 1 and words.index(letters[0]) >= len(words) - LAST_WORDS:
         return letters[0]
     folded = text.casefold()
     named = [letter for letter, option in options.items() if option.casefold() in folded]

@@ -1,7 +1,10 @@
 """Yes/no scores in POPE's manner: how an answer is read, and precision, recall and F1 with "yes" as positive."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
+
+_YES = re.compile(r"\byes\b", re.IGNORECASE)
 
 
 def read_yes_no(text: str) -> str:
@@ -12,6 +15,11 @@ def read_yes_no(text: str) -> str:
     """
     words = text.split(".", 1)[0].replace(",", "").split(" ")
     return "no" if any(word in ("No", "not", "no") for word in words) else "yes"
+
+
+def says_yes_or_no(text: str) -> bool:
+    """Return whether an answer says either word at all: it is read as "no", or "yes" stands in what is read of it."""
+    return read_yes_no(text) == "no" or _YES.search(text.split(".", 1)[0]) is not None
 
 
 def yes_no_scores(answers: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:

@@ -5,13 +5,15 @@ data root (LLaVA's playground/data/eval), or from a Hugging Face dataset (`HubDa
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from dynamic_llava.eval.answers import Answer, read_answers, read_json_lines
-from dynamic_llava.eval.tasks.files import fields_of, inside
+from dynamic_llava.eval.answers import Answer, read_answers
+from dynamic_llava.eval.reading import NAME, NO_PATH, TEXT, brief, fields_of, read_json_lines, shown
+from dynamic_llava.eval.tasks.files import inside
 from dynamic_llava.eval.tasks.hub import HubData
 
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -148,7 +150,7 @@ class Score:
     """The metric that the paper's tables print; a name in `metrics`."""
     metrics: Mapping[str, Metric]
     counts: Mapping[str, int]
-    """questions, answered, and what was missing, unknown or unparsed, by name."""
+    """questions, answered, unreadable (its rule reads nothing from them), and what was missing or unknown, by name."""
     warnings: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
     """What the benchmark's own result file holds beside the numbers (ScienceQA's choice by question)."""
@@ -156,6 +158,8 @@ class Score:
     def __post_init__(self) -> None:
         if self.table_metric not in self.metrics:
             raise ValueError(f"{self.task}: {self.table_metric} is not among {', '.join(self.metrics)}")
+        if "unreadable" not in self.counts:
+            raise ValueError(f"{self.task}: counts {dict(self.counts)} do not say how many answers were unreadable")
 
     @property
     def value(self) -> float:
@@ -203,6 +207,8 @@ class Task(ABC):
 
     The line's metadata has "skipped", the reason. Otherwise the run ends in an error, the other answers kept.
     """
+    unreadable_counts_as: ClassVar[str] = "wrong"
+    """What an answer is worth that the benchmark's rule reads nothing from."""
     send_to: ClassVar[str] = ""
     """The server or judge that its submission goes to; empty when there is none."""
 
@@ -221,20 +227,23 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None) -> Score:
+    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None, *, part: bool = False) -> Score:
         """Return what the answers are worth, against labels below `root` or in a Hugging Face dataset.
 
-        Raises FileNotFoundError for missing labels, ValueError for broken ones and for answers that have no score; the
-        task's own docstring says what it does about questions without an answer and answers without a question.
+        With `part` every number is over the questions that are answered, and the others are left out and reported.
+        Otherwise the task's own docstring says what it does about questions without an answer and answers without a
+        question. Raises FileNotFoundError for missing labels, ValueError for broken ones and for answers that have no
+        score.
         """
 
-    def score_file(self, path: Path, root: Path, hub: HubData | None = None) -> Score | None:
+    def score_file(self, path: Path, root: Path, hub: HubData | None = None, *, part: bool = False) -> Score | None:
         """Return the score of an answer file, None when it has none here (`can_score`).
 
         A task that also scores files of another kind (a judge's reviews) overrides this.
         """
         answers = read_answers(path)
-        return self.score(answers, root, hub) if self.can_score(answers, root, hub) else None
+        with naming(path):
+            return self.score(answers, root, hub, part=part) if self.can_score(answers, root, hub) else None
 
     def can_score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None) -> bool:
         """Return whether these answers have a score here; False where labels are private or a judge is needed."""
@@ -281,12 +290,26 @@ class Task(ABC):
         self,
         metrics: Mapping[str, tuple[float, str]],
         counts: Mapping[str, int],
+        unreadable: Iterable[tuple[Any, str]],
         warnings: Iterable[str] = (),
         details: Mapping[str, Any] | None = None,
     ) -> Score:
-        """Return a Score of this task from name -> (value, unit)."""
+        """Return a Score of this task from name -> (value, unit).
+
+        `unreadable` names (question, text) of each answer that the benchmark's rule reads nothing from; they are
+        counted, and a warning says which they are.
+        """
         named = {name: Metric(value, unit) for name, (value, unit) in metrics.items()}
-        return Score(self.name, self.table_metric, named, dict(counts), tuple(warnings), dict(details or {}))
+        unread = list(unreadable)
+        warnings = [*warnings]
+        if unread:
+            empty = sum(not text.strip() for _, text in unread)
+            warnings.append(
+                f"unreadable answers, counted as {self.unreadable_counts_as}: {shown(name for name, _ in unread)}; "
+                f"{empty} of them are empty"
+            )
+        counts = {**counts, "unreadable": len(unread)}
+        return Score(self.name, self.table_metric, named, counts, tuple(warnings), dict(details or {}))
 
 
 def paper_numbers(
@@ -306,6 +329,28 @@ def paper_numbers(
     }
 
 
+@contextmanager
+def naming(answers: Path) -> Iterator[None]:
+    """Say which file of answers has no score or no submission, before the reason."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{answers} is not taken: {error}") from None
+
+
+def left_out(part: bool, missing: Sequence[Any], known: int) -> list[str]:
+    """Return the warning that only a part of the `known` questions is scored; none where nothing is `missing`."""
+    if not part or not missing:
+        return []
+    return [f"a part of the questions: {known - len(missing)} of {known} are answered, and the numbers are over these"]
+
+
+QUESTION_LINE = {"question_id": NAME, "text": TEXT, "image": NO_PATH}
+"""Fields of a line of a LLaVA question file."""
+
+
 def llava_questions(path: Path, folder: Path, *, repeated_ids: bool = False) -> list[tuple[Question, dict[str, Any]]]:
     """Return the questions of a LLaVA question file (JSON lines), each with its raw line; images lie in `folder`.
 
@@ -316,12 +361,10 @@ def llava_questions(path: Path, folder: Path, *, repeated_ids: bool = False) -> 
     lines: dict[str, int] = {}
     for number, line in read_json_lines(path):
         place = f"{path}:{number}"
-        fields_of(line, ("question_id", "text"), place)
+        fields_of(line, QUESTION_LINE, place)
         name, text, image = line["question_id"], line["text"], line.get("image")
-        if not isinstance(name, int | str) or not isinstance(text, str) or not isinstance(image, str | None):
-            raise ValueError(f"{place}: question_id is a number or text, text and image are text; this is {line}")
         if not repeated_ids and str(name) in lines:
-            raise ValueError(f"{place}: question {name!r} stands already in line {lines[str(name)]}")
+            raise ValueError(f"{place}: question {brief(name)} stands already in line {lines[str(name)]}")
         lines[str(name)] = number
         found.append((Question(name, text, ImageFile(folder, image) if image else None), line))
     if not found:

@@ -2,7 +2,9 @@
 
 from collections.abc import Collection, Mapping, Sequence
 
-from dynamic_llava.eval.answers import Answer, one_per_question, shown
+from dynamic_llava.eval.answers import Answer, one_per_question
+from dynamic_llava.eval.reading import shown
+from dynamic_llava.eval.tasks.base import left_out
 from dynamic_llava.eval.tasks.files import missing_answers, unknown_answers
 
 
@@ -12,18 +14,20 @@ def option_lines(options: Mapping[str, str]) -> str:
 
 
 def meet(
-    task: str, answers: Sequence[Answer], known: Collection[str]
+    task: str, answers: Sequence[Answer], known: Collection[str], part: bool = False
 ) -> tuple[dict[str, Answer], dict[str, int], list[str]]:
     """Return the answers by id, what is counted, and what is warned of; `known` are the ids of the questions, as text.
 
-    Questions without an answer are wrong and counted, answers without a question counted and left out. Raises
-    ValueError for a question answered twice, and when no answer has a question.
+    Questions without an answer are wrong and counted, or with `part` left out; answers without a question are counted
+    and left out. Raises ValueError for a question answered twice, and when no answer has a question.
     """
     said = one_per_question(answers)
     missing, unknown = missing_answers(said, known), unknown_answers(task, said, known)
     answered = len(known) - len(missing)
     if not answered:
         raise ValueError(unknown or f"{task}: there are no answers")
-    warnings = [f"questions without an answer, counted as wrong: {shown(missing)}"] if missing else []
+    wrong = missing and not part
+    warnings = [f"questions without an answer, counted as wrong: {shown(missing)}"] if wrong else []
+    warnings += left_out(part, missing, len(known))
     counts = {"questions": len(known), "answered": answered, "missing": len(missing), "unknown": len(said) - answered}
     return said, counts, warnings + ([unknown] if unknown else [])

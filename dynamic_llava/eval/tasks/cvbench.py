@@ -4,13 +4,15 @@ The tables' number is the mean of the accuracies on the two sources, not that ov
 question without an answer is wrong and counted, an answer to no question is counted and left out.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dynamic_llava.eval.answers import Answer, read_json_lines
+from dynamic_llava.eval.answers import Answer
 from dynamic_llava.eval.metrics.letters import first_character
+from dynamic_llava.eval.reading import NAME, PATH, TEXT, brief, fields_of, optional, read_json_lines
 from dynamic_llava.eval.tasks.base import (
     LETTER,
     PAPER_TABLE1,
@@ -23,14 +25,17 @@ from dynamic_llava.eval.tasks.base import (
     paper_numbers,
 )
 from dynamic_llava.eval.tasks.choices import meet
-from dynamic_llava.eval.tasks.files import fields_of
 from dynamic_llava.eval.tasks.hub import HubData, read_hub
 
 ROWS, IMAGES = "cvbench/test_2d.jsonl", "cvbench"
 SITE = "https://huggingface.co/datasets/nyu-visionx/CV-Bench"
 SOURCES = ("ADE20K", "COCO")
 KIND = "2D"
-COLUMNS = ("idx", "task", "answer", "prompt", "source")
+COLUMNS = {"idx": NAME, "task": TEXT, "answer": TEXT, "prompt": TEXT, "source": TEXT}
+ROW = COLUMNS | {"type": optional(TEXT), "filename": PATH}
+"""Fields of a line of the file: the columns of the dataset, and where the image lies."""
+
+_OPTION = re.compile(r"\(([A-Za-z])\)")
 
 
 class CvBench2d(Task):
@@ -56,22 +61,25 @@ class CvBench2d(Task):
             return [
                 Question(row["idx"], row["prompt"] + LETTER, table.image(place)) for place, row in enumerate(table.rows)
             ]
-        path = self.path(root, ROWS)
+        folder = Path(root) / IMAGES
         return [
-            Question(
-                row["idx"],
-                row["prompt"] + LETTER,
-                ImageFile(Path(root) / IMAGES, fields_of(row, ("filename",), f"{path}: idx {row['idx']}")["filename"]),
-            )
+            Question(row["idx"], row["prompt"] + LETTER, ImageFile(folder, row["filename"]))
             for row in self._rows(root, None)
         ]
 
-    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None) -> Score:
+    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None, *, part: bool = False) -> Score:
         """Return the accuracy in percent: the mean of the sources, over all, by source, and by source and task."""
         records = {str(row["idx"]): row for row in self._rows(root, hub)}
-        said, counts, warnings = meet(self.name, answers, records)
+        said, counts, warnings = meet(self.name, answers, records, part)
+        unread = [
+            (name, said[name].text)
+            for name, row in records.items()
+            if name in said and first_character(said[name].text) not in letters_of(row)
+        ]
         right: dict[str, list[bool]] = {}
         for name, row in records.items():
+            if part and name not in said:
+                continue
             correct = name in said and first_character(said[name].text) == first_character(row["answer"])
             for group in ("accuracy", f"accuracy/{row['source']}", f"accuracy/{row['source']}/{row['task']}"):
                 right.setdefault(group, []).append(correct)
@@ -81,28 +89,33 @@ class CvBench2d(Task):
             absent = [source for source in SOURCES if f"accuracy/{source}" not in accuracy]
             warnings.append(f"no questions of {', '.join(absent)}: the mean is over the other source")
         values = {"mean_of_sources": fmean(found)} | accuracy
-        return self.result({group: (value, "percent") for group, value in values.items()}, counts, warnings)
+        return self.result({group: (value, "percent") for group, value in values.items()}, counts, unread, warnings)
 
     def _rows(self, root: Path, hub: HubData | None) -> list[Mapping[str, Any]]:
         """Return the rows in file order, checked; those of the 3D half are passed over."""
         if hub is not None:
-            lines, place = enumerate(read_hub(hub, COLUMNS, image=None).rows), hub.dataset
+            lines, place, fields = enumerate(read_hub(hub, COLUMNS, image=None).rows), hub.dataset, COLUMNS
         else:
             path = self.path(root, ROWS)
-            lines, place = read_json_lines(path), str(path)
+            lines, place, fields = read_json_lines(path), str(path), ROW
         found: dict[str, Mapping[str, Any]] = {}
         for number, row in lines:
-            fields_of(row, COLUMNS, f"{place}:{number}")
+            fields_of(row, fields, f"{place}:{number}")
             if row.get("type", KIND) != KIND:
                 continue
-            if row["source"] not in SOURCES or not first_character(str(row["answer"])):
+            if row["source"] not in SOURCES or not first_character(row["answer"]):
                 raise ValueError(
-                    f"{place}:{number}: source is {row['source']!r}, answer {row['answer']!r}; a source is one of "
-                    f"{', '.join(SOURCES)}, an answer a letter in brackets"
+                    f"{place}:{number}: source is {brief(row['source'])}, answer {brief(row['answer'])}; a source is "
+                    f"one of {', '.join(SOURCES)}, an answer a letter in brackets"
                 )
             if str(row["idx"]) in found:
-                raise ValueError(f"{place}:{number}: question {row['idx']} occurs twice")
+                raise ValueError(f"{place}:{number}: question {brief(row['idx'])} occurs twice")
             found[str(row["idx"])] = row
         if not found:
             raise ValueError(f"{place} holds no questions of the {KIND} half")
         return list(found.values())
+
+
+def letters_of(row: Mapping[str, Any]) -> set[str]:
+    """Return the small letters of a row's options, "(A) 0" a line; its label's own where the prompt shows none."""
+    return {letter.lower() for letter in _OPTION.findall(row["prompt"])} | {first_character(row["answer"])}

@@ -5,13 +5,13 @@ numbers are a guide, not a target. An item whose image cannot be read is passed 
 those that a mean is over. An item without a line is counted as missing.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar, Literal
 
-from dynamic_llava.eval.answers import Answer, one_per_question, shown
+from dynamic_llava.eval.answers import Answer, one_per_question
+from dynamic_llava.eval.reading import NAME, NUMBER, NUMBERS, PATH, TEXT, TEXTS, brief, fields_of, read_list, shown
 from dynamic_llava.eval.tasks.base import (
     GENERATION,
     LONG_TOKENS,
@@ -25,7 +25,7 @@ from dynamic_llava.eval.tasks.base import (
     Task,
     paper_numbers,
 )
-from dynamic_llava.eval.tasks.files import fields_of, missing_answers, read_json, unknown_answers
+from dynamic_llava.eval.tasks.files import missing_answers, unknown_answers
 from dynamic_llava.eval.tasks.hub import HubData
 
 IMAGE_PLACE = "<image>"
@@ -56,6 +56,7 @@ class GenerationTask(Task):
     max_new_tokens = LONG_TOKENS
     skips_unreadable = True
     table_metric = "ppl"
+    unreadable_counts_as = "a METEOR of 0"
     items: ClassVar[str]
     """Its list of items (benchmarks of one round: question and answer are text; else both are lists)."""
     images: ClassVar[str]
@@ -75,24 +76,22 @@ class GenerationTask(Task):
         Raises ValueError that names the item for one that is broken, or whose id stands twice.
         """
         path, folder = self.path(root, self.items), Path(root) / self.images
-        items = read_json(path)
-        if not isinstance(items, list) or not items:
-            raise ValueError(f"{path} holds no list of items; make it with the command that `--tasks list` names")
+        items = read_list(path)
         found: dict[str, Question] = {}
         for number, item in enumerate(items):
             question = self._question(item, f"{path}, item {number}", folder)
             if str(question.id) in found:
-                raise ValueError(f"{path}, item {number}: id {question.id!r} stands already further up")
+                raise ValueError(f"{path}, item {number}: id {brief(question.id)} stands already further up")
             found[str(question.id)] = question
         return list(found.values())
 
     def _question(self, item: Any, place: str, folder: Path) -> Question:
-        fields_of(item, ("id", "image", "question", "answer"), place)
+        said = TEXTS if self.several else TEXT
+        fields_of(item, {"id": NAME, "image": PATH, "question": said, "answer": said}, place)
         name, image = item["id"], item["image"]
         sides = [item[side] if self.several else [item[side]] for side in ("question", "answer")]
-        if not isinstance(name, int | str) or not isinstance(image, str) or not all(map(_is_texts, sides)):
-            texts = "lists of texts" if self.several else "texts"
-            raise ValueError(f"{place}: image is text, question and answer are {texts}, none of them blank")
+        if not all(text.strip() for texts in sides for text in texts):
+            raise ValueError(f"{place}: a question or answer is blank; each one holds text")
         asked, answers = sides
         if len(asked) != len(answers):
             raise ValueError(f"{place}: {len(asked)} questions have {len(answers)} answers; give one to each")
@@ -117,7 +116,7 @@ class GenerationTask(Task):
         """Return whether lines hold what the scores are means of; answers alone have none."""
         return any("ppl" in one.extra or SKIPPED in one.metadata for one in answers)
 
-    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None) -> Score:
+    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None, *, part: bool = False) -> Score:
         """Return means over the items; perplexity is each item's own, not that of all tokens together.
 
         Raises ValueError for a line that holds no numbers, an unknown id, an item answered twice, or no item at all.
@@ -143,16 +142,22 @@ class GenerationTask(Task):
         counts = {"questions": len(known), "answered": len(lines), "skipped": len(skipped), "missing": len(missing)}
         warnings = [f"items without a line, left out: {shown(missing)}"] if missing else []
         warnings += [f"items whose image cannot be read, left out: {shown(skipped)}"] if skipped else []
-        return self.result(metrics, counts, warnings, self._by_round(lines) if self.several else {})
+        unread = [(one.question_id, one.text) for one in lines if not one.text.strip()]
+        return self.result(metrics, counts, unread, warnings, self._by_round(lines) if self.several else {})
 
     @staticmethod
     def _by_round(lines: Sequence[Answer]) -> dict[str, list[float]]:
         """Return the means of the first, second, ... rounds over the items that have them."""
-        longest = max(len(one.extra["ppl"]) for one in lines)
+        for one in lines:
+            fields_of(
+                dict(one.extra), dict.fromkeys(RUNS, NUMBERS), f"line {one.line}, question {brief(one.question_id)}"
+            )
+        longest = max(len(one.extra[name]) for one in lines for name in RUNS)
         return {
             f"{name}_by_round": [
                 fmean(one.extra[name][place] for one in lines if place < len(one.extra[name]))
                 for place in range(longest)
+                if any(place < len(one.extra[name]) for one in lines)
             ]
             for name in RUNS
         }
@@ -236,19 +241,15 @@ class ShareGpt4v(GenerationTask):
     )
 
 
-def _is_texts(texts: Any) -> bool:
-    return isinstance(texts, list) and bool(texts) and all(isinstance(one, str) and one.strip() for one in texts)
-
-
 def _mean(lines: Sequence[Answer], field: str) -> float:
     return fmean(_number(one, field) for one in lines)
 
 
 def _number(line: Answer, field: str) -> float:
     value = line.extra.get(field)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if not NUMBER.fits(value):
         raise ValueError(
-            f"the line of question {line.question_id!r} has {field} {value!r}; a run writes a number there, so score "
-            "the answer file of a run"
+            f"line {line.line}, question {brief(line.question_id)} has {field} {brief(value)}; a run writes a number "
+            "there, so score the answer file of a run"
         )
     return float(value)

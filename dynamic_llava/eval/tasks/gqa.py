@@ -11,7 +11,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dynamic_llava.eval.answers import Answer, one_per_question, shown
+from dynamic_llava.eval.answers import Answer, one_per_question
+from dynamic_llava.eval.reading import FLAG, OBJECT, TEXT, fields_of, optional, read_json, shown, typed
 from dynamic_llava.eval.tasks.base import (
     LLAVA_EVAL,
     PAPER_TABLE1,
@@ -21,10 +22,11 @@ from dynamic_llava.eval.tasks.base import (
     Question,
     Score,
     Task,
+    left_out,
     llava_questions,
     paper_numbers,
 )
-from dynamic_llava.eval.tasks.files import fields_of, missing_answers, read_json, unknown_answers
+from dynamic_llava.eval.tasks.files import missing_answers, unknown_answers
 from dynamic_llava.eval.tasks.hub import HubData, read_hub
 
 QUESTIONS, IMAGES = "gqa/llava_gqa_testdev_balanced.jsonl", "gqa/data/images"
@@ -32,6 +34,9 @@ LABELS = "gqa/data/testdev_balanced_questions.json"
 GQA_SITE = "https://cs.stanford.edu/people/dorarad/gqa/download.html"
 OPEN = "query"
 """Structural type of the questions that are not answered by yes, no, or one of the things named."""
+RECORD = {"answer": TEXT, "isBalanced": optional(FLAG), "types": optional(OBJECT)}
+TYPES = {"structural": optional(TEXT), "semantic": optional(TEXT)}
+"""Fields of a labelled question, and those of its types."""
 
 
 class Gqa(Task):
@@ -55,43 +60,51 @@ class Gqa(Task):
         """Return the questions in file order."""
         if hub is None:
             return [question for question, _ in llava_questions(self.path(root, QUESTIONS), Path(root) / IMAGES)]
-        rows = read_hub(hub, ("id", "imageId", "question"), image=None).rows
-        images = read_hub(replace(hub, config=str(hub.config).replace("_instructions", "_images")), ("id",))
+        rows = read_hub(hub, {"id": TEXT, "imageId": TEXT, "question": TEXT}, image=None).rows
+        images = read_hub(replace(hub, config=str(hub.config).replace("_instructions", "_images")), {"id": TEXT})
         places = {row["id"]: place for place, row in enumerate(images.rows)}
         if unknown := [row["imageId"] for row in rows if row["imageId"] not in places]:
             raise ValueError(f"{hub.dataset} has no images {shown(unknown)} that its questions name")
         return [Question(row["id"], row["question"] + SHORT, images.image(places[row["imageId"]])) for row in rows]
 
-    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None) -> Score:
+    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None, *, part: bool = False) -> Score:
         """Return the accuracy in percent: over all, binary and open questions, and by structural and semantic type."""
         records = dict(self._records(root, hub))
-        balanced = {name: record for name, record in records.items() if record.get("isBalanced", True)}
+        balanced = {name: record for name, record in records.items() if record.get("isBalanced") is not False}
         said = one_per_question(answers)
-        if missing := missing_answers(said, balanced):
-            raise ValueError(f"gqa: questions without an answer: {shown(missing)}; GQA's script wants them all")
+        missing = missing_answers(said, balanced)
+        if missing and (not part or len(missing) == len(balanced)):
+            raise ValueError(
+                f"gqa: questions without an answer: {shown(missing)}; GQA's script wants them all, `score --part` "
+                "scores those that are answered"
+            )
+        asked = {name: record for name, record in balanced.items() if name in said}
         right: dict[str, list[bool]] = {"accuracy": []}
-        for name, record in balanced.items():
+        for name, record in asked.items():
             correct = read_gqa(said[name].text) == record["answer"]
             for group in ("accuracy", *_groups(record.get("types") or {})):
                 right.setdefault(group, []).append(correct)
         outside = [name for name in said if name not in balanced]
-        counts = {"questions": len(balanced), "answered": len(balanced), "unknown": len(outside)}
+        counts = {"questions": len(balanced), "answered": len(asked), "unknown": len(outside)}
         warnings = [unknown_answers("gqa's balanced set", said, balanced)] if outside else []
         return self.result(
-            {group: (100 * fmean(flags), "percent") for group, flags in sorted(right.items())}, counts, warnings
+            {group: (100 * fmean(flags), "percent") for group, flags in sorted(right.items())},
+            counts,
+            [(name, said[name].text) for name in asked if not read_gqa(said[name].text).strip()],
+            warnings + left_out(part, missing, len(balanced)),
         )
 
     def _records(self, root: Path, hub: HubData | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
         if hub is not None:
-            rows = read_hub(hub, ("id", "answer", "isBalanced", "types"), image=None).rows
-            yield from ((row["id"], row) for row in rows)
-            return
-        path = self.path(root, LABELS)
-        questions = read_json(path)
-        if not isinstance(questions, dict) or not questions:
-            raise ValueError(f"{path} holds no object of questions by id")
-        for name, record in questions.items():
-            yield name, fields_of(record, ("answer",), f"{path}: question {name}")
+            rows = read_hub(hub, {"id": TEXT, **RECORD}, image=None).rows
+            named, place = ((row["id"], row) for row in rows), hub.dataset
+        else:
+            path = self.path(root, LABELS)
+            named, place = typed(read_json(path), OBJECT, str(path)).items(), str(path)
+        for name, record in named:
+            fields_of(record, RECORD, f"{place}: question {name}")
+            fields_of(record.get("types") or {}, TYPES, f"{place}: question {name}, types")
+            yield name, record
 
 
 def read_gqa(text: str) -> str:
@@ -99,7 +112,7 @@ def read_gqa(text: str) -> str:
     return text.rstrip(".").lower()
 
 
-def _groups(types: Mapping[str, str]) -> list[str]:
+def _groups(types: Mapping[str, str | None]) -> list[str]:
     structural = types.get("structural")
     groups = [f"{kind}/{types[kind]}" for kind in ("structural", "semantic") if types.get(kind)]
     return groups if structural is None else ["open" if structural == OPEN else "binary", *groups]

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dynamic_llava.eval.reading import Fields, fields_of
+
 SAVED = ("dataset_dict.json", "state.json")
 """Files by which a folder is known to come from `save_to_disk`."""
 
@@ -63,11 +65,11 @@ class HubTable:
         return self.images[:].column(column).is_valid().to_pylist()
 
 
-def read_hub(hub: HubData, columns: Sequence[str], image: str | None = "image") -> HubTable:
+def read_hub(hub: HubData, columns: Fields, image: str | None = "image") -> HubTable:
     """Return the rows of a dataset with these columns, images left undecoded until asked for.
 
     Raises ValueError when `datasets` is not installed, when the dataset, configuration or split cannot be had, or is
-    empty, and when a column is missing (and names those there are).
+    empty, when a column is missing (and names those there are), and when a cell holds another kind (and names its row).
     """
     data = _load(hub)
     wanted = [*columns, *([] if image is None else [image])]
@@ -75,7 +77,12 @@ def read_hub(hub: HubData, columns: Sequence[str], image: str | None = "image") 
         raise ValueError(f"{hub.dataset} has no columns {missing}; it has {data.column_names}")
     # Arrow cells are the encoded bytes; a cast of the column would rewrite the images of a list column on disk.
     images = None if image is None else data.select_columns([image]).with_format("arrow")
-    return HubTable(data.select_columns(list(columns)).to_list(), images, hub)
+    rows = data.select_columns(list(columns)).to_list()
+    if not rows:
+        raise ValueError(f"{hub.dataset}, split {hub.split} holds no rows")
+    for number, row in enumerate(rows):
+        fields_of(row, columns, f"{hub.dataset}, row {number}")
+    return HubTable(rows, images, hub)
 
 
 def _load(hub: HubData) -> Any:

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dynamic_llava.eval.answers import Answer, one_per_question, shown
+from dynamic_llava.eval.answers import Answer, one_per_question
+from dynamic_llava.eval.reading import NAME, TEXT, shown
 from dynamic_llava.eval.tasks.base import Question, Score, Task, llava_questions
 from dynamic_llava.eval.tasks.files import missing_answers, unknown_answers
 from dynamic_llava.eval.tasks.hub import HubData, read_hub
@@ -21,7 +22,7 @@ class Judged(Task):
         """Return the questions in file order."""
         if hub is None:
             return [question for question, _ in llava_questions(self.path(root, self.asked), Path(root) / self.images)]
-        table = read_hub(hub, ("question_id", "question"))
+        table = read_hub(hub, {"question_id": NAME, "question": TEXT})
         return [Question(self.hub_id(row), row["question"], table.image(place)) for place, row in enumerate(table.rows)]
 
     def hub_id(self, row: dict[str, Any]) -> int | str:
@@ -32,7 +33,7 @@ class Judged(Task):
         """Return False: a judge is needed."""
         return False
 
-    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None) -> Score:
+    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None, *, part: bool = False) -> Score:
         """Raise ValueError: answers have no score here."""
         raise ValueError(f"{self.name}: answers have no score without a judge; send them to {self.send_to}")
 

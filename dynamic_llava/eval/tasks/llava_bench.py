@@ -6,15 +6,17 @@ reviewed more than once.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dynamic_llava.eval.answers import Answer, read_json_lines, write_answers
+from dynamic_llava.eval.answers import Answer, write_answers
+from dynamic_llava.eval.reading import NAME, NUMBERS, TEXT, brief, fields_of, optional, read_json_lines
 from dynamic_llava.eval.tasks.base import LONG_TOKENS, DataFile, Score, Submission, paper_numbers
-from dynamic_llava.eval.tasks.files import fields_of
 from dynamic_llava.eval.tasks.hub import HubData
 from dynamic_llava.eval.tasks.judged import Judged
+from dynamic_llava.eval.writing import decodable
 
 QUESTIONS, IMAGES = "llava-bench-in-the-wild/questions.jsonl", "llava-bench-in-the-wild/images"
 BENCH = "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild"
@@ -22,6 +24,9 @@ CATEGORY = "llava_bench_"
 """What reviews put before a category."""
 NO_SCORE = (-1.0, -1.0)
 """Scores of a review without two numbers."""
+MOST = 1e6
+"""A number beyond it is no score: judges give 1 to 10."""
+REVIEW = {"question_id": NAME, "category": optional(TEXT), "tuple": optional(NUMBERS), "content": optional(TEXT)}
 
 
 class LlavaBench(Judged):
@@ -36,12 +41,13 @@ class LlavaBench(Judged):
     table_metric = "relative_score"
     paper = paper_numbers("relative_score", dense=(65.8, 72.5), image=(67.3, 73.4), both=(68.7, 70.1))
     paper_note = "Table 12; judged by gpt-4-0314, GPT-4's answer being the first"
+    unreadable_counts_as = "-1 each"
     send_to = (
         "LLaVA's judge, llava/eval/eval_gpt_review_bench.py with gpt-4-0314; then "
         "python -m dynamic_llava.eval score --task llava_bench --answers REVIEWS"
     )
 
-    def score_file(self, path: Path, root: Path, hub: HubData | None = None) -> Score | None:
+    def score_file(self, path: Path, root: Path, hub: HubData | None = None, *, part: bool = False) -> Score | None:
         """Return the score of a file of reviews; None for a file of answers.
 
         For all and by category: relative_score (percent), reference_score and model_score (10 x the mean), each rounded
@@ -51,26 +57,29 @@ class LlavaBench(Judged):
         if not lines:
             raise ValueError(f"{path} holds neither answers nor reviews")
         if not any(name in lines[0][1] for name in ("content", "tuple")):
-            return super().score_file(path, root, hub)
+            return super().score_file(path, root, hub, part=part)
         groups: dict[str, list[tuple[float, float]]] = {"": []}
         pairs = [read_review(line, f"{path}:{number}") for number, line in lines]
         for (_, line), pair in zip(lines, pairs, strict=True):
             groups[""].append(pair)
-            if "category" in line:
-                groups.setdefault("/" + str(line["category"]).removeprefix(CATEGORY), []).append(pair)
+            if line.get("category") is not None:
+                groups.setdefault("/" + line["category"].removeprefix(CATEGORY), []).append(pair)
         metrics: dict[str, tuple[float, str]] = {}
         for group, scores in sorted(groups.items()):
-            metrics |= _summary(group, scores)
-        failed = pairs.count(NO_SCORE)
+            metrics |= _summary(group, scores, path)
+        failed = [
+            (line["question_id"], line.get("content") or "")
+            for (_, line), pair in zip(lines, pairs, strict=True)
+            if pair == NO_SCORE
+        ]
         twice = len(lines) - len({str(line["question_id"]) for _, line in lines})
-        warnings = [f"reviews without two numbers, averaged in as -1: {failed}"] if failed else []
-        warnings += [f"further reviews of questions that have one, averaged in: {twice}"] if twice else []
-        counts = {"questions": len(lines) - twice, "reviews": len(lines), "without scores": failed}
-        return self.result(metrics, counts, warnings)
+        warnings = [f"further reviews of questions that have one, averaged in: {twice}"] if twice else []
+        counts = {"questions": len(lines) - twice, "reviews": len(lines)}
+        return self.result(metrics, counts, failed, warnings)
 
     def submission(self, answers: Sequence[Answer], root: Path, folder: Path, hub: HubData | None = None) -> Submission:
         """Write llava_bench_answers.jsonl, the answers as LLaVA's judge reads them."""
-        said = self.complete(answers, root, hub)
+        said = [replace(one, text=decodable(one.text)) for one in self.complete(answers, root, hub)]
         return Submission((write_answers(folder / "llava_bench_answers.jsonl", said),), self.send_to)
 
 
@@ -79,12 +88,12 @@ def read_review(line: Mapping[str, Any], place: str) -> tuple[float, float]:
 
     ValueError names `place` where there is neither, no question_id, or a tuple that is not two numbers.
     """
-    fields_of(line, ("question_id",), place)
-    if "tuple" not in line:
-        return scores_in(str(fields_of(line, ("content",), place)["content"]))
+    fields_of(line, REVIEW, place)
+    if line.get("tuple") is None:
+        return scores_in(fields_of(line, {"content": TEXT}, place)["content"])
     pair = line["tuple"]
-    if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(one, int | float) for one in pair)):
-        raise ValueError(f"{place}: 'tuple' is {pair!r}; a review holds two numbers there")
+    if len(pair) != 2 or max(map(abs, pair)) > MOST:
+        raise ValueError(f"{place}: 'tuple' is {brief(pair)}; a review holds two numbers there, up to {MOST:g}")
     return float(pair[0]), float(pair[1])
 
 
@@ -98,13 +107,13 @@ def scores_in(content: str) -> tuple[float, float]:
         reference, model = map(float, words)
     except ValueError:
         return NO_SCORE
-    return reference, model
+    return (reference, model) if max(abs(reference), abs(model)) <= MOST else NO_SCORE
 
 
-def _summary(group: str, scores: Sequence[tuple[float, float]]) -> dict[str, tuple[float, str]]:
+def _summary(group: str, scores: Sequence[tuple[float, float]], path: Path) -> dict[str, tuple[float, str]]:
     reference, model = (round(fmean(column), 3) for column in zip(*scores, strict=True))
     if reference == 0:
-        raise ValueError(f"llava_bench: the mean of the reference's scores{group and f' of {group[1:]}'} is 0")
+        raise ValueError(f"{path}: the mean of the reference's scores{group and f' of {group[1:]}'} is 0")
     return {
         f"relative_score{group}": (round(100 * model / reference, 1), "percent"),
         f"reference_score{group}": (round(10 * reference, 1), "points"),

@@ -7,15 +7,17 @@ none the row is wrong: there is no judge and no guess.
 
 import base64
 import binascii
-import csv
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dynamic_llava.eval.answers import Answer, one_per_question, shown
+from dynamic_llava.eval.answers import Answer, one_per_question
 from dynamic_llava.eval.metrics.letters import read_mmbench
+from dynamic_llava.eval.reading import TEXT, WHOLE, brief, fields_of, optional, shown
+from dynamic_llava.eval.reading import read_table as read_cells
 from dynamic_llava.eval.tasks.base import (
     LETTER,
     LONG_TOKENS,
@@ -30,7 +32,7 @@ from dynamic_llava.eval.tasks.base import (
     paper_numbers,
 )
 from dynamic_llava.eval.tasks.choices import meet, option_lines
-from dynamic_llava.eval.tasks.files import fields_of, missing_answers, unknown_answers
+from dynamic_llava.eval.tasks.files import missing_answers, unknown_answers
 from dynamic_llava.eval.tasks.hub import HubData, read_hub
 from dynamic_llava.eval.tasks.workbook import write_workbook
 
@@ -38,14 +40,21 @@ TABLE = "mmbench/mmbench_dev_20230712.tsv"
 TABLE_URL = "https://download.openmmlab.com/mmclassification/datasets/mmbench/mmbench_dev_20230712.tsv"
 LETTERS = ("A", "B", "C", "D")
 NEEDED = ("index", "question", *LETTERS, "answer")
-HUB_COLUMNS = (*NEEDED, "hint", "category", "L2-category", "split")
+HUB_COLUMNS = {
+    "index": WHOLE,
+    "question": TEXT,
+    **dict.fromkeys((*LETTERS, "answer", "hint", "category", "L2-category", "split"), optional(TEXT)),
+}
 UPLOAD = ("index", "question", *LETTERS, "prediction", "answer", "split")
 """Columns of the server's workbook in their order."""
 ROTATION = 1_000_000
 """Rows of one question differ by multiples of it."""
-LONGEST_CELL = 2**31 - 1
+LONGEST_REFERENCE = 64
+"""An image cell of at most so many characters may hold the index of the row whose image it shares."""
 EMPTY = ("", "nan", "none")
 """What an empty cell may hold, in small letters."""
+
+_INDEX = re.compile("[0-9]{1,18}")
 
 Row = Mapping[str, Any]
 
@@ -87,24 +96,26 @@ class MmBench(Task):
             return [_question(row, table.image(place)) for place, row in enumerate(table.rows)]
         path = self.path(root, TABLE)
         rows = read_table(path)
-        fields_of(dict(rows[0]), ("image",), str(path))
-        return [_question(row, CellImage(row["image"], f"{path}, image of index {row['index']}")) for row in rows]
+        fields_of(dict(rows[0]), {"image": TEXT}, f"{path}: the head line")
+        by_index = {row["index"]: row for row in rows}
+        return [_question(row, _image(row, by_index, path)) for row in rows]
 
-    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None) -> Score:
+    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None, *, part: bool = False) -> Score:
         """Return circular accuracy in percent (all, by category and l2-category), and that of single rows.
 
         `vanilla_accuracy` counts the rows with index < 1e6, `row_accuracy` all rows.
         """
         rows = self._rows(root, hub)
-        said, counts, warnings = meet(self.name, answers, [str(row["index"]) for row in rows])
+        said, counts, warnings = meet(self.name, answers, [str(row["index"]) for row in rows], part)
         right: dict[int, bool] = {}
         groups: dict[int, list[Row]] = {}
-        unread = 0
+        unread: list[tuple[int, str]] = []
         for row in rows:
-            letter = None
-            if str(row["index"]) in said:
-                letter = read_mmbench(said[str(row["index"])].text, options_of(row))
-                unread += letter is None
+            answer, letter = said.get(str(row["index"])), None
+            if answer is None and part:
+                continue
+            if answer is not None and (letter := read_mmbench(answer.text, options_of(row))) is None:
+                unread.append((row["index"], answer.text))
             right[row["index"]] = letter == row["answer"]
             groups.setdefault(row["index"] % ROTATION, []).append(row)
         whole = {"circular_accuracy": []}
@@ -116,7 +127,7 @@ class MmBench(Task):
             "row_accuracy": list(right.values()),
         }
         metrics = {name: (100 * fmean(values), "percent") for name, values in (whole | plain).items() if values}
-        return self.result(metrics, counts | {"groups": len(groups), "unparsed": unread}, warnings)
+        return self.result(metrics, counts | {"groups": len(groups)}, unread, warnings)
 
     def submission(self, answers: Sequence[Answer], root: Path, folder: Path, hub: HubData | None = None) -> Submission:
         """Write mmbench_upload.xlsx for the server. ValueError unless every row is answered, and no other."""
@@ -133,9 +144,10 @@ class MmBench(Task):
 
     def _rows(self, root: Path, hub: HubData | None, labels: bool = True) -> Sequence[Row]:
         """Return the rows. ValueError where `labels` are wanted and one is no letter."""
+        place = hub.dataset if hub is not None else str(Path(root) / TABLE)
         rows = read_table(self.path(root, TABLE)) if hub is None else read_hub(hub, HUB_COLUMNS, image=None).rows
         if labels and (bad := [row["index"] for row in rows if row["answer"] not in LETTERS]):
-            raise ValueError(f"mmbench: the answers of rows {shown(bad)} are no letters; only dev has labels")
+            raise ValueError(f"{place}: the answers of rows {shown(bad)} are no letters; only dev has labels")
         return rows
 
 
@@ -145,24 +157,8 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     ValueError names file and line for a row of another length, an index that is no number or occurs twice, a missing
     column, and what is no UTF-8.
     """
-    rows: list[dict[str, Any]] = []
     known: set[int] = set()
-    limit = csv.field_size_limit(LONGEST_CELL)  # images are longer than csv's own limit, which is the process's
-    try:
-        with Path(path).open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file, delimiter="\t")
-            fields_of(dict.fromkeys(reader.fieldnames or ()), NEEDED, f"{path}: the head line")
-            for row in reader:
-                rows.append(_checked(row, known, f"{path}:{reader.line_num}"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 ({error.reason}), after row {len(rows)}") from None
-    except csv.Error as error:
-        raise ValueError(f"{path}: after row {len(rows)} comes no row of a table ({error})") from None
-    finally:
-        csv.field_size_limit(limit)
-    if not rows:
-        raise ValueError(f"{path} holds no rows")
-    return rows
+    return [_checked(row, known, place) for place, row in read_cells(path, NEEDED, "\t")]
 
 
 def is_empty(cell: Any) -> bool:
@@ -180,11 +176,20 @@ def options_of(row: Row) -> dict[str, str]:
     return options
 
 
+def _image(row: Row, rows: Mapping[int, Row], path: Path) -> CellImage:
+    """Return the image in a row's cell, or in that of the row whose index the cell holds, as newer tables have it."""
+    place, cell = f"{path}, image of index {row['index']}", row["image"].strip()
+    if len(cell) > LONGEST_REFERENCE or not _INDEX.fullmatch(cell):
+        return CellImage(cell, place)
+    other = rows.get(int(cell))
+    if other is None or len(other["image"].strip()) <= LONGEST_REFERENCE:
+        raise ValueError(f"{place}: the cell holds {cell}, but no row of this index has an image of its own")
+    return CellImage(other["image"].strip(), f"{place}, which is that of index {cell}")
+
+
 def _checked(row: dict[str, Any], known: set[int], place: str) -> dict[str, Any]:
-    if None in row or None in row.values():
-        raise ValueError(f"{place}: the row has more or fewer cells than the head line; is it cut off?")
-    if not row["index"].isdecimal():
-        raise ValueError(f"{place}: index is {row['index']!r}; it is a number")
+    if not _INDEX.fullmatch(row["index"]):
+        raise ValueError(f"{place}: index is {brief(row['index'])}; it is a number")
     row["index"] = int(row["index"])
     if row["index"] in known:
         raise ValueError(f"{place}: index {row['index']} occurs twice")

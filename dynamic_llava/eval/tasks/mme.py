@@ -6,11 +6,11 @@ the order of the file. An odd number of them, a second answer to a question, or 
 Questions without an answer are counted, reported and left out; so are whole categories.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from dynamic_llava.eval.answers import Answer, one_per_question, shown
+from dynamic_llava.eval.answers import Answer, one_per_question
+from dynamic_llava.eval.reading import TEXT, brief, read_text, shown
 from dynamic_llava.eval.tasks.base import (
     LLAVA_EVAL,
     PAPER_TABLE1,
@@ -23,7 +23,7 @@ from dynamic_llava.eval.tasks.base import (
     llava_questions,
     paper_numbers,
 )
-from dynamic_llava.eval.tasks.files import missing_answers, read_text
+from dynamic_llava.eval.tasks.files import missing_answers
 from dynamic_llava.eval.tasks.hub import HubData, read_hub
 
 QUESTIONS, RELEASE = "MME/llava_mme.jsonl", "MME/MME_Benchmark_release_version"
@@ -62,20 +62,29 @@ class Mme(Task):
         if hub is None:
             pairs = llava_questions(self.path(root, QUESTIONS), Path(root) / RELEASE, repeated_ids=True)
             return [question for question, _ in pairs]
-        table = read_hub(hub, ("question_id", "question"))
+        table = read_hub(hub, {"question_id": TEXT, "question": TEXT})
         return [
             Question(row["question_id"], row["question"].removesuffix(ASK).strip() + SHORT, table.image(place))
             for place, row in enumerate(table.rows)
         ]
 
-    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None) -> Score:
+    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None, *, part: bool = False) -> Score:
         """Return the totals and each category in points, and the two accuracies of each category as fractions."""
         labels = dict(_hub_labels(hub) if hub is not None else _release_labels(self.path(root, RELEASE)))
         said = one_per_question(answers, lambda answer: _key(answer, labels))
         read = {key: read_mme(answer.text) for key, answer in said.items()}
         metrics: dict[str, tuple[float, str]] = {}
+        halves: list[str] = []
         for category in dict.fromkeys(category for category, _, _ in said):
-            right = _right_by_image(category, {key: read[key] == labels[key] for key in said if key[0] == category})
+            own = {key: read[key] == labels[key] for key in said if key[0] == category}
+            right, odd = _right_by_image(own)
+            if odd and not part:
+                raise ValueError(
+                    f"mme: {category} images with an odd number of answers: {shown(odd)}; each has two questions"
+                )
+            halves += odd
+            if not right:
+                continue
             accuracy = sum(map(sum, right)) / (2 * len(right))
             both = sum(map(all, right)) / len(right)
             metrics[f"score/{category}"] = (100 * accuracy + 100 * both, "points")
@@ -84,13 +93,11 @@ class Mme(Task):
         missing = missing_answers(said, labels)
         if missing:
             warnings.append(f"questions without an answer, left out: {shown(missing)}")
-        counts = {
-            "questions": len(labels),
-            "answered": len(said),
-            "missing": len(missing),
-            "neither yes nor no": Counter(read.values())[OTHER],
-        }
-        return self.result(totals | metrics, counts, warnings)
+        if halves:
+            warnings.append(f"images with one of two answers, left out: {shown(halves)}")
+        counts = {"questions": len(labels), "answered": len(said), "missing": len(missing)}
+        unread = [("/".join(key), said[key].text) for key, word in read.items() if word == OTHER]
+        return self.result(totals | metrics, counts, unread, warnings)
 
 
 def read_mme(text: str) -> str:
@@ -113,7 +120,7 @@ def _key(answer: Answer, labels: Mapping[Key, str]) -> Key:
         if (category, stem, form) in labels:
             return category, stem, form
     raise ValueError(
-        f"mme has no question {forms[0]!r} about {answer.key} (line {answer.line}); "
+        f"mme has no question {brief(forms[0])} about {brief(answer.key)} (line {answer.line}); "
         "the answer's question_id is category/image and its prompt the question"
     )
 
@@ -122,14 +129,16 @@ def _stem(path: str) -> str:
     return path.split("/")[-1].split(".")[0]
 
 
-def _right_by_image(category: str, right: Mapping[Key, bool]) -> list[tuple[bool, bool]]:
-    """Return for each image whether its two answers are right, the answers of one file taken together in order."""
+def _right_by_image(right: Mapping[Key, bool]) -> tuple[list[tuple[bool, bool]], list[str]]:
+    """Return for each image whether its two answers are right, and the files with an odd number of answers.
+
+    The answers of one file are taken together in order; the last one of an odd number has no pair.
+    """
     files: dict[str, list[bool]] = {}
     for (_, stem, _), correct in right.items():
         files.setdefault(stem, []).append(correct)
-    if odd := [stem for stem, flags in files.items() if len(flags) % 2]:
-        raise ValueError(f"mme: {category} images with an odd number of answers: {shown(odd)}; each has two questions")
-    return [pair for flags in files.values() for pair in zip(flags[::2], flags[1::2], strict=True)]
+    pairs = [pair for flags in files.values() for pair in zip(flags[::2], flags[1::2], strict=False)]
+    return pairs, [stem for stem, flags in files.items() if len(flags) % 2]
 
 
 def _totals(metrics: Mapping[str, tuple[float, str]]) -> tuple[dict[str, tuple[float, str]], list[str]]:
@@ -162,7 +171,7 @@ def _release_labels(folder: Path) -> Iterator[tuple[Key, str]]:
 
 
 def _hub_labels(hub: HubData) -> Iterator[tuple[Key, str]]:
-    rows = read_hub(hub, ("question_id", "question", "answer", "category"), image=None).rows
+    rows = read_hub(hub, dict.fromkeys(("question_id", "question", "answer", "category"), TEXT), image=None).rows
     for number, row in enumerate(rows):
         name = row["question_id"]
         key = (name.split("/")[0], _stem(name), row["question"].strip())
@@ -172,5 +181,5 @@ def _hub_labels(hub: HubData) -> Iterator[tuple[Key, str]]:
 def _label(text: str, place: str) -> str:
     label = text.strip().lower()
     if label not in ("yes", "no"):
-        raise ValueError(f"{place}: the label is {text!r}; a question, a tab, and Yes or No are due there")
+        raise ValueError(f"{place}: the label is {brief(text)}; a question, a tab, and Yes or No are due there")
     return label

@@ -10,9 +10,9 @@ from typing import Any
 
 from dynamic_llava.eval.answers import Answer
 from dynamic_llava.eval.tasks.base import LLAVA_EVAL, LONG_TOKENS, DataFile, Submission, paper_numbers
-from dynamic_llava.eval.tasks.files import write_json
 from dynamic_llava.eval.tasks.hub import HubData
 from dynamic_llava.eval.tasks.judged import Judged
+from dynamic_llava.eval.writing import write_json
 
 QUESTIONS, IMAGES = "mm-vet/llava-mm-vet.jsonl", "mm-vet/images"
 PREFIX = "v1_"

@@ -8,7 +8,6 @@ The paper does not say how it asks. We ask as LLaVA-1.5 was taught to (lmms-eval
 an option, and the suffix for letters.
 """
 
-import csv
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from dynamic_llava.eval.answers import Answer
 from dynamic_llava.eval.metrics.letters import read_option
+from dynamic_llava.eval.reading import TEXT, brief, read_table, shown
 from dynamic_llava.eval.tasks.base import (
     LETTER,
     PAPER_TABLE1,
@@ -29,12 +29,11 @@ from dynamic_llava.eval.tasks.base import (
     paper_numbers,
 )
 from dynamic_llava.eval.tasks.choices import meet, option_lines
-from dynamic_llava.eval.tasks.files import fields_of
 from dynamic_llava.eval.tasks.hub import HubData, read_hub
 
 TABLE, IMAGES = "mmvp/Questions.csv", "mmvp/MMVP Images"
 MMVP_SITE = "https://huggingface.co/datasets/MMVP/MMVP"
-COLUMNS = ("Question", "Options", "Correct Answer")
+COLUMNS = dict.fromkeys(("Question", "Options", "Correct Answer"), TEXT)
 ORIGINAL = {"99": "(a)", "100": "(b)", "279": "(a)", "280": "(b)"}
 """Question -> its answer in the original table, where the dataset of rows has another."""
 
@@ -70,34 +69,42 @@ class Mmvp(Task):
             for number, row in enumerate(_read(path), 1)
         ]
 
-    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None) -> Score:
+    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None, *, part: bool = False) -> Score:
         """Return the accuracy in percent over pairs (rows 2k - 1 and 2k) and over single questions."""
         rows = _read(self.path(root, TABLE)) if hub is None else read_hub(hub, COLUMNS, image=None).rows
         place = str(Path(root) / TABLE) if hub is None else hub.dataset
         if len(rows) % 2:
             raise ValueError(f"{place} has {len(rows)} rows; they are pairs, so an even number is due")
         records = {str(number): row for number, row in enumerate(rows, 1)}
-        said, counts, warnings = meet(self.name, answers, records)
-        right, unread = [], 0
+        said, counts, warnings = meet(self.name, answers, records, part)
+        unread: list[tuple[str, str]] = []
+        right: dict[str, bool] = {}
         for name, row in records.items():
             options, letter = options_of(row, f"{place}, row {name}"), None
-            if name in said:
-                letter = read_option(said[name].text, options)
-                unread += letter is None
+            if part and name not in said:
+                continue
+            if name in said and (letter := read_option(said[name].text, options)) is None:
+                unread.append((name, said[name].text))
             label = row["Correct Answer"] if hub is None else ORIGINAL.get(name, row["Correct Answer"])
-            right.append(letter == _label(label, options, f"{place}, row {name}"))
+            right[name] = letter == _label(label, options, f"{place}, row {name}")
+        names = list(records)
+        whole = [(one, two) for one, two in zip(names[::2], names[1::2], strict=True) if {one, two} <= right.keys()]
+        if not whole:
+            raise ValueError("mmvp: no pair (questions 1 and 2, 3 and 4, ...) has two answers")
+        if halves := sorted(set(right) - {name for pair in whole for name in pair}):
+            warnings.append(f"questions whose pair is not answered, in no pair: {shown(halves)}")
         metrics = {
-            "pair_accuracy": (100 * fmean(map(all, zip(right[::2], right[1::2], strict=True))), "percent"),
-            "accuracy": (100 * fmean(right), "percent"),
+            "pair_accuracy": (100 * fmean(right[one] and right[two] for one, two in whole), "percent"),
+            "accuracy": (100 * fmean(right.values()), "percent"),
         }
-        return self.result(metrics, counts | {"pairs": len(right) // 2, "unparsed": unread}, warnings)
+        return self.result(metrics, counts | {"pairs": len(whole)}, unread, warnings)
 
 
 def options_of(row: Mapping[str, Any], place: str) -> dict[str, str]:
     """Return letter -> text of a row's options, "(a) Open (b) Closed"; ValueError where there are not two or more."""
     options = {letter.upper(): text for letter, text in _OPTION.findall(str(row["Options"]))}
     if len(options) < 2:
-        raise ValueError(f"{place}: options are {row['Options']!r}; write them as '(a) Open (b) Closed'")
+        raise ValueError(f"{place}: options are {brief(row['Options'])}; write them as '(a) Open (b) Closed'")
     return options
 
 
@@ -108,22 +115,12 @@ def _text(row: Mapping[str, Any], place: str) -> str:
 def _label(answer: str, options: Mapping[str, str], place: str) -> str:
     letter = str(answer).strip(" ()").upper()
     if letter not in options:
-        raise ValueError(f"{place}: the correct answer is {answer!r}; it is one of {', '.join(options)} in brackets")
+        raise ValueError(
+            f"{place}: the correct answer is {brief(answer)}; it is one of {', '.join(options)} in brackets"
+        )
     return letter
 
 
 def _read(path: Path) -> list[dict[str, str]]:
     """Return the rows of Questions.csv; ValueError names what is missing. The first column is not used."""
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            rows = list(reader)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is no table of comma-separated UTF-8 text ({error})") from None
-    fields_of(dict.fromkeys(reader.fieldnames or ()), COLUMNS, f"{path}: the head line")
-    for number, row in enumerate(rows, 1):
-        if None in row or None in row.values():
-            raise ValueError(f"{path}, row {number} has more or fewer cells than the head line; is it cut off?")
-    if not rows:
-        raise ValueError(f"{path} holds no questions")
-    return rows
+    return [row for _, row in read_table(path, COLUMNS, ",")]

@@ -12,6 +12,7 @@ from typing import Any
 
 from dynamic_llava.eval.answers import Answer
 from dynamic_llava.eval.metrics.letters import read_letter
+from dynamic_llava.eval.reading import NAME, PATH, TEXT, fields_of, read_list
 from dynamic_llava.eval.tasks.base import (
     PAPER_TABLE1,
     SHORT_TOKENS,
@@ -23,12 +24,12 @@ from dynamic_llava.eval.tasks.base import (
     paper_numbers,
 )
 from dynamic_llava.eval.tasks.choices import meet
-from dynamic_llava.eval.tasks.files import fields_of, read_json
 from dynamic_llava.eval.tasks.hub import HubData, read_hub
 
 DATA, IMAGES = "realworldqa/data.json", "realworldqa/images"
 SITE = "https://huggingface.co/datasets/lmms-lab/RealWorldQA (a list of image_path, question, answer; its images)"
 LETTERS = ("A", "B", "C", "D")
+COLUMNS = {"question": TEXT, "answer": NAME}
 
 
 class RealWorldQa(Task):
@@ -47,7 +48,7 @@ class RealWorldQa(Task):
     def questions(self, root: Path, hub: HubData | None = None) -> list[Question]:
         """Return the questions as they are: each ends with its own instruction. Ids count from 0 in file order."""
         if hub is not None:
-            table = read_hub(hub, ("question", "answer"))
+            table = read_hub(hub, COLUMNS)
             return [Question(place, row["question"], table.image(place)) for place, row in enumerate(table.rows)]
         folder = Path(root) / IMAGES
         return [
@@ -55,26 +56,31 @@ class RealWorldQa(Task):
             for place, row in enumerate(self._read(root))
         ]
 
-    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None) -> Score:
+    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None, *, part: bool = False) -> Score:
         """Return the accuracy in percent: over all, and over questions for letters and for other answers."""
-        rows = self._read(root) if hub is None else read_hub(hub, ("question", "answer"), image=None).rows
+        rows = self._read(root) if hub is None else read_hub(hub, COLUMNS, image=None).rows
         records = {str(place): str(row["answer"]) for place, row in enumerate(rows)}
-        said, counts, warnings = meet(self.name, answers, records)
+        said, counts, warnings = meet(self.name, answers, records, part)
+        unread = [
+            (name, said[name].text)
+            for name, label in records.items()
+            if name in said and not is_readable(said[name].text, label)
+        ]
         right: dict[str, list[bool]] = {}
         for name, label in records.items():
+            if part and name not in said:
+                continue
             correct = name in said and is_right(said[name].text, label)
             for group in ("accuracy", "accuracy/letter" if label.strip() in LETTERS else "accuracy/other"):
                 right.setdefault(group, []).append(correct)
         metrics = {group: (100 * fmean(values), "percent") for group, values in right.items()}
-        return self.result(metrics, counts, warnings)
+        return self.result(metrics, counts, unread, warnings)
 
     def _read(self, root: Path) -> list[Mapping[str, Any]]:
         path = self.path(root, DATA)
-        rows = read_json(path)
-        if not isinstance(rows, list) or not rows:
-            raise ValueError(f"{path} holds no list of questions")
+        rows = read_list(path)
         for place, row in enumerate(rows):
-            fields_of(row, ("image_path", "question", "answer"), f"{path}, question {place}")
+            fields_of(row, {"image_path": PATH} | COLUMNS, f"{path}, question {place}")
         return rows
 
 
@@ -83,6 +89,11 @@ def is_right(text: str, label: str) -> bool:
     if label.strip() in LETTERS:
         return read_letter(text, LETTERS) == label.strip()
     return _plain(text) == _plain(label)
+
+
+def is_readable(text: str, label: str) -> bool:
+    """Return whether an answer says a letter where one is due, or anything at all where a word or number is."""
+    return read_letter(text, LETTERS) is not None if label.strip() in LETTERS else bool(_plain(text))
 
 
 def _plain(text: str) -> str:

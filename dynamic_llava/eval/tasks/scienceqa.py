@@ -12,6 +12,21 @@ from typing import Any
 
 from dynamic_llava.eval.answers import Answer
 from dynamic_llava.eval.metrics.letters import SCIENCEQA_LETTERS, read_scienceqa, scienceqa_choice
+from dynamic_llava.eval.reading import (
+    LIST,
+    NAME,
+    NO_PATH,
+    TEXT,
+    TEXTS,
+    WHOLE,
+    Kind,
+    brief,
+    fields_of,
+    optional,
+    read_json,
+    read_list,
+    typed,
+)
 from dynamic_llava.eval.tasks.base import (
     LETTER,
     LLAVA_EVAL,
@@ -25,7 +40,6 @@ from dynamic_llava.eval.tasks.base import (
     paper_numbers,
 )
 from dynamic_llava.eval.tasks.choices import meet, option_lines
-from dynamic_llava.eval.tasks.files import fields_of, read_json
 from dynamic_llava.eval.tasks.hub import HubData, read_hub
 
 QUESTIONS, IMAGES = "scienceqa/llava_test_CQM-A.json", "scienceqa/images/test"
@@ -33,6 +47,10 @@ PROBLEMS, SPLITS = "scienceqa/problems.json", "scienceqa/pid_splits.json"
 SITE = "https://github.com/lupantech/ScienceQA"
 SPLIT = "test"
 IMAGE = "<image>"
+ITEM = {"id": NAME, "conversations": LIST, "image": NO_PATH}
+PICTURED = Kind("a file name, or whether there is an image", lambda value: isinstance(value, str | bool))
+PROBLEM = {"choices": TEXTS, "answer": WHOLE, "image": optional(PICTURED)}
+HUB_PROBLEM = {"choices": TEXTS, "answer": WHOLE}
 
 
 class ScienceQa(Task):
@@ -56,36 +74,34 @@ class ScienceQa(Task):
     def questions(self, root: Path, hub: HubData | None = None) -> list[Question]:
         """Return the test questions in file order; those without an image are asked as text alone."""
         if hub is not None:
-            table = read_hub(hub, ("question", "choices", "hint"))
+            table = read_hub(hub, {"question": TEXT, "choices": TEXTS, "hint": optional(TEXT)})
             return [
                 _question(place, _text(row), table.image(place) if pictured else None)
                 for place, (row, pictured) in enumerate(zip(table.rows, table.with_image(), strict=True))
             ]
         path = self.path(root, QUESTIONS)
-        items = read_json(path)
-        if not isinstance(items, list) or not items:
-            raise ValueError(f"{path} holds no list of questions")
+        items = read_list(path)
         found: dict[str, Question] = {}
         for number, item in enumerate(items):
             place = f"{path}, question {number}"
-            turns = fields_of(item, ("id", "conversations"), place)["conversations"]
-            if not isinstance(turns, list) or not turns:
-                raise ValueError(f"{place}: 'conversations' is {turns!r}; its first turn is the question")
-            text = str(fields_of(turns[0], ("value",), place)["value"]).replace(IMAGE, "").strip()
+            first = fields_of(item, ITEM, place)["conversations"][0]
+            text = fields_of(first, {"value": TEXT}, f"{place}, first turn")["value"].replace(IMAGE, "").strip()
             if str(item["id"]) in found:
-                raise ValueError(f"{place}: question {item['id']!r} stands already before it")
+                raise ValueError(f"{place}: question {brief(item['id'])} stands already before it")
             image = ImageFile(Path(root) / IMAGES, item["image"]) if item.get("image") else None
             found[str(item["id"])] = _question(item["id"], text, image)
         return list(found.values())
 
-    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None) -> Score:
+    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None, *, part: bool = False) -> Score:
         """Return the accuracy in percent over all, over questions with an image, both ways, and by kind of input.
 
         `details` has the chosen option of each question by id, as LLaVA's script writes it: "results", -1 where none is
         read.
         """
         problems = self._problems(root) if hub is None else _hub_problems(hub)
-        said, counts, warnings = meet(self.name, answers, problems)
+        said, counts, warnings = meet(self.name, answers, problems, part)
+        if part:
+            problems = {name: problem for name, problem in problems.items() if name in said}
         chosen = {
             name: scienceqa_choice(said[name].text, len(problem["choices"])) if name in said else -1
             for name, problem in problems.items()
@@ -108,25 +124,25 @@ class ScienceQa(Task):
                 f"{len(groups['img_accuracy'])} problems have an image, {IMAGE} stands in the prompt of "
                 f"{len(groups['img_accuracy_by_prompt'])} answers; LLaVA's script counts the latter"
             )
-        counts["failed"] = sum(
-            name in problems and read_scienceqa(answer.text) is None for name, answer in said.items()
-        )
+        unread = [
+            (name, one.text) for name, one in said.items() if name in problems and read_scienceqa(one.text) is None
+        ]
         counts["correct"] = sum(right.values())
-        return self.result(metrics, counts, warnings, {"results": chosen})
+        return self.result(metrics, counts, unread, warnings, {"results": chosen})
 
     def _problems(self, root: Path) -> dict[str, Mapping[str, Any]]:
         """Return the problems of the test split by id, in the split's order."""
         path, splits = self.path(root, PROBLEMS), self.path(root, SPLITS)
         problems = read_json(path)
-        names = fields_of(read_json(splits), (SPLIT,), str(splits))[SPLIT]
-        if not names:
-            raise ValueError(f"{splits}: the split {SPLIT!r} is empty")
-        fields_of(problems, [str(name) for name in names], str(path))
+        names = fields_of(read_json(splits), {SPLIT: LIST}, str(splits))[SPLIT]
+        for name in names:
+            typed(name, NAME, f"{splits}: a question of {SPLIT!r}")
+        fields_of(problems, dict.fromkeys(map(str, names), Kind("a problem", lambda value: True)), str(path))
         return {str(name): _checked(problems[str(name)], f"{path}: problem {name}") for name in names}
 
 
 def _hub_problems(hub: HubData) -> dict[str, Mapping[str, Any]]:
-    table = read_hub(hub, ("choices", "answer"))
+    table = read_hub(hub, HUB_PROBLEM)
     rows = zip(table.rows, table.with_image(), strict=True)
     return {
         str(place): _checked(row | {"image": pictured}, f"{hub.dataset}, row {place}")
@@ -135,8 +151,8 @@ def _hub_problems(hub: HubData) -> dict[str, Mapping[str, Any]]:
 
 
 def _checked(problem: Any, place: str) -> Mapping[str, Any]:
-    fields_of(problem, ("choices", "answer"), place)
-    if not isinstance(problem["answer"], int) or not 0 <= problem["answer"] < len(problem["choices"]):
+    fields_of(problem, PROBLEM, place)
+    if not 0 <= problem["answer"] < len(problem["choices"]):
         raise ValueError(f"{place}: answer {problem['answer']!r} is none of {len(problem['choices'])} choices")
     return problem
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dynamic_llava.eval.answers import Answer, one_per_question, shown
+from dynamic_llava.eval.answers import Answer, one_per_question
+from dynamic_llava.eval.reading import LIST, NAME, OBJECT, TEXT, fields_of, optional, read_json, shown, typed
 from dynamic_llava.eval.tasks.base import (
     LETTER,
     LLAVA_EVAL,
@@ -21,17 +22,20 @@ from dynamic_llava.eval.tasks.base import (
     Score,
     Submission,
     Task,
+    left_out,
     llava_questions,
     paper_numbers,
 )
-from dynamic_llava.eval.tasks.files import fields_of, missing_answers, read_json, unknown_answers, write_lines
+from dynamic_llava.eval.tasks.files import missing_answers, unknown_answers
 from dynamic_llava.eval.tasks.hub import HubData, read_hub
+from dynamic_llava.eval.writing import write_lines
 
 QUESTIONS, LABELS = "seed_bench/llava-seed-bench.jsonl", "seed_bench/SEED-Bench.json"
 FOLDER, IMAGES, FRAMES = "seed_bench", "seed_bench/SEED-Bench-image", "seed_bench/SEED-Bench-video-image"
 SEED_SITE = "https://github.com/AILab-CVC/SEED-Bench/blob/main/DATASET.md"
 IMAGE = "image"
-FIELDS = ("question_id", "answer", "data_type", "question_type_id")
+LETTERS = ("A", "B", "C", "D")
+FIELDS = {"question_id": NAME, "answer": TEXT, "data_type": TEXT, "question_type_id": NAME}
 CHOICES = ("choice_a", "choice_b", "choice_c", "choice_d")
 
 
@@ -64,14 +68,14 @@ class Seed(Task):
             return [question for question, _ in pairs if _name(question.id) in wanted]
         if self.used_split() != IMAGE:
             raise ValueError(f"seed:{self.split} needs LLaVA's layout: {hub.dataset} has whole videos")
-        table = read_hub(hub, (*FIELDS, "question", *CHOICES))
+        table = read_hub(hub, FIELDS | dict.fromkeys(("question", *CHOICES), TEXT))
         return [
             Question(_name(row["question_id"]), _text(row), table.image(place))
             for place, row in enumerate(table.rows)
             if self._takes(row)
         ]
 
-    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None) -> Score:
+    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None, *, part: bool = False) -> Score:
         """Return the accuracy in percent by kind of data and by type of question, and over all when videos are in."""
         records = {_name(record["question_id"]): record for record in self._records(root, hub)}
         said = one_per_question(answers, lambda answer: _name(answer.question_id))
@@ -81,13 +85,17 @@ class Seed(Task):
         asked = {name: record for name, record in records.items() if record["data_type"] in kinds}
         right: dict[str, list[bool]] = {}
         for name, record in asked.items():
+            if part and name not in said:
+                continue
             correct = name in said and said[name].text == record["answer"]
             for group in (record["data_type"], f"type/{record['type']}"):
                 right.setdefault(f"accuracy/{group}", []).append(correct)
             if len(kinds) > 1:
                 right.setdefault("accuracy/all", []).append(correct)
         missing, unknown = missing_answers(said, asked), unknown_answers(self.name, said, records)
-        warnings = [f"questions without an answer, counted as wrong: {shown(missing)}"] if missing else []
+        wrong = missing and not part
+        warnings = [f"questions without an answer, counted as wrong: {shown(missing)}"] if wrong else []
+        warnings += left_out(part, missing, len(asked))
         counts = {
             "questions": len(asked),
             "answered": len(asked) - len(missing),
@@ -97,6 +105,7 @@ class Seed(Task):
         return self.result(
             {group: (100 * fmean(flags), "percent") for group, flags in sorted(right.items())},
             counts,
+            [(name, said[name].text) for name in asked if name in said and said[name].text not in LETTERS],
             warnings + ([unknown] if unknown else []),
         )
 
@@ -121,9 +130,10 @@ class Seed(Task):
             records, types, place = read_hub(hub, FIELDS, image=None).rows, {}, hub.dataset
         else:
             place = str(self.path(root, LABELS))
-            content = fields_of(read_json(Path(place)), ("questions",), place)
+            content = fields_of(read_json(Path(place)), {"questions": LIST, "question_type": optional(OBJECT)}, place)
             records = content["questions"]
-            types = {number: name for name, number in content.get("question_type", {}).items()}
+            named = (content.get("question_type") or {}).items()
+            types = {typed(number, NAME, f"{place}: question_type {name!r}"): name for name, number in named}
         for number, record in enumerate(records):
             fields_of(record, FIELDS, f"{place}, question {number}")
             record["type"] = types.get(record["question_type_id"], record["question_type_id"])

@@ -12,8 +12,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dynamic_llava.eval.answers import Answer, shown
+from dynamic_llava.eval.answers import Answer
 from dynamic_llava.eval.metrics.soft_accuracy import normalised_accuracy
+from dynamic_llava.eval.metrics.vqa_normalise import normalise
+from dynamic_llava.eval.reading import LIST, NAME, TEXT, TEXTS, Kind, brief, fields_of, read_json, shown
 from dynamic_llava.eval.tasks.base import (
     LLAVA_EVAL,
     PAPER_TABLE1,
@@ -26,7 +28,6 @@ from dynamic_llava.eval.tasks.base import (
     llava_questions,
     paper_numbers,
 )
-from dynamic_llava.eval.tasks.files import fields_of, read_json
 from dynamic_llava.eval.tasks.hub import HubData, read_hub
 
 QUESTIONS, IMAGES = "textvqa/llava_textvqa_val_v051_ocr.jsonl", "textvqa/train_images"
@@ -35,6 +36,9 @@ TEXTVQA_SITE = "https://textvqa.org/dataset/"
 OCR = "Reference OCR token: "
 PEOPLE = 10
 """Human answers that every question has."""
+
+RECORD = {"image_id": NAME, "question": TEXT, "answers": TEXTS}
+TOKENS = Kind("a list of texts", lambda value: value == [] or TEXTS.fits(value))
 
 Key = tuple[str, str]
 """Image id and lower-cased question."""
@@ -62,13 +66,13 @@ class TextVqa(Task):
         if hub is None:
             pairs = llava_questions(self.path(root, QUESTIONS), Path(root) / IMAGES, repeated_ids=True)
             return [question for question, _ in pairs]
-        table = read_hub(hub, ("image_id", "question", "ocr_tokens"))
+        table = read_hub(hub, {"image_id": NAME, "question": TEXT, "ocr_tokens": TOKENS})
         return [
             Question(row["image_id"], _text(row["question"], row["ocr_tokens"]), table.image(place))
             for place, row in enumerate(table.rows)
         ]
 
-    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None) -> Score:
+    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None, *, part: bool = False) -> Score:
         """Return the soft accuracy in percent, as M4C's evaluator and LLaVA's script count it."""
         records = self._records(root, hub)
         people = {_key(record["image_id"], record["question"]): record["answers"] for record in records}
@@ -82,17 +86,17 @@ class TextVqa(Task):
         missing = len(records) - len(values)
         warnings = [f"{missing} questions have no answer; the accuracy is over the others"] if missing else []
         counts = {"questions": len(records), "answered": len(values), "missing": missing}
-        return self.result({"accuracy": (100 * fmean(values), "percent")}, counts, warnings)
+        unread = [(answer.question_id, answer.text) for answer in answers if not normalise(answer.text)]
+        return self.result({"accuracy": (100 * fmean(values), "percent")}, counts, unread, warnings)
 
     def _records(self, root: Path, hub: HubData | None) -> Sequence[dict[str, Any]]:
-        names = ("image_id", "question", "answers")
         if hub is not None:
-            records, place = read_hub(hub, names, image=None).rows, hub.dataset
+            records, place = read_hub(hub, RECORD, image=None).rows, hub.dataset
         else:
             place = str(self.path(root, LABELS))
-            records = fields_of(read_json(Path(place)), ("data",), place)["data"]
+            records = fields_of(read_json(Path(place)), {"data": LIST}, place)["data"]
         for number, record in enumerate(records):
-            fields_of(record, names, f"{place}, record {number}")
+            fields_of(record, RECORD, f"{place}, record {number}")
             if len(record["answers"]) != PEOPLE:
                 raise ValueError(f"{place}, record {number}: {len(record['answers'])} human answers; {PEOPLE} are due")
         return records
@@ -113,7 +117,7 @@ def question_in(prompt: str) -> str:
         return lines[1 if prompt.startswith(OCR.rstrip()) else 0].lower()
     elif len(lines) == 2:
         return lines[0].lower()
-    raise ValueError(f"textvqa: no question can be read from the prompt {prompt!r}; it has none of LLaVA's forms")
+    raise ValueError(f"textvqa: no question can be read from the prompt {brief(prompt)}; it has none of LLaVA's forms")
 
 
 def _text(question: str, tokens: Sequence[str]) -> str:
@@ -128,4 +132,4 @@ def _answer_key(answer: Answer) -> Key:
     try:
         return answer.key, question_in(answer.prompt)
     except ValueError as error:
-        raise ValueError(f"line {answer.line}, question {answer.question_id!r}: {error}") from None
+        raise ValueError(f"line {answer.line}, question {brief(answer.question_id)}: {error}") from None

@@ -9,9 +9,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
 
-from dynamic_llava.eval.answers import Answer, one_per_question, shown
+from dynamic_llava.eval.answers import Answer, one_per_question
 from dynamic_llava.eval.metrics.soft_accuracy import normalised_accuracy
 from dynamic_llava.eval.metrics.vqa_normalise import normalise
+from dynamic_llava.eval.reading import LIST, NAME, PATH, TEXT, TEXTS, fields_of, optional, read_list, shown
 from dynamic_llava.eval.tasks.base import (
     LLAVA_EVAL,
     SHORT,
@@ -23,14 +24,19 @@ from dynamic_llava.eval.tasks.base import (
     Score,
     Submission,
     Task,
+    left_out,
     llava_questions,
     paper_numbers,
 )
-from dynamic_llava.eval.tasks.files import fields_of, missing_answers, read_json, unknown_answers, write_json
+from dynamic_llava.eval.tasks.files import missing_answers, unknown_answers
 from dynamic_llava.eval.tasks.hub import HubData, read_hub
+from dynamic_llava.eval.writing import write_json
 
 TEST, TEST_IMAGES = "vizwiz/llava_test.jsonl", "vizwiz/test"
 VAL, VAL_IMAGES = "vizwiz/val.json", "vizwiz/val"
+RECORD = {"image": PATH, "question": TEXT, "answers": LIST, "answer_type": optional(TEXT)}
+COLUMNS = {"question_id": NAME, "answers": TEXTS, "category": optional(TEXT)}
+"""Fields of a question of val, and columns of the dataset that it is scored by."""
 VIZWIZ_SITE = "https://vizwiz.org/tasks-and-datasets/vqa/"
 
 
@@ -57,7 +63,7 @@ class VizWiz(Task):
     def questions(self, root: Path, hub: HubData | None = None) -> list[Question]:
         """Return the questions of the split in file order."""
         if hub is not None:
-            table = read_hub(hub, ("question_id", "question"))
+            table = read_hub(hub, {"question_id": NAME, "question": TEXT})
             return [
                 Question(row["question_id"], _text(row["question"]), table.image(place))
                 for place, row in enumerate(table.rows)
@@ -83,10 +89,10 @@ class VizWiz(Task):
         prompts = {str(question.id): question.text for question, _ in self._test(root)}
         return any(answer.prompt != prompts.get(answer.key) for answer in answers)
 
-    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None) -> Score:
+    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None, *, part: bool = False) -> Score:
         """Return the soft accuracy on val in percent, `normalise` on both sides: all, and by kind of answer."""
         if hub is not None:
-            rows = read_hub(hub, ("question_id", "answers", "category"), image=None).rows
+            rows = read_hub(hub, COLUMNS, image=None).rows
             people = [list(row["answers"]) for row in rows]
             kinds = [row["category"] for row in rows]
             names = [{str(row["question_id"])} for row in rows]
@@ -95,54 +101,62 @@ class VizWiz(Task):
             people = [[person["answer"] for person in record["answers"]] for record in records]
             kinds = [record.get("answer_type") for record in records]
             names = [{str(place), Path(record["image"]).stem} for place, record in enumerate(records)]
-        said = self._complete(answers, names)
-        values = [normalised_accuracy(answer.text, own) for answer, own in zip(said, people, strict=True)]
+        said = self._matched(answers, names, part)
+        values = {place: normalised_accuracy(answer.text, people[place]) for place, answer in said.items()}
         groups: dict[str, list[float]] = {}
-        for value, kind in zip(values, kinds, strict=True):
-            groups.setdefault(str(kind), []).append(value)
-        metrics = {"accuracy": (100 * fmean(values), "percent")}
+        for place, value in values.items():
+            groups.setdefault(str(kinds[place]), []).append(value)
+        metrics = {"accuracy": (100 * fmean(values.values()), "percent")}
         metrics |= {f"accuracy/{kind}": (100 * fmean(groups[kind]), "percent") for kind in sorted(groups)}
-        return self.result(metrics, {"questions": len(names), "answered": len(said)})
+        missing = missing_answers(said, range(len(names)))
+        counts = {"questions": len(names), "answered": len(said)}
+        unread = [(one.question_id, one.text) for one in said.values() if not normalise(one.text)]
+        return self.result(metrics, counts, unread, left_out(part, missing, len(names)))
 
     def submission(self, answers: Sequence[Answer], root: Path, folder: Path, hub: HubData | None = None) -> Submission:
         """Write vizwiz_upload.json: image and normalised answer of every test question, in file order."""
         if hub is not None:
-            names = [str(row["question_id"]) for row in read_hub(hub, ("question_id",), image=None).rows]
+            names = [str(row["question_id"]) for row in read_hub(hub, {"question_id": NAME}, image=None).rows]
             images = [f"{name}.jpg" for name in names]
         else:
             lines = [line for _, line in self._test(root)]
             names = [str(line["question_id"]) for line in lines]
             images = [line["image"] for line in lines]
-        said = self._complete(answers, [{name} for name in names])
-        rows = [{"image": image, "answer": normalise(answer.text)} for image, answer in zip(images, said, strict=True)]
+        said = self._matched(answers, [{name} for name in names], part=False)
+        rows = [{"image": image, "answer": normalise(said[place].text)} for place, image in enumerate(images)]
         return Submission((write_json(folder / "vizwiz_upload.json", rows),), self.send_to)
 
-    def _complete(self, answers: Sequence[Answer], names: Sequence[set[str]]) -> list[Answer]:
-        """Return the answers in question order; `names` are each question's. ValueError unless each has one."""
+    def _matched(self, answers: Sequence[Answer], names: Sequence[set[str]], part: bool) -> dict[int, Answer]:
+        """Return place -> answer in question order; `names` are each question's.
+
+        ValueError for an answer to no question, and unless each question has one, or with `part` any.
+        """
         place = {name: number for number, own in enumerate(names) for name in own}
         said = one_per_question(answers, lambda answer: place.get(answer.key, answer.key))
         if unknown := unknown_answers("vizwiz", said, range(len(names))):
             raise ValueError(unknown)
-        if missing := missing_answers(said, range(len(names))):
-            raise ValueError(f"vizwiz: no answer to questions {shown(missing)} (by place in the file); all are due")
-        return [said[number] for number in range(len(names))]
+        missing = missing_answers(said, range(len(names)))
+        if missing and (not part or not said):
+            raise ValueError(
+                f"vizwiz: no answer to questions {shown(missing)} (by place in the file); all are due, or with "
+                "`score --part` those that were asked"
+            )
+        return {number: said[number] for number in range(len(names)) if number in said}
 
     def _test(self, root: Path) -> list[tuple[Question, dict[str, Any]]]:
         path = self.path(root, TEST)
         pairs = llava_questions(path, Path(root) / TEST_IMAGES)
         for question, line in pairs:
-            fields_of(line, ("image",), f"{path}: question {question.id}")
+            fields_of(line, {"image": TEXT}, f"{path}: question {question.id!r}")
         return pairs
 
     def _val(self, root: Path) -> list[dict[str, Any]]:
         path = self.path(root, VAL)
-        records = read_json(path)
-        if not isinstance(records, list) or not records:
-            raise ValueError(f"{path} holds no list of questions")
+        records = read_list(path)
         for number, record in enumerate(records):
-            fields_of(record, ("image", "question", "answers"), f"{path}, question {number}")
+            fields_of(record, RECORD, f"{path}, question {number}")
             for person in record["answers"]:
-                fields_of(person, ("answer",), f"{path}, question {number}, answers")
+                fields_of(person, {"answer": TEXT}, f"{path}, question {number}, answers")
         return records
 
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
 
-from dynamic_llava.eval.answers import Answer, one_per_question, shown
+from dynamic_llava.eval.answers import Answer, one_per_question
 from dynamic_llava.eval.metrics.soft_accuracy import server_accuracy
 from dynamic_llava.eval.metrics.vqa_normalise import normalise
+from dynamic_llava.eval.reading import LIST, NAME, TEXT, WHOLE, fields_of, optional, read_json, shown
 from dynamic_llava.eval.tasks.base import (
     LLAVA_EVAL,
     PAPER_TABLE1,
@@ -29,11 +30,13 @@ from dynamic_llava.eval.tasks.base import (
     Score,
     Submission,
     Task,
+    left_out,
     llava_questions,
     paper_numbers,
 )
-from dynamic_llava.eval.tasks.files import fields_of, missing_answers, read_json, unknown_answers, write_json
+from dynamic_llava.eval.tasks.files import missing_answers, unknown_answers
 from dynamic_llava.eval.tasks.hub import HubData, read_hub
+from dynamic_llava.eval.writing import write_json
 
 TEST_DEV = "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl"
 TEST = "vqav2/llava_vqav2_mscoco_test2015.jsonl"
@@ -42,7 +45,9 @@ VAL_LABELS = "vqav2/v2_mscoco_val2014_annotations.json"
 TEST_IMAGES, VAL_IMAGES = "vqav2/test2015", "vqav2/val2014"
 VQA_SITE = "https://visualqa.org/download.html"
 SERVER = "https://eval.ai/challenge/830"
-COLUMNS = ("question_id", "question", "question_type", "answer_type", "answers")
+LABEL = {"question_id": NAME, "answers": optional(LIST), "answer_type": optional(TEXT), "question_type": optional(TEXT)}
+ASKED = {"question_id": NAME, "image_id": WHOLE, "question": TEXT}
+"""Fields of an annotation (the test sets have no answers), and of a question of val."""
 
 Record = tuple[list[str], str, str]
 """Human answers, answer type, question type."""
@@ -76,7 +81,7 @@ class VqaV2(Task):
     def questions(self, root: Path, hub: HubData | None = None) -> list[Question]:
         """Return the questions of the split in file order."""
         if hub is not None:
-            table = read_hub(hub, ("question_id", "question"))
+            table = read_hub(hub, {"question_id": NAME, "question": TEXT})
             return [
                 Question(row["question_id"], row["question"] + SHORT, table.image(place))
                 for place, row in enumerate(table.rows)
@@ -96,13 +101,15 @@ class VqaV2(Task):
         known = {str(question.id) for path in tests for question, _ in llava_questions(path, Path(root))}
         return any(answer.key not in known for answer in answers)
 
-    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None) -> Score:
+    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None, *, part: bool = False) -> Score:
         """Return the server's accuracy on val in percent, rounded to two places as there: all, and by type."""
         records = self._records(root, hub)
         said = one_per_question(answers)
         if unknown := unknown_answers("vqav2's val set", said, records):
             raise ValueError(unknown)
-        missing = missing_answers(said, records)
+        missing, known = missing_answers(said, records), len(records)
+        if part:
+            records = {name: records[name] for name in said}
         texts = {name: said[name].text if name in said else "" for name in records}
 
         def values(of: Callable[[str], str]) -> dict[str, float]:
@@ -115,14 +122,18 @@ class VqaV2(Task):
             for name, value in submitted.items():
                 groups.setdefault(records[name][place], []).append(value)
             metrics |= {f"accuracy/{kind}/{group}": _percent(groups[group]) for group in sorted(groups)}
-        warnings = [f'questions without an answer, scored as "": {shown(missing)}'] if missing else []
-        counts = {"questions": len(records), "answered": len(said), "missing": len(missing)}
-        return self.result(metrics, counts, warnings)
+        blank = missing and not part
+        warnings = [f'questions without an answer, scored as "": {shown(missing)}'] if blank else []
+        warnings += left_out(part, missing, known)
+        counts = {"questions": known, "answered": len(said), "missing": len(missing)}
+        unread = [(name, one.text) for name, one in said.items() if not normalise(one.text)]
+        return self.result(metrics, counts, unread, warnings)
 
     def submission(self, answers: Sequence[Answer], root: Path, folder: Path, hub: HubData | None = None) -> Submission:
         """Write vqav2_upload.json: every question of test2015, "" where there is no answer."""
         if hub is not None:
-            names = [row["question_id"] for row in read_hub(replace(hub, split="test"), ("question_id",), None).rows]
+            rows = read_hub(replace(hub, split="test"), {"question_id": NAME}, None).rows
+            names = [row["question_id"] for row in rows]
         else:
             names = [question.id for question, _ in llava_questions(self.path(root, TEST), Path(root) / TEST_IMAGES)]
         said = one_per_question(answers)
@@ -139,21 +150,22 @@ class VqaV2(Task):
         if hub is not None:
             return {
                 str(row["question_id"]): _record(row, f"{hub.dataset}, question {row['question_id']}")
-                for row in read_hub(hub, COLUMNS, image=None).rows
+                for row in read_hub(hub, LABEL, image=None).rows
             }
         path = self.path(root, VAL_LABELS)
         records: dict[str, Record] = {}
-        for number, record in enumerate(fields_of(read_json(path), ("annotations",), str(path))["annotations"]):
+        for number, record in enumerate(fields_of(read_json(path), {"annotations": LIST}, str(path))["annotations"]):
             place = f"{path}, annotation {number}"
-            fields_of(record, ("question_id", "answers"), place)
-            records[str(record["question_id"])] = _record(record, place)
-        if not records:
-            raise ValueError(f"{path} holds no annotations")
+            name = str(fields_of(record, LABEL, place)["question_id"])
+            if name in records:
+                raise ValueError(f"{place}: question {name} has an annotation already further up")
+            records[name] = _record(record, place)
         return records
 
 
 def _record(record: dict[str, Any], place: str) -> Record:
-    answers = [fields_of(answer, ("answer",), place)["answer"] for answer in record["answers"] or ()]
+    people = record.get("answers") or ()
+    answers = [fields_of(answer, {"answer": TEXT}, f"{place}, answers")["answer"] for answer in people]
     if not answers:
         raise ValueError(f"{place} has no human answers; the test sets have none, val has")
     return answers, str(record.get("answer_type")), str(record.get("question_type"))
@@ -161,9 +173,9 @@ def _record(record: dict[str, Any], place: str) -> Record:
 
 def _val_questions(path: Path, folder: Path) -> list[Question]:
     found = []
-    for number, line in enumerate(fields_of(read_json(path), ("questions",), str(path))["questions"]):
-        fields_of(line, ("question_id", "image_id", "question"), f"{path}, question {number}")
-        image = ImageFile(folder, f"COCO_val2014_{int(line['image_id']):012d}.jpg")
+    for number, line in enumerate(fields_of(read_json(path), {"questions": LIST}, str(path))["questions"]):
+        fields_of(line, ASKED, f"{path}, question {number}")
+        image = ImageFile(folder, f"COCO_val2014_{line['image_id']:012d}.jpg")
         found.append(Question(line["question_id"], line["question"] + SHORT, image))
     return found
 

@@ -90,7 +90,7 @@ def test_reviews_are_averaged_and_rounded_twice(tmp_path):
         "relative_score/detail": 42.9, "reference_score/detail": 70.0, "model_score/detail": 30.0,
     }  # fmt: skip
     assert score.metrics["relative_score"].unit == "percent" and score.metrics["model_score"].unit == "points"
-    assert score.counts == {"questions": 4, "reviews": 4, "without scores": 0} and score.warnings == ()
+    assert score.counts == {"questions": 4, "reviews": 4, "unreadable": 0} and score.warnings == ()
 
 
 def test_means_are_rounded_to_three_places_before_they_are_divided(tmp_path):
@@ -102,7 +102,7 @@ def test_means_are_rounded_to_three_places_before_they_are_divided(tmp_path):
 def test_failed_reviews_are_averaged_in_and_reported(tmp_path):
     score = scored(tmp_path, [review(0, "9 6\nx"), review(1, "no scores")])
     assert score.value == round(100 * 2.5 / 4.0, 1) == 62.5
-    assert score.counts["without scores"] == 1 and "averaged in as -1: 1" in score.warnings[0]
+    assert score.counts["unreadable"] == 1 and "counted as -1 each: 1" in score.warnings[0]
 
 
 def test_a_tuple_goes_before_the_text(tmp_path):
@@ -127,7 +127,7 @@ def test_reviews_without_a_category_count_for_all(tmp_path):
         ([review(0), {"question_id": 1}], "jsonl:2 has no 'content'"),
         ([review(0), {"content": "8 6"}], "jsonl:2 has no 'question_id'"),
         ([review(0, tuple=[8])], r"jsonl:1: 'tuple' is \[8\]; a review holds two numbers"),
-        ([review(0, tuple="8 6")], "a review holds two numbers"),
+        ([review(0, tuple="8 6")], "'tuple' is '8 6'; a list of numbers"),
         ([review(0, "0 6")], "the mean of the reference's scores is 0"),
         ([review(0, "0 6"), review(1, "8 6", "x")], "the mean of the reference's scores of conv is 0"),
         ([], "holds neither answers nor reviews"),

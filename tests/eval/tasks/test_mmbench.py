@@ -10,7 +10,8 @@ from dynamic_llava.eval.answers import Answer
 from dynamic_llava.eval.tasks import get_task
 from dynamic_llava.eval.tasks.base import LETTER
 from dynamic_llava.eval.tasks.mmbench import options_of, read_table
-from tests.eval.task_data import MMBENCH_COLUMNS, mmbench, write, write_table
+from tests.eval.task_data import MMBENCH_COLUMNS, cell_of, mmbench, write, write_table
+from tests.sft_builders import picture
 
 TASK = get_task("mmbench")
 
@@ -65,14 +66,14 @@ def test_a_group_is_right_when_all_its_rotations_are(tmp_path):
         "circular_accuracy/category/x": 50.0, "circular_accuracy/category/y": 100.0,
         "circular_accuracy/l2-category/k": 0.0, "circular_accuracy/l2-category/l": 100.0,
     })  # fmt: skip
-    assert score.counts["groups"] == 3 and score.counts["unparsed"] == 0
+    assert score.counts["groups"] == 3 and score.counts["unreadable"] == 0
 
 
 def test_what_cannot_be_read_or_is_missing_is_wrong(tmp_path):
     made = mmbench(tmp_path)
     answers = made.answers(tmp_path, texts=["no idea", "B", "B"])
     score = TASK.score(answers, tmp_path)
-    assert score.value == 50.0 and score.counts["unparsed"] == 1
+    assert score.value == 50.0 and score.counts["unreadable"] == 1
     score = TASK.score([*answers[1:2], Answer(77, "A")], tmp_path)
     assert score.value == 50.0 and score.counts["missing"] == 2 and score.counts["unknown"] == 1
 
@@ -108,6 +109,20 @@ def test_long_cells_are_read_and_the_limit_is_put_back(tmp_path):
     rewrite(tmp_path, lambda row: row.update(image="A" * (before + 1)))
     assert len(read_table(table(tmp_path))[0]["image"]) == before + 1
     assert csv.field_size_limit() == before
+
+
+def test_a_cell_may_name_the_row_whose_image_it_shares(tmp_path):
+    """As newer tables write it, also with spaces around; the row named must hold an image itself."""
+    mmbench(tmp_path)
+    rewrite(tmp_path, lambda row: row.update(image=cell_of(picture(row["index"] % 7))))
+    first, second, _ = (question.image.load() for question in TASK.questions(tmp_path))
+    rewrite(tmp_path, lambda row: row.update(image=row["image"] if row["index"] == 3 else "3 "))
+    assert [one.image.load().tobytes() for one in TASK.questions(tmp_path)] == [first.tobytes()] * 3
+    assert first.tobytes() != second.tobytes()
+    for cell in ("8", "77"):
+        rewrite(tmp_path, lambda row, cell=cell: row.update(image=cell if row["index"] != 3 else row["image"]))
+        with pytest.raises(ValueError, match=rf"tsv, image of index .* the cell holds {cell}, but no row"):
+            TASK.questions(tmp_path)
 
 
 @pytest.mark.parametrize(("cell", "message"), [("not base64!", "is no base64"), ("QUJD", "index 3")])

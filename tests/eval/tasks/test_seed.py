@@ -35,7 +35,7 @@ def test_ids_meet_as_numbers_missing_is_wrong_and_unknown_is_counted(tmp_path):
     seed(tmp_path)
     score = SEED.score([Answer("101669", "A"), Answer("v9", "B")], tmp_path)
     assert score.value == 50.0
-    assert score.counts == {"questions": 2, "answered": 1, "missing": 1, "unknown": 1}
+    assert score.counts == {"questions": 2, "answered": 1, "missing": 1, "unknown": 1, "unreadable": 0}
     assert "counted as wrong: 1 ('v1234')" in score.warnings[0] and "1 ('v9')" in score.warnings[1]
     with pytest.raises(ValueError, match="answered twice"):
         SEED.score([Answer("101669", "A"), Answer(101669, "A")], tmp_path)

@@ -21,7 +21,7 @@ def test_a_pair_is_right_when_both_answers_are(tmp_path):
     assert values(score) == {"pair_accuracy": 50.0, "accuracy": 75.0}
     # rows 2k - 1 and 2k are a pair, rows 2k and 2k + 1 are none
     score = MMVP.score(made.answers(tmp_path, texts=["", "B", "B", "B"]), tmp_path)
-    assert values(score) == {"pair_accuracy": 0.0, "accuracy": 50.0} and score.counts["unparsed"] == 1
+    assert values(score) == {"pair_accuracy": 0.0, "accuracy": 50.0} and score.counts["unreadable"] == 1
     score = MMVP.score(made.answers(tmp_path)[:3], tmp_path)
     assert score.value == 50.0 and score.counts["missing"] == 1 and score.counts["pairs"] == 2
 
@@ -74,9 +74,9 @@ def test_broken_mmvp_rows(tmp_path, row, message):
     ("content", "message"),
     [
         ("Index,Question\n1,x\n", "the head line has no 'Options', 'Correct Answer'"),
-        ("Index,Question,Options,Correct Answer\n1,x\n", "row 1 has more or fewer cells"),
-        ("Index,Question,Options,Correct Answer\n1,x,(a) y (b) z,(a),more\n", "row 1 has more or fewer cells"),
-        ("Index,Question,Options,Correct Answer\n", "holds no questions"),
+        ("Index,Question,Options,Correct Answer\n1,x\n", "csv:2: the row has more or fewer cells"),
+        ("Index,Question,Options,Correct Answer\n1,x,(a) y (b) z,(a),more\n", "csv:2: the row has more or fewer cells"),
+        ("Index,Question,Options,Correct Answer\n", "holds no rows"),
     ],
 )
 def test_broken_mmvp_tables(tmp_path, content, message):
@@ -85,7 +85,7 @@ def test_broken_mmvp_tables(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
         MMVP.questions(tmp_path)
     (tmp_path / "mmvp" / "Questions.csv").write_bytes(b"\xff")
-    with pytest.raises(ValueError, match="is no table"):
+    with pytest.raises(ValueError, match="is no UTF-8"):
         MMVP.questions(tmp_path)
 
 
@@ -113,7 +113,10 @@ def test_realworldqa_asks_the_question_as_it_is(tmp_path):
 
 def test_broken_realworldqa(tmp_path):
     realworldqa(tmp_path)
-    for content, message in (({}, "holds no list"), ([{"question": "?"}], "question 0 has no 'image_path', 'answer'")):
+    for content, message in (
+        ({}, "a list that is not empty is due"),
+        ([{"question": "?"}], "question 0 has no 'image_path', 'answer'"),
+    ):
         write(tmp_path / "realworldqa" / "data.json", content)
         with pytest.raises(ValueError, match=message):
             REAL.questions(tmp_path)

@@ -42,7 +42,7 @@ def test_vqav2_counts_missing_answers_and_refuses_unknown_ones(tmp_path):
     answers = vqav2(tmp_path).answers(tmp_path)
     task = get_task("vqav2:val")
     score = task.score(answers[:2], tmp_path)
-    assert score.value == 66.67 and score.counts == {"questions": 3, "answered": 2, "missing": 1}
+    assert score.value == 66.67 and score.counts == {"questions": 3, "answered": 2, "missing": 1, "unreadable": 0}
     assert "scored as \"\": 1 ('2000')" in score.warnings[0]
     with pytest.raises(ValueError, match=r"vqav2's val set has no question for answers 1 \('5'\)"):
         task.score([*answers, Answer(5, "yes")], tmp_path)
@@ -80,9 +80,10 @@ def test_vqav2_knows_whose_answers_they_are(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"questions": []}, "has no 'annotations'"), ({"annotations": []}, "no annotations"),
-        ({"annotations": [{"question_id": 1}]}, "annotation 0 has no 'answers'"),
-        ({"annotations": [{"question_id": 1, "answers": []}]}, "no human answers"),
+        ({"questions": []}, "has no 'annotations'"),
+        ({"annotations": []}, "'annotations' is .*; a list that is not empty is due"),
+        ({"annotations": [{"question_id": 1}]}, "annotation 0 has no human answers"),
+        ({"annotations": [{"question_id": 1, "answers": []}]}, "annotation 0: 'answers' is .*; a list that"),
         ({"annotations": [{"question_id": 1, "answers": [{"text": "a"}]}]}, "has no 'answer'"),
         ("{", "no valid JSON"), ([1], "holds a list"),
     ],
@@ -176,7 +177,7 @@ def test_textvqa_scores_what_was_answered(tmp_path):
     write(tmp_path / "textvqa" / "TextVQA_0.5.1_val.json", data)
     score = task.score(answers[:2], tmp_path)
     assert score.value == pytest.approx(100 * (0.9 + 1) / 2)
-    assert score.counts == {"questions": 3, "answered": 2, "missing": 1}
+    assert score.counts == {"questions": 3, "answered": 2, "missing": 1, "unreadable": 0}
     assert score.warnings == ("1 questions have no answer; the accuracy is over the others",)
     # the same image, another question
     with pytest.raises(ValueError, match="answered more than once"):
@@ -221,7 +222,10 @@ def test_gqa_counts_balanced_questions_by_type(tmp_path):
     with pytest.raises(ValueError, match="answered twice"):
         task.score([*answers, answers[0]], tmp_path)
     score = task.score([*answers, Answer("1", "no"), Answer(7, "x")], tmp_path)
-    assert score.counts == {"questions": 3, "answered": 3, "unknown": 2} and "2 ('1', '7')" in score.warnings[0]
+    assert (
+        score.counts == {"questions": 3, "answered": 3, "unknown": 2, "unreadable": 0}
+        and "2 ('1', '7')" in score.warnings[0]
+    )
     # an id written as a number is the same id
     assert task.score([Answer(int(a.question_id), a.text) for a in answers], tmp_path).value == score.value
 
@@ -233,5 +237,5 @@ def test_gqa_refuses_broken_labels(tmp_path):
     with pytest.raises(ValueError, match="question 1 has no 'answer'"):
         get_task("gqa").score(answers, tmp_path)
     write(labels, [])
-    with pytest.raises(ValueError, match="no object of questions"):
+    with pytest.raises(ValueError, match="an object that is not empty is due"):
         get_task("gqa").score(answers, tmp_path)

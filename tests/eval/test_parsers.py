@@ -1,0 +1,197 @@
+"""Every file that evaluation reads, spoilt: an error is one sentence that names the file and the place, never a bug's.
+
+A file is spoilt where its structure is (a value of another kind, a key gone, a row twice) or where its bytes are. What
+once ended in another exception, or without the file's name, stands in `FOUND`.
+"""
+
+import copy
+import json
+
+import pytest
+from hypothesis import strategies as st
+
+from dynamic_llava.eval.answers import write_answers
+from dynamic_llava.eval.tasks import TASKS, get_task
+from tests.eval.task_data import TASK_DATA
+from tests.properties import few_or_many, for_all
+
+TEXT_FILES = {".json", ".jsonl", ".tsv", ".csv", ".txt"}
+HOSTILE = (
+    None, True, False, 0, -1, 7, 3.5, 10**30, float("inf"), float("nan"), "", " ", "A", "yes", "7", "\ud800", "\0",
+    "a\nb\tc", "../x", "x" * 5000, [], {}, [[]], [None], {"a": 1}, ["a", 1], [1.5, 2],
+)  # fmt: skip
+OF_ANSWERS = (
+    "no question", "no answer to", "without an answer", "missing are", "not in the question file's order", "odd number",
+    "no pair", "twice", "more than once",
+)  # fmt: skip
+"""What is said of answers that no longer belong to the questions: `score_file` puts their file before it."""
+SPOILS = ("replace", "delete", "twice", "bytes", "cut", "mark", "utf-16")
+
+
+def nodes(value):
+    """Return (container, key) of everything inside a JSON value, itself excluded."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [one for key, below in list(inside) for one in ((value, key), *nodes(below))]
+
+
+def spoil_structure(content, how, place, hostile):
+    """Change one node of a JSON value and return it."""
+    content = copy.deepcopy(content)
+    found = nodes(content)
+    if not found:
+        return hostile
+    owner, key = found[place % len(found)]
+    if how == "replace":
+        owner[key] = copy.deepcopy(hostile)
+    elif how == "delete":
+        del owner[key]
+    elif isinstance(owner, list):
+        owner.append(owner[key])
+    return content
+
+
+def spoil(data, ending, how, place, hostile):
+    """Return the bytes of a file, spoilt."""
+    if how == "cut":
+        return data[: place % (len(data) + 1)]
+    if how == "mark":
+        return b"\xef\xbb\xbf" + data
+    if how == "utf-16":
+        return data.decode().encode("utf-16")
+    if how == "bytes":
+        at = place % (len(data) + 1)
+        return data[:at] + bytes([place % 256, 0xFF, 0x00, 0x22][: 1 + place % 4]) + data[at + place % 3 :]
+    if ending == ".jsonl" or (ending == ".json" and b"}\n{" in data):
+        lines = [json.loads(line) for line in data.splitlines()]
+        return "".join(json.dumps(line) + "\n" for line in spoil_structure(lines, how, place, hostile)).encode()
+    if ending == ".json":
+        return json.dumps(spoil_structure(json.loads(data), how, place, hostile)).encode()
+    mark = {".tsv": "\t", ".csv": ","}.get(ending, "\t")
+    rows = [line.split(mark) for line in data.decode().split("\n")]
+    rows = spoil_structure(rows, how, place, hostile)
+    cells = [row if isinstance(row, list) else [row] for row in rows]
+    return "\n".join(mark.join(map(str, row)) for row in cells).encode(errors="surrogatepass")
+
+
+def readings(made, answers, root):
+    """Everything that a task reads its files for, as functions without arguments."""
+    own = get_task(made.task)
+    for split in own.splits or (None,):
+        task = TASKS[own.name](split)
+        yield lambda task=task: [one.image.path() for one in task.questions(root) if hasattr(one.image, "path")]
+        yield lambda task=task: task.submission(answers, root, root / "out")
+    for task in (own, TASKS[own.name]()):
+        yield lambda task=task: task.can_score(answers, root)
+    if made.best is not None:
+        yield lambda: own.score(answers, root)
+        yield lambda: own.score(answers, root, part=True)
+
+
+def checked(reading, names):
+    """Run a reading; fail unless it ends well, or in an error of a user's that names one of the files."""
+    try:
+        reading()
+    except (ValueError, FileNotFoundError) as error:
+        text = str(error)
+        assert not isinstance(error, UnicodeError | json.JSONDecodeError), repr(error)
+        assert any(name in text for name in names), f"names no file: {text[:300]}"
+        assert len(text) < 3000 and text.encode()
+    return True
+
+
+@pytest.fixture(scope="module", params=sorted(TASK_DATA))
+def world(request, tmp_path_factory):
+    """A task's made data, its right answers, and the text files below its root."""
+    root = tmp_path_factory.mktemp(request.param)
+    made = TASK_DATA[request.param](root)
+    answers = made.answers(root)
+    files = sorted(path for path in root.rglob("*") if path.suffix in TEXT_FILES)
+    assert files
+    return made, answers, root, files
+
+
+@few_or_many
+def test_a_spoilt_file_is_read_or_refused_by_name(world, examples):
+    made, answers, root, files = world
+    whole = {path: path.read_bytes() for path in files}
+
+    @for_all(
+        1 + examples // 3,
+        st.sampled_from(files),
+        st.sampled_from(SPOILS),
+        st.integers(0, 10**4),
+        st.sampled_from(range(len(HOSTILE))),
+    )
+    def check(path, how, place, number):
+        path.write_bytes(spoil(whole[path], path.suffix, how, place, HOSTILE[number]))
+        try:
+            for reading in readings(made, answers, root):
+                checked(reading, [*(one.name for one in files), *OF_ANSWERS])
+        finally:
+            path.write_bytes(whole[path])
+
+
+@few_or_many
+def test_a_spoilt_answer_file_is_read_or_refused_by_name(world, examples, tmp_path):
+    made, answers, root, _ = world
+    path = write_answers(tmp_path / "answers.jsonl", answers)
+    whole, task = path.read_bytes(), get_task(made.task)
+
+    @for_all(
+        1 + examples // 3,
+        st.sampled_from(SPOILS),
+        st.integers(0, 10**4),
+        st.sampled_from(range(len(HOSTILE))),
+        st.booleans(),
+    )
+    def check(how, place, number, part):
+        path.write_bytes(spoil(whole, ".jsonl", how, place, HOSTILE[number]))
+        checked(lambda: task.score_file(path, root, part=part), ["answers.jsonl"])
+
+
+VAL_LABELS, VAL_QUESTIONS = "v2_mscoco_val2014_annotations.json", "v2_OpenEnded_mscoco_val2014_questions.json"
+FOUND = {
+    "an annotation's answer is a list": (
+        "vqav2", f"vqav2/{VAL_LABELS}", "annotations", 0, "answers", 0, "answer", [1],
+    ),
+    "an image id is a text": ("vqav2", f"vqav2/{VAL_QUESTIONS}", "questions", 0, "image_id", "x"),
+    "an image id is infinite": ("vqav2", f"vqav2/{VAL_QUESTIONS}", "questions", 0, "image_id", float("inf")),
+    "questions are a number": ("vqav2", f"vqav2/{VAL_QUESTIONS}", "questions", 7),
+    "people's answers are no texts": ("vizwiz", "vizwiz/val.json", 0, "answers", 0, "answer", 7),
+    "nobody answered": ("vizwiz", "vizwiz/val.json", 0, "answers", []),
+    "a question is a number": ("vizwiz", "vizwiz/val.json", 0, "question", 7),
+    "a type is a list": ("seed", "seed_bench/SEED-Bench.json", "questions", 0, "question_type_id", [5]),
+    "a type's number is a list": ("seed", "seed_bench/SEED-Bench.json", "question_type", "Instances Counting", [5]),
+    "types are a list": ("seed", "seed_bench/SEED-Bench.json", "question_type", [5]),
+    "seed's questions are a number": ("seed", "seed_bench/SEED-Bench.json", "questions", 5),
+    "a label is a list": ("gqa", "gqa/data/testdev_balanced_questions.json", "201307251", "types", ["a"]),
+    "ten answers that are no texts": ("textvqa", "textvqa/TextVQA_0.5.1_val.json", "data", 0, "answers", [1] * 10),
+    "answers are a number": ("textvqa", "textvqa/TextVQA_0.5.1_val.json", "data", 0, "answers", 7),
+    "choices are a number": ("scienceqa", "scienceqa/problems.json", "5", "choices", 7),
+    "the split is a number": ("scienceqa", "scienceqa/pid_splits.json", "test", 7),
+    "an image is a number": ("scienceqa", "scienceqa/llava_test_CQM-A.json", 0, "image", 7),
+    "rounds are no texts": ("lvis_multi", "lvis_vqa/multi_round.json", 0, "question", 7),
+    "an image path holds a null byte": ("sharegpt4v", "sharegpt4v_vqa/sharegpt4v_vqa.json", 0, "image", "a\0b"),
+    "a real-world answer is a list": ("realworldqa", "realworldqa/data.json", 0, "answer", ["A"]),
+}  # fmt: skip
+"""What was wrong -> task, file, and the path of a node with the value that it is given."""
+
+
+@pytest.mark.parametrize("found", FOUND.values(), ids=FOUND)
+def test_what_was_found_before(found, tmp_path):
+    name, file, *keys, last, value = found
+    made = TASK_DATA[name](tmp_path)
+    answers, path = made.answers(tmp_path), tmp_path / file
+    content = json.loads(path.read_text())
+    owner = content
+    for key in keys:
+        owner = owner[key]
+    owner[last] = value
+    path.write_text(json.dumps(content))
+    refused = 0
+    for reading in readings(made, answers, tmp_path):
+        try:
+            reading()
+        except ValueError as error:
+            refused += path.name in str(error)
+    assert refused
