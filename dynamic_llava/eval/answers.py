@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from dynamic_llava.eval.reading import brief, read_json_lines
-from dynamic_llava.eval.writing import write_whole
+from dynamic_llava.eval.writing import write_text
 
 FIELDS = ("question_id", "prompt", "text", "answer_id", "model_id", "metadata")
 """Fields of a line that have a place of their own in `Answer`; all others are `extra`."""
@@ -65,7 +65,7 @@ def append_answers(file: TextIO, answers: Iterable[Answer]) -> None:
 
 def write_answers(path: str | Path, answers: Iterable[Answer]) -> Path:
     """Write an answer file, whole or not at all, and return its path."""
-    return write_whole(Path(path), "".join(map(answer_line, answers)))
+    return write_text(Path(path), "".join(map(answer_line, answers)))
 
 
 def read_answers(path: str | Path) -> list[Answer]:

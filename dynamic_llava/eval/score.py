@@ -11,7 +11,7 @@ from typing import Any
 from dynamic_llava.eval.answers import read_answers
 from dynamic_llava.eval.tasks import TASKS, HubData, Score, Submission, Task, get_task
 from dynamic_llava.eval.tasks.base import naming
-from dynamic_llava.eval.writing import write_whole
+from dynamic_llava.eval.writing import write_text
 
 DATA_ROOT = Path("playground/data/eval")
 """Where LLaVA keeps its evaluation data."""
@@ -51,7 +51,7 @@ def run(given: argparse.Namespace) -> None:
     if submission is not None:
         print(f"written: {', '.join(map(str, submission.files))}\nsend to: {submission.send_to}")
     if given.json is not None:
-        write_whole(given.json, json.dumps(as_json(task, score, submission), indent=1) + "\n")
+        write_text(given.json, json.dumps(as_json(task, score, submission), indent=1) + "\n")
         print(f"metrics: {given.json}")
 
 

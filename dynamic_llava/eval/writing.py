@@ -1,64 +1,30 @@
-"""Writing what a run leaves behind: a file appears whole or not at all, and what cannot be written says where.
+"""Writing what a run and a server's file hold: whole or not at all, JSON that every reader takes. No torch here."""
 
-Standard library only.
-"""
-
-import errno
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-EXIT_NOT_WRITTEN = 74
-"""Exit code of a command that could not write its files (a full disk, a read-only folder)."""
-MISTAKES = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
-"""What the name of a path is to blame for, not the disk."""
+from dynamic_llava.files import replace_file, writing
 
 
-class WriteError(Exception):
-    """A file could not be written; what was written before lies whole."""
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn what the disk refuses into a WriteError that names `path`; ValueError where the path itself is wrong."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in MISTAKES:
-            raise ValueError(f"{path} cannot be written: {error.strerror}; give another path") from None
-        raise WriteError(
-            f"{path} cannot be written: {error.strerror or error}; make room or give another folder, then run the same "
-            "command again: nothing that is written is computed twice"
-        ) from error
-
-
-def write_whole(path: Path, content: str) -> Path:
-    """Write a text file, whole or not at all, and return its path; its folder is made."""
+def write_text(path: Path, text: str) -> Path:
+    """Write a text file, whole or not at all, and return its path; its folder is made. WriteError names the path."""
     path = Path(path)
-    partial = path.with_name(f"{path.name}.partial")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("w", encoding="utf-8", newline="\n") as file:
-                file.write(content)
-            os.replace(partial, path)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
+    replace_file(path, text)
     return path
 
 
 def write_json(path: Path, content: Any, indent: int | None = None) -> Path:
     """Write a JSON file, on one line unless `indent` is given, and return its path."""
-    return write_whole(path, json.dumps(decodable(content), indent=indent))
+    return write_text(path, json.dumps(decodable(content), indent=indent))
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     """Write a file of JSON objects, one a line, and return its path."""
-    return write_whole(path, "".join(json.dumps(decodable(row)) + "\n" for row in rows))
+    return write_text(path, "".join(json.dumps(decodable(row)) + "\n" for row in rows))
 
 
 def decodable(content: Any) -> Any:

@@ -115,7 +115,7 @@ def _from_server(evaluation: Evaluation) -> float | None:
     if not path.is_file():
         return None
     try:
-        return float(json.loads(path.read_text(encoding="utf-8"))["score"])
+        return float(json.loads(path.read_text(encoding="utf-8-sig"))["score"])
     except (json.JSONDecodeError, KeyError, TypeError, ValueError):
         raise ValueError(f'{path} must hold {{"score": NUMBER}}, what the server or judge answered') from None
 

@@ -299,7 +299,7 @@ BENCHMARKS = [
 def summary_of(name, metrics=None, costs=None):
     """What `python -m dynamic_llava.eval` writes for one task; without metrics it has no score here."""
     task = get_task(name)
-    score = None if metrics is None else task.result(metrics, {})
+    score = None if metrics is None else task.result(metrics, {}, [])
     row = Row(name, task, score, costs=costs or {})
     return Summary("hub/llava", "none", "7b", {}, {}, [row]).to_json()
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dynamic_llava.eval.writing import decodable, writing
+from dynamic_llava.eval.writing import decodable
+from dynamic_llava.files import writing
 
 LONGEST_CELL = 32_767
 """Characters that a cell of a workbook holds."""
