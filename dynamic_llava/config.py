@@ -281,6 +281,15 @@ def check_finite(prefix: str, settings: Any) -> None:
             raise ValueError(f"{prefix}{setting.name}={value!r} is no finite number; give one, such as 1e-5")
 
 
+def check_sparse_layer(sparse_layer: int, layers: int) -> None:
+    """Raise ValueError unless a language model of `layers` layers has a layer before and at the sparse one."""
+    if not 1 <= sparse_layer < layers:
+        raise ValueError(
+            f"sparse_layer={sparse_layer} is outside 1..{layers - 1} of a {layers}-layer language model; choose a "
+            "layer that has one before it"
+        )
+
+
 def check_keep_rate(name: str, value: float) -> None:
     """Raise ValueError unless 0 < value <= 1."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:

@@ -33,14 +33,17 @@ class TokenLayout:
         attention_mask: Tensor | None,
         output_mask: Tensor | None,
         tokens_per_image: int,
+        past: int = 0,
     ) -> "TokenLayout":
-        """Lay out a chunk of N tokens.
+        """Lay out a chunk of N tokens behind `past` tokens of a live cache.
 
-        `image` is (B, N) bool. On a live cache the masks are longer than the chunk: their last N columns belong to it.
-        Raises ValueError when a mask is shorter than the chunk or has another batch size.
+        `image` is (B, N) bool; the masks are (B, N), or (B, past + N). Raises ValueError for a mask of another shape.
         """
-        valid = torch.ones_like(image) if attention_mask is None else _tail("attention_mask", attention_mask, image)
-        output = torch.zeros_like(image) if output_mask is None else _tail("output_mask", output_mask, image)
+        valid, output = torch.ones_like(image), torch.zeros_like(image)
+        if attention_mask is not None:
+            valid = chunk_of("attention_mask", attention_mask, image, past).to(valid)
+        if output_mask is not None:
+            output = chunk_of("output_mask", output_mask, image, past).to(output)
         return cls(valid, image & ~output & valid, output & valid, tokens_per_image)
 
     @property
@@ -89,23 +92,47 @@ class TokenLayout:
     def _answer_starts(self) -> Tensor:
         return self.output & ~torch.nn.functional.pad(self.output, (1, 0))[:, :-1]
 
-    def last_valid(self) -> Tensor:
-        """(B,) int64: index of each row's last real token (0 for a row of padding)."""
-        return _last_true(self.valid)
+    def newest(self) -> Tensor:
+        """(B, N) bool: each row's last real token; none in a row of padding."""
+        columns = torch.arange(self.valid.shape[1], device=self.valid.device)
+        return self.valid & (columns == _last_true(self.valid)[:, None])
+
+    def computed(self, keep: Tensor, *, every_step: bool = False) -> Tensor:
+        """(B, N) bool: which tokens layers from the sparse one on compute, given the kept ones, `keep` (B, N) bool.
+
+        The newest token of a step takes part in it whatever was decided about it (Sec. 3.3.2). That is each row's last
+        real token; with `every_step` also every output token, and the last token of every run of image tokens, behind
+        which an answer may begin. A token that is computed but not kept is seen by itself alone.
+        """
+        computed = keep | self.newest()
+        if every_step:
+            image_ends = self.image & ~torch.nn.functional.pad(self.image, (0, 1))[:, 1:]
+            computed = computed | self.output | image_ends
+        return computed
 
     def question_end(self) -> Tensor:
-        """(B,) int64: the last prompt token before the row's first output token, else the last real token."""
-        before = self.prompt & (self.output.cumsum(1) == 0)
-        return torch.where(before.any(1), _last_true(before), self.last_valid())
+        """(B,) int64: the last real token before the row's first output token; 0 where there is none."""
+        return _last_true(self.valid & (self.output.cumsum(1) == 0))
+
+    def late_images(self) -> Tensor:
+        """(B, N) bool: the image tokens behind the row's first output token."""
+        return self.image & (self.output.cumsum(1) > 0)
 
 
-def _tail(name: str, mask: Tensor, like: Tensor) -> Tensor:
-    if mask.dim() != 2 or mask.shape[0] != like.shape[0] or mask.shape[1] < like.shape[1]:
+def chunk_of(name: str, mask: Tensor, like: Tensor, past: int = 0) -> Tensor:
+    """Return the columns of a mask (B, N) or (B, past + N) that belong to a chunk of tokens, `like` (B, N).
+
+    Raises ValueError, which calls the mask `name`, for a mask of another shape.
+    """
+    rows, tokens = like.shape
+    if tuple(mask.shape) not in ((rows, tokens), (rows, past + tokens)):
+        behind = f", behind {past} in the cache" if past else ""
+        allowed = f"{rows, tokens} or {rows, past + tokens}" if past else str((rows, tokens))
         raise ValueError(
-            f"{name} has shape {tuple(mask.shape)} but the tokens have shape {tuple(like.shape)}; "
-            "give one row per sample and at least one column per token"
+            f"{name} has shape {tuple(mask.shape)} but the tokens have shape {rows, tokens}{behind}; give one value "
+            f"per token: {allowed}"
         )
-    return mask[:, mask.shape[1] - like.shape[1] :].to(device=like.device, dtype=torch.bool)
+    return mask[:, mask.shape[1] - tokens :]
 
 
 def _last_true(mask: Tensor) -> Tensor:

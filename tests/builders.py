@@ -173,13 +173,16 @@ def prompt_segments(images, lengths):
 
 @st.composite
 def rows(draw, least_rows=1, most_rows=4, most_images=3, outputs=(0, 10), answers=1):
-    """Draw 1-4 rows of 0-3 images each, ragged prompts, and `answers` answers of ragged length."""
+    """Draw 1-4 rows of 0-3 images each, ragged prompts, and `answers` answers of ragged length.
+
+    A prompt ends in text or in an image; without an answer so does the row.
+    """
     batch = []
     for _ in range(draw(st.integers(least_rows, most_rows))):
         segments = []
         for _ in range(answers):
             images = draw(st.integers(0, most_images))
-            lengths = draw(st.lists(st.integers(1, 5), min_size=images + 1, max_size=images + 1))
+            lengths = draw(st.lists(st.integers(0, 5), min_size=images + 1, max_size=images + 1))
             segments += prompt_segments(images, lengths)
             segments.append(("output", draw(st.integers(*outputs))))
         batch.append(make_row(segments, seed=draw(st.integers(0, 2**20))))

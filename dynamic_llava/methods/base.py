@@ -23,7 +23,8 @@ class ImageTokens:
     key: Tensor
     """(I,) int64: noise key of the image's sample and place."""
     attention: Tensor | None
-    """(I, n) head-mean attention of the question's last token in the layer before, if the method `needs_attention`."""
+    """(I, n) head-mean attention, in the layer before, of the last token before the row's first answer; given if the
+    method `needs_attention`."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from dynamic_llava.config import check_sparse_layer
 from dynamic_llava.layout import Packing
 from dynamic_llava.model.outputs import SparsityRecord
 from dynamic_llava.sparsity.cache import AdmissionSlots, SlotStorage, TokenSlots
@@ -132,10 +133,7 @@ class AdmissionCache(Cache):
 
     def __init__(self, num_layers: int, sparse_layer: int, block: int = 64) -> None:
         """Create an empty cache; layers 0..sparse_layer-1 are dense. Raises ValueError for a layer out of range."""
-        if not 1 <= sparse_layer < num_layers:
-            raise ValueError(
-                f"sparse_layer={sparse_layer} is outside 1..{num_layers - 1} of a {num_layers}-layer model"
-            )
+        check_sparse_layer(sparse_layer, num_layers)
         self.sparse_layer = sparse_layer
         self.dense, self.sparse = AdmissionSlots(block), AdmissionSlots(block)
         self.seen_tokens = 0
@@ -239,8 +237,10 @@ class AdmissionCache(Cache):
         )
 
 
-def check_cache(cache: Cache, sparse_layer: int, implementation: str) -> None:
-    """Raise ValueError unless `cache` was opened by a sparse call with this sparse layer and attention can read it."""
+def check_cache(cache: Cache, sparse_layer: int, rows: int, implementation: str) -> None:
+    """Raise ValueError unless `cache` was opened by a sparse call with this sparse layer and number of rows, and
+    attention can read it.
+    """
     if not isinstance(cache, AdmissionCache):
         raise ValueError(
             f"cache is a {type(cache).__name__}; sparse decoding needs the AdmissionCache that a sparse call "
@@ -250,6 +250,11 @@ def check_cache(cache: Cache, sparse_layer: int, implementation: str) -> None:
         raise ValueError(
             f"the cache was opened with sparse layer {cache.sparse_layer} and this call asks for "
             f"{sparse_layer}; continue with the method it was opened with"
+        )
+    if cache.is_live and cache.batch_size != rows:
+        raise ValueError(
+            f"the cache holds {cache.batch_size} rows and this call has {rows}; give every row of the cache its next "
+            "tokens, or choose rows with cache.batch_select_indices or cache.batch_repeat_interleave"
         )
     check_attention(implementation)
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import LlavaConfig
 
-from dynamic_llava.config import SparsityConfig
+from dynamic_llava.config import SparsityConfig, check_sparse_layer
 from dynamic_llava.model.quantization import spare_predictors
 from dynamic_llava.model.supported import check_kernels
 from dynamic_llava.model.untrained import check_names
@@ -62,12 +62,7 @@ class DynamicLlavaConfig(LlavaConfig):
             self._check_layer()
 
     def _check_layer(self) -> None:
-        layers = self.text_config.num_hidden_layers
-        if not 1 <= self.sparsity.sparse_layer < layers:
-            raise ValueError(
-                f"sparse_layer={self.sparsity.sparse_layer} is outside 1..{layers - 1} of a {layers}-layer language "
-                "model; choose a layer that has one before it"
-            )
+        check_sparse_layer(self.sparsity.sparse_layer, self.text_config.num_hidden_layers)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plain dict that config.json stores."""

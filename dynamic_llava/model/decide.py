@@ -29,6 +29,19 @@ class Past:
     """(B,) int64: output tokens seen."""
 
 
+def check_question(method: Method, late_BN: Tensor) -> None:
+    """Raise ValueError if a method that reads the question's attention has to decide on images behind the question.
+
+    late_BN (B, N) bool marks those image tokens: on a live cache any, elsewhere those behind the first output token.
+    """
+    if bool(late_BN.any()):
+        raise ValueError(
+            f"method {method.name!r} reads the attention of the first question's last token, so it cannot decide on an "
+            "image of a later turn; give all images in the first turn, or start a new cache with the whole "
+            "conversation as the prompt, earlier answers left out of output_mask"
+        )
+
+
 def hard_keep_mask(
     method: Method,
     predictors: Predictors,

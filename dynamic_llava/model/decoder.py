@@ -23,13 +23,13 @@ from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from dynamic_llava.config import SparsityConfig
+from dynamic_llava.config import SparsityConfig, check_sparse_layer
 from dynamic_llava.layout import Packing, TokenLayout
 from dynamic_llava.methods import Predictors
 from dynamic_llava.model.attention import DynamicLlamaAttention, attention_row, cache_mask
 from dynamic_llava.model.cache import AdmissionCache, check_attention, check_cache
 from dynamic_llava.model.cache_names import CACHE
-from dynamic_llava.model.decide import Past, hard_keep_mask, is_trainable, sampled_keep_mask
+from dynamic_llava.model.decide import Past, check_question, hard_keep_mask, is_trainable, sampled_keep_mask
 from dynamic_llava.model.outputs import DynamicModelOutput, SparsityRecord
 from dynamic_llava.model.plan import Plan
 from dynamic_llava.model.step import compiled_step, decode_step
@@ -71,6 +71,8 @@ class DynamicLlamaModel(LlamaModel):
         if position_ids is None:
             seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen)[None]
+        if not plan.method.is_dense or plan.keep_mask is not None:
+            check_sparse_layer(plan.method.layer, self.config.num_hidden_layers)
         if plan.answers_only:
             return self._score_pass(inputs_embeds, plan, attention_mask, position_ids, kwargs)
         if plan.masked:
@@ -81,10 +83,10 @@ class DynamicLlamaModel(LlamaModel):
         if cache is None and use_cache:
             cache = AdmissionCache(self.config.num_hidden_layers, plan.method.layer, self.sparsity.cache_block)
         if cache is not None:
-            check_cache(cache, plan.method.layer, self.config._attn_implementation)
+            check_cache(cache, plan.method.layer, inputs_embeds.shape[0], self.config._attn_implementation)
         if cache is None or not cache.is_live:
             return self._drop_pass(inputs_embeds, plan, attention_mask, position_ids, cache, kwargs)
-        if inputs_embeds.shape[1] == 1:
+        if inputs_embeds.shape[1] == 1 and not (plan.layout.tokens_per_image == 1 and bool(plan.layout.image.any())):
             return self._step_pass(inputs_embeds, plan, position_ids, cache, kwargs)
         return self._turn_pass(inputs_embeds, plan, position_ids, cache, kwargs)
 
@@ -218,7 +220,7 @@ class DynamicLlamaModel(LlamaModel):
         rotation = self.rotary_emb(hidden_BND, position_ids=position_ids)
         hidden_BND, row_BN = self._early_layers(hidden_BND, plan, mask, rotation, None, kwargs)
         keep_BN = self._hard_decision(hidden_BND, plan, row_BN, Past())
-        packing = Packing.of(keep_BN | layout.output)
+        packing = Packing.of(layout.computed(keep_BN, every_step=True))
         hidden_BKD, keep_BK = packing.take(hidden_BND), packing.take(keep_BN) & packing.valid
         rotation = self.rotary_emb(hidden_BKD, position_ids=packing.take(position_ids))
         itself_KK = torch.eye(keep_BK.shape[1], dtype=torch.bool, device=keep_BK.device)
@@ -244,10 +246,7 @@ class DynamicLlamaModel(LlamaModel):
             cache.open_dense(valid_BN, hidden_BND.shape[0], length, hidden_BND.device)
         hidden_BND, row_BN = self._early_layers(hidden_BND, plan, mask, rotation, cache, kwargs)
         keep_BN = self._hard_decision(hidden_BND, plan, row_BN, Past())
-        # The newest token takes part in its own step whatever was decided about it (Sec. 3.3.2).
-        last_B = layout.last_valid()[:, None]
-        kept_last_B = keep_BN.gather(1, last_B)[:, 0]
-        packing = Packing.of(keep_BN.scatter(1, last_B, layout.valid.gather(1, last_B)))
+        packing = Packing.of(layout.computed(keep_BN))
         hidden_BKD = packing.take(hidden_BND)
         rotation = self.rotary_emb(hidden_BKD, position_ids=packing.take(position_ids))
         mask = create_causal_mask(self.config, hidden_BKD, None, None)  # filler lies behind every kept token
@@ -256,7 +255,7 @@ class DynamicLlamaModel(LlamaModel):
         hidden_BKD = self._late_layers(hidden_BKD, plan, mask, rotation, cache, kwargs)
         record = SparsityRecord(layout=layout, keep_mask=keep_BN, sparsified_output=layout.output)
         if cache is not None:
-            cache.sparse.retract_last(~kept_last_B & layout.valid.any(1))
+            cache.sparse.retract_last(packing.valid.sum(1) > keep_BN.sum(1))
             self._count(cache, layout)
             record = _recorded(record, cache)
         return DynamicModelOutput(
@@ -277,11 +276,8 @@ class DynamicLlamaModel(LlamaModel):
         self, hidden_BQD: Tensor, plan: Plan, position_ids: Tensor, cache: AdmissionCache, kwargs: dict[str, Any]
     ) -> DynamicModelOutput:
         layout, length = plan.layout, hidden_BQD.shape[1]
-        if plan.method.needs_attention and bool(layout.image.any()):
-            raise ValueError(
-                f"method {plan.method.name!r} reads an attention row over the whole prompt, so it cannot take a new "
-                "image on a live cache; start a new cache, or give all images in the first turn"
-            )
+        if plan.reads_attention:
+            check_question(plan.method, layout.image)
         rotation = self.rotary_emb(hidden_BQD, position_ids=position_ids)
         mask = self._cache_mask(cache.dense.place_chunk(layout.valid, layout.valid), hidden_BQD.dtype)
         for layer in self.layers[: plan.method.layer]:
@@ -290,8 +286,7 @@ class DynamicLlamaModel(LlamaModel):
             )
         past = Past(images=cache.seen_images, outputs=cache.seen_outputs)
         keep_BQ = self._hard_decision(hidden_BQD, plan, None, past)
-        # Dropped image tokens are not computed at all; dropped output tokens still see the kept past in their own step.
-        packing = Packing.of(keep_BQ | layout.output)
+        packing = Packing.of(layout.computed(keep_BQ, every_step=True))
         hidden_BKD, admit_BK = packing.take(hidden_BQD), packing.take(keep_BQ) & packing.valid
         rotation = self.rotary_emb(hidden_BKD, position_ids=packing.take(position_ids))
         mask = self._cache_mask(cache.sparse.place_chunk(packing.valid, admit_BK), hidden_BKD.dtype)
@@ -316,8 +311,10 @@ class DynamicLlamaModel(LlamaModel):
     ) -> tuple[Tensor, Tensor | None]:
         """Run layers 0..l-1 on a whole sequence; also return the attention row (B, N) if the method wants one."""
         row_BN = None
+        if plan.reads_attention:
+            check_question(plan.method, plan.layout.late_images())
         for index, layer in enumerate(self.layers[: plan.method.layer]):
-            if plan.method.needs_attention and index == plan.method.layer - 1:
+            if plan.reads_attention and index == plan.method.layer - 1:
                 row_BN = attention_row(layer, hidden_BND, rotation, plan.layout.question_end(), plan.layout.valid)
             hidden_BND = layer(
                 hidden_BND, attention_mask=mask, position_embeddings=rotation, **{CACHE: cache}, **kwargs

@@ -204,6 +204,11 @@ def _setting(settings: Any, kwargs: dict[str, Any], name: str) -> Any:
 
 
 def _refuse_unsupported(settings: Any, kwargs: dict[str, Any]) -> None:
+    if kwargs.get("keep_mask") is not None:
+        raise ValueError(
+            "keep_mask is not supported by generate, which feeds tokens that nobody can have decided about yet; leave "
+            "it out, give a method that decides as you want, or feed the tokens to the model one by one"
+        )
     if kwargs.get("assistant_model") is not None:
         raise ValueError(f"assistant_model is not supported with sparsity: {_REFUSED['assistant_early_exit']}")
     for name, reason in _REFUSED.items():

@@ -18,7 +18,7 @@ from transformers.models.llava.modeling_llava import (
 from transformers.utils.generic import can_return_tuple
 
 from dynamic_llava.config import SparsityMode
-from dynamic_llava.layout import TokenLayout
+from dynamic_llava.layout import TokenLayout, chunk_of
 from dynamic_llava.methods import Method
 from dynamic_llava.model.cache_names import one_cache
 from dynamic_llava.model.configuration import DynamicLlavaConfig
@@ -93,16 +93,19 @@ class DynamicLlavaModel(DynamicLlavaPreTrainedModel, LlavaModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         image = self._image_mask(input_ids, inputs_embeds, image_mask)
-        if output_mask is None and image.shape[1] == 1 and _is_live(cache):
-            output_mask = torch.ones_like(image)  # a single token on a live cache continues the answer
-        layout = TokenLayout.build(image, attention_mask, output_mask, self.tokens_per_image)
+        single = image.shape[1] == 1
+        if output_mask is None and single and _is_live(cache):
+            # A single token on a live cache continues the answer, unless it is an image of one token.
+            output_mask = torch.ones_like(image) if pixel_values is None and image_features is None else ~image
+        past = cache.get_seq_length() if cache is not None else 0
+        layout = TokenLayout.build(image, attention_mask, output_mask, self.tokens_per_image, past)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         features = self._features(pixel_values, image_features, layout)
         if features is not None:
             features = features.to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(layout.image[..., None], features)
-        elif input_ids is not None and not _is_live(cache) and bool(layout.image.any()):
+        elif input_ids is not None and not (single and _is_live(cache)) and bool(layout.image.any()):
             raise ValueError(
                 f"input_ids hold {int(layout.image.sum())} image tokens but pixel_values is None; give the images, or "
                 "leave <image> out of the prompt"
@@ -118,7 +121,7 @@ class DynamicLlavaModel(DynamicLlavaPreTrainedModel, LlavaModel):
             answers_only=answers_only,
             tau=tau,
             output_keep_rate=output_keep_rate,
-            keep_mask=_chunk_of(keep_mask, image),
+            keep_mask=_decisions(keep_mask, image, past),
             compile=compile,
         )
         outputs = self.language_model(
@@ -351,15 +354,11 @@ def _is_live(cache: Cache | None) -> bool:
     return cache is not None and cache.get_seq_length() > 0
 
 
-def _chunk_of(keep_mask: Tensor | None, like: Tensor) -> Tensor | None:
+def _decisions(keep_mask: Tensor | None, like: Tensor, past: int) -> Tensor | None:
+    """Return the chunk's part of the given decisions. ValueError for another shape, or a value between 0 and 1."""
     if keep_mask is None:
         return None
-    if keep_mask.dim() != 2 or keep_mask.shape[0] != like.shape[0] or keep_mask.shape[1] < like.shape[1]:
-        raise ValueError(
-            f"keep_mask has shape {tuple(keep_mask.shape)} but the tokens have shape {tuple(like.shape)}; give one "
-            "value per token"
-        )
-    chunk = keep_mask[:, keep_mask.shape[1] - like.shape[1] :]
+    chunk = chunk_of("keep_mask", keep_mask, like, past)
     # Eq. 7 could weigh a token by a fraction, but a token cannot be removed by a fraction: the paths would part.
     between = (chunk != 0) & (chunk != 1)
     if chunk.dtype != torch.bool and bool(between.any()):

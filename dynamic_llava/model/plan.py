@@ -28,3 +28,8 @@ class Plan:
     """(B, N): decisions given by the caller instead of made by the method."""
     compile: bool = False
     """Run a single-token step as one compiled graph."""
+
+    @property
+    def reads_attention(self) -> bool:
+        """Whether the method is asked, and wants a row of attention to decide by."""
+        return self.method.needs_attention and self.keep_mask is None

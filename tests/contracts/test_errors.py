@@ -94,10 +94,16 @@ def test_the_sparse_layer_of_a_configuration(layer):
         tiny_config(sparse_layer=layer)
 
 
-def test_the_sparse_layer_of_a_method(call, inputs):
-    for layer in (0, LAYERS):
-        with pytest.raises(ValueError, match=rf"{layer}.*1\.\.{LAYERS - 1}"), torch.no_grad():
-            call(**inputs, method=get_method("random", layer=layer))
+@pytest.mark.parametrize("layer", [-1, 0, LAYERS])
+def test_the_sparse_layer_of_a_method(model, inputs, layer):
+    """On every path: none computes layers that the model has not."""
+    words = f"sparse_layer={layer}", f"1..{LAYERS - 1}"
+    call = {**inputs, "method": get_method("random", layer=layer)}
+    for path in ({"use_cache": True}, {"use_cache": False}):
+        refused(model, *words, **call, **path)
+        refused(model.generate, *words, **call, **path, max_new_tokens=2)
+    refused(model, *words, **call, labels=inputs["input_ids"], output_mask=inputs["input_ids"] < 0)
+    refused(model.model, *words, **call, answers_only=True)
 
 
 def test_unknown_settings_of_a_configuration():
@@ -137,9 +143,7 @@ def test_masks_of_another_shape(call, inputs):
     refused(call, "attention_mask", str(tuple(fewer.shape)), **{**inputs, "attention_mask": fewer})
 
 
-def test_decisions_of_another_shape(model, inputs):
-    keep = torch.ones(len(inputs["input_ids"]), 3, dtype=torch.bool)
-    refused(model, "keep_mask", "(4, 3)", **inputs, keep_mask=keep)
+PER_TOKEN = ("attention_mask", "output_mask", "keep_mask")
 
 
 @pytest.mark.parametrize("value", [0.5, 2, -1, float("nan")])
@@ -156,8 +160,41 @@ def test_decisions_between_keeping_and_dropping(model, inputs, value, path):
     refused(model, "keep_mask", "1 for a token that is kept and 0", **arguments)
 
 
-def test_an_output_mask_of_another_shape(model, inputs):
-    refused(model, "output_mask", "(2, 2)", **inputs, output_mask=torch.ones(2, 2, dtype=torch.bool))
+@pytest.mark.parametrize("live", [False, True], ids=["whole", "live"])
+@pytest.mark.parametrize("change", [(0, -1), (0, 1), (-1, 0)], ids=["narrow", "wide", "fewer rows"])
+@pytest.mark.parametrize("name", PER_TOKEN)
+def test_values_per_token_have_one_value_per_token(model, inputs, name, change, live):
+    """Of the chunk, or of all that is in the cache and the chunk; on no path is any other width cut to size."""
+    rows, past = inputs["input_ids"].shape
+    if live:
+        with torch.no_grad():
+            cache = model(**inputs, use_cache=True).cache
+        inputs, past = {"input_ids": torch.full((rows, 3), 9), "cache": cache}, past + 3
+        model(**inputs, **{name: torch.ones(rows, past, dtype=torch.long)})
+        inputs["cache"], past = cache, past + 3
+    shape = rows + change[0], past + change[1]
+    refused(model, name, str(shape), **{**inputs, name: torch.ones(shape, dtype=torch.long)})
+
+
+def test_decisions_for_tokens_that_do_not_exist_yet(model, inputs):
+    refused(model.generate, "keep_mask", "one by one", **inputs, keep_mask=inputs["attention_mask"], max_new_tokens=2)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_cache_of_other_rows(model, inputs, tokens):
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).cache
+        refused(
+            model, "holds 4 rows", "has 2", "batch_select_indices", input_ids=torch.full((2, tokens), 9), cache=cache
+        )
+        cache.batch_select_indices(torch.tensor([0, 3]))
+        model(input_ids=torch.full((2, tokens), 9), cache=cache)
+
+
+def test_a_later_turn_without_its_images(model, inputs):
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).cache
+    refused(model, "64 image tokens", "give the images", input_ids=torch.full((4, 16), 3), cache=cache)
 
 
 def test_an_image_mask_that_does_not_fit(model, inputs):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from tests.builders import assert_same_logits, collate, fixed_rows, rows, shared_model
+from tests.builders import IMAGE_TOKEN, assert_same_logits, collate, fixed_rows, rows, shared_model
 from tests.properties import few_or_many, for_all
 
 SIDES = st.sampled_from(["left", "right"])
@@ -44,6 +44,21 @@ def test_masked_forward_equals_physical_drop(examples):
         # Dropped tokens are not computed; the newest one always takes part in its own step.
         present = (inputs["keep_mask"] & inputs["attention_mask"].bool()) | newest(inputs["attention_mask"])
         assert_same_logits(actual[present], expected[present])
+
+
+@few_or_many
+def test_masked_forward_equals_scoring_in_one_pass(examples):
+    """Scoring removes dropped image tokens, but none that an answer may follow."""
+
+    @for_all(examples, rows(answers=2), SIDES, KV_HEADS)
+    @torch.no_grad()
+    def check(batch, side, kv_heads):
+        model, inputs = shared_model(kv_heads), collate(batch, side)
+        hidden = model.model(**inputs, answers_only=True, use_cache=False).last_hidden_state
+        image, real = inputs["input_ids"] == IMAGE_TOKEN, inputs["attention_mask"].bool()
+        inside = image & torch.nn.functional.pad(image, (0, 1))[:, 1:]
+        present = real & (inputs["keep_mask"] | ~inside)
+        assert_same_logits(model.lm_head(hidden)[present], masked(model, inputs)[present])
 
 
 @few_or_many

@@ -65,8 +65,10 @@ class OpenCache:
         self.cache, self.mask, self.token = out.cache, inputs["attention_mask"], out.logits[:, -1:].argmax(-1)
 
     def step(self, **more):
-        self.mask = pad(self.mask, (0, 1), value=1)
-        return self.model(input_ids=self.token, attention_mask=self.mask, cache=self.cache, **{**self.switches, **more})
+        mask = pad(self.mask, (0, 1), value=1)
+        out = self.model(input_ids=self.token, attention_mask=mask, cache=self.cache, **{**self.switches, **more})
+        self.mask = mask  # a refused step is none
+        return out
 
 
 @torch.no_grad()
