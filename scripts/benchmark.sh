@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# Measure times and memory on the device at hand and write docs/results/benchmark_*: within 9 minutes on one GPU of the
-# H200's class, a reduced set within 5 minutes on two CPU cores. Installs nothing and needs no network.
-#   bash scripts/benchmark.sh                     with the project's environment, or python3 where there is none
-#   PYTHON=python3 bash scripts/benchmark.sh      with any Python that has torch and transformers
-#   bash scripts/benchmark.sh --minutes 3         less time: what does not fit is left out and named
-#   bash scripts/benchmark.sh --help              every option
+# Measure what the device at hand can show: 540 seconds on one GPU, most telling first, or a reduced set within 6 minutes
+# on two CPU cores. Each part is a process of its own with its own time; a result is on the disk the moment it exists.
+# Four files come back in the output folder: results.jsonl, log.txt, summary.md, summary.json. Needs torch and
+# transformers, installs nothing and uses no network.
+#   bash scripts/benchmark.sh                                  with the project's environment, or python3 where there is none
+#   PYTHON=python3 bash scripts/benchmark.sh --set gpu --output-dir out      with any Python; no CPU set where a GPU is missing
+#   bash scripts/benchmark.sh --seconds 180                    less time: says at once which parts it leaves out
+#   bash scripts/benchmark.sh --set rehearsal --output-dir x   the GPU's parts at tiny sizes, anywhere
+#   bash scripts/benchmark.sh --help                           every option
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${VENV:-.venv}

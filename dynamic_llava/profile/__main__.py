@@ -75,11 +75,30 @@ def _parser() -> argparse.ArgumentParser:
     curve.add_argument("--tokens", type=int, help="longest answer; default: the preset's, a quarter longer")
     curve.add_argument("--plot", type=Path, help="write the curves as PNG (needs matplotlib)")
     curve.add_argument("--device-memory", type=float, help="GiB of a device, marked in the picture")
-    whole = command("benchmark", _benchmark, "everything that the device at hand can show, into docs/results")
-    whole.add_argument("--device", help="cpu, or an accelerator's name; default: the accelerator, if there is one")
-    whole.add_argument("--minutes", type=float, help="time that may be spent; default 4.8 on a CPU, 8.7 elsewhere")
-    whole.add_argument("--output-dir", type=Path, default=Path("docs/results"), help="folder of the results")
+    _add_benchmark(command)
     return parser
+
+
+def _add_benchmark(command: Callable[..., argparse.ArgumentParser]) -> None:
+    from dynamic_llava.profile.runner import SETS
+
+    whole = command("benchmark", _benchmark, "everything that the device at hand can show, part by part")
+    part = command("part", _part, "one part of it, in this process: what `benchmark` starts")
+    part.add_argument("name", help="name of the part; `benchmark` prints them")
+    part.add_argument("--results", type=Path, required=True, help="file that lines of JSON are added to")
+    part.add_argument("--attached", action="store_true", help="end when standard input is closed")
+    about = "\n".join(
+        f"  {name:11}{len(parts)} parts, {sum(part.seconds for part in parts):g} s" for name, parts in SETS.items()
+    )
+    for made in (whole, part):
+        made.add_argument("--set", choices=SETS, required=made is part, help=f"default: cpu or gpu, as found:\n{about}")
+        made.add_argument("--device", help="cpu, or an accelerator's name; default: what the set is for")
+    whole.add_argument("--output-dir", type=Path, default=Path("runs/benchmark"), help="new folder of the four files")
+    whole.add_argument("--seconds", type=float, help="time that may be spent; parts that do not fit are left out")
+    whole.add_argument("--parts", nargs="+", default=(), help="only these parts")
+    summary = command("summary", _summary, "write a benchmark's summary again, from its lines; or publish it")
+    summary.add_argument("folder", type=Path, help="the benchmark's --output-dir")
+    summary.add_argument("--publish", type=Path, metavar="DIR", help="write benchmark_<device>.md and .json there")
 
 
 def _add_preset(parser: argparse.ArgumentParser) -> None:
@@ -157,7 +176,7 @@ def _memory(options: Any) -> int:
             raise ValueError("--device belongs to --measured; without it memory is calculated, for any device")
         return _show(options, [memory_report(preset, WAYS, _dtype(options, None).itemsize)])
     from dynamic_llava.profile.latency import Bench, Effort
-    from dynamic_llava.profile.measurement_set import measured_report
+    from dynamic_llava.profile.parts import measured_report
 
     device = _device(options)
     return _show(options, [measured_report(Bench(preset, device, _dtype(options, device), Effort.on(device)))], device)
@@ -165,29 +184,34 @@ def _memory(options: Any) -> int:
 
 def _latency(options: Any) -> int:
     from dynamic_llava.profile import latency
-    from dynamic_llava.profile.roofline import measure_limits, roofline_report
+    from dynamic_llava.profile.roofline import measure_limits
 
     preset, device = _preset(options), _device(options)
     dtype = _dtype(options, device)
     bench = latency.Bench(preset, device, dtype, latency.Effort.on(device))
     variants = latency.EAGER + (latency.COMPILED if options.compiled else ())
     lengths = (0, *preset.outputs)
-    rows = latency.vision_rows(bench) + latency.prefill_rows(bench) + latency.step_rows(bench, variants, lengths)
+    rows = [*latency.vision_rows(bench), *latency.prefill_rows(bench), *latency.step_rows(bench, variants, lengths)]
     if options.uncached:
         rows += latency.uncached_rows(bench, lengths)
-    reports = [latency.latency_report(preset, rows)]
-    if options.limits:
-        reports.append(roofline_report(preset.name, rows, measure_limits(device, dtype)))
-    return _show(options, reports, device)
+    limits = measure_limits(device, dtype) if options.limits else None
+    _show(options, [latency.latency_report(preset, rows, limits)], device)
+    failed = latency.failures(rows)
+    for line in failed:
+        print(f"could not be timed: {line}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _training(options: Any) -> int:
-    from dynamic_llava.profile.measurement_set import Found, peak_flops
+    from dynamic_llava.costs import device_peak
+    from dynamic_llava.profile.report import device_name
+    from dynamic_llava.profile.roofline import measure_limits
     from dynamic_llava.profile.training_speed import training_report
 
     preset, device = _preset(options), _device(options)
-    found = Found(device, _dtype(options, device))
-    return _show(options, [training_report(preset, device, found.dtype, peak_flops(found))], device)
+    dtype, peak = _dtype(options, device), device_peak(device_name(device))
+    flops = measure_limits(device, dtype).flops_per_second if peak is None else peak.tflops * 1e12
+    return _show(options, [training_report(preset, device, dtype, flops)], device)
 
 
 def _curve(options: Any) -> int:
@@ -214,23 +238,87 @@ def draw_curve(report: "Report", path: Path, title: str, device_gib: float | Non
 
 
 def _benchmark(options: Any) -> int:
+    import time
+
+    from dynamic_llava.profile import runner, summary
+
+    begun = time.monotonic()
+    chosen = options.set if options.set is not None else _set_found(options.device)
+    plan = runner.plan(chosen, runner.SETS[chosen], options.seconds, options.parts)
+    folder = runner.new_folder(options.output_dir)
+    path = folder / summary.RESULTS
+    try:
+        done = runner.run(plan, lambda name: runner.part_command(name, chosen, path, options.device), folder, begun)
+    except runner.Ended as end:
+        return 128 + end.number
+    finally:
+        print(f"wrote {', '.join(str(path) for path in sorted(folder.iterdir()))}")
+    return 0 if done else 1
+
+
+def _set_found(device: str | None) -> str:
+    """Return the set for a device, asked for in another process: here nothing may depend on torch."""
+    import subprocess
+
+    if device is not None:
+        return "cpu" if device == "cpu" else "gpu"
+    code = "import torch; print(torch.accelerator.current_accelerator(check_available=True) is not None)"
+    try:
+        asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        raise ValueError("torch did not say within 60 s whether there is an accelerator; give --set") from None
+    if asked.returncode:
+        reason = (asked.stderr.strip() or "no message").split("\n")[-1]
+        raise ValueError(f"torch cannot say whether there is an accelerator ({reason}); mend it, or give --set")
+    return "gpu" if asked.stdout.strip() == "True" else "cpu"
+
+
+def _part(options: Any) -> int:
     import logging
+    import traceback
 
-    from dynamic_llava.profile.benchmark import benchmark
-    from dynamic_llava.profile.curve import curve_report
-    from dynamic_llava.profile.presets import PRESETS
+    from dynamic_llava.profile.results import Results
+    from dynamic_llava.profile.runner import SETS, attach_to_runner
 
+    if options.attached:
+        attach_to_runner()
+    known = [part.name for part in SETS[options.set]]
+    if options.name not in known:
+        raise ValueError(f"part {options.name!r} is not in the {options.set} set; choose one of {', '.join(known)}")
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("dynamic_llava.profile").setLevel(logging.INFO)
+    logging.getLogger("dynamic_llava").setLevel(logging.INFO)
+    results = Results(options.results, options.name)
+    try:
+        from dynamic_llava.profile.parts import run_part
+
+        run_part(options.name, options.set, results, _part_device(options))
+    except Exception as error:
+        traceback.print_exc()
+        message = str(error).strip() or "no message"
+        results.add(error=f"{type(error).__name__}: {message.splitlines()[0]}")
+        return 1
+    return 0
+
+
+def _part_device(options: Any) -> "torch.device":
+    import torch
+
+    if options.device is None and options.set != "gpu":
+        return torch.device("cpu")
     device = _device(options)
-    for path in benchmark(device, options.minutes, options.output_dir):
+    if options.set == "gpu" and device.type == "cpu":
+        raise ValueError("torch finds no accelerator here, which the gpu set is for; --set rehearsal runs on a CPU")
+    return device
+
+
+def _summary(options: Any) -> int:
+    from dynamic_llava.profile.summary import publish, write_summary
+
+    paths = write_summary(options.folder)
+    if options.publish is not None:
+        paths += publish(options.folder, options.publish)
+    for path in paths:
         print(f"wrote {path}")
-    table4 = PRESETS["table4"]
-    print(
-        draw_curve(
-            curve_report(table4, 5120), options.output_dir / "benchmark_curve.png", table4.about, 80 * 10**9 / 2**30
-        )
-    )
     return 0
 
 

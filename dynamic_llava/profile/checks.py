@@ -1,7 +1,7 @@
-"""What the CPU can show of sparse generation: ratios of things that ran by turns in one process, and counted bytes.
+"""What goals are set for: ratios and shares that follow from rows of times, and what is looked at for its own sake.
 
-Each function returns numbers by name; `goals.py` says what they should be. Ratios hold on a busy machine where times do
-not, because both sides of a ratio see the same load.
+Each function returns numbers by name; `goals.py` says what they should be. Ratios of ways that took turns in one
+process hold on a busy machine where times do not, because both sides of a ratio see the same load.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dynamic_llava.costs import DevicePeak, device_peak
 from dynamic_llava.model import cache_of
 from dynamic_llava.profile.latency import Bench
 from dynamic_llava.profile.presets import Preset
@@ -28,24 +29,66 @@ from dynamic_llava.profile.workload import (
 Rows = Sequence[Mapping[str, Any]]
 
 
-def step_ratios(rows: Rows, outputs: int) -> dict[str, float]:
-    """Return ratios of cached steps after `outputs` tokens, from the rows of a latency report."""
-    seconds = {
-        row["way"]: row["seconds"]
-        for row in rows
-        if row["phase"] == "step" and row["outputs"] == outputs and row["engine"] in ("eager", "DynamicCache")
-    }
-    return {
-        "step_both_over_dense": seconds["both"] / seconds["dense"],
-        "step_both_over_image": seconds["both"] / seconds["image"],
-    }
+def step_values(preset: Preset, rows: Rows, device: str) -> dict[str, float]:
+    """Return what goals say about cached steps, by preset and generated tokens, from as many rows as there are yet.
+
+    Both dense baselines count, DynamicCache and the compiled StaticCache: what is held against "dense" is held against
+    the faster of them, once both are there. Shares of a device's peak only where its data sheet is known.
+    """
+    found: dict[str, float] = {}
+    for outputs in dict.fromkeys(row["outputs"] for row in rows if row["phase"] == "step"):
+        steps = {
+            (row["way"], row["engine"]): row
+            for row in rows
+            if row["phase"] == "step" and row["outputs"] == outputs and row["seconds"]
+        }
+        own = _step_values(steps, device_peak(device))
+        found |= {f"step_{preset.name}_{outputs}_{name}": value for name, value in own.items()}
+    return found
 
 
-def prefill_ratio(rows: Rows) -> dict[str, float]:
-    """Return the time of a sparse prefill over a dense one's, divided by the ratio of their FLOPs."""
-    found = {row["way"]: row for row in rows if row["phase"] == "prefill"}
-    times = found["both"]["seconds"] / found["dense"]["seconds"]
-    return {"prefill_over_flops": times / (found["both"]["flops"] / found["dense"]["flops"])}
+def _step_values(steps: Mapping[tuple[str, str], Mapping[str, Any]], peak: DevicePeak | None) -> dict[str, float]:
+    eager, compiled, image, dynamic, static = (
+        steps.get(key)
+        for key in (
+            ("both", "eager"),
+            ("both", "compiled"),
+            ("image", "eager"),
+            ("dense", "DynamicCache"),
+            ("dense", "StaticCache, compiled"),
+        )
+    )
+    found: dict[str, float] = {}
+    for name, ours, theirs in (
+        ("both_over_image", eager, image),
+        ("eager_over_dynamic", eager, dynamic),
+        ("compiled_over_static", compiled, static),
+    ):
+        if ours and theirs:
+            found[name] = ours["seconds"] / theirs["seconds"]
+    if compiled:
+        found["ms"] = 1e3 * compiled["seconds"]
+        if peak is not None:
+            found["bandwidth"] = compiled["bytes"] / compiled["seconds"] / (peak.terabytes * 1e12)
+    if eager and compiled and dynamic and static:
+        ours, theirs = (min(pair, key=lambda row: row["seconds"]) for pair in ((eager, compiled), (dynamic, static)))
+        found["both_over_dense"] = ours["seconds"] / theirs["seconds"]
+        found["speedup"] = theirs["seconds"] / compiled["seconds"] / (theirs["bytes"] / compiled["bytes"])
+    return found
+
+
+def prefill_values(preset: Preset, rows: Rows, device: str) -> dict[str, float]:
+    """Return a prefill's share of the device's peak for each way, and its time over a dense one's by that of FLOPs."""
+    peak, name = device_peak(device), f"prefill_{preset.name}"
+    ways = {row["way"]: row for row in rows if row["phase"] == "prefill" and row["seconds"]}
+    found: dict[str, float] = {}
+    if peak is not None:
+        for way, row in ways.items():
+            found[f"{name}_{way}_mfu"] = row["flops"] / row["seconds"] / (peak.tflops * 1e12)
+    if len(ways) == 2:
+        both, dense = ways["both"], ways["dense"]
+        found[f"{name}_over_flops"] = both["seconds"] / dense["seconds"] / (both["flops"] / dense["flops"])
+    return found
 
 
 def dropped_tokens_ratio(bench: Bench) -> dict[str, float]:

@@ -2,20 +2,24 @@
 
 Baselines run beside it in the same process, on the same weights: transformers' own language model with DynamicCache,
 and with StaticCache and torch.compile. On a CPU the ways take turns call by call, so that all see the same load; on an
-accelerator they run one after the other, because the caches of all ways at once would not fit.
+accelerator they run one after the other, because the caches of all ways at once would not fit, and each row is yielded
+as soon as it is measured.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
+from transformers import StoppingCriteria
 
 from dynamic_llava.profile.presets import Preset, Way
 from dynamic_llava.profile.report import Column, Report
-from dynamic_llava.profile.timing import Timing, time_in_turn
+from dynamic_llava.profile.roofline import LIMIT_COLUMNS, DeviceLimits, limit_notes, with_limit
+from dynamic_llava.profile.timing import Timing, attempt, describe, summary, synchronize, time_in_turn
 from dynamic_llava.profile.work import work_of
 from dynamic_llava.profile.workload import (
     Prompt,
@@ -31,6 +35,7 @@ from dynamic_llava.profile.workload import (
 )
 
 Call = Callable[[], Any]
+Rows = Iterator[dict[str, Any]]
 STEP_WARMUP = 3
 """Steps before the timed ones: the first compiles, the second records a graph, the third replays it."""
 
@@ -64,11 +69,13 @@ class Effort:
     """Rounds of cached steps."""
     step_calls: int = 1
     """Steps in a row within a round, without waiting for the device."""
+    by_turns: bool = True
+    """Whether the ways take turns, call by call; if not, one comes after the other and each is reported at once."""
 
     @classmethod
     def on(cls, device: torch.device) -> "Effort":
         """Return what suits a device."""
-        return cls() if device.type == "cpu" else cls(rounds=5, step_rounds=3, step_calls=16)
+        return cls() if device.type == "cpu" else cls(rounds=5, step_rounds=3, step_calls=16, by_turns=False)
 
 
 @dataclass
@@ -90,21 +97,31 @@ class Bench:
         with torch.no_grad():
             self.prompt = prompts(self.model, self.preset)
 
-    def timed(self, makers: Mapping[Any, Callable[[], Call]], *, step: bool = False) -> dict[Any, Timing | None]:
-        """Time what the makers return; None for what does not fit into the device's memory."""
+    def timed(
+        self, makers: Mapping[Any, Callable[[], Call]], *, step: bool = False
+    ) -> Iterator[tuple[Any, Timing | Exception]]:
+        """Time what the makers return; what cannot run gives its exception, and where all take turns it is raised."""
         rounds = self.effort.step_rounds if step else self.effort.rounds
         calls = self.effort.step_calls if step else 1
         warmup = STEP_WARMUP if step else 1
-        if self.device.type == "cpu":
-            return dict(time_in_turn({key: make() for key, make in makers.items()}, self.device, rounds, warmup=warmup))
-        found: dict[Any, Timing | None] = {}
+        if self.effort.by_turns:
+            ways = {key: make() for key, make in makers.items()}
+            yield from time_in_turn(ways, self.device, rounds, calls=calls, warmup=warmup).items()
+            return
         for key, make in makers.items():
-            try:
-                found |= time_in_turn({key: make()}, self.device, rounds, calls=calls, warmup=warmup)
-            except torch.OutOfMemoryError:
-                found[key] = None
-            torch.accelerator.empty_cache()
-        return found
+            yield key, attempt(key, partial(self._alone, make, rounds, calls, warmup))
+            if self.device.type != "cpu":
+                torch.accelerator.empty_cache()
+
+    def _alone(self, make: Callable[[], Call], rounds: int, calls: int, warmup: int) -> Timing:
+        begun = time.perf_counter()
+        call = make()
+        for _ in range(warmup):
+            call()
+        synchronize(self.device)
+        ready = time.perf_counter() - begun
+        timing = time_in_turn({"call": call}, self.device, rounds, calls=calls, warmup=0)["call"]
+        return replace(timing, ready=ready)
 
     @property
     def value_bytes(self) -> int:
@@ -112,7 +129,7 @@ class Bench:
         return self.dtype.itemsize
 
 
-def prefill_rows(bench: Bench, ways: Sequence[Way] = ("dense", "both")) -> list[dict[str, Any]]:
+def prefill_rows(bench: Bench, ways: Sequence[Way] = ("dense", "both")) -> Rows:
     """Time prefills with projected images given; image-only and both are one and the same there."""
 
     def make(way: Way) -> Call:
@@ -120,53 +137,91 @@ def prefill_rows(bench: Bench, ways: Sequence[Way] = ("dense", "both")) -> list[
             return lambda: dense_prefill(bench.twin, bench.prompt)
         return lambda: sparse_prefill(bench.model, bench.preset, way, bench.prompt)
 
-    with torch.no_grad():
-        times = bench.timed({way: partial(make, way) for way in ways})
-    return [_row(bench, "prefill", Variant(way), 0, timing) for way, timing in times.items()]
+    return _rows(bench, "prefill", 0, {Variant(way): partial(make, way) for way in ways})
 
 
-def vision_rows(bench: Bench) -> list[dict[str, Any]]:
+def vision_rows(bench: Bench) -> Rows:
     """Time vision tower and projector on one image per row; the same for every way."""
     preset, shape = bench.preset, bench.preset.shape
     side = shape.vision.patch * round(shape.vision.patches**0.5)
     pixels = torch.randn(preset.batch, 3, side, side, device=bench.device, dtype=bench.dtype)
-    with torch.no_grad():
-        timing = bench.timed({"vision": lambda: lambda: bench.model.model.get_image_features(pixels)})["vision"]
-    return [_row(bench, "vision", Variant("dense"), 0, timing) | {"way": "all"}]
+    encode = partial(bench.model.model.get_image_features, pixels)
+    for row in _rows(bench, "vision", 0, {Variant("dense"): lambda: encode}):
+        yield row | {"way": "all"}
 
 
-def step_rows(bench: Bench, variants: Sequence[Variant], lengths: Sequence[int]) -> list[dict[str, Any]]:
-    """Time cached steps with so many tokens generated; the caches are opened pre-filled."""
-    rows = []
-    effort, preset = bench.effort, bench.preset
-    steps = STEP_WARMUP + effort.step_rounds * effort.step_calls
-    longest = max(lengths)
+def step_rows(bench: Bench, variants: Sequence[Variant], lengths: Sequence[int]) -> Rows:
+    """Time cached steps with so many tokens generated; the caches are opened pre-filled.
+
+    A StaticCache has room for the tokens that are fed to it and no more, because attention reads all of it.
+    """
+    preset, steps = bench.preset, STEP_WARMUP + bench.effort.step_rounds * bench.effort.step_calls
 
     def make(variant: Variant, outputs: int) -> Call:
         if variant.way == "dense":
-            spare = longest - outputs + steps if variant.compiled else 0  # one length, so that it compiles once
-            return dense_decoding(bench.model, bench.twin, preset, outputs, spare).step
+            return dense_decoding(bench.model, bench.twin, preset, outputs, steps if variant.compiled else 0).step
         return sparse_decoding(bench.model, preset, variant.way, outputs, compile=variant.compiled).step
 
     for outputs in lengths:
-        times = bench.timed({variant: partial(make, variant, outputs) for variant in variants}, step=True)
-        rows += [_row(bench, "step", variant, outputs, timing) for variant, timing in times.items()]
-    return rows
+        yield from _rows(bench, "step", outputs, {variant: partial(make, variant, outputs) for variant in variants})
 
 
-def uncached_rows(bench: Bench, lengths: Sequence[int]) -> list[dict[str, Any]]:
+def uncached_rows(bench: Bench, lengths: Sequence[int]) -> Rows:
     """Time steps without cache, which run the whole sequence again, with so many tokens generated."""
-    rows, preset = [], bench.preset
+    preset = bench.preset
     for outputs in lengths:
         with torch.no_grad():
             said_BN = random_ids(bench.model, preset.batch, outputs)
             ids_BN = torch.cat([bench.prompt.ids_BN, said_BN], dim=1)
             embeds_BND = torch.cat([bench.prompt.embeds_BND, bench.model.get_input_embeddings()(said_BN)], dim=1)
-            output_BN = torch.arange(ids_BN.shape[1], device=bench.device).expand_as(ids_BN) >= preset.prompt
-            given = {"ids": ids_BN, "embeds": embeds_BND, "output": output_BN}
-            times = bench.timed({way: partial(_uncached, bench, way, given) for way in ("dense", "both")})
-        rows += [_row(bench, "step without cache", Variant(way), outputs, timing) for way, timing in times.items()]
-    return rows
+        output_BN = torch.arange(ids_BN.shape[1], device=bench.device).expand_as(ids_BN) >= preset.prompt
+        given = {"ids": ids_BN, "embeds": embeds_BND, "output": output_BN}
+        ways: tuple[Way, ...] = ("dense", "both")
+        makers = {Variant(way): partial(_uncached, bench, way, given) for way in ways}
+        yield from _rows(bench, "step without cache", outputs, makers)
+
+
+def generate_rows(bench: Bench, variants: Sequence[Variant], tokens: int) -> Rows:
+    """Time the tokens of a generate() after its first one, all bookkeeping included; tokens per second are a mean.
+
+    Dense generations are transformers' own, with DynamicCache or with its StaticCache, which it compiles itself on an
+    accelerator and nowhere else. The first call, which compiles, is not timed.
+    """
+    for variant in variants:
+        row = _row(bench, "generate", variant, tokens, attempt(variant, partial(_generation, bench, variant, tokens)))
+        static = variant == Variant("dense", True)
+        yield row | {"engine": "StaticCache, transformers' own compilation" if static else variant.engine}
+
+
+class _Clock(StoppingCriteria):
+    """Ends nothing, and notes when each token was there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.ticks = device, []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        synchronize(self.device)  # generate() reads on the host whether rows have ended, so it waits anyway
+        self.ticks.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def _generation(bench: Bench, variant: Variant, tokens: int) -> Timing:
+    prompt, sizes = bench.prompt, {"max_new_tokens": tokens + 1, "do_sample": False}
+    mask_BN = torch.ones_like(prompt.ids_BN)
+    for model in (bench.model, bench.twin):
+        model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    clock = _Clock(bench.device)
+    for _ in range(2):
+        clock.ticks.clear()
+        if variant.way == "dense":
+            cache = {"cache_implementation": "static"} if variant.compiled else {}
+            given = {"inputs_embeds": prompt.embeds_BND, "attention_mask": mask_BN, **cache}
+            bench.twin.generate(**given, **sizes, stopping_criteria=[clock])
+        else:
+            given = {"input_ids": prompt.ids_BN, "attention_mask": mask_BN, "image_features": prompt.features_BnD}
+            method = {"method": method_of(bench.preset, variant.way), "compile": variant.compiled}
+            bench.model.generate(**given, **sizes, **method, stopping_criteria=[clock])
+    return summary([later - earlier for earlier, later in itertools.pairwise(clock.ticks)])
 
 
 def _uncached(bench: Bench, way: Way, given: Mapping[str, Any]) -> Call:
@@ -220,8 +275,16 @@ def _integral(points: Sequence[tuple[int, float | None]], end: int) -> float | N
     return sum((right[0] - left[0]) * (left[1] + right[1]) / 2 for left, right in pairs)  # type: ignore[operator]
 
 
-def _row(bench: Bench, phase: str, variant: Variant, outputs: int, timing: Timing | None) -> dict[str, Any]:
-    work = work_of(phase, bench.preset, variant.way, bench.value_bytes, outputs)
+def _rows(bench: Bench, phase: str, outputs: int, makers: Mapping[Variant, Callable[[], Call]]) -> Rows:
+    with torch.no_grad():
+        for variant, timing in bench.timed(makers, step=phase == "step"):
+            yield _row(bench, phase, variant, outputs, timing)
+
+
+def _row(bench: Bench, phase: str, variant: Variant, outputs: int, timing: Timing | Exception) -> dict[str, Any]:
+    # A generation's bytes are those of a step in its middle.
+    at = outputs // 2 if phase == "generate" else outputs
+    work = work_of("step" if phase == "generate" else phase, bench.preset, variant.way, bench.value_bytes, at)
     row = {
         "preset": bench.preset.name,
         "phase": phase,
@@ -229,20 +292,30 @@ def _row(bench: Bench, phase: str, variant: Variant, outputs: int, timing: Timin
         "engine": variant.engine if phase == "step" else "eager",
         "batch": bench.preset.batch,
         "outputs": outputs,
-        "seconds": None if timing is None else timing.median,
+        "seconds": None,
         "flops": work.flops,
         "bytes": work.bytes,
     }
-    if timing is None:
+    if isinstance(timing, torch.OutOfMemoryError):
         return row | {"note": "out of memory"}
-    spread = {"low": timing.low, "high": timing.high, "calls": timing.calls}
-    per_second = {"tokens_per_second": bench.preset.batch / timing.median} if phase.startswith("step") else {}
-    return row | spread | per_second
+    if isinstance(timing, Exception):
+        return row | {"note": "failed", "failed": describe(timing)}
+    measured = {"seconds": timing.median, "low": timing.low, "high": timing.high, "calls": timing.calls}
+    if timing.ready is not None:
+        measured["ready"] = timing.ready
+    if phase.startswith(("step", "generate")):
+        measured["tokens_per_second"] = bench.preset.batch / timing.mean
+    return row | measured
 
 
-def latency_report(preset: Preset, rows: Sequence[Mapping[str, Any]]) -> Report:
-    """Return the rows as a table, with the sums over whole generations."""
-    columns = (
+def failures(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return what could not be timed for another reason than memory, and why."""
+    return [f"{row['phase']}, {row['way']}, {row['engine']}: {row['failed']}" for row in rows if "failed" in row]
+
+
+def latency_report(preset: Preset, rows: Sequence[Mapping[str, Any]], limits: DeviceLimits | None = None) -> Report:
+    """Return the rows as a table, with the sums over whole generations, and the device's limits if they are given."""
+    columns = [
         Column("phase", "phase"),
         Column("way", "way"),
         Column("engine", "engine"),
@@ -252,8 +325,7 @@ def latency_report(preset: Preset, rows: Sequence[Mapping[str, Any]]) -> Report:
         Column("high", "quartile, ms", ".3f", 1e3),
         Column("calls", "calls"),
         Column("tokens_per_second", "tokens/s", ".1f"),
-        Column("note", ""),
-    )
+    ]
     notes = [
         "dense: transformers' own language model on the same weights. image, both: Dynamic-LLaVA_I and _I|T, "
         "predictors included, exactly the stated rates kept.",
@@ -261,6 +333,10 @@ def latency_report(preset: Preset, rows: Sequence[Mapping[str, Any]]) -> Report:
         "measured.",
         *(note for note in [preset.past_training(preset.outputs[-1])] if note),
     ]
-    return Report(
-        "latency", f"Times, {preset.name}: {preset.about}", columns, [*rows, *total_rows(preset, rows)], notes
-    )
+    whole = [*rows, *total_rows(preset, rows)]
+    if limits is not None:
+        columns += LIMIT_COLUMNS
+        notes += limit_notes(limits)
+        whole = [with_limit(row, limits) for row in whole]
+    columns += [Column("ready", "s to the first timed call", ".1f"), Column("note", "")]
+    return Report("latency", f"Times, {preset.name}: {preset.about}", columns, whole, notes)

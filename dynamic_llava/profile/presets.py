@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from dynamic_llava.config import SparsityConfig
 from dynamic_llava.costs import LLAVA_SHAPES, DecoderShape, LlavaShape, VisionShape
-from dynamic_llava.sparsity.decisions import budget
 
 Way = Literal["dense", "image", "both"]
 WAYS: tuple[Way, ...] = ("dense", "image", "both")
@@ -65,6 +64,8 @@ class Preset:
     @property
     def kept_prompt(self) -> int:
         """Prompt tokens that the sparse layers see."""
+        from dynamic_llava.sparsity.decisions import budget  # needs torch, which the names of presets do not
+
         return self.text + budget(self.image_keep_rate, self.shape.tokens_per_image)
 
     def kept_outputs(self, outputs: int) -> int:

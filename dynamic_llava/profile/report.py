@@ -1,14 +1,16 @@
-"""A result as a table for people and as lines of JSON, one per row, each with what it was measured on."""
+"""A result as a table for people and as lines of JSON, one per row, each with what it was measured on.
+
+Standard library only until a device is asked for its name: the benchmark's summary is written without torch.
+"""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from dynamic_llava.provenance import environment
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,10 @@ class Report:
         return [json.dumps({"report": self.name, **row, **about}) for row in self.rows]
 
 
-def measured_on(device: torch.device | None) -> dict[str, Any]:
+def measured_on(device: "torch.device | None") -> dict[str, Any]:
     """Return device, versions, commit and date for JSON lines; device None for what is only calculated."""
+    from dynamic_llava.provenance import environment
+
     return {"device": "none (calculated)" if device is None else device_name(device), **environment(), "date": today()}
 
 
@@ -90,6 +94,8 @@ def today() -> str:
     return date.today().isoformat()
 
 
-def device_name(device: torch.device) -> str:
+def device_name(device: "torch.device") -> str:
     """Return what a device calls itself; a CPU's model is not asked for."""
+    import torch
+
     return "cpu" if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)

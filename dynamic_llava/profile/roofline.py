@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dynamic_llava.profile.report import Column, Report, device_name
+from dynamic_llava.profile.report import Column
 from dynamic_llava.profile.timing import time_in_turn
 
 
@@ -18,7 +18,6 @@ class DeviceLimits:
     """Bytes read and written by a copy of a large tensor."""
     flops_per_second: float
     """Of a large square matrix product in the model's dtype."""
-    device: str
 
     def seconds(self, work_bytes: float, flops: float) -> float:
         """Return the least time for moving so many bytes and doing so many operations, each hidden behind the other."""
@@ -36,34 +35,32 @@ def measure_limits(device: torch.device, dtype: torch.dtype, rounds: int = 5) ->
     ways = {"copy": lambda: target.copy_(source), "matmul": lambda: torch.mm(left, right, out=product)}
     times = time_in_turn(ways, device, rounds, calls=1 if on_cpu else 10)
     moved = 2 * source.numel() * source.element_size()
-    return DeviceLimits(moved / times["copy"].low, 2 * side**3 / times["matmul"].low, device_name(device))
+    return DeviceLimits(moved / times["copy"].low, 2 * side**3 / times["matmul"].low)
 
 
 def with_limit(row: Mapping[str, Any], limits: DeviceLimits) -> dict[str, Any]:
-    """Return a row of the latency report with the least time for its work, and the share that was reached."""
+    """Return a row of times with the least time for its work and the share that was reached, where it has both."""
+    if not (row.get("flops") and row.get("bytes") and row.get("seconds")):
+        return dict(row)
     least = limits.seconds(row["bytes"], row["flops"])
     bound = "bytes" if row["bytes"] / limits.bytes_per_second >= least else "FLOPs"
     return {**row, "limit": least, "bound": bound, "share": least / row["seconds"]}
 
 
-def roofline_report(preset_name: str, rows: list[Mapping[str, Any]], limits: DeviceLimits) -> Report:
-    """Return measured times beside their limits; rows without FLOPs and bytes are left out."""
-    limited = [with_limit(row, limits) for row in rows if row.get("flops") and row.get("bytes")]
-    columns = (
-        Column("phase", "phase"),
-        Column("way", "way"),
-        Column("engine", "engine"),
-        Column("outputs", "generated"),
-        Column("bytes", "GB", ".3f", 1e-9),
-        Column("flops", "GFLOP", ".1f", 1e-9),
-        Column("limit", "limit, ms", ".3f", 1e3),
-        Column("bound", "bound by"),
-        Column("seconds", "measured, ms", ".3f", 1e3),
-        Column("share", "limit / measured", ".0%"),
-    )
-    notes = (
+LIMIT_COLUMNS = (
+    Column("bytes", "GB", ".3f", 1e-9),
+    Column("flops", "GFLOP", ".1f", 1e-9),
+    Column("limit", "limit, ms", ".3f", 1e3),
+    Column("bound", "bound by"),
+    Column("share", "limit / measured", ".0%"),
+)
+"""What a table of times shows beside them."""
+
+
+def limit_notes(limits: DeviceLimits) -> list[str]:
+    """Return what has to be said about the limits."""
+    return [
         f"Limits measured in this run: copy {limits.bytes_per_second / 1e9:.1f} GB/s, matrix product "
         f"{limits.flops_per_second / 1e12:.3f} TFLOP/s.",
         "Bytes: weights once, keys and values of every row. FLOPs: linear maps, causal attention, head, predictors.",
-    )
-    return Report("roofline", f"Measured time against the device's limit, {preset_name}", columns, limited, notes)
+    ]

@@ -1,5 +1,6 @@
 """How long something takes: warm-up, medians, spread, and a device that has finished before the clock is read."""
 
+import logging
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -7,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,9 @@ class Timing:
     """Upper quartile."""
     calls: int
     """Calls that were timed."""
+    mean: float
+    ready: float | None = None
+    """Seconds that preparing and warming up took, compiling included; None where it was not looked at."""
 
     @property
     def spread(self) -> float:
@@ -66,6 +72,21 @@ def time_in_turn(
 def summary(seconds: list[float], calls: int = 1) -> Timing:
     """Return median and quartiles of the given seconds, each the mean of `calls` calls."""
     if len(seconds) == 1:
-        return Timing(seconds[0], seconds[0], seconds[0], calls)
+        return Timing(seconds[0], seconds[0], seconds[0], calls, seconds[0])
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
-    return Timing(median, low, high, len(seconds) * calls)
+    return Timing(median, low, high, len(seconds) * calls, statistics.fmean(seconds))
+
+
+def attempt(what: Any, measure: Callable[[], Timing]) -> Timing | Exception:
+    """Return what `measure` returns, or the exception it raises, which is logged: other measurements go on."""
+    try:
+        return measure()
+    except Exception as error:
+        log.exception("%s cannot be timed", what)
+        error.__context__ = None
+        return error.with_traceback(None)  # its frames hold what was in the memory
+
+
+def describe(error: BaseException) -> str:
+    """Return an exception as one line."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"

@@ -11,12 +11,14 @@ import torch
 
 from dynamic_llava.profile.__main__ import draw_curve, main
 from dynamic_llava.profile.curve import curve_report
-from dynamic_llava.profile.goals import CPU_GOALS
 from dynamic_llava.profile.presets import PRESETS
+from dynamic_llava.profile.results import read
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--preset", "cpu-bytes", "--batch", "1", "--layers", "3", "--device", "cpu"]
 TINY = [*SMALL, "--outputs", "4"]
+LIGHT = ("attention", "prefill", "training", "predictors")
+"""Parts of the rehearsal that compile nothing."""
 FOREIGN = (
     "tyro", "omegaconf", "matplotlib", "PIL", "accelerate", "peft", "datasets", "deepspeed", "wandb", "nltk",
     "openpyxl", "gradio", "lmms_eval", "torchvision",
@@ -110,23 +112,27 @@ def test_the_whole_way_needs_nothing_beyond_torch_and_transformers(tmp_path):
         ["roofline", *TINY, "--uncached"],
         ["training", *SMALL],
         ["curve", "--tokens", "20", "--plot", str(tmp_path / "x.png")],
-        ["benchmark", "--device", "cpu", "--minutes", "0", "--output-dir", str(tmp_path)],
+        *(["part", name, "--set", "rehearsal", "--results", str(tmp_path / "results.jsonl")] for name in LIGHT),
     ]
     code = block + f"from dynamic_llava.profile.__main__ import main; sys.exit(sum(map(main, {commands!r})))"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("no picture was drawn: matplotlib is not installed") == 2
-    page = (tmp_path / "benchmark_cpu.md").read_text()
-    assert page.count("| not measured |") == len(CPU_GOALS) and "minutes were left" in page
-    assert (tmp_path / "benchmark_nvidia-h200.md").exists() and (tmp_path / "benchmark_cpu.json").exists()
+    assert done.stdout.count("no picture was drawn: matplotlib is not installed") == 1
+    written = {entry["part"] for entry in read(tmp_path / "results.jsonl") if "row" in entry}
+    assert written == set(LIGHT)
 
 
 @pytest.mark.slow
-def test_the_script_runs_with_the_python_it_is_given(tmp_path):
-    arguments = ["--device", "cpu", "--minutes", "0", "--output-dir", str(tmp_path)]
-    environment = {**os.environ, "PYTHON": sys.executable}
+def test_the_script_rehearses_with_the_python_it_is_given(tmp_path):
+    """The parts that compile nothing, through the script; the others are in test_rehearsal.py."""
+    arguments = ["--set", "rehearsal", "--parts", *LIGHT, "--output-dir", str(tmp_path / "x")]
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     script = ["bash", str(ROOT / "scripts/benchmark.sh"), *arguments]
     done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert f"wrote {tmp_path}/benchmark_cpu.md" in done.stdout
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert f"wrote {tmp_path}/x/log.txt" in done.stdout
+    summary = (tmp_path / "x/summary.md").read_text()
+    assert summary.count("| done |") == len(LIGHT) and "its numbers mean nothing" in summary
+    for title in ("Training attention", "A training step", "What the predictors cost"):
+        assert f"## {title}" in summary

@@ -16,6 +16,7 @@ from tests.sparsity.equation_7 import (
     NAMES,
     assert_equal,
     attention,
+    dominated,
     dtypes,
     equation_7,
     every,
@@ -64,16 +65,6 @@ def test_equals_equation_7_on_random_layouts(implementation, data):
     for dtype in dtypes(implementation):
         actual = results(attention(implementation, padding_mask=padding_mask), inputs, upstream, dtype)
         assert_equal(actual, expected, 5e-5 if dtype == torch.float32 else 1e-11)
-
-
-def dominated(dominance, tokens=150):
-    """Half of the keys are dropped and score `dominance` above every kept key, for every query."""
-    (query, key, value, mask), upstream = make(tokens=tokens, size=16, spread=0.3)
-    direction = torch.zeros(16, dtype=torch.float64)
-    direction[0] = 1.0
-    query = query - query * direction + 4 * direction
-    key = key - key * direction + (mask == 0)[:, None, :, None] * direction * dominance
-    return (query, key, value, mask), upstream
 
 
 @every
