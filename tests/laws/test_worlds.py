@@ -1,4 +1,4 @@
-"""A few random worlds hold every law; `scripts/test.sh --soak` tries thousands."""
+"""Random models, methods and conversations hold every law: a few of them here, many with --all."""
 
 import torch
 
