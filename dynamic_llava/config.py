@@ -191,6 +191,10 @@ class TrainConfig:
     """
     resume: bool = True
     """Go on from the newest complete checkpoint in the run's folder; false removes what is there and starts over."""
+    accept_changed_inputs: bool = False
+    """Go on from a checkpoint although data, images, base or DeepSpeed file have changed since it was written."""
+    overwrite: bool = False
+    """Train over a finished model in the run's folder: it and its checkpoints are removed as training begins."""
     report_to: Literal["none", "wandb"] = "none"
     """Where the lines of metrics.jsonl go as well: Weights & Biases, offline without an API key, or nowhere."""
     log_every: int = 10

@@ -52,7 +52,9 @@ def writing(path: Path) -> Iterator[None]:
     except WriteError:
         raise
     except OSError as error:
-        if error.filename is not None and not _near(Path(os.fsdecode(error.filename)), path):
+        named = None if error.filename is None else Path(os.fsdecode(error.filename))
+        own = isinstance(error, FileNotFoundError) and error.errno is None  # a message of this library
+        if own or (named is not None and not _near(named, path)):
             raise
         raise WriteError(_unwritten(path, error)) from error
 

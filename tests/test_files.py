@@ -59,6 +59,8 @@ def test_whatever_keeps_a_file_from_being_written_names_it(tmp_path, error, advi
 
 def test_a_file_that_was_only_read_is_not_called_unwritten(tmp_path):
     (tmp_path / "out").mkdir()
+    with pytest.raises(FileNotFoundError, match="there is no image folder"), writing(tmp_path / "out" / "cache"):
+        raise FileNotFoundError("there is no image folder images; set data.image_folder")
     with pytest.raises(PermissionError) as error, writing(tmp_path / "out" / "cache"):
         raise PermissionError(13, "Permission denied", str(tmp_path / "data" / "data.json"))
     assert not isinstance(error.value, WriteError)

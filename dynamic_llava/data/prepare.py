@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from dynamic_llava.config import DataConfig, cache_folder
 from dynamic_llava.data.chunks import Indexed, map_samples
 from dynamic_llava.data.llava_json import LlavaSample, SampleError, is_text_only, parse_sample
+from dynamic_llava.files import file_digest, writing
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.processing.prompts import ImageCutError
 
@@ -95,8 +96,9 @@ def prepare(config: DataConfig, processor: DynamicLlavaProcessor) -> Path:
     target = cache_folder() / "sft" / _fingerprint(config, processor)
     if target.is_dir():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(target):
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with writing(target), _locked(target):
         if not target.is_dir():
             aside = target.with_suffix(".part")
             shutil.rmtree(aside, ignore_errors=True)  # of a preparation that was killed
@@ -199,12 +201,9 @@ def _fingerprint(config: DataConfig, processor: DynamicLlavaProcessor) -> str:
     file = Path(config.json)
     if not file.is_file():
         raise FileNotFoundError(f"there is no data file {file}; give a LLaVA-format JSON file")
-    state = file.stat()
     parts = (
         ARROW_FORMAT,
-        str(file.resolve()),
-        state.st_size,
-        state.st_mtime_ns,
+        file_digest(file),
         str(Path(config.image_folder).resolve()),
         config.text_only,
         config.max_length,

@@ -53,6 +53,10 @@ class SftDataset(torch.utils.data.Dataset[SftSample]):
         """Return every sample's number of tokens (samples,), image tokens included; read from disk."""
         return self.rows.select_columns("length").with_format("numpy")[:]["length"]
 
+    def image_names(self) -> list[str]:
+        """Return the images of all samples, each once, as the data file names them; read from disk."""
+        return self.rows.data.column("images").combine_chunks().flatten().unique().to_pylist()  # type: ignore[no-any-return]
+
     def __getitem__(self, number: int) -> SftSample:
         if number == FILLER:
             return self._filler()

@@ -3,8 +3,10 @@
     runs/<name>/                 config.yaml, metrics.jsonl, results.json, table.md and pictures/ of the whole job
     runs/<name>/seed<k>/         the same of one seed, and a folder per training (both, image, control, untrained)
 
-With several seeds a finished seed is taken from its results.json, if its fingerprint (settings, base weights, library
-versions) is that of this job: an interrupted job goes on where it stopped.
+A finished seed is taken from its results.json, if its fingerprint (settings, base weights, library versions) is that of
+this job, and a finished training from its folder: an interrupted job goes on where it stopped, and the same command
+again trains nothing. Trainings of other settings are refused; an evaluation of other settings is made anew, and what
+it would replace is moved aside. train.overwrite makes everything anew.
 """
 
 import json
@@ -22,6 +24,7 @@ from dynamic_llava.eval.predict import hide_library_progress
 from dynamic_llava.eval.tiny_data import TestSet, read_test_set
 from dynamic_llava.eval.tiny_world import UNTRAINED, Evaluation, Evaluator
 from dynamic_llava.eval.untrained import write_untrained_base
+from dynamic_llava.files import Lock, replace_file, writing
 from dynamic_llava.main_job.pictures import draw_pictures
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.provenance import environment, fingerprint, source_digest
@@ -70,6 +73,8 @@ class SeedJob:
             del settings[key]
         for key in ("seeds", "picture_scenes", "picture_answers"):
             del settings["tiny"][key]
+        for key in ("overwrite", "accept_changed_inputs"):
+            del settings["train"][key]
         return fingerprint(settings, self.base)
 
 
@@ -81,16 +86,19 @@ def main(config: RunConfig) -> Path:
     if config.tiny is None:
         raise ValueError("the main job needs a `tiny` section in its configuration file; see configs/tiny.yaml")
     hide_library_progress()
-    begun, tiny, folder = time.perf_counter(), config.tiny, config.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    write_config(config, folder / "config.yaml")
+    with Lock(config.folder / "job.lock", f"the main job in {config.folder}"):
+        return _main(config, config.tiny, config.folder)
+
+
+def _main(config: RunConfig, tiny: TinyJobConfig, folder: Path) -> Path:
+    begun = time.perf_counter()
     print(f"building the tiny world: {tiny.train_images} training and {tiny.test_images} test images", flush=True)
     world = build_world(train=tiny.train_images, test=tiny.test_images, seed=tiny.data_seed)
     base = BASE_WEIGHTS if config.model.base == TINY_BASE else Path(config.model.base)
     seeds = range(config.train.seed, config.train.seed + tiny.seeds)
     jobs = [SeedJob(_seed_config(config, seed, world), folder / f"seed{seed}", world, base) for seed in seeds]
     with _new_predictors_expected():
-        results = [_seed_result(job, resume=tiny.seeds > 1) for job in jobs]
+        results = [_seed_result(job) for job in jobs]
     _write_job(folder, config, jobs, results)
     print("\n" + report_text(results, config.sparsity, escape=False))
     seconds = time.perf_counter() - begun
@@ -116,30 +124,50 @@ def _seed_config(config: RunConfig, seed: int, world: Path) -> RunConfig:
     return replace(config, data=data, train=replace(config.train, seed=seed))
 
 
-def _seed_result(job: SeedJob, *, resume: bool) -> dict[str, Any]:
-    """The seed's results: read, if finished and wanted, else made."""
+def _seed_result(job: SeedJob) -> dict[str, Any]:
+    """The seed's results: read, if they are there and not to be made anew, else made."""
     seed = job.config.train.seed
-    if resume and job.results.is_file():
-        result = json.loads(job.results.read_text(encoding="utf-8"))
-        if result["fingerprint"] == job.fingerprint():
-            print(f"seed {seed}: taken from {job.results}", flush=True)
-            if result["environment"]["source"] != source_digest():
-                log.warning("%s was made by other source code than this; delete it to measure anew", job.results)
-            return result
-        print(f"seed {seed}: {job.results} belongs to other settings or weights and is replaced", flush=True)
-    return _run_seed(job)
+    found = None if job.config.train.overwrite else _read_results(job.results)
+    if found is None or found["fingerprint"] != job.fingerprint():
+        return _run_seed(job)
+    print(f"seed {seed}: taken from {job.results}: finished already, nothing to do", flush=True)
+    if found["environment"]["source"] != source_digest():
+        log.warning("%s was made by other source code than this; --train.overwrite measures anew", job.results)
+    return found
+
+
+def _read_results(file: Path) -> dict[str, Any] | None:
+    """A seed's results.json; None where there is none that is whole."""
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return found
+
+
+def _move_aside(job: SeedJob) -> None:
+    """Rename results and table of other settings, so that this job's do not replace them."""
+    former = _read_results(job.results)
+    if former is None or former["fingerprint"] == job.fingerprint():
+        return
+    for file in (job.results, job.folder / "table.md"):
+        if file.is_file():
+            aside = file.with_name(f"{file.stem}.{former['fingerprint']}{file.suffix}")
+            file.rename(aside)
+            print(f"{file} belongs to other settings or weights and is moved to {aside}", flush=True)
 
 
 def _run_seed(job: SeedJob) -> dict[str, Any]:
     begun, seed = time.perf_counter(), job.config.train.seed
-    job.folder.mkdir(parents=True, exist_ok=True)
-    job.results.unlink(missing_ok=True)
+    with writing(job.folder):
+        job.folder.mkdir(parents=True, exist_ok=True)
     test = read_test_set(job.world, job.tiny.questions, job.tiny.descriptions)
     trained = {
         key: _train(job, key, mode, title)
         for key, (title, mode) in TRAININGS.items()
         if key != "image" or job.tiny.dynamic_image
     }
+    _move_aside(job)  # not before: a training of other settings is refused and leaves everything as it is
     amount = f"{len(test.questions)} questions and {len(test.descriptions)} descriptions"
     print(f"seed {seed}: evaluation, {amount} per row", flush=True)
     checkpoints = {"base": job.base, **{key: result.folder for key, result in trained.items()}}
@@ -202,10 +230,16 @@ def _write_seed(
 ) -> None:
     """Write a seed's metrics, outputs, pictures, table, and last results.json, which marks it as finished."""
     write_config(job.config, job.folder / "config.yaml")
-    with (job.folder / "metrics.jsonl").open("w", encoding="utf-8") as file:
-        for key, one in trained.items():
-            file.writelines(json.dumps({"training": key, **line}) + "\n" for line in one.history)
-    evaluation.write_outputs(job.folder / "outputs", test)
+    lines = [json.dumps({"training": key, **line}) for key, one in trained.items() for line in one.history]
+    replace_file(job.folder / "metrics.jsonl", "".join(f"{line}\n" for line in lines))
+    with writing(job.folder):
+        evaluation.write_outputs(job.folder / "outputs", test)
+        _draw(job, test, evaluation, trained)
+    replace_file(job.folder / "table.md", report_text([result], job.config.sparsity) + "\n")
+    replace_file(job.results, json.dumps(result, indent=1) + "\n")
+
+
+def _draw(job: SeedJob, test: TestSet, evaluation: Evaluation, trained: dict[str, RunResult]) -> None:
     draw_pictures(
         job.folder / "pictures",
         test,
@@ -215,15 +249,15 @@ def _write_seed(
         {TRAININGS[key][0]: one.history for key, one in trained.items()},
         job.config.sparsity,
     )
-    (job.folder / "table.md").write_text(report_text([result], job.config.sparsity) + "\n", encoding="utf-8")
-    job.results.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def _write_job(folder: Path, config: RunConfig, jobs: Sequence[SeedJob], results: Sequence[dict[str, Any]]) -> None:
     """Write the files of the whole job beside those of its seeds."""
-    with (folder / "metrics.jsonl").open("w", encoding="utf-8") as file:
-        for job in jobs:
-            for line in (job.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-                file.write(json.dumps({"seed": job.config.train.seed, **json.loads(line)}) + "\n")
-    (folder / "results.json").write_text(json.dumps({"seeds": results}, indent=1) + "\n", encoding="utf-8")
-    (folder / "table.md").write_text(report_text(results, config.sparsity) + "\n", encoding="utf-8")
+    write_config(config, folder / "config.yaml")
+    lines = []
+    for job in jobs:
+        for line in (job.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            lines.append(json.dumps({"seed": job.config.train.seed, **json.loads(line)}))
+    replace_file(folder / "metrics.jsonl", "".join(f"{line}\n" for line in lines))
+    replace_file(folder / "results.json", json.dumps({"seeds": results}, indent=1) + "\n")
+    replace_file(folder / "table.md", report_text(results, config.sparsity) + "\n")

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 from dynamic_llava.cli import load_config
+from dynamic_llava.eval.tasks import get_task
 from dynamic_llava.sweep.config import TINY, SweepConfig, SweepRow
 from dynamic_llava.sweep.steps import Evaluation, Step, Training
 from dynamic_llava.tiny import BASE_WEIGHTS
 from dynamic_llava.tiny.dataset import build_world
-from dynamic_llava.train.checkpoints import compared_settings
-from dynamic_llava.train.config import RunConfig
+from dynamic_llava.train.config import RunConfig, compared_settings
 
 TRAIN = (sys.executable, "-m", "dynamic_llava.train.launch")
 EVALUATE = (sys.executable, "-m", "dynamic_llava.eval")
@@ -81,7 +81,7 @@ def _evaluations(
     for task in sweep.tasks:
         place = folder / "eval" / sparsity / task.replace(":", "-")
         options = ("--model", model, "--sparsity", sparsity, "--output-dir", str(place))
-        settings = {"task": task, "sparsity": sparsity}
+        settings, data = {"task": task, "sparsity": sparsity}, ()
         if task == TINY:
             assert sweep.tiny is not None
             asked = ("--questions", str(sweep.tiny.questions), "--descriptions", str(sweep.tiny.descriptions))
@@ -90,7 +90,8 @@ def _evaluations(
         else:
             where = ("--tasks", task, "--data-root", sweep.data_root, "--batch-size", str(sweep.batch_size))
             command = (*_on_every_gpu(EVALUATE), *options, *where)
-        found.append(Evaluation(task, model, place, command, settings))
+            data = tuple(Path(sweep.data_root) / file.path for file in get_task(task).needed_files())
+        found.append(Evaluation(task, model, place, command, settings, data))
     return tuple(found)
 
 

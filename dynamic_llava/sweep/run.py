@@ -1,6 +1,5 @@
 """Does a sweep's steps one after another, each as a command of its own; a failed one is reported, the others go on."""
 
-import fcntl
 import shlex
 import signal
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from dynamic_llava.files import Lock
 from dynamic_llava.sweep.plan import Plan, PlannedRow
 from dynamic_llava.sweep.steps import Step
 from dynamic_llava.train.stopping import EXIT_STOPPED, Stopped
@@ -63,12 +63,7 @@ def _execute(step: Step) -> None:
 
     The command holds the lock as well, so that a killed sweep's training is not started a second time.
     """
-    step.folder.parent.mkdir(parents=True, exist_ok=True)
-    with lock_of(step).open("w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError("another process is at it (a sweep, or what a killed one had started)") from None
+    with Lock(lock_of(step), f"{step} in a sweep") as lock:
         step.begin()
         with _Relay() as relay:
             # A session of its own: a terminal's Ctrl-C then reaches it once, from here.

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dynamic_llava.cli import read_yaml
-from dynamic_llava.files import replace_file
-from dynamic_llava.train.checkpoints import compared_settings
+from dynamic_llava.files import file_digest, replace_file
 from dynamic_llava.train.config import RunConfig
-from dynamic_llava.train.run import MODEL_SETTINGS
+from dynamic_llava.train.finished import is_finished, trained_otherwise
+from dynamic_llava.train.inputs import file_inputs
+from dynamic_llava.train.run import base_folder
 
 log = logging.getLogger(__name__)
 
@@ -47,20 +47,16 @@ class Training:
 
     def is_done(self) -> bool:
         """Whether the model is there; ValueError when one of other settings is, which is not overwritten."""
-        if not (self.model / "config.json").is_file():
+        if not is_finished(self.folder):
             return False
-        if not (self.model / MODEL_SETTINGS).is_file():
+        try:
+            inputs = file_inputs(self.config, base_folder(self.config))
+        except OSError:  # trained elsewhere, or its data are gone: then their names alone are compared
+            inputs = {}
+        if differing := trained_otherwise(self.config, inputs):
             raise ValueError(
-                f"{self.model} has no {MODEL_SETTINGS} that says how it was trained; move {self.folder} away"
-            )
-        then = compared_settings(read_yaml(RunConfig, self.model / MODEL_SETTINGS), 1)
-        now = compared_settings(self.config, 1)
-        differing = [name for name in sorted(now | then) if now.get(name) != then.get(name)]
-        if differing:
-            changes = "; ".join(f"{name} was {then.get(name)!r} and is {now.get(name)!r}" for name in differing)
-            raise ValueError(
-                f"{self.model} was trained with other settings: {changes}. Move {self.folder} away to train anew, or "
-                "give the run another name"
+                f"{self.model} was trained with other settings or inputs: {'; '.join(differing)}. "
+                f"Move {self.folder} away to train anew, or give the run another name"
             )
         return True
 
@@ -82,7 +78,9 @@ class Evaluation:
     folder: Path
     command: tuple[str, ...]
     settings: Mapping[str, Any]
-    """What the result depends on besides the model."""
+    """What the result depends on besides the model and the data."""
+    data: tuple[Path, ...] = ()
+    """Files that hold the benchmark's questions and references."""
 
     @property
     def summary(self) -> Path:
@@ -93,23 +91,23 @@ class Evaluation:
         return f"evaluate {self.task}"
 
     def fingerprint(self) -> str:
-        """Return a digest of the model's files (names, sizes, times) or hub name, and the settings."""
-        files = sorted(Path(self.model).glob("*.safetensors"))
-        facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        """Return a digest of the model's weights and configuration by content, or of its hub name, and the settings."""
+        files = sorted({*Path(self.model).glob("*.safetensors"), *Path(self.model).glob("config.json")})
+        facts = [(file.name, file_digest(file)) for file in files]
         text = json.dumps([facts or self.model, self.settings], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def is_done(self) -> bool:
-        """Whether the summary is there, complete, and of this model and these settings."""
+        """Whether the summary is there, complete, and of this model, these settings and these data."""
         stamp = self._stamp()
-        return stamp == {"fingerprint": self.fingerprint(), "complete": True} and self.summary.is_file()
+        return stamp is not None and bool(stamp["complete"]) and self._fits(stamp) and self.summary.is_file()
 
     def begin(self) -> None:
-        """Stamp the folder as begun; files of an earlier model or other settings are moved aside first."""
+        """Stamp the folder as begun; files of an earlier model, other settings or data are moved aside first."""
         stamp, now = self._stamp(), self.fingerprint()
-        if stamp is not None and stamp["fingerprint"] != now:
-            aside = self.folder.with_name(f"{self.folder.name}.{stamp['fingerprint']}")
-            log.warning("%s belongs to another model or other settings and is moved to %s", self.folder, aside)
+        if stamp is not None and not self._fits(stamp):
+            aside = _free(self.folder.with_name(f"{self.folder.name}.{stamp['fingerprint']}"))
+            log.warning("%s belongs to another model, other settings or data; it is moved to %s", self.folder, aside)
             self.folder.rename(aside)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write_stamp(now, complete=False)
@@ -120,6 +118,16 @@ class Evaluation:
             raise ValueError(f"the command ended well but left no {self.summary}")
         self._write_stamp(self.fingerprint(), complete=True)
 
+    def _fits(self, stamp: Mapping[str, Any]) -> bool:
+        """Whether a stamp is of this model, these settings and these data; data that are gone count as unchanged."""
+        then, now = stamp.get("data", {}), self._digests()
+        return stamp["fingerprint"] == self.fingerprint() and all(
+            then.get(name, now[name]) == now[name] for name in now
+        )
+
+    def _digests(self) -> dict[str, str]:
+        return {str(file): file_digest(file) for file in self.data if file.is_file()}
+
     def _stamp(self) -> dict[str, Any] | None:
         try:
             stamp: dict[str, Any] = json.loads((self.folder / STAMP).read_text(encoding="utf-8"))
@@ -128,7 +136,17 @@ class Evaluation:
         return stamp
 
     def _write_stamp(self, fingerprint: str, *, complete: bool) -> None:
-        replace_file(self.folder / STAMP, json.dumps({"fingerprint": fingerprint, "complete": complete}) + "\n")
+        stamp = {"fingerprint": fingerprint, "data": self._digests(), "complete": complete}
+        replace_file(self.folder / STAMP, json.dumps(stamp) + "\n")
 
 
 Step = Training | Evaluation
+
+
+def _free(folder: Path) -> Path:
+    """Return the folder's name, with a number behind it where the name is taken."""
+    number, free = 1, folder
+    while free.exists():
+        number += 1
+        free = folder.with_name(f"{folder.name}.{number}")
+    return free

@@ -1,6 +1,6 @@
 """Checkpoints of a run: complete or not there. A marker is written last; only what carries it is ever resumed from.
 
-    <run folder>/checkpoint-<step>/complete.json   step, processes, ZeRO stage, settings, and every file with its size
+    <run folder>/checkpoint-<step>/complete.json   step, processes, ZeRO stage, settings, inputs; every file, its size
     <run folder>/model/                            the finished model; it appears under its name only when whole
 
 Beside safetensors, a checkpoint holds what transformers and DeepSpeed write with torch.save: optimizer, scheduler and
@@ -10,43 +10,24 @@ random states. transformers reads its own with weights_only; DeepSpeed unpickles
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dynamic_llava.files import replace_file
-from dynamic_llava.train.config import RunConfig
+from dynamic_llava.train.config import COMPARED_BY_CONTENT, changes
+from dynamic_llava.train.config import compared_settings as compared_settings
 from dynamic_llava.train.distributed import on_main, wait_for_all
+from dynamic_llava.train.inputs import changed_inputs
 from dynamic_llava.train.stopping import SaveError
 
 log = logging.getLogger(__name__)
 
 MARKER = "complete.json"
-NOT_COMPARED = {
-    "name",
-    "output_folder",
-    "data.workers",
-    "data.cache_images",
-    "train.batch_size",
-    "train.gradient_accumulation",
-    "train.gradient_checkpointing",
-    "train.deepspeed",
-    "train.save_every",
-    "train.keep_checkpoints",
-    "train.resume",
-    "train.report_to",
-    "train.peak_tflops",
-    "train.log_every",
-    "train.keep_rate_tolerance",
-    "train.keep_rate_window",
-}
-"""Settings that a resumed run may change: they alter no weight. The batch is compared as samples per optimizer step."""
-
-
 PICKLED_BY_DEEPSPEED = {
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
@@ -67,11 +48,15 @@ class Checkpoints:
     zero_stage: int = 0
     """0 without DeepSpeed."""
     keep: int = 2
+    inputs: dict[str, str] = field(default_factory=dict)
+    """`run_inputs` of the run: what its files hold."""
+    accept_changed_inputs: bool = False
 
     def resume_point(self, *, resume: bool) -> Path | None:
         """Return the newest complete checkpoint, and remove incomplete ones; all of them unless `resume`.
 
-        Raises ValueError when that checkpoint belongs to other settings or cannot be read by this many processes.
+        Raises ValueError when that checkpoint belongs to other settings or inputs or cannot be read by this many
+        processes.
         """
         return on_main(lambda: self._resume_point(resume))
 
@@ -107,7 +92,7 @@ class Checkpoints:
             self._check(chosen)
         for checkpoint in found:
             if not resume:
-                log.warning("train.resume is false: %s is removed", checkpoint)
+                log.warning("train.resume is false or train.overwrite true: %s is removed", checkpoint)
                 shutil.rmtree(checkpoint)
             elif checkpoint not in complete:
                 log.warning("%s is incomplete (the run ended while it was written) and is removed", checkpoint)
@@ -129,14 +114,26 @@ class Checkpoints:
                 f"{checkpoint} holds the optimizer in {facts['processes']} parts, one per process, and this run has "
                 f"{self.processes} processes; ZeRO can go on with the same number only"
             )
-        then = facts["settings"]
-        names = sorted(set(then) | set(self.settings))
-        differing = [name for name in names if then.get(name) != self.settings.get(name)]
-        if differing:
-            changes = "; ".join(f"{n} was {then.get(n)!r} and is {self.settings.get(n)!r}" for n in differing)
+        recorded = facts.get("inputs")  # files were compared by their names alone until contents were recorded
+        by_content: Set[str] = set() if recorded is None else COMPARED_BY_CONTENT
+        if found := changes(facts["settings"], self.settings, leave_out=by_content):
             raise ValueError(
-                f"{checkpoint} belongs to other settings: {changes}. Restore them to go on, choose another name or "
-                "output_folder, or start over with train.resume: false (--train.no-resume), which removes it"
+                f"{checkpoint} belongs to other settings: {'; '.join(found)}. Restore them to go on, choose another "
+                "name or output_folder, or start over with train.resume: false (--train.no-resume), which removes it"
+            )
+        if recorded is not None:
+            self._check_inputs(checkpoint, recorded)
+
+    def _check_inputs(self, checkpoint: Path, recorded: dict[str, str]) -> None:
+        found = "; ".join(changed_inputs(recorded, self.inputs))
+        if found and self.accept_changed_inputs:
+            log.warning("going on from %s with other inputs, as asked: %s", checkpoint, found)
+        elif found:
+            raise ValueError(
+                f"the inputs of this run have changed since {checkpoint}: {found}. Restore them to go on exactly; or "
+                "go on all the same with train.accept_changed_inputs: true (--train.accept-changed-inputs): other "
+                "samples come in another order, so that some are seen twice and others never; or start over under "
+                "another name, or with train.resume: false (--train.no-resume), which removes the checkpoint"
             )
 
     def _make_room(self, target: Path, least_bytes: int) -> None:
@@ -156,6 +153,7 @@ class Checkpoints:
             "processes": self.processes,
             "zero_stage": self.zero_stage,
             "settings": self.settings,
+            "inputs": self.inputs,
             "files": files,
         }
         with saving(target, 0):
@@ -179,14 +177,6 @@ class Checkpoints:
 
     def _complete_ones(self) -> list[Path]:
         return [checkpoint for checkpoint in _numbered(self.folder) if is_complete(checkpoint)]
-
-
-def compared_settings(config: RunConfig, processes: int) -> dict[str, Any]:
-    """Return the settings, by dotted name, that a resumed run must share with its checkpoint."""
-    values = json.loads(json.dumps(_flat(asdict(config))))
-    kept = {name: value for name, value in values.items() if name not in NOT_COMPARED}
-    train = config.train
-    return {**kept, "samples per optimizer step": train.batch_size * train.gradient_accumulation * processes}
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -296,10 +286,3 @@ def _files(checkpoint: Path) -> list[Path]:
 
 def _strategy(zero_stage: int) -> str:
     return f"with ZeRO-{zero_stage}" if zero_stage else "without DeepSpeed"
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in values.items():
-        flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
-    return flat

@@ -6,7 +6,8 @@ DeepSpeed is imported only for runs that use it.
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
+
+from dynamic_llava.files import Lock
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +131,19 @@ def anywhere(condition: bool) -> bool:
     return bool(flag)
 
 
+@contextmanager
+def together(lock: Lock) -> Iterator[None]:
+    """Hold a lock from the first process on for all of them: as long as one of them lives, nobody else can take it."""
+    state = PartialState()
+    on_main(lambda: _take(lock, shared=state.num_processes > 1))
+    try:
+        if not state.is_main_process:
+            lock.join()
+        yield
+    finally:
+        lock.release()
+
+
 def wait_for_all() -> None:
     """Return when every process has come here."""
     PartialState().wait_for_everyone()
@@ -163,6 +179,12 @@ def _check_types(path: str, settings: dict[str, Any]) -> None:
 def _shown(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _take(lock: Lock, *, shared: bool) -> None:
+    lock.take()
+    if shared:
+        lock.share()
 
 
 def _prepare_deepspeed() -> None:

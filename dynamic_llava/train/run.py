@@ -3,7 +3,8 @@
 import json
 import logging
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 
 import dynamic_llava.tiny
 from dynamic_llava.data import Collator, SftDataset
-from dynamic_llava.files import replace_file
+from dynamic_llava.files import Lock, replace_file
 from dynamic_llava.model import DynamicLlavaForConditionalGeneration
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.provenance import environment, versions
@@ -30,8 +31,17 @@ from dynamic_llava.train.callbacks import (
 )
 from dynamic_llava.train.checkpoints import Checkpoints, compared_settings, least_bytes, published
 from dynamic_llava.train.config import RunConfig
-from dynamic_llava.train.distributed import join, on_main, read_deepspeed, wait_for_all, zero_stage
+from dynamic_llava.train.distributed import join, on_main, read_deepspeed, together, wait_for_all, zero_stage
+from dynamic_llava.train.finished import (
+    MODEL_SETTINGS,
+    RunResult,
+    finished_result,
+    is_finished,
+    remove_finished,
+    write_record,
+)
 from dynamic_llava.train.health import Proving
+from dynamic_llava.train.inputs import run_inputs
 from dynamic_llava.train.lora import save_lora
 from dynamic_llava.train.optimizer import prepare
 from dynamic_llava.train.stopping import NotFinite, Stopped, StopRequest
@@ -41,53 +51,62 @@ log = logging.getLogger(__name__)
 
 TINY_BASE = "tiny"
 """Name of the base checkpoint that ships inside the package."""
-MODEL_SETTINGS = "run.yaml"
-"""In a trained model's folder: the settings it was trained with (the run's config.yaml: those of the latest start)."""
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """Where a run's files are, and its numbers."""
-
-    folder: Path
-    """The trained checkpoint: safetensors, config.json and processor files; `from_pretrained` loads it."""
-    run_folder: Path
-    """The run's folder: config.yaml, environment.json, metrics.jsonl, checkpoints to resume from, and the model."""
-    metrics: dict[str, float]
-    """Values of the last logged window, plus train_seconds and steps."""
-    history: list[dict[str, float]]
-    """Every logged line."""
 
 
 def run(config: RunConfig) -> RunResult:
     """Train as `config` says and save the result; prints its progress. Every process of the run calls it.
 
-    Goes on from the newest complete checkpoint in the run's folder, if there is one. Raises ValueError or
-    FileNotFoundError for a missing base or data file, unusable samples, settings that do not fit the model and a
-    checkpoint of other settings; WriteError (SaveError) when the disk is full; NotFinite at the
-    first loss, gradient or weight that is not finite; Stopped after a signal, with a checkpoint written.
+    Goes on from the newest complete checkpoint in the run's folder, if there is one; a run that has finished already is
+    returned as it is. Raises ValueError or FileNotFoundError for a missing base or data file, unusable samples,
+    settings that do not fit the model, a checkpoint or model of other settings or inputs, and a folder in which another
+    process trains; WriteError (SaveError) when the disk is full; NotFinite at the first loss, gradient or weight
+    that is not finite; Stopped after a signal, with a checkpoint written.
     """
     for name, value in (("model.base", config.model.base), ("data.json", config.data.json)):
         if not value:
             raise ValueError(f"{name} is not set; give it in the configuration file or as --{name} on the command line")
     arguments = training_arguments(config)
-    stage = zero_stage(arguments.get("deepspeed"))
-    if stage == 3:
+    if zero_stage(arguments.get("deepspeed")) == 3:
         # Loading in parts overlooks what does not fit; from the names and shapes alone it is found at once.
         DynamicLlavaForConditionalGeneration.check_checkpoint(base_folder(config), sparsity=config.sparsity.to_dict())
     joined = join(arguments)
-    set_seed(config.train.seed)
-    on_main(lambda: config.folder.mkdir(parents=True, exist_ok=True))
-    settings = compared_settings(config, joined.world_size)
-    checkpoints = Checkpoints(config.folder, settings, joined.world_size, stage, config.train.keep_checkpoints)
-    start = checkpoints.resume_point(resume=config.train.resume)
-    model, processor = load(config)
-    dataset = SftDataset(config.data, processor)
+    with together(Lock(config.folder / "run.lock", f"training in {config.folder}")):
+        set_seed(config.train.seed)
+        processor = DynamicLlavaProcessor.from_pretrained(base_folder(config))
+        dataset = SftDataset(config.data, processor)
+        inputs = on_main(lambda: run_inputs(config, base_folder(config), dataset))
+        if is_finished(config.folder) and not config.train.overwrite:
+            return on_main(lambda: finished_result(config, inputs, joined.world_size))
+        return _train(config, processor, dataset, inputs, joined)
+
+
+def _train(
+    config: RunConfig,
+    processor: DynamicLlavaProcessor,
+    dataset: SftDataset,
+    inputs: dict[str, str],
+    joined: TrainingArguments,
+) -> RunResult:
+    checkpoints = Checkpoints(
+        config.folder,
+        compared_settings(config, joined.world_size),
+        joined.world_size,
+        zero_stage(joined.deepspeed),
+        config.train.keep_checkpoints,
+        inputs,
+        config.train.accept_changed_inputs,
+    )
+    goes_on = config.train.resume and not is_finished(config.folder)
+    start = checkpoints.resume_point(resume=True) if goes_on else None
+    model, _ = load(config)
     model = prepare(model, config)
     trainer = build_trainer(config, model, processor, dataset, joined)
     trainer.checkpoints = checkpoints
+    if not goes_on:  # nothing is removed before everything that could be wrong has been found
+        checkpoints.resume_point(resume=False)
+        on_main(lambda: remove_finished(config.folder))
     if trainer.is_world_process_zero():
-        log.info("%s: %s", config.name, dataset.counts)
+        log.info("%s: %s", config.run_name, dataset.counts)
         write_config(config, config.folder / "config.yaml")
     with StopRequest() as request:
         saves = Saving(config.train.save_every, request)
@@ -100,7 +119,7 @@ def run(config: RunConfig) -> RunResult:
             raise NotFinite(f"{error}; {checkpoints.after_illness(trainer.state.global_step)}") from None
     if saves.stops:
         raise _stopped(trainer)
-    save(config, trainer, processor)
+    save(config, trainer, processor, inputs)
     history = [line for line in trainer.state.log_history if "lm_loss" in line]
     metrics = {**(history[-1] if history else {}), "steps": outcome.global_step}
     metrics["train_seconds"] = outcome.metrics["train_runtime"]
@@ -140,7 +159,7 @@ def build_trainer(
         lora=config.lora,
         callbacks=[
             MetricsFile(config.folder / "metrics.jsonl"),
-            Progress(config.name),
+            Progress(config.run_name),
             KeepRateWarning(settings, config.sparsity),
         ],
     )
@@ -149,12 +168,17 @@ def build_trainer(
     if settings.clip_predictors_separately and settings.max_grad_norm > 0:
         trainer.add_callback(SeparateClipping(trainer.clip_separately))
     if settings.report_to == "wandb":
-        trainer.add_callback(WandbLog(config.name, asdict(config), config.folder))
+        trainer.add_callback(WandbLog(config.run_name, asdict(config), config.folder))
     return trainer
 
 
-def save(config: RunConfig, trainer: DynamicLlavaTrainer, processor: DynamicLlavaProcessor) -> None:
-    """Write the trained model into the run's folder, where it appears when it is whole; every process calls it."""
+def save(
+    config: RunConfig, trainer: DynamicLlavaTrainer, processor: DynamicLlavaProcessor, inputs: Mapping[str, str]
+) -> None:
+    """Write the trained model into the run's folder, where it appears when it is whole; every process calls it.
+
+    `inputs` is what it was trained on (`inputs.run_inputs`), which is recorded beside it.
+    """
     settings = trainer.accelerator.unwrap_model(trainer.model).config
     learned = config.train.learning_rates
     settings.untrained_predictors = [name for name in settings.untrained_predictors if name not in learned]
@@ -167,6 +191,7 @@ def save(config: RunConfig, trainer: DynamicLlavaTrainer, processor: DynamicLlav
         if trainer.is_world_process_zero():
             processor.save_pretrained(folder)
             write_config(config, folder / MODEL_SETTINGS)
+            write_record(folder, config, trainer.args.world_size, inputs)
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same
 
 
@@ -208,7 +233,7 @@ def write_config(config: RunConfig, path: Path) -> None:
     values = asdict(config)
     if config.tiny is None:
         del values["tiny"]
-    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    replace_file(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def _begin(config: RunConfig, trainer: DynamicLlavaTrainer) -> None:
@@ -231,7 +256,7 @@ def _begin(config: RunConfig, trainer: DynamicLlavaTrainer) -> None:
     }
     replace_file(config.folder / "environment.json", json.dumps(facts, indent=1) + "\n")
     where = f"{facts['processes']} process(es) on {facts['device']}, model wrapped as {facts['wrapper']}"
-    log.info("%s: training from step %d to %d in %s", config.name, step, trainer.state.max_steps, where)
+    log.info("%s: training from step %d to %d in %s", config.run_name, step, trainer.state.max_steps, where)
 
 
 def _stopped(trainer: DynamicLlavaTrainer) -> Stopped:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from dynamic_llava.config import ModelConfig, SparsityConfig, TrainConfig
+from dynamic_llava.files import Lock
 from dynamic_llava.main_job import job, main
 from dynamic_llava.model import DynamicLlavaForConditionalGeneration
 from dynamic_llava.tiny.config import TinyJobConfig
@@ -89,15 +90,39 @@ def test_several_seeds_resume_what_is_finished(config, trained, capsys, caplog):
     trained.clear()
     main(two)
     assert not trained and "made by other source code" in caplog.text
-    main(replace(two, train=replace(two.train, learning_rate=1e-3)))
+    main(replace(two, tiny=replace(two.tiny, questions=11)))
     assert [entry[2] for entry in trained] == [4, 4, 5, 5]
-    assert "other settings or weights" in capsys.readouterr().out
+    assert "belongs to other settings or weights and is moved to" in capsys.readouterr().out
+    (aside,) = (folder / "seed4").glob("results.*.json")
+    assert json.loads(aside.read_text()) == result and (folder / "seed4" / "results.json").is_file()
+    assert len(list((folder / "seed4").glob("table.*.md"))) == 1
 
 
-def test_one_seed_is_always_run_anew(config, trained):
+def test_the_same_job_again_trains_and_measures_nothing(config, trained, capsys):
+    folder = main(config)
+    written = {path: path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
+    trained.clear()
+    capsys.readouterr()
     main(config)
-    main(config)
-    assert len(trained) == 4
+    assert not trained and "finished already, nothing to do" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in written} == written
+    main(replace(config, train=replace(config.train, overwrite=True)))
+    assert [entry[:3] for entry in trained] == [("both", "both", 4), ("control", "none", 4)]
+
+
+def test_a_training_of_other_settings_leaves_a_finished_job_as_it_is(config, trained, monkeypatch):
+    folder = main(config)
+    written = {path: path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
+
+    def refuse(run_config):
+        raise ValueError(f"{run_config.folder} holds a finished model of another run")
+
+    monkeypatch.setattr(job, "run", refuse)
+    with pytest.raises(ValueError, match=r"seed4/both holds a finished model of another run"):
+        main(replace(config, train=replace(config.train, learning_rate=1e-3)))
+    assert {path: path.read_bytes() for path in folder.rglob("*.*") if path.is_file()} == written
+    with Lock(folder / "job.lock", "x"), pytest.raises(ValueError, match=r"the main job in .*: process"):
+        main(config)
 
 
 def test_full_adds_the_untrained_base(config, trained, tmp_path):

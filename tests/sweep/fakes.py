@@ -31,7 +31,7 @@ if not (here / f"nothing-{name}").exists():
     model = here / "runs" / name / "model"
     shutil.rmtree(model, ignore_errors=True)
     model.mkdir(parents=True)
-    (model / "model.safetensors").write_text(name)
+    (model / "model.safetensors").write_text(f"{name} {time.time_ns()}")
     shutil.copy(here / "settings" / f"{name}.yaml", model / "run.yaml")
     (model / "config.json").write_text("{}")
 """

@@ -2,8 +2,11 @@
 
 import fcntl
 import json
+import os
 import shutil
 import signal
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +16,9 @@ from dynamic_llava.sweep import steps, table
 from dynamic_llava.sweep.__main__ import main
 from dynamic_llava.sweep.run import lock_of, run_plan
 from dynamic_llava.sweep.table import results, write_table
+from dynamic_llava.train.finished import write_record
+from dynamic_llava.train.inputs import file_inputs
+from dynamic_llava.train.run import base_folder
 from tests.sweep.fakes import SWEEP, FakeSweep
 
 ALL = [
@@ -115,6 +121,54 @@ def test_a_new_model_is_evaluated_anew_and_old_answers_are_kept_aside(sweep):
     assert sweep.calls() == ["train base", "evaluate base both"]
     places = sorted(path.name.split(".")[0] for path in (sweep.folder / "runs/base/eval/both").glob("tiny*"))
     assert places == ["tiny", "tiny"]
+
+
+def test_what_was_evaluated_is_told_by_content_not_by_dates(sweep):
+    run(sweep)
+    sweep.calls()
+    weights = sweep.folder / "runs/base/model/model.safetensors"
+    dates = weights.stat().st_atime_ns, weights.stat().st_mtime_ns
+    os.utime(weights, (1, 1))
+    assert run(sweep) == 0
+    assert sweep.calls() == []
+    weights.write_text(weights.read_text()[::-1])
+    os.utime(weights, ns=dates)
+    assert run(sweep) == 0
+    assert sweep.calls() == ["evaluate base both"]
+
+
+def test_a_benchmark_of_other_questions_is_evaluated_anew_and_one_whose_data_are_gone_is_not(benchmarks):
+    data = benchmarks.folder / "pope.jsonl"
+    (task, _) = benchmarks.plan().rows[0].evaluations
+
+    def stale(text):
+        data.write_text(text)
+        return replace(task, data=(data,))
+
+    stale("old").begin()
+    stale("old").finish()
+    assert stale("old").is_done() and not stale("new").is_done()
+    data.unlink()
+    assert replace(task, data=(data,)).is_done()
+    before = set(task.folder.parent.iterdir())
+    stale("new").begin()
+    (aside,) = set(task.folder.parent.iterdir()) - before
+    assert (aside / "summary.json").is_file() and not task.summary.exists()
+
+
+def test_a_run_of_other_data_or_base_is_not_the_rows(sweep, monkeypatch):
+    """Files of the same name that hold something else, found where the model says what it was trained on."""
+    run(sweep)
+    training = sweep.plan().rows[1].training
+    inputs = file_inputs(training.config, base_folder(training.config))
+    write_record(training.model, training.config, 1, inputs)
+    assert training.is_done()
+    data = Path(training.config.data.json)
+    data.write_text(data.read_text() + " ")
+    with pytest.raises(ValueError, match=r"data\.json was [\d,]+ bytes, sha256 \w+ and is [\d,]+ bytes, sha256"):
+        training.is_done()
+    data.unlink()
+    assert training.is_done(), "data that are gone are compared by name"
 
 
 def test_other_questions_are_another_evaluation(sweep):

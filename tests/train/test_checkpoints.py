@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 from collections import namedtuple
 from dataclasses import replace
@@ -278,6 +279,7 @@ def test_a_signal_saves_and_the_same_command_goes_on_exactly(start, whole, numbe
 def test_lines_after_the_checkpoint_are_written_anew(start, whole, caplog):
     """As after a crash: lines and half a line that no checkpoint covers, and a checkpoint cut off in the middle."""
     config = replace(start, name="whole")
+    shutil.rmtree(config.folder / "model")
     log = config.folder / "metrics.jsonl"
     expected = lines_of(whole)
     log.write_text(log.read_text() + '{"step": 7, "lm_loss": 1.0, "loss"')
