@@ -20,7 +20,7 @@ LAYER = {
     "processing": 4,
     "checkpoints": 5, "data": 5, "tiny": 5,
     "train": 6, "eval": 6, "profile": 6, "viz": 6,
-    "cli": 7, "apps": 7, "chat": 7, "integrations": 7, "main_job": 7, "sweep": 7,
+    "commands": 7, "cli": 7, "apps": 7, "chat": 7, "integrations": 7, "main_job": 7, "sweep": 7,
 }  # fmt: skip
 ENTRY_LAYER = 7
 
@@ -30,6 +30,7 @@ ROOMS = {
     "torch": set(LAYER),
     "transformers": {"model", "processing", "checkpoints", "tiny", "train", "eval", "profile", "integrations"},
     "safetensors": {"model", "checkpoints", "tiny", "train"},
+    "huggingface_hub": {"checkpoints"},
     "tokenizers": {"processing", "data", "tiny"},
     "numpy": UPPER,
     "tqdm": {"data", "tiny", "train", "eval", "profile", "apps", "cli"},

@@ -5,7 +5,6 @@ ends it at once. Nothing here knows the model's inside: it is all in `Conversati
 """
 
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -30,8 +29,6 @@ TINY = "tiny"
 """Name of the model that ships inside the package, as in `model.base` of a training."""
 COMMANDS = "/image FILE (goes with the next question), /reset, /quit"
 STOPPED = {"length": "(ends here for want of room or at --max-new-tokens)", "stopped": "(stopped)", "end": ""}
-
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -179,13 +176,10 @@ def load(name: str, sparsity: SparsityMode) -> tuple[Any, DynamicLlavaProcessor]
     FileNotFoundError when there is none; ValueError when it is dense and was asked to decide.
     """
     source = str(BASE_WEIGHTS) if name == TINY else name
-    if not Path(source).is_dir() and (Path(source).exists() or not _HUB_NAME.fullmatch(source)):
-        raise FileNotFoundError(
-            f"there is no model folder {name}; give the folder of a checkpoint, such as runs/tiny/seed0/both/model "
-            f"after `bash scripts/train.sh`, a hub name, or {TINY} for the model that ships with the package"
-        )
     try:
         shapes = tensor_shapes(source)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; {TINY} is the model that ships with the package") from None
     except OSError as error:
         raise FileNotFoundError(f"{name} holds no checkpoint that can be read: {str(error).splitlines()[0]}") from None
     if sparsity != "none" and not any("_predictor." in tensor for tensor in shapes):

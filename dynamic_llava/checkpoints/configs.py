@@ -101,6 +101,32 @@ def config_from_hf(values: dict[str, Any], ours: bool) -> DynamicLlavaConfig:
     return config
 
 
+def config_of_parts(
+    config: DynamicLlavaConfig, trained: dict[str, Any], shapes: Shapes, say: Say
+) -> DynamicLlavaConfig:
+    """Return the base's configuration with what an original LLaVA's config.json says of the parts trained on it.
+
+    Sizes and vocabulary are the base's, which has grown by <image>. Raises ValueError where the parts were trained for
+    another architecture, or to see other features of the tower.
+    """
+    _check_architecture(trained)
+    strategy = _STRATEGIES[trained.get("mm_vision_select_feature") or "patch"]
+    features = (trained.get("mm_vision_select_layer", -2), strategy)
+    if features != (config.vision_feature_layer, config.vision_feature_select_strategy):
+        raise ValueError(
+            f"config.json has features {features} of the tower (mm_vision_select_layer, mm_vision_select_feature), and "
+            f"the base has {(config.vision_feature_layer, config.vision_feature_select_strategy)}; give the base that "
+            "the parts were trained on"
+        )
+    if trained.get("sparse_config") is not None or (
+        config.untrained_predictors and any(predictor_of(name) for name in shapes)
+    ):
+        layers = config.text_config.num_hidden_layers
+        config.sparsity = _sparsity(trained, shapes, layers, config.image_seq_length, say)
+        config.untrained_predictors = _untrained(trained.get("sparse_config"))
+    return config
+
+
 def config_to_hf(config: DynamicLlavaConfig) -> LlavaConfig:
     """Return llava-hf's configuration of the same model without its predictors."""
     own = ("sparsity", "untrained_predictors", "model_type", "architectures", "transformers_version")

@@ -1,7 +1,7 @@
 """Conversion of checkpoints: everything is checked first, then tensors pass through one by one."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +28,35 @@ def convert(
     vision_tower: str | Path | None = None,
     base: str | Path | None = None,
     dtype: Dtype | None = None,
+    keep_projector: bool = False,
+    leave_out: Collection[str] = (),
     shard_bytes: int = SHARD_BYTES,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Convert a checkpoint's folder into a new one, which appears only when it is complete; return it.
 
-    source: a folder of the original LLaVA-1.5, of the published Dynamic-LLaVA, of llava-hf, of LoRA matrices over one
-    of them, or of ours. to: this library's layout, or llava-hf's without predictors. vision_tower: a CLIP folder, for a
-    source without its tower. base: what the LoRA matrices belong to. dtype: float32, float16 or bfloat16 for every
-    tensor; None keeps each as it is. say: gets one line at a time of what is done.
-    Raises FileNotFoundError and ValueError before anything is written, for whatever does not fit; ValueError also for a
-    full disk. Memory: one tensor beside what the system keeps of the one input file that is open.
+    source: a folder or hub name of the original LLaVA-1.5, of the published Dynamic-LLaVA, of llava-hf, of ours, of
+    LoRA matrices over one of them, or of a projector that LLaVA's first stage has trained. to: this library's layout,
+    or llava-hf's without predictors. vision_tower: a CLIP folder, for a source without its tower. base: what LoRA
+    matrices or a projector belong to. dtype: float32, float16 or bfloat16 for every tensor; None keeps each as it is.
+    keep_projector: the base's projector is right, for LoRA matrices whose training left it alone. leave_out: names of
+    files of weights that are no part of the model. say: gets one line at a time of what is done.
+    Raises FileNotFoundError and ValueError before anything is written, for whatever does not fit, and for a file of
+    weights that nothing was read from and that is no second copy of what was; ValueError also for a full disk.
+    Memory: one tensor beside what the system keeps of the one input file that is open.
     """
     destination = Path(destination)
     check_destination(destination)
-    plan = make_plan(source, to=to, vision_tower=vision_tower, base=base, dtype=dtype, say=say)
+    plan = make_plan(
+        source,
+        to=to,
+        vision_tower=vision_tower,
+        base=base,
+        dtype=dtype,
+        keep_projector=keep_projector,
+        leave_out=leave_out,
+        say=say,
+    )
     with new_folder(destination, plan.size) as folder:
         write_weights(folder, plan.placements, shard_bytes, say)
         write_processor(folder, plan.source, plan.config, plan.vocabulary, to, say)
@@ -60,8 +74,10 @@ def _write_configs(folder: Path, plan: Plan) -> None:
     if plan.to == "llava-hf":
         config, architecture = config_to_hf(plan.config), "LlavaForConditionalGeneration"
     config.architectures = [architecture]
-    own = plan.source.folder / _GENERATION
-    if not plan.source.is_original and own.is_file():
+    parts = plan.source.trained_config is not None  # of the original LLaVA, whose own holds contradicting settings
+    folders = [folder for folder in (None if parts else plan.source.folder, plan.source.base) if folder is not None]
+    own = next((path for folder in folders if (path := folder / _GENERATION).is_file()), None)
+    if not plan.source.is_original and own is not None:
         shutil.copyfile(own, folder / _GENERATION)
     else:
         # The original's own holds sampling settings that contradict each other.

@@ -24,8 +24,9 @@ LLAVA_HF = Layout("llava-hf layout", names.LLAVA_HF, ("language_model.model.laye
 ORIGINAL = Layout("the original LLaVA layout", names.ORIGINAL, ("model.layers.",))
 PUBLISHED = Layout("the layout of the published Dynamic-LLaVA code", names.PUBLISHED, ("model.layers.",))
 LLAMA = Layout("a Llama language model", names.ORIGINAL, ("model.layers.",))
-ADAPTER = Layout("a LoRA folder", (*names.PUBLISHED, *names.LLAVA_HF), ())
+ADAPTER = Layout("a LoRA folder", (*names.PARTS, *names.LLAVA_HF), ())
 """An adapter over any of the others: the tables have no name in common that they would place differently."""
+PROJECTOR = Layout("a projector alone, of LLaVA's first stage", ADAPTER.rules, ())
 CLIP = Layout("a CLIP vision tower", names.CLIP, ("vision_model.encoder.", "encoder."))
 
 _ORIGINAL_TYPES = ("llava", "llava_llama", "dynamic_llava_llama")
@@ -45,11 +46,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def is_adapter(folder: Path) -> bool:
-    """Return whether a folder is one of peft's."""
-    return (folder / "adapter_config.json").is_file()
-
-
 def find_layout(folder: Path, config: dict[str, Any], stored: Collection[str]) -> Layout:
     """Return the layout of a checkpoint with this config.json and tensors of these names.
 
@@ -62,6 +58,11 @@ def find_layout(folder: Path, config: dict[str, Any], stored: Collection[str]) -
             f"{' or '.join(layout.beginnings)}, but none does; found {', '.join(sorted(stored)[:_SHOWN])}, ..."
         )
     return layout
+
+
+def is_original(layout: Layout) -> bool:
+    """Return whether a layout is of the original LLaVA's family, whose vocabulary has no <image>."""
+    return layout not in (OURS, LLAVA_HF)
 
 
 def layout_by_config(folder: Path, config: dict[str, Any]) -> Layout:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,14 @@ from torch import Tensor
 
 from dynamic_llava.checkpoints.layouts import read_json
 from dynamic_llava.checkpoints.names import without_peft
-from dynamic_llava.model.weight_files import WeightFiles
+from dynamic_llava.model.weight_files import WeightFiles, holds_model
 
 _PART = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight$")
-_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_PROJECTOR = re.compile(r"(^|\.)(mm_projector|multi_modal_projector)\.(?!.*\.lora_)")
+SETTINGS_FILE = "adapter_config.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+PROJECTOR_FILE = "mm_projector.bin"
+"""A projector alone: what LLaVA's first stage writes, and later ones beside other files."""
 _WHOLE = "non_lora_trainables.bin"
 
 
@@ -44,31 +49,56 @@ class Adapter:
         return weight.float().addmm(outer, inner, alpha=self.scale).to(weight.dtype)
 
 
-def adapter_files(folder: Path) -> WeightFiles:
-    """Open adapter_model and, where LLaVA's training wrote it, non_lora_trainables.bin of a LoRA folder."""
-    found = [folder / name for name in _FILES if (folder / name).is_file()][:1]
-    if not found:
-        raise FileNotFoundError(f"{folder} holds adapter_config.json but neither {' nor '.join(_FILES)}")
-    whole = folder / _WHOLE
-    return WeightFiles([*found, *([whole] if whole.is_file() else [])])
+def holds_parts(folder: Path, leave_out: Collection[str]) -> bool:
+    """Return whether a folder holds LoRA matrices, beside whatever else; or a projector alone instead of a model."""
+    if any((folder / name).is_file() for name in (*ADAPTER_FILES, _WHOLE) if name not in leave_out):
+        return True
+    alone = not holds_model(folder)
+    return alone and any((folder / name).is_file() for name in (SETTINGS_FILE, PROJECTOR_FILE))
+
+
+def part_files(folder: Path, leave_out: Collection[str]) -> WeightFiles:
+    """Open adapter_model and what LLaVA's training wrote beside it: non_lora_trainables.bin, or mm_projector.bin.
+
+    A folder of LLaVA's first stage holds the last one alone.
+    """
+    there = [name for name in (*ADAPTER_FILES, _WHOLE, PROJECTOR_FILE) if (folder / name).is_file()]
+    there = [name for name in there if name not in leave_out]
+    adapter = [name for name in there if name in ADAPTER_FILES][:1]
+    if not adapter and ((folder / SETTINGS_FILE).is_file() or _WHOLE in there):
+        raise FileNotFoundError(f"{folder} holds parts of a LoRA training, but neither {' nor '.join(ADAPTER_FILES)}")
+    names = [*adapter, *(name for name in there if name == _WHOLE)]
+    files = WeightFiles([folder / name for name in names])
+    if PROJECTOR_FILE in there and not any(_PROJECTOR.search(name) for name in files.heads):
+        files = WeightFiles([folder / name for name in (*names, PROJECTOR_FILE)])
+    return files
 
 
 def split_adapter(folder: Path, files: WeightFiles) -> tuple[dict[str, Adapter], dict[str, str]]:
     """Return the adapters by the name of their weight, and the tensors that were trained whole by theirs.
 
-    All names are as the model had them before peft. Raises ValueError for another kind of adapter, and for a matrix
-    without its partner.
+    All names are as the model had them before peft. Raises ValueError for another kind of adapter, for a matrix without
+    its partner, for one tensor under two names, and where a module is missing that was trained whole.
     """
-    settings = _settings(folder)
     parts: dict[str, dict[str, str]] = {}
-    whole = {}
+    whole: dict[str, str] = {}
     for name in files.heads:
         own = without_peft(name)
         match = _PART.match(own)
-        if match is None:
-            whole[own] = name
-        else:
-            parts.setdefault(match["module"], {})[match["side"]] = name
+        place, key = (whole, own) if match is None else (parts.setdefault(match["module"], {}), match["side"])
+        if key in place:
+            raise ValueError(
+                f"{folder}: {place[key]} in {files.heads[place[key]].file.name} and {name} in "
+                f"{files.heads[name].file.name} are the same tensor; remove one of them"
+            )
+        place[key] = name
+    settings = _settings(folder) if parts or (folder / SETTINGS_FILE).is_file() else {}
+    for module in settings.get("modules_to_save") or ():
+        if not any(f".{module}." in f".{name}" for name in whole):
+            raise ValueError(
+                f"{folder / SETTINGS_FILE} has {module} among its modules_to_save, and no file of the folder holds "
+                "it; copy the missing file into the folder"
+            )
     adapters = {}
     for module, pair in parts.items():
         if len(pair) < 2:
@@ -80,7 +110,7 @@ def split_adapter(folder: Path, files: WeightFiles) -> tuple[dict[str, Adapter],
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    path = folder / "adapter_config.json"
+    path = folder / SETTINGS_FILE
     settings = read_json(path)
     if settings.get("peft_type") != "LORA":
         raise ValueError(f"{path} has peft_type {settings.get('peft_type')!r}; only 'LORA' can be merged")

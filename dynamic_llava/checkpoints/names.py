@@ -48,6 +48,15 @@ PUBLISHED: tuple[Rule, ...] = (
 """The names of the paper's published code: LLaVA's own with its two predictors."""
 _LAST_LAYERS = (f"{IMAGE_PREDICTOR}head.4.", f"{OUTPUT_PREDICTOR}head.4.")
 
+PROJECTOR = "model.multi_modal_projector."
+
+PARTS: tuple[Rule, ...] = (
+    *PUBLISHED,
+    ("mm_projector.0.", f"{PROJECTOR}linear_1."),
+    ("mm_projector.2.", f"{PROJECTOR}linear_2."),
+)
+"""The same, with the short names that some of LLaVA's tools give a projector in a file of its own."""
+
 LLAVA_HF: tuple[Rule, ...] = (
     ("language_model.model.", "model.language_model."),
     ("language_model.lm_head.", "lm_head."),

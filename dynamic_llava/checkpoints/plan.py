@@ -1,7 +1,7 @@
 """What a conversion will do, checked from names, shapes and settings before a single value is read."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -9,7 +9,8 @@ from typing import Literal, get_args
 import torch
 
 from dynamic_llava.checkpoints import layouts
-from dynamic_llava.checkpoints.configs import config_from_hf, config_from_original
+from dynamic_llava.checkpoints.configs import config_from_hf, config_from_original, config_of_parts
+from dynamic_llava.checkpoints.folders import some
 from dynamic_llava.checkpoints.names import (
     EMBEDDING,
     HEAD,
@@ -19,7 +20,7 @@ from dynamic_llava.checkpoints.names import (
     has_keep_first,
     predictor_of,
 )
-from dynamic_llava.checkpoints.sources import Source, Stored, read_source, some
+from dynamic_llava.checkpoints.sources import Source, Stored, read_source
 from dynamic_llava.checkpoints.tensors import FLOATS, Change, Placement, add_mean_rows, swap_rows
 from dynamic_llava.checkpoints.vocabulary import Vocabulary, extend_vocabulary, keep_vocabulary, read_tokenizer
 from dynamic_llava.model import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
@@ -51,13 +52,15 @@ def make_plan(
     vision_tower: str | Path | None = None,
     base: str | Path | None = None,
     dtype: Dtype | None = None,
+    keep_projector: bool = False,
+    leave_out: Collection[str] = (),
     say: Callable[[str], None] = print,
 ) -> Plan:
     """Check everything there is to check and return what to do; arguments and errors are those of `convert`."""
     for name, value, allowed in (("dtype", dtype, (None, *get_args(Dtype))), ("to", to, get_args(Target))):
         if value not in allowed:
             raise ValueError(f"{name}={value!r} is not offered; choose one of {', '.join(filter(None, allowed))}")
-    found = read_source(Path(source), _path(vision_tower), _path(base), say)
+    found = read_source(source, vision_tower, base, say, keep_projector=keep_projector, leave_out=leave_out)
     config = _config(found, say)
     own_names = _check(found, config)
     vocabulary = _vocabulary(found, config, say)
@@ -76,15 +79,14 @@ def make_plan(
     return Plan(found, to, config, vocabulary, placements)
 
 
-def _path(given: str | Path | None) -> Path | None:
-    return None if given is None else Path(given)
-
-
 def _config(source: Source, say: Callable[[str], None]) -> DynamicLlavaConfig:
     try:
         if source.is_original:
             return config_from_original(source.config, source.shapes, source.vision_config, say)
-        return config_from_hf(source.config, ours=source.layout is layouts.OURS)
+        config = config_from_hf(source.config, ours=source.layout is layouts.OURS)
+        if source.trained_config is not None:
+            config = config_of_parts(config, source.trained_config, source.shapes, say)
+        return config
     except ValueError as error:
         raise ValueError(f"{source.folder}: {error}") from None
     except Exception as error:  # transformers has classes of its own for a value of the wrong kind
@@ -132,7 +134,9 @@ def _both_names(name: str, source: Source) -> str:
 
 
 def _vocabulary(source: Source, config: DynamicLlavaConfig, say: Callable[[str], None]) -> Vocabulary:
-    folders = [folder for folder in (source.folder, source.base) if folder is not None]
+    # The tokenizer of an original LLaVA's parts lacks <image>, which such a base has.
+    first = None if source.trained_config is not None else source.folder
+    folders = [folder for folder in (first, source.base) if folder is not None]
     tokenizer = read_tokenizer(folders, source.is_original)
     if not source.is_original:
         return keep_vocabulary(config, tokenizer)

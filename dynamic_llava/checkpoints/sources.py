@@ -1,19 +1,26 @@
 """What a conversion starts from: every tensor under our name, from one folder or put together from several."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dynamic_llava.checkpoints import layouts
-from dynamic_llava.checkpoints.layouts import Layout, find_layout, is_adapter, layout_by_config, read_json
-from dynamic_llava.checkpoints.lora import Adapter, adapter_files, split_adapter
+from dynamic_llava.checkpoints import layouts, names
+from dynamic_llava.checkpoints.folders import check_left_out, check_unread, local_folder, some
+from dynamic_llava.checkpoints.layouts import Layout, find_layout, is_original, layout_by_config, read_json
+from dynamic_llava.checkpoints.lora import (
+    PROJECTOR_FILE,
+    SETTINGS_FILE,
+    Adapter,
+    holds_parts,
+    part_files,
+    split_adapter,
+)
 from dynamic_llava.checkpoints.names import RECOMPUTED, TEXT_HALF, TOWER, Rule, reason_to_leave_out, to_ours
-from dynamic_llava.model.weight_files import Head, WeightFiles
+from dynamic_llava.model.weight_files import Head, WeightFiles, holds_model
 
 Say = Callable[[str], None]
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,11 @@ class Stored:
     def head(self) -> Head:
         """Return its file, shape and number format."""
         return self.source.heads[self.name]
+
+    @property
+    def files(self) -> tuple[WeightFiles, ...]:
+        """Return where its value comes from, its adapter's included."""
+        return (self.source,) if self.adapter is None else (self.source, self.adapter.source)
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,8 @@ class Source:
     """Folder of a separate vision tower; settings of images may lie there, and a tokenizer that is not LLaVA's."""
     vision_config: dict[str, Any] | None = None
     """Its config.json."""
+    trained_config: dict[str, Any] | None = None
+    """config.json of an original LLaVA's LoRA folder whose base has a layout with <image>; `config` is the base's."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -57,23 +71,33 @@ class Source:
     @property
     def is_original(self) -> bool:
         """Return whether this is the original LLaVA's family, whose vocabulary has no <image>."""
-        return self.layout not in (layouts.OURS, layouts.LLAVA_HF)
+        return is_original(self.layout)
 
 
-def read_source(folder: Path, vision_tower: Path | None, base: Path | None, say: Say) -> Source:
-    """Find out what `folder` holds and where every tensor belongs; no value is read.
+def read_source(
+    folder: str | Path,
+    vision_tower: str | Path | None,
+    base: str | Path | None,
+    say: Say,
+    *,
+    keep_projector: bool = False,
+    leave_out: Collection[str] = (),
+) -> Source:
+    """Find out what a checkpoint holds and where every tensor belongs; arguments and errors are those of `convert`.
 
-    Raises FileNotFoundError and ValueError for whatever is missing, damaged, contradictory or without a place.
+    No value is read, except where a file may be a second copy of another one.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"there is no folder {folder}; give a checkpoint's folder (download it from the hub first)"
-        )
-    if is_adapter(folder):
-        source = _read_adapter(folder, base, say)
-    elif base is not None:
+    folder = local_folder(folder, say)
+    tower = None if vision_tower is None else local_folder(vision_tower, say)
+    under = None if base is None else local_folder(base, say)
+    check_left_out([place for place in (folder, under, tower) if place is not None], leave_out)
+    if holds_parts(folder, leave_out):
+        source = _read_parts(folder, under, leave_out, keep_projector, say)
+    elif under is not None or keep_projector:
+        option = "--keep-projector" if under is None else f"--base {base}"
         raise ValueError(
-            f"--base {base} belongs to a LoRA folder, and {folder} has no adapter_config.json; leave it out"
+            f"{option} belongs to LoRA matrices, and {folder} has no adapter_config.json and no projector alone; leave "
+            "it out"
         )
     else:
         source = _read_model(folder, say)
@@ -82,12 +106,15 @@ def read_source(folder: Path, vision_tower: Path | None, base: Path | None, say:
                 f"{folder} is a language model without projector and vision tower, no LLaVA; it can be the --base of a "
                 "LoRA folder"
             )
-    return _with_tower(source, vision_tower, say)
+    source = _with_tower(source, tower, say)
+    opened = {id(files): files for stored in source.tensors.values() for files in stored.files}
+    placed = {name: (stored.source, stored.name) for name, stored in source.tensors.items()}
+    for place in dict.fromkeys(place for place in (folder, under, tower) if place is not None):
+        check_unread(place, opened.values(), placed, leave_out, say)
+    return source
 
 
 def _read_model(folder: Path, say: Say) -> Source:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}")
     config = read_json(folder / "config.json")
     layout = layout_by_config(folder, config)  # a folder of another architecture is named before its files are read
     files = WeightFiles.of_folder(folder)
@@ -96,15 +123,17 @@ def _read_model(folder: Path, say: Say) -> Source:
     return Source(folder, layout, config, _place(folder, files, layout, say))
 
 
-def _read_adapter(folder: Path, base: Path | None, say: Say) -> Source:
+def _read_parts(folder: Path, base: Path | None, leave_out: Collection[str], keep_projector: bool, say: Say) -> Source:
     if base is None:
-        named = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-        raise ValueError(f"{folder} holds LoRA matrices over {named!r}; give the folder of that model with --base PATH")
+        raise ValueError(_needs_base(folder))
     under = _read_model(base, say)
-    files = adapter_files(folder)
+    files = part_files(folder, leave_out)
     adapters, whole = split_adapter(folder, files)
-    say(f"{folder}: {layouts.ADAPTER.title}; {len(adapters)} pairs of matrices to merge, {len(whole)} whole tensors")
-    tensors = under.tensors | _place(folder, files, layouts.ADAPTER, say, names=whole)
+    kind = layouts.ADAPTER if adapters else layouts.PROJECTOR
+    say(f"{folder}: {kind.title}; {len(adapters)} pairs of matrices to merge, {len(whole)} whole tensors")
+    trained = _place(folder, files, kind, say, only=whole)
+    tensors = under.tensors | trained
+    rules = set()
     for name, adapter in adapters.items():
         found = to_ours(name, layouts.ADAPTER.rules)
         if found is None or found[0] not in tensors:
@@ -117,12 +146,47 @@ def _read_adapter(folder: Path, base: Path | None, say: Say) -> Source:
                 f"{folder} adapts {name} {adapter.shape}, which is {stored.head.shape} in {stored.head.file}"
             )
         tensors[found[0]] = replace(stored, adapter=adapter)
-    own = folder / "config.json"
-    config = read_json(own) if own.is_file() else under.config
+        rules.add(found[1])
+    own = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
+    config = under.config if own is None else own
     layout = layout_by_config(folder, config)
     if layout is layouts.LLAMA:
         raise ValueError(f"neither {folder} nor {base} has the config.json of a LLaVA, which names projector and tower")
+    by_llava = bool(rules & set(names.PUBLISHED)) or (own is not None and is_original(layout))
+    adapted = {found[0] for name in adapters if (found := to_ours(name, layouts.ADAPTER.rules))}
+    _check_projector(folder, {*trained, *adapted}, by_llava, own or {}, keep_projector, say)
+    if is_original(layout) and not is_original(under.layout):  # <image> has its row in the base already
+        return Source(folder, under.layout, under.config, tensors, base=base, trained_config=own)
     return Source(folder, layout, config, tensors, base=base)
+
+
+def _needs_base(folder: Path) -> str:
+    if not (folder / SETTINGS_FILE).is_file():
+        return f"{folder} holds a projector alone; give the folder of the model that it was trained on with --base PATH"
+    named = read_json(folder / SETTINGS_FILE).get("base_model_name_or_path")
+    whole = f", or --base {folder} for the model beside them" if holds_model(folder) else ""
+    return f"{folder} holds LoRA matrices over {named!r}; give the folder of that model with --base PATH{whole}"
+
+
+def _check_projector(
+    folder: Path, trained: Collection[str], by_llava: bool, config: dict[str, Any], keep: bool, say: Say
+) -> None:
+    """Raise ValueError where LLaVA's training has trained a projector that is not in its folder."""
+    there = [name for name in trained if name.startswith(names.PROJECTOR)]
+    frozen = config.get("freeze_mm_mlp_adapter") is True
+    if keep and there:
+        raise ValueError(f"{folder} holds a trained projector ({some(there)}); leave --keep-projector out")
+    if there or not by_llava:
+        say(f"projector: {'as it was trained' if there else 'that of the base, which this adapter did not train'}")
+    elif keep or frozen:
+        say(f"projector: that of the base, {'as --keep-projector says' if keep else 'which config.json calls frozen'}")
+    else:
+        raise ValueError(
+            f"{folder} lacks the projector, which LLaVA's training trains beside LoRA matrices: copy the training's "
+            f"non_lora_trainables.bin or {PROJECTOR_FILE} into the folder. A checkpoint from the middle of such a "
+            "training holds neither, and is of use to that training only. If the training left the projector alone, "
+            "say --keep-projector, and the one of the base is taken"
+        )
 
 
 def _with_tower(source: Source, vision_tower: Path | None, say: Say) -> Source:
@@ -137,8 +201,6 @@ def _with_tower(source: Source, vision_tower: Path | None, say: Say) -> Source:
             f"{source.folder} holds no vision tower; its config.json names {named!r}: give the folder of that CLIP "
             "model with --vision-tower PATH"
         )
-    if not vision_tower.is_dir():
-        raise FileNotFoundError(f"there is no folder {vision_tower}; give the one of a CLIP model with --vision-tower")
     config = read_json(vision_tower / "config.json")
     if config.get("model_type") not in ("clip", "clip_vision_model"):
         raise ValueError(
@@ -157,17 +219,17 @@ def _place(
     layout: Layout,
     say: Say,
     left_out: Iterable[tuple[Any, str]] = RECOMPUTED,
-    names: Mapping[str, str] | None = None,
+    only: Mapping[str, str] | None = None,
 ) -> dict[str, Stored]:
     """Return the tensors of a folder by our names, and say what was mapped by which rule and what was left out.
 
-    `names`: the tensors to place, as the layout calls them, with the names under which they are stored; default all.
+    `only`: the tensors to place, as the layout calls them, with the names under which they are stored; default all.
     """
     placed: dict[str, Stored] = {}
     mapped: Counter[Rule] = Counter()
     dropped: Counter[str] = Counter()
     unplaced = []
-    for name, stored in (names if names is not None else {name: name for name in files.heads}).items():
+    for name, stored in (only if only is not None else {name: name for name in files.heads}).items():
         reason = reason_to_leave_out(name, left_out)
         found = None if reason else to_ours(name, layout.rules)
         if reason:
@@ -190,10 +252,3 @@ def _place(
 def _refuse(folder: Path, unplaced: list[str]) -> None:
     if unplaced:
         raise ValueError(f"{folder} holds {len(unplaced)} tensors without a place in LLaVA-1.5: {some(unplaced)}")
-
-
-def some(names: Iterable[str]) -> str:
-    """Return the first few names, and how many more there are."""
-    names = list(names)
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

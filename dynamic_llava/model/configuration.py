@@ -5,6 +5,7 @@ from typing import Any
 from transformers import LlavaConfig
 
 from dynamic_llava.config import SparsityConfig, check_sparse_layer
+from dynamic_llava.model.places import check_place
 from dynamic_llava.model.quantization import spare_predictors
 from dynamic_llava.model.supported import check_kernels
 from dynamic_llava.model.untrained import check_names
@@ -27,6 +28,8 @@ class DynamicLlavaConfig(LlavaConfig):
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read config.json; a dense LLaVA-1.5 one counts as ours. ValueError for any other architecture."""
+        if args:
+            check_place(args[0], kwargs)
         values, rest = super().get_config_dict(*args, **kwargs)
         check_kernels(str(args[0]) if args else "the checkpoint", values)
         found = values.get("model_type", cls.model_type)

@@ -9,17 +9,17 @@ import torch
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from dynamic_llava.model.card import replace_generic_card, write_card
+from dynamic_llava.model.places import CONVERT, check_place, refuse_adapter
 from dynamic_llava.model.quantization import spare_predictors
 from dynamic_llava.model.supported import refuse_code
 from dynamic_llava.model.untrained import PREDICTORS
-from dynamic_llava.model.weight_files import WeightFiles
+from dynamic_llava.model.weight_files import WeightFiles, all_weight_files, holds_model
 
 logger = logging.getLogger(__name__)
 
 PREDICTOR_PREFIXES = {name: f"model.language_model.{name}." for name in PREDICTORS}
 _OTHER_SOURCES = ("state_dict", "subfolder", "variant", "gguf_file")
 """Arguments of from_pretrained that take the weights from elsewhere than the folder's usual files."""
-_CONVERT = "python -m dynamic_llava.checkpoints convert"
 
 
 class CheckedLoading:
@@ -38,6 +38,8 @@ class CheckedLoading:
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = spare_predictors(kwargs["quantization_config"])
         source = str(args[0]) if args else str(kwargs.get("pretrained_model_name_or_path"))
+        check_place(source, kwargs)
+        refuse_adapter(source, kwargs)
         refuse_code(source, kwargs)
         if Path(source).is_dir() and not any(kwargs.get(name) for name in _OTHER_SOURCES):
             check_folder(Path(source), needs_config=kwargs.get("config") is None)
@@ -120,6 +122,8 @@ class CheckedLoading:
 
 def checkpoint_files(source: str | Path) -> list[Path]:
     """Return the safetensors files of a checkpoint folder or hub name. OSError where there are none."""
+    check_place(source, {})
+    refuse_adapter(str(source), {})
     single = cached_file(source, "model.safetensors", _raise_exceptions_for_missing_entries=False)
     if single is not None:
         return [Path(single)]
@@ -141,22 +145,24 @@ def check_folder(folder: Path, needs_config: bool = True) -> None:
     """
     path = folder / "config.json"
     if not path.is_file() and needs_config:
-        if (folder / "adapter_config.json").is_file():
-            raise ValueError(
-                f"{folder} holds LoRA matrices, no model; merge them: {_CONVERT} {folder} NEW --base MODEL"
-            )
         raise FileNotFoundError(f"{folder} has no config.json; give the folder of a checkpoint")
     try:
         config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         kind, nested = config.get("model_type"), "text_config" in config
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is no valid configuration ({error}); get the file again") from None
-    if any(key.startswith("mm_") for key in config) and not nested:
+    parts = (folder / "mm_projector.bin").is_file() and not holds_model(folder)
+    if (any(key.startswith("mm_") for key in config) and not nested) or parts:
         raise ValueError(
-            f"{folder} is in the layout of the original LLaVA (model_type {kind!r}); convert it first: "
-            f"{_CONVERT} {folder} NEW_FOLDER"
+            f"{folder} {'holds a projector alone,' if parts else 'is'} in the layout of the original LLaVA (model_type "
+            f"{kind!r}); convert it first: "
+            f"{CONVERT} {folder} NEW_FOLDER{' --base MODEL' if parts else ''}"
         )
-    names = list(WeightFiles.of_folder(folder).heads)
+    files = WeightFiles.of_folder(folder)
+    names = list(files.heads)
+    unread = [file.name for file in all_weight_files(folder) if file not in files.files]
+    if unread:
+        logger.warning("%s: %s not read, nothing of it is in the model", folder, ", ".join(unread))
     untrained = config.get("untrained_predictors") or ()
     for predictor, prefix in PREDICTOR_PREFIXES.items():
         if kind == "dynamic_llava" and predictor not in untrained and not any(n.startswith(prefix) for n in names):

@@ -18,6 +18,10 @@ from torch import Tensor
 STEMS = ("model.safetensors", "pytorch_model.bin")
 """What transformers calls a checkpoint's file, or the first part of its shards' names; the first one found counts."""
 
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+"""Suffixes of files that may hold tensors for torch."""
+_STATE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state\w*|random_states\w*)\.\w+")
+"""What a Trainer leaves beside weights: its own state, no part of a model."""
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -86,6 +90,22 @@ class WeightFiles:
             self.heads[name] = head
 
 
+def all_weight_files(folder: Path) -> list[Path]:
+    """Return every file of a folder that may hold weights for torch, read or not; a Trainer's own state is none."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in SUFFIXES and path.is_file() and not _STATE.fullmatch(path.name)
+    )
+
+
+def holds_model(folder: Path) -> bool:
+    """Return whether a folder holds the weights of a whole model, in a file or in shards."""
+    return any((folder / stem).is_file() or (folder / f"{stem}.index.json").is_file() for stem in STEMS) or any(
+        _numbered_shards(folder, stem) for stem in STEMS
+    )
+
+
 def _find(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     """Return the files of weights of a folder and, where there is one, its index."""
     for stem in STEMS:
@@ -131,7 +151,7 @@ def _numbered_shards(folder: Path, stem: str) -> list[Path]:
 
 
 def _is_safetensors(file: Path) -> bool:
-    return file.suffix == ".safetensors"
+    return file.suffix.lower() == ".safetensors"
 
 
 def _open_safetensors(file: Path) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, LlavaConfig
 
+from dynamic_llava.model.places import check_place, refuse_adapter
 from dynamic_llava.model.supported import read_settings_file, refuse_code
 from dynamic_llava.processing.images import CLIP_MEAN, CLIP_STD
 
@@ -17,10 +18,12 @@ def read_settings(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     transformers' hub arguments; others are left alone.
     Raises FileNotFoundError when the sizes are nowhere to be found, and ValueError when two files contradict.
     """
+    check_place(name, arguments)
     model = read_settings_file(name, "config.json", arguments)
     processor = read_settings_file(name, "processor_config.json", arguments) or {}
     pixels = read_settings_file(name, "preprocessor_config.json", arguments) or processor.get("image_processor") or {}
     if model is None and not ("patch_size" in processor and "crop_size" in pixels):
+        refuse_adapter(name, arguments)
         raise FileNotFoundError(
             f"{name} holds neither config.json nor processor_config.json with preprocessor_config.json; "
             "give the folder of a LLaVA checkpoint (llava-hf layout) or of a saved processor"
@@ -39,6 +42,7 @@ def load_tokenizer(name: str | Path, **arguments: Any) -> Any:
 
     `arguments` are those of transformers' AutoTokenizer. Raises ValueError where the folder asks for code of its own.
     """
+    check_place(name, arguments)
     refuse_code(name, arguments)
     return AutoTokenizer.from_pretrained(str(name), trust_remote_code=False, **arguments)
 

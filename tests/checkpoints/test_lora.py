@@ -99,7 +99,7 @@ def test_a_published_lora_with_predictors(model, tmp_path):
     """The base is a whole LLaVA, the predictors are adapted or trained whole, and their keep channel is turned."""
     base = original_folder(tmp_path / "llava", model)
     weights = original_weights(model, predictors=True)
-    whole = {name: value for name, value in weights.items() if "_score_predictor." in name}
+    whole = {name: value for name, value in weights.items() if "_score_predictor." in name or "projector" in name}
     source = tmp_path / "lora"
     source.mkdir()
     name = "model.layers.0.mlp.up_proj"
@@ -148,7 +148,7 @@ def test_half_precision_is_merged_in_float32(model, tmp_path):
     base = write(tmp_path / "llava", original_config(model), half)
     plain = llama(model)
     wrapped = adapted(plain)
-    source = lora_folder(tmp_path / "lora", wrapped, original_config(model), {})
+    source = lora_folder(tmp_path / "lora", wrapped, original_config(model), projector(model))
     found = load_file(convert(source, tmp_path / "new", base=base) / "model.safetensors")
     name = "model.layers.2.mlp.down_proj"
     layer = wrapped.base_model.model.get_submodule(name)

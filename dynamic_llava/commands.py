@@ -1,0 +1,160 @@
+"""What every command shares: one style of --help, mistakes in one line, extras by their names, no noise of others.
+
+Standard library only, so that a command answers at once, and says what to install where a package is missing.
+"""
+
+import argparse
+import functools
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn, ParamSpec
+
+Arguments = ParamSpec("Arguments")
+
+EXIT_MISTAKE = 2
+"""Exit code of every command for what its user can mend."""
+EXTRAS = {
+    "accelerate": ("train", "lmms-eval"),
+    "datasets": ("train", "eval", "lmms-eval"),
+    "deepspeed": ("deepspeed",),
+    "evaluate": ("lmms-eval",),
+    "filelock": ("train", "eval", "lmms-eval"),
+    "google": ("convert",),
+    "loguru": ("lmms-eval",),
+    "matplotlib": ("train", "eval"),
+    "nltk": ("eval",),
+    "omegaconf": ("train", "eval", "convert"),
+    "openpyxl": ("eval", "lmms-eval"),
+    "peft": ("train",),
+    "pytablewriter": ("lmms-eval",),
+    "sacrebleu": ("lmms-eval",),
+    "sentencepiece": ("convert",),
+    "tenacity": ("lmms-eval",),
+    "tqdm": ("train", "eval", "lmms-eval"),
+    "tyro": ("train", "eval", "convert"),
+    "wandb": ("wandb",),
+    "yaml": ("train", "eval", "convert"),
+}
+"""Packages that an installation without extras lacks, as they are imported, and the extras that bring them."""
+_PIP_NAMES = {"google": "protobuf", "yaml": "pyyaml"}
+_NOISE = {
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    "DeepSpeed": "Setting (ds_)?accelerator to",
+}
+"""Beginnings of lines that packages log while they are imported, by their loggers: they ask for nothing that matters
+here. 4-bit layers run without the package `kernels`, and which device a run has found, it says itself."""
+_METAVARS = {None: "STR", str: "STR", int: "INT", float: "FLOAT", Path: "PATH"}
+
+
+def entry_point(extra: str | None) -> Callable[[Callable[Arguments, int]], Callable[Arguments, int]]:
+    """Make a function the `main` of a command whose packages the named extra brings; None: no extra is needed.
+
+    A package that is missing is then a user's mistake, with what to install.
+    """
+
+    def decorate(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
+        @functools.wraps(main)
+        def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> int:
+            silence_imports()
+            try:
+                return main(*args, **kwargs)
+            except ImportError as error:
+                advice = missing_package(error, extra)
+                if advice is None:
+                    raise
+                return exit_on_mistake(advice)
+
+        return run
+
+    return decorate
+
+
+def exit_on_mistake(error: Exception | str) -> int:
+    """Print a user's mistake on stderr and return the exit code for it."""
+    print(f"error: {error}", file=sys.stderr)
+    return EXIT_MISTAKE
+
+
+def missing_package(error: ImportError, extra: str | None) -> str | None:
+    """Return what to install after a failed import; None where the package belongs to no extra.
+
+    `extra`: the one of several that the command belongs to.
+    """
+    name = (error.name or "").split(".")[0]
+    if name not in EXTRAS:  # transformers names what it lacks in its message alone
+        said = str(error).lower()
+        name = next((known for known in EXTRAS if re.search(rf"\b{known}\b", said)), "")
+    if not name:
+        return None
+    choice = extra if extra in EXTRAS[name] else EXTRAS[name][0]
+    return f'{_PIP_NAMES.get(name, name)} is not installed; it comes with: pip install "dynamic-llava[{choice}]"'
+
+
+def silence_imports() -> None:
+    """Keep out what other packages say while they are imported, line by line; and bars where nobody watches them."""
+    for name, beginning in _NOISE.items():
+        logger = logging.getLogger(name)
+        if not any(isinstance(known, _Without) for known in logger.filters):
+            logger.addFilter(_Without(beginning))
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too; before its import
+
+
+class _Without(logging.Filter):
+    """Lets every record pass but those that begin with a text."""
+
+    def __init__(self, beginning: str) -> None:
+        super().__init__()
+        self.beginning = re.compile(beginning)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return self.beginning.match(record.getMessage()) is None
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """The help of every command: what an option takes, what it means, and its default."""
+
+    def __init__(self, prog: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__(prog, max_help_position=6, width=100)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return _METAVARS.get(action.type, "VALUE")  # type: ignore[arg-type]
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        if not action.option_strings or action.default is argparse.SUPPRESS or "(default: " in text:
+            return text
+        if action.required:
+            return f"{text} (required)"
+        default = action.default
+        if isinstance(default, (list, tuple)):
+            default = " ".join(map(str, default)) or None
+        return f"{text} (default: {default})".replace("%", "%%")
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line without abbreviations, whose mistakes name the option that was meant."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"formatter_class": Help, "allow_abbrev": False, **settings})
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with a usage line and the mistake."""
+        unknown = re.fullmatch(r"unrecognized arguments: (--[\w-]+).*", message)
+        if unknown:
+            known = [flag for action in self._actions for flag in action.option_strings]
+            known += [
+                flag for parser in self._commands() for action in parser._actions for flag in action.option_strings
+            ]
+            close = get_close_matches(unknown[1], known, n=1)
+            message += f"; did you mean {close[0]}?" if close else ""
+        super().error(message)
+
+    def _commands(self) -> Sequence[argparse.ArgumentParser]:
+        found = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        return [parser for action in found for parser in action.choices.values()]
