@@ -117,11 +117,13 @@ class DataConfig:
     """Section `data`: LLaVA-format samples."""
 
     json: str = ""
-    """LLaVA-format JSON file: a list of {"id", "image", "conversations"}."""
+    """LLaVA-format JSON file: a list of {"id", "image", "conversations"} or {"id", "images", "messages"}."""
     image_folder: str = ""
     """Folder that the image paths in the JSON are relative to; none may leave it."""
     text_only: Literal["skip", "dense"] = "skip"
     """Samples without an image: leave them out (the paper), or train on them without sparsity."""
+    broken: Literal["refuse", "skip"] = "refuse"
+    """Samples whose image is missing or cannot be read: end with their names, or leave them out, counted and listed."""
     max_length: int = 2048
     """Most tokens of a sample, image tokens included; longer text is cut; a sample whose image would be is left out."""
     workers: int = 0
@@ -131,6 +133,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _one_of("data.text_only", self.text_only, ("skip", "dense"))
+        _one_of("data.broken", self.broken, ("refuse", "skip"))
         _at_least("data.max_length", self.max_length, 1, "LLaVA-1.5 uses 2048")
         _at_least("data.workers", self.workers, 0, "0 decodes images in the training process")
         _at_least("data.cache_images", self.cache_images, 0, "0 keeps none")
@@ -183,7 +186,7 @@ class TrainConfig:
     deepspeed: str | None = None
     """DeepSpeed's JSON file, e.g. configs/deepspeed/zero3.json; None trains without DeepSpeed."""
     save_every: int | None = None
-    """Steps between two checkpoints to resume from; None writes one only when the run is told to stop (SIGTERM)."""
+    """Steps between two checkpoints to resume from; None writes one only when the run is told to stop or fails."""
     keep_checkpoints: int = 2
     """Newest complete checkpoints that stay in the run's folder; one more lies there while it is written.
 
@@ -225,7 +228,7 @@ class TrainConfig:
         _one_of("train.report_to", self.report_to, ("none", "wandb"))
         _at_least("train.keep_checkpoints", self.keep_checkpoints, 1, "a run needs one to go on from")
         if self.save_every is not None:
-            _at_least("train.save_every", self.save_every, 1, "null writes none but when told to stop")
+            _at_least("train.save_every", self.save_every, 1, "null writes none but when told to stop, or failing")
         if self.deepspeed is not None and self.clip_predictors_separately:
             raise ValueError("train.clip_predictors_separately needs whole gradients, which DeepSpeed keeps in parts")
         if self.warmup_ratio >= 1:

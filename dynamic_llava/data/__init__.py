@@ -3,7 +3,7 @@
 from dynamic_llava.data.collate import Collator
 from dynamic_llava.data.llava_json import LlavaSample, read_samples, resolve_image
 from dynamic_llava.data.sampling import FILLER, EpochSampler
-from dynamic_llava.data.sft import SftDataset, SftSample
+from dynamic_llava.data.sft import SftDataset, SftSample, Unread, UnreadError
 
 __all__ = [
     "FILLER",
@@ -12,6 +12,8 @@ __all__ = [
     "LlavaSample",
     "SftDataset",
     "SftSample",
+    "Unread",
+    "UnreadError",
     "read_samples",
     "resolve_image",
 ]

@@ -30,11 +30,11 @@ class CheckConfig(RunConfig):
     """The file of a training run, and how its data are checked."""
 
     images: Literal["decode", "stat"] = "decode"
-    """Decode every image as training will (exact), or only see whether its file is there (fast)."""
+    """Decode every image as training will (exact), or only read its file's header as preparation does (fast)."""
     examples: int = 3
     """Findings of each kind that are shown; all are counted."""
     strict: bool = False
-    """Fail for what training would lose as well: blank answers, text behind max_length, images that would be cut."""
+    """Fail for what training would lose as well: samples it would leave out, blank answers, text behind max_length."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -118,6 +118,8 @@ def _first_batch(arguments: list[str]) -> int:
         collate_fn=Collator(dataset.processor, config.sparsity.output_segments),
     )
     batch = next(iter(loader))
+    for unread in batch.get("unread", ()):
+        raise ValueError(f"{config.data.json}, index {unread.index}, id {unread.id!r}: {unread.why}")
     answer = {
         "samples": len(dataset),
         "seconds": time.perf_counter() - began,

@@ -13,30 +13,30 @@ from dynamic_llava.data.llava_json import (
     BAD_FIELD,
     BAD_PLACES,
     BAD_ROLE,
+    BROKEN_KINDS,
     MISSING,
     OUTSIDE,
+    UNREADABLE,
     find_problems,
     is_text_only,
-    resolve_image,
     sound_sample,
 )
 from dynamic_llava.processing import DynamicLlavaProcessor
-from dynamic_llava.processing.images import load_image
+from dynamic_llava.processing.images import check_header, load_image
 from dynamic_llava.processing.prompts import EncodedConversation, ImageCutError
 
 ImageCheck = Literal["decode", "stat"]
 
-UNREADABLE, BROKEN_FILE, EMPTY = "unreadable image", "broken file", "nothing to train on"
+BROKEN_FILE, EMPTY = "broken file", "nothing to train on"
 BLANK, CUT, SHORTENED, UNLEARNED = "blank answer", "image would be cut", "text behind max_length", "nothing to learn"
-TEXT_ONLY, REPEATED = "text-only", "repeated id"
+TEXT_ONLY, REPEATED, CHAT_MESSAGES = "text-only", "repeated id", "role/content messages"
 
 ERRORS = (BROKEN_FILE, EMPTY, BAD_FIELD, BAD_ROLE, BAD_PLACES, OUTSIDE, MISSING, UNREADABLE)
-"""Kinds that make training fail."""
+"""Kinds that make training fail; with data.broken: skip those of BROKEN_KINDS are left out instead."""
 WARNINGS = (BLANK, CUT, SHORTENED, UNLEARNED)
 """Kinds that training copes with, but loses something by."""
-NOTES = (TEXT_ONLY, REPEATED)
+NOTES = (TEXT_ONLY, REPEATED, CHAT_MESSAGES)
 """Kinds that are no fault."""
-SECTIONS = (("training would fail", ERRORS), ("training would lose something", WARNINGS), ("worth knowing", NOTES))
 
 
 @dataclass
@@ -80,21 +80,34 @@ class Report:
     findings: Findings
     file: str
     output_min_length: int
+    skips_broken: bool = False
+    """Whether training leaves samples with a broken or missing image out (data.broken: skip)."""
+
+    @property
+    def sections(self) -> dict[str, tuple[str, ...]]:
+        """Return the kinds of findings by what they mean for training."""
+        skipped = BROKEN_KINDS if self.skips_broken else ()
+        return {
+            "training would fail": tuple(kind for kind in ERRORS if kind not in skipped),
+            "training would leave out": skipped,
+            "training would lose something": WARNINGS,
+            "worth knowing": NOTES,
+        }
 
     @property
     def errors(self) -> int:
         """Return how many findings would make training fail."""
-        return sum(self.findings.counts.get(kind, 0) for kind in ERRORS)
+        return self._count("training would fail")
 
     @property
     def warnings(self) -> int:
         """Return how many findings training would lose something by."""
-        return sum(self.findings.counts.get(kind, 0) for kind in WARNINGS)
+        return self._count("training would leave out") + self._count("training would lose something")
 
     def __str__(self) -> str:
         used = len(self.findings.lengths["tokens"])
         lines = [f"{self.file}: {self.findings.total:,} samples, {used:,} can be trained on"]
-        for title, kinds in SECTIONS:
+        for title, kinds in self.sections.items():
             met = [kind for kind in kinds if kind in self.findings.counts]
             lines += ["", f"{title}:"] if met else []
             for kind in met:
@@ -103,7 +116,12 @@ class Report:
         if used:
             lines += ["", *_table(self.findings.lengths), *self._short_answers()]
         verdict = f"training would fail ({self.errors:,} errors)" if self.errors else "training can start"
+        if not self.skips_broken and any(kind in self.findings.counts for kind in BROKEN_KINDS):
+            verdict += "; data.broken: skip would leave out the samples whose image is missing or unreadable"
         return "\n".join([*lines, "", verdict])
+
+    def _count(self, section: str) -> int:
+        return sum(self.findings.counts.get(kind, 0) for kind in self.sections[section])
 
     def _short_answers(self) -> Iterator[str]:
         lengths = np.array(self.findings.lengths["output tokens"])
@@ -122,8 +140,8 @@ def check(
 ) -> Report:
     """Check a dataset as training would meet it, in worker processes; bad data are findings, never exceptions.
 
-    `images` says whether each image is decoded, or only looked for; `examples` how many of each kind are kept. Raises
-    FileNotFoundError when there is no such JSON file or image folder.
+    `images` says whether each image is decoded, or only its header read as preparation does; `examples` how many of
+    each kind are kept. Raises FileNotFoundError when there is no such JSON file or image folder.
     """
     findings, seen = Findings(examples), set[str]()
     look = partial(
@@ -140,7 +158,7 @@ def check(
         findings.add(part)
     if not findings.lengths["tokens"]:
         findings.note(EMPTY, 0, None, "no sample of the file can be trained on")
-    return Report(findings, config.json, sparsity.output_min_length)
+    return Report(findings, config.json, sparsity.output_min_length, config.broken == "skip")
 
 
 def _check_chunk(
@@ -162,30 +180,12 @@ def _check_chunk(
             findings.note(TEXT_ONLY, index, name, "left out" if left_out else "trained on without sparsity")
             if left_out:
                 continue
-        problems = find_problems(sample, config.image_folder)
+        problems = find_problems(sample, config.image_folder, load_image if images == "decode" else check_header)
         for problem in problems:
             findings.note(problem.kind, index, name, problem)
-        readable = images == "stat" or _look_at_images(findings, sample, index, name, config)
-        if not problems and readable:
+        if not problems:
             _look_at_tokens(findings, sample, index, name, config, processor, sparsity)
     return findings
-
-
-def _look_at_images(findings: Findings, sample: Any, index: int, name: Any, config: DataConfig) -> bool:
-    """Decode the images that are there; return whether all of these can be read."""
-    named = sample.get("image") if isinstance(sample, dict) else None
-    named = [named] if isinstance(named, str) else named
-    before = findings.counts.get(UNREADABLE, 0)
-    for image in named if isinstance(named, list) else []:
-        try:
-            path = resolve_image(config.image_folder, image)
-        except (ValueError, FileNotFoundError, TypeError):
-            continue  # find_problems has named it
-        try:
-            load_image(path)
-        except (ValueError, OSError) as error:
-            findings.note(UNREADABLE, index, name, error)
-    return findings.counts.get(UNREADABLE, 0) == before
 
 
 def _look_at_tokens(
@@ -198,11 +198,13 @@ def _look_at_tokens(
     sparsity: SparsityConfig,
 ) -> None:
     sample = sound_sample(raw, index)
+    if sample.is_chat:
+        findings.note(CHAT_MESSAGES, index, name, "read as 'from' and 'value' are")
     blank = [number for number, (_, answer) in enumerate(sample.turns) if not (answer or "").strip()]
     if blank:
         findings.note(BLANK, index, name, f"answer {blank[0]} of {len(sample.turns)} holds no text; it is not learned")
     try:
-        tokens = processor.encode_conversation(sample.turns, max_length=config.max_length)
+        tokens = processor.encode_conversation(sample.turns, config.max_length, sample.system)
     except ImageCutError as error:
         findings.note(CUT, index, name, error)
         return

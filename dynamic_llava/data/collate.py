@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from dynamic_llava.data.sft import SftSample
 from dynamic_llava.processing import DynamicLlavaProcessor
@@ -23,11 +22,12 @@ class Collator:
     processor: DynamicLlavaProcessor
     output_segments: Literal["last", "all"] = "last"
 
-    def __call__(self, samples: Sequence[SftSample]) -> dict[str, Tensor]:
+    def __call__(self, samples: Sequence[SftSample]) -> dict[str, Any]:
         """Return the tensors of one batch.
 
         input_ids, attention_mask and labels (B, N) int64; output_mask (B, N) bool; sample_ids (B,) int64; pixel_values
-        (I, 3, S, S) float32 in row order, absent when no sample of the batch has an image.
+        (I, 3, S, S) float32 in row order, absent when no sample of the batch has an image. `unread` (a list of
+        `sft.Unread`) is there only where fillers have taken the places of samples whose image could not be decoded.
         """
         batch = self.processor.pad([sample["input_ids"].tolist() for sample in samples], padding_side="right")
         labels = torch.full_like(batch["input_ids"], IGNORED_LABEL)
@@ -40,7 +40,8 @@ class Collator:
         batch["sample_ids"] = torch.tensor([sample["sample_id"] for sample in samples], dtype=torch.int64)
         if any(len(sample["pixel_values"]) for sample in samples):
             batch["pixel_values"] = torch.cat([sample["pixel_values"] for sample in samples])
-        return batch
+        unread = [sample["unread"] for sample in samples if sample.get("unread") is not None]
+        return {**batch, "unread": unread} if unread else batch
 
     def _output_spans(self, sample: SftSample) -> list[tuple[int, int]]:
         if not len(sample["pixel_values"]):

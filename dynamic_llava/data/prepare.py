@@ -1,16 +1,17 @@
 """A LLaVA-format file is checked and tokenised once, into an Arrow file in the cache folder that is read memory-mapped.
 
 An Arrow row holds index (place in the JSON file), id, images, input_ids (ONE image token per image), spans (start and
-end of each answer, flat, counted with all image tokens) and length (with all image tokens).
+end of each answer, flat, counted with all image tokens) and length (with all image tokens). Of each image file the
+header is read; what only decoding finds is met in training (`sft.SftDataset`).
 """
 
 import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,16 +23,25 @@ from filelock import FileLock, Timeout
 
 from dynamic_llava.config import DataConfig, cache_folder
 from dynamic_llava.data.chunks import Indexed, map_samples
-from dynamic_llava.data.llava_json import LlavaSample, SampleError, is_text_only, parse_sample
+from dynamic_llava.data.llava_json import (
+    BROKEN_KINDS,
+    LlavaSample,
+    find_problems,
+    is_text_only,
+    resolve_image,
+    sound_sample,
+)
 from dynamic_llava.files import file_digest, writing
 from dynamic_llava.processing import DynamicLlavaProcessor
+from dynamic_llava.processing.images import check_header
 from dynamic_llava.processing.prompts import ImageCutError
 
 log = logging.getLogger(__name__)
 
-ARROW_FORMAT = 3
+ARROW_FORMAT = 4
 """Raised whenever the rows' meaning changes, so that no old file is read."""
-ROWS, COUNTS = "rows.arrow", "counts.json"
+ROWS, COUNTS, BROKEN = "rows.arrow", "counts.json", "broken.jsonl"
+"""Files of a prepared folder; the last lists the samples that data.broken: skip has left out, one JSON object each."""
 FEATURES = Features(
     {
         "index": Value("int64"),
@@ -58,6 +68,10 @@ class SampleCounts:
     """Samples without an image, left out by text_only="skip"."""
     image_would_be_cut: int = 0
     """Samples left out because an image does not fit into max_length."""
+    broken: int = 0
+    """Samples left out by broken="skip": an image is missing, or its file cannot be read."""
+    chat_messages: int = 0
+    """Used samples that were written as role/content messages."""
     shortened: int = 0
     """Used samples that lost text behind max_length."""
     nothing_learned: int = 0
@@ -67,8 +81,9 @@ class SampleCounts:
 
     def __str__(self) -> str:
         left_out = [f"{self.text_only_skipped} text-only skipped", f"{self.image_would_be_cut} with an image cut"]
+        left_out.append(f"{self.broken} with a broken or missing image")
         notes = [f"{self.shortened} shortened", f"{self.nothing_learned} without a learned token"]
-        notes.append(f"{self.blank_answers} blank answers")
+        notes += [f"{self.blank_answers} blank answers", f"{self.chat_messages} written as role/content messages"]
         return f"{self.used} of {self.total} samples ({', '.join(left_out)} left out; {', '.join(notes)})"
 
     def add(self, other: "SampleCounts") -> None:
@@ -79,33 +94,43 @@ class SampleCounts:
 
 @dataclass
 class Encoded:
-    """A chunk of samples: columns of Arrow rows, what became of them, and what is wrong with those that are bad."""
+    """A chunk of samples: columns of Arrow rows, what became of them, what is wrong with bad ones, which are broken."""
 
     columns: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in FEATURES})
     counts: SampleCounts = field(default_factory=SampleCounts)
     errors: list[str] = field(default_factory=list)
+    broken: list[dict[str, Any]] = field(default_factory=list)
+    """Index, id, images and what is wrong with them, of samples that are left out."""
+    could_be_skipped: int = 0
+    """Errors that are a broken or missing image."""
 
 
 def prepare(config: DataConfig, processor: DynamicLlavaProcessor) -> Path:
     """Check and tokenise the file unless that was done before; return the folder of the Arrow file and its counts.
 
     Of several processes that ask at once, one prepares and the others wait for it. The folder appears when all of it
-    is written: a preparation that is killed or fails leaves nothing that counts. Raises ValueError that counts the bad
-    samples and shows the first of them, and ValueError or FileNotFoundError for a broken or missing file.
+    is written: a preparation that is killed or fails leaves nothing that counts. Rows that were prepared whole serve
+    data.broken: skip as well, so a run that begins to skip keeps its order; rows that lack samples are prepared anew
+    once the images of one are there. Raises ValueError that counts the bad samples and shows the first of them, and
+    ValueError or FileNotFoundError for a broken or missing file.
     """
-    target = cache_folder() / "sft" / _fingerprint(config, processor)
-    if target.is_dir():
+    folder = cache_folder() / "sft"
+    target = folder / _fingerprint(replace(config, broken="refuse"), processor)
+    if config.broken == "skip" and not target.is_dir():
+        target = folder / _fingerprint(config, processor)
+    if _serves(target, config):
         return target
     with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     with writing(target), _locked(target):
-        if not target.is_dir():
+        if not _serves(target, config):
             aside = target.with_suffix(".part")
             shutil.rmtree(aside, ignore_errors=True)  # of a preparation that was killed
             aside.mkdir()
             try:
                 counts = _write_rows(aside / ROWS, config, processor)
                 (aside / COUNTS).write_text(json.dumps(asdict(counts)), encoding="utf-8")
+                shutil.rmtree(target, ignore_errors=True)
                 aside.rename(target)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -115,11 +140,12 @@ def prepare(config: DataConfig, processor: DynamicLlavaProcessor) -> Path:
 def encode_sample(sample: LlavaSample, processor: DynamicLlavaProcessor, max_length: int, encoded: Encoded) -> None:
     """Tokenise one sample into a row of `encoded` and count what became of it."""
     try:
-        tokens = processor.encode_conversation(sample.turns, max_length=max_length)
+        tokens = processor.encode_conversation(sample.turns, max_length, sample.system)
     except ImageCutError:
         encoded.counts.image_would_be_cut += 1
         return
     encoded.counts.used += 1
+    encoded.counts.chat_messages += sample.is_chat
     encoded.counts.shortened += tokens.shortened
     encoded.counts.nothing_learned += not tokens.output_spans
     encoded.counts.blank_answers += sum(not answer.strip() for _, answer in sample.turns)
@@ -142,24 +168,35 @@ def _encode_chunk(samples: Indexed, *, config: DataConfig, processor: DynamicLla
         if config.text_only == "skip" and is_text_only(sample):
             encoded.counts.text_only_skipped += 1
             continue
-        try:
-            encode_sample(parse_sample(sample, index, config.image_folder), processor, config.max_length, encoded)
-        except SampleError as error:
-            name = sample.get("id") if isinstance(sample, dict) else None
-            encoded.errors.append(f"  index {index}, id {name!r}: {error}")
+        problems = find_problems(sample, config.image_folder)
+        skipped = [problem for problem in problems if config.broken == "skip" and problem.kind in BROKEN_KINDS]
+        fatal = [problem for problem in problems if problem not in skipped]
+        name = sample.get("id") if isinstance(sample, dict) else None
+        if fatal:
+            encoded.errors.append(f"  index {index}, id {name!r}: {fatal[0]}")
+            encoded.could_be_skipped += fatal[0].kind in BROKEN_KINDS
+        elif skipped:
+            encoded.counts.broken += 1
+            images = list(sound_sample(sample, index).images)
+            encoded.broken.append({"index": index, "id": name, "images": images, "why": str(skipped[0])})
+        else:
+            encode_sample(sound_sample(sample, index), processor, config.max_length, encoded)
     return encoded
 
 
 def _write_rows(file: Path, config: DataConfig, processor: DynamicLlavaProcessor) -> SampleCounts:
-    counts, shown, bad = SampleCounts(), list[str](), 0
+    counts, shown, broken = SampleCounts(), list[str](), list[dict[str, Any]]()
+    bad = could_be_skipped = 0
     encode = partial(_encode_chunk, config=config, processor=processor)
     with ArrowWriter(path=str(file), features=FEATURES) as writer:
         for encoded in map_samples(encode, config, "preparing samples"):
             if isinstance(encoded, ValueError):
                 raise encoded
             counts.add(encoded.counts)
+            broken += encoded.broken
             shown += encoded.errors[: REPORTED_ERRORS - len(shown)]
             bad += len(encoded.errors)
+            could_be_skipped += encoded.could_be_skipped
             if encoded.counts.used and not bad:
                 writer.write_batch(encoded.columns)
         writer.finalize()
@@ -167,11 +204,57 @@ def _write_rows(file: Path, config: DataConfig, processor: DynamicLlavaProcessor
         raise ValueError(f"{config.json} holds an empty list; there is nothing to train on")
     if bad:
         more = f"\n  ... and {bad - len(shown)} more" if bad > len(shown) else ""
+        if could_be_skipped:
+            more += f"\ndata.broken: skip leaves {could_be_skipped} of them, whose image is missing or broken, out"
         raise ValueError(
             f"{config.json}: {bad} of {counts.total} samples cannot be used (`python -m dynamic_llava.data check` "
             "lists every kind):\n" + "\n".join(shown) + more
         )
+    write_broken(file.with_name(BROKEN), broken)
     return counts
+
+
+def read_broken(file: Path) -> list[dict[str, Any]]:
+    """Return the samples of a list of broken ones; none when there is no such file. Half a line does not count."""
+    if not file.is_file():
+        return []
+    found = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        with suppress(json.JSONDecodeError):  # the process ended while it was written
+            found.append(json.loads(line))
+    return found
+
+
+def write_broken(file: Path, samples: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Append broken samples to a list, each once whatever their number; return those that were not in it."""
+    listed = {sample["index"] for sample in read_broken(file)}
+    new = [sample for sample in samples if sample["index"] not in listed]
+    if new:
+        with writing(file), file.open("a+b") as lines:
+            lines.seek(max(lines.tell() - 1, 0))
+            half = lines.read(1) not in (b"", b"\n")  # of a process that ended while it wrote
+            text = "".join(json.dumps(sample) + "\n" for sample in new)
+            lines.write(b"\n" * half + text.encode())
+    return new
+
+
+def _serves(target: Path, config: DataConfig) -> bool:
+    """Whether prepared rows are there, and none was left out for an image that can be read by now."""
+    if not target.is_dir():
+        return False
+    mended = sum(_is_sound(sample, config.image_folder) for sample in read_broken(target / BROKEN))
+    if mended:
+        log.info("the images of %d samples that were left out can be read now; preparing anew", mended)
+    return not mended
+
+
+def _is_sound(sample: dict[str, Any], image_folder: str) -> bool:
+    try:
+        for image in sample["images"]:
+            check_header(resolve_image(image_folder, image))
+    except (ValueError, OSError):
+        return False
+    return True
 
 
 def _collapse(ids: np.ndarray, processor: DynamicLlavaProcessor) -> np.ndarray:
@@ -206,6 +289,7 @@ def _fingerprint(config: DataConfig, processor: DynamicLlavaProcessor) -> str:
         file_digest(file),
         str(Path(config.image_folder).resolve()),
         config.text_only,
+        config.broken,
         config.max_length,
         processor.tokens_per_image,
         processor.image_token_id,

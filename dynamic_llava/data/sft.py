@@ -2,7 +2,8 @@
 
 import json
 from collections import OrderedDict
-from typing import TypedDict
+from collections.abc import Sequence
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -11,28 +12,50 @@ from torch import Tensor
 
 from dynamic_llava.config import DataConfig
 from dynamic_llava.data.llava_json import resolve_image
-from dynamic_llava.data.prepare import COUNTS, ROWS, SampleCounts, prepare
+from dynamic_llava.data.prepare import BROKEN, COUNTS, ROWS, SampleCounts, prepare, read_broken
 from dynamic_llava.data.sampling import FILLER
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.processing.prompts import IGNORED_LABEL
 
 
+class Unread(NamedTuple):
+    """A sample whose image could not be decoded: its place in the JSON file, its id, its images, and why."""
+
+    index: int
+    id: str
+    images: list[str]
+    why: str
+
+
+class UnreadError(ValueError):
+    """A sample whose image cannot be decoded; `unread` says which."""
+
+    def __init__(self, message: str, unread: Unread) -> None:
+        super().__init__(message)
+        self.unread = unread
+
+
 class SftSample(TypedDict):
-    """One training sample: input_ids and labels (N,) int64, spans, pixel_values (I, 3, S, S) float32, sample_id."""
+    """One training sample: input_ids and labels (N,) int64, spans, pixel_values (I, 3, S, S) float32, sample_id.
+
+    `unread` is None, or what the sample would be whose place a filler has taken.
+    """
 
     input_ids: Tensor
     labels: Tensor
     spans: list[tuple[int, int]]
     pixel_values: Tensor
     sample_id: int
+    unread: Unread | None
 
 
 class SftDataset(torch.utils.data.Dataset[SftSample]):
     """LLaVA-format samples, tokenised once and read from disk; images are decoded when a sample is asked for.
 
-    `counts` says what was left out. `sample_id` is the sample's place in the JSON file: noise and data order depend on
-    it, never on the batch. The index FILLER gives a sample that teaches nothing, for `sampling.EpochSampler`.
-    Raises ValueError or FileNotFoundError for unusable samples (see `prepare.prepare`).
+    `counts` says what was left out, and `broken` which samples for their images. `sample_id` is the sample's place in
+    the JSON file: noise and data order depend on it, never on the batch. The index FILLER gives a sample that teaches
+    nothing, for `sampling.EpochSampler`. Raises ValueError or FileNotFoundError for unusable samples (see
+    `prepare.prepare`), and UnreadError when a sample is asked for whose image cannot be decoded.
     """
 
     def __init__(self, config: DataConfig, processor: DynamicLlavaProcessor) -> None:
@@ -41,6 +64,7 @@ class SftDataset(torch.utils.data.Dataset[SftSample]):
         folder = prepare(config, processor)
         self.rows = Dataset.from_file(str(folder / ROWS))
         self.counts = SampleCounts(**json.loads((folder / COUNTS).read_text(encoding="utf-8")))
+        self.broken = read_broken(folder / BROKEN)
         self._images: OrderedDict[str, Tensor] = OrderedDict()
         if not len(self.rows):
             raise ValueError(f"{config.json}: no sample is left to train on: {self.counts}")
@@ -68,15 +92,35 @@ class SftDataset(torch.utils.data.Dataset[SftSample]):
             labels[start:end] = input_ids[start:end]
         try:
             pixels = [self._pixels(image) for image in row["images"]]
-        except (ValueError, FileNotFoundError) as error:
-            raise type(error)(f"{self.config.json}, index {row['index']}, id {row['id']!r}: {error}") from None
+        except (ValueError, OSError) as error:
+            unread = Unread(row["index"], row["id"], row["images"], str(error))
+            raise UnreadError(f"{self.config.json}, index {row['index']}, id {row['id']!r}: {error}", unread) from None
         size = self.processor.image_size
         pixel_values = torch.stack(pixels) if pixels else torch.empty(0, 3, size, size)
         return SftSample(
-            input_ids=input_ids, labels=labels, spans=spans, pixel_values=pixel_values, sample_id=row["index"]
+            input_ids=input_ids,
+            labels=labels,
+            spans=spans,
+            pixel_values=pixel_values,
+            sample_id=row["index"],
+            unread=None,
         )
 
-    def _filler(self) -> SftSample:
+    def __getitems__(self, numbers: Sequence[int]) -> list[SftSample]:
+        """Return the samples of a batch, as a DataLoader asks for them; an unreadable one is a filler that says so.
+
+        Its place in the order stays its own: no other sample is repeated for it, and none moves. What becomes of it is
+        decided where the batch is used, for an exception of a worker process would arrive there inside a traceback.
+        """
+        return [self._sample_or_filler(number) for number in numbers]
+
+    def _sample_or_filler(self, number: int) -> SftSample:
+        try:
+            return self[number]
+        except UnreadError as error:
+            return self._filler(error.unread)
+
+    def _filler(self, unread: Unread | None = None) -> SftSample:
         size = self.processor.image_size
         input_ids = torch.full((2,), self.processor.pad_token_id)  # two, so that there is a next token to ignore
         return SftSample(
@@ -85,6 +129,7 @@ class SftDataset(torch.utils.data.Dataset[SftSample]):
             spans=[],
             pixel_values=torch.empty(0, 3, size, size),
             sample_id=FILLER,
+            unread=unread,
         )
 
     def _expand(self, ids: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ Shapes: I images, S side length in pixels.
 import io
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -53,19 +54,38 @@ def decode_image(data: bytes, name: object, max_square_pixels: int = MAX_SQUARE_
     return _read_rgb(io.BytesIO(data), name, max_square_pixels)
 
 
-def _read_rgb(source: Path | io.BytesIO, path: object, max_square_pixels: int) -> Image.Image:
+def check_header(path: Path, max_square_pixels: int = MAX_SQUARE_PIXELS) -> None:
+    """Raise as `load_image` would for what a file's header tells: no image, too many pixels, pixels without a range."""
+    with _opened(path, path, max_square_pixels) as image:
+        mode = image.mode
+    try:
+        _check_mode(mode)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+@contextmanager
+def _opened(source: Path | io.BytesIO, path: object, max_square_pixels: int) -> Iterator[Image.Image]:
+    """Give the image of a file whose header has been read; what goes wrong inside is a ValueError that names `path`."""
     try:
         with Image.open(source) as image:
             _check_size(image.size, max_square_pixels, path)
-            image.load()
+            yield image
     except _TooLarge:
         raise
     except Image.DecompressionBombError as error:
         raise _TooLarge(f"{path} is too large ({error}); shrink it before training") from None
     except UnidentifiedImageError:
-        raise ValueError(f"{path} is no image that Pillow can read; replace it or leave the sample out") from None
+        is_empty = isinstance(source, Path) and not source.stat().st_size
+        what = "is no image but an empty file" if is_empty else "is no image that Pillow can read"
+        raise ValueError(f"{path} {what}; replace it or leave the sample out") from None
     except _BROKEN as error:
         raise ValueError(f"{path} is broken or cut off ({error}); replace it or leave the sample out") from error
+
+
+def _read_rgb(source: Path | io.BytesIO, path: object, max_square_pixels: int) -> Image.Image:
+    with _opened(source, path, max_square_pixels) as image:
+        image.load()
     try:
         return to_rgb(image)
     except ValueError as error:
@@ -77,14 +97,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     Raises ValueError for floating-point pixels, whose range is unknown.
     """
-    if image.mode == "F":
-        raise ValueError("an image with floating-point pixels has no known range; save it with 8 bits per channel")
+    _check_mode(image.mode)
     if image.mode.startswith("I"):
         grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535) // 257
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
+def _check_mode(mode: str) -> None:
+    if mode == "F":
+        raise ValueError("an image with floating-point pixels has no known range; save it with 8 bits per channel")
 
 
 def mean_colour(mean: Sequence[float]) -> Colour:

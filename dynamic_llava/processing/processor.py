@@ -18,6 +18,7 @@ from dynamic_llava.processing.messages import Chat, Message, chat_prompt, read_c
 from dynamic_llava.processing.prompts import (
     CHAT_TEMPLATE,
     IMAGE_PLACE,
+    SYSTEM,
     EncodedConversation,
     Turn,
     encode_conversation,
@@ -193,10 +194,20 @@ class DynamicLlavaProcessor(ProcessorMixin):
         inputs = self(text=texts, images=images, **options)
         return inputs if return_dict else inputs["input_ids"]
 
-    def encode_conversation(self, turns: Sequence[Turn], max_length: int | None = None) -> EncodedConversation:
-        """Return ids, labels and answers of a training sample (see `prompts.encode_conversation`)."""
+    def encode_conversation(
+        self, turns: Sequence[Turn], max_length: int | None = None, system: str | None = None
+    ) -> EncodedConversation:
+        """Return ids, labels and answers of a training sample (see `prompts.encode_conversation`).
+
+        `system` replaces vicuna_v1's system text; None keeps it.
+        """
         return encode_conversation(
-            self.tokenizer, turns, self.tokens_per_image, self.image_token_id, max_length=max_length
+            self.tokenizer,
+            turns,
+            self.tokens_per_image,
+            self.image_token_id,
+            max_length=max_length,
+            system=SYSTEM if system is None else system,
         )
 
     def preprocess_images(self, images: Sequence[ImageInput]) -> Tensor:

@@ -9,11 +9,13 @@ from dynamic_llava.cli import exit_on_mistake, load_config
 from dynamic_llava.files import WriteError
 from dynamic_llava.train.config import RunConfig
 from dynamic_llava.train.stopping import (
+    EXIT_FAILED,
     EXIT_NOT_FINITE,
     EXIT_SAVE_FAILED,
     EXIT_STOPPED,
     NotFinite,
     Stopped,
+    TrainingFailed,
     tell_launcher,
 )
 
@@ -34,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except WriteError as error:
         print(f"error: {error}", file=sys.stderr)
         code = EXIT_SAVE_FAILED
+    except TrainingFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = EXIT_FAILED
     except NotFinite as error:
         print(f"error: {error}", file=sys.stderr)
         code = EXIT_NOT_FINITE

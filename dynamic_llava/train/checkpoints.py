@@ -84,6 +84,11 @@ class Checkpoints:
         """
         return on_main(lambda: self._after_illness(step))
 
+    def newest(self) -> Path | None:
+        """Return the newest complete checkpoint as this process sees it; None without one."""
+        complete = self._complete_ones()
+        return complete[-1] if complete else None
+
     def _resume_point(self, resume: bool) -> Path | None:
         found = _numbered(self.folder)
         complete = [checkpoint for checkpoint in found if is_complete(checkpoint)]
@@ -129,11 +134,14 @@ class Checkpoints:
         if found and self.accept_changed_inputs:
             log.warning("going on from %s with other inputs, as asked: %s", checkpoint, found)
         elif found:
+            order = "the samples and their order are the same"
+            if recorded.get("samples") != self.inputs.get("samples"):
+                order = "other samples come in another order, so that some are seen twice and others never"
             raise ValueError(
                 f"the inputs of this run have changed since {checkpoint}: {found}. Restore them to go on exactly; or "
-                "go on all the same with train.accept_changed_inputs: true (--train.accept-changed-inputs): other "
-                "samples come in another order, so that some are seen twice and others never; or start over under "
-                "another name, or with train.resume: false (--train.no-resume), which removes the checkpoint"
+                f"go on all the same with train.accept_changed_inputs: true (--train.accept-changed-inputs): {order}; "
+                "or start over under another name, or with train.resume: false (--train.no-resume), which removes the "
+                "checkpoint"
             )
 
     def _make_room(self, target: Path, least_bytes: int) -> None:

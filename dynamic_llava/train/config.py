@@ -14,6 +14,7 @@ NOT_COMPARED = {
     "name",
     "output_folder",
     "data.workers",
+    "data.broken",
     "data.cache_images",
     "train.batch_size",
     "train.gradient_accumulation",

@@ -16,6 +16,7 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 
 import dynamic_llava.tiny
 from dynamic_llava.data import Collator, SftDataset
+from dynamic_llava.data.prepare import BROKEN, write_broken
 from dynamic_llava.files import Lock, replace_file
 from dynamic_llava.model import DynamicLlavaForConditionalGeneration
 from dynamic_llava.processing import DynamicLlavaProcessor
@@ -32,6 +33,7 @@ from dynamic_llava.train.callbacks import (
 from dynamic_llava.train.checkpoints import Checkpoints, compared_settings, least_bytes, published
 from dynamic_llava.train.config import RunConfig
 from dynamic_llava.train.distributed import join, on_main, read_deepspeed, together, wait_for_all, zero_stage
+from dynamic_llava.train.failures import train
 from dynamic_llava.train.finished import (
     MODEL_SETTINGS,
     RunResult,
@@ -59,8 +61,9 @@ def run(config: RunConfig) -> RunResult:
     Goes on from the newest complete checkpoint in the run's folder, if there is one; a run that has finished already is
     returned as it is. Raises ValueError or FileNotFoundError for a missing base or data file, unusable samples,
     settings that do not fit the model, a checkpoint or model of other settings or inputs, and a folder in which another
-    process trains; WriteError (SaveError) when the disk is full; NotFinite at the first loss, gradient or weight
-    that is not finite; Stopped after a signal, with a checkpoint written.
+    process trains; WriteError (SaveError) when the disk is full; NotFinite at the first loss, gradient or weight that
+    is not finite; Stopped after a signal, with a checkpoint written; and what `failures.train` raises when training
+    fails in the middle, with a checkpoint written where the state is sound.
     """
     for name, value in (("model.base", config.model.base), ("data.json", config.data.json)):
         if not value:
@@ -107,13 +110,14 @@ def _train(
         on_main(lambda: remove_finished(config.folder))
     if trainer.is_world_process_zero():
         log.info("%s: %s", config.run_name, dataset.counts)
+        _list_broken(config.folder / BROKEN, dataset, fresh=start is None)
         write_config(config, config.folder / "config.yaml")
     with StopRequest() as request:
         saves = Saving(config.train.save_every, request)
         trainer.add_callback(saves)
         trainer.add_callback(Proving(checkpoints))
         try:
-            outcome = trainer.train(resume_from_checkpoint=None if start is None else str(start))
+            outcome = train(trainer, start)
             trainer.check_weights()
         except NotFinite as error:
             raise NotFinite(f"{error}; {checkpoints.after_illness(trainer.state.global_step)}") from None
@@ -234,6 +238,15 @@ def write_config(config: RunConfig, path: Path) -> None:
     if config.tiny is None:
         del values["tiny"]
     replace_file(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def _list_broken(file: Path, dataset: SftDataset, *, fresh: bool) -> None:
+    """Write the samples that are left out for their images into the run's list, and say so; training may add others."""
+    if fresh:
+        file.unlink(missing_ok=True)
+    if dataset.broken:
+        write_broken(file, dataset.broken)
+        log.warning("%d samples with a broken or missing image are left out; %s lists them", len(dataset.broken), file)
 
 
 def _begin(config: RunConfig, trainer: DynamicLlavaTrainer) -> None:

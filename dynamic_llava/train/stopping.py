@@ -20,8 +20,10 @@ log = logging.getLogger(__name__)
 LAUNCH_FOLDER = "DYNAMIC_LLAVA_LAUNCH_FOLDER"
 """Environment variable: the folder through which a launcher and its training processes speak."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-EXIT_SAVE_FAILED, EXIT_STOPPED, EXIT_NOT_FINITE = EXIT_WRITE_FAILED, 75, 76
-"""Exit codes: a file could not be written; stopped as asked, and the same command goes on; NaN or infinity."""
+EXIT_FAILED, EXIT_SAVE_FAILED, EXIT_STOPPED, EXIT_NOT_FINITE = 1, EXIT_WRITE_FAILED, 75, 76
+"""Exit codes: an unexpected failure; a file could not be written; stopped as asked, and the same command goes on; NaN
+or infinity.
+"""
 ECHO_SECONDS = 2.0
 """A signal this soon after the first one is its echo: a terminal and a launcher both deliver it."""
 
@@ -32,6 +34,10 @@ class Stopped(Exception):
 
 class NotFinite(Exception):
     """A loss, gradient or weight is NaN or infinite: training further would only spoil what there is."""
+
+
+class TrainingFailed(RuntimeError):
+    """Training ended by an exception that nobody expected; the message says what the same command goes on from."""
 
 
 class SaveError(WriteError):

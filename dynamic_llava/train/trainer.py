@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +15,13 @@ from transformers import Trainer
 from dynamic_llava.config import LoraConfig, SparsityConfig, TrainConfig
 from dynamic_llava.costs import llava_shape, training_flops
 from dynamic_llava.data import FILLER, EpochSampler, SftDataset
+from dynamic_llava.data.prepare import BROKEN
 from dynamic_llava.layout import TokenLayout
 from dynamic_llava.model.outputs import DynamicLlavaOutput, MaskGradient
 from dynamic_llava.sparsity.noise import fold_key
 from dynamic_llava.sparsity.schedule import temperature
 from dynamic_llava.train.checkpoints import Checkpoints, least_bytes
+from dynamic_llava.train.failures import agree_on_failure, handle_unread
 from dynamic_llava.train.health import check_finite, trained_weights
 from dynamic_llava.train.meter import Meter
 from dynamic_llava.train.mfu import batch_flops, peak_flops
@@ -78,8 +82,21 @@ class DynamicLlavaTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor]:
-        """Fetch the batches of one optimizer step and count over them, and over all ranks, what losses divide by."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        """Fetch the batches of one optimizer step and count over them, and over all ranks, what losses divide by.
+
+        What goes wrong here in one process is raised in all of them, before anything is computed: DataError for a
+        sample whose image cannot be decoded, unless data.broken is skip.
+        """
+        batches: list[Batch] = []
+        failure: Exception | None = None
+        try:
+            batches += islice(epoch_iterator, num_batches)
+            unread = [sample for batch in batches for sample in batch.pop("unread", ())]
+            if unread:
+                failure = handle_unread(unread, self.train_dataset.config, Path(self.args.output_dir) / BROKEN)
+        except Exception as error:
+            failure = error
+        agree_on_failure(failure)
         self._denominators = self._count(batches, device)
         return batches, self._denominators.tokens
 
@@ -175,6 +192,10 @@ class DynamicLlavaTrainer(Trainer):
     def check_weights(self) -> None:
         """Raise NotFinite in every process unless all trained weights are finite."""
         check_finite("a trained weight", trained_weights(self.model), self.state.global_step)
+
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint of the current step; every process calls it."""
+        self._save_checkpoint(self.model, trial=None)
 
     def clip_separately(self) -> None:
         """Clip each predictor's gradient by itself and log the norms (`train.clip_predictors_separately`)."""

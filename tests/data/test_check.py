@@ -58,6 +58,11 @@ EVERY_KIND = {
     "text behind max_length": entry(8, answer="x" * 400),
     "nothing to learn": entry(9, question="<image>\n" + "x" * 400),
     "text-only": {"id": "n10", "conversations": conversation("Who?", "I.")},
+    "role/content messages": {
+        "id": "n11",
+        "images": ["good.png"],
+        "messages": [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": ANSWER}],
+    },
     "repeated id": entry(0),
 }
 
@@ -70,11 +75,11 @@ def test_every_kind_is_found_counted_and_shown(folder):
     assert counts == {**dict.fromkeys(EVERY_KIND, 1), **side_effects}
     for number, kind in enumerate(EVERY_KIND, start=1):
         shown = report.findings.examples[kind]
-        assert any(example.startswith(f"index {number}, id 'n{(number - 1) % 11}': ") for example in shown), kind
+        assert any(example.startswith(f"index {number}, id 'n{(number - 1) % 12}': ") for example in shown), kind
     assert report.errors == 6 and report.warnings == 6
     assert set(ERRORS) | set(WARNINGS) | set(NOTES) == {*EVERY_KIND, "broken file", "nothing to train on"}
     text = str(report)
-    assert "14 samples, 6 can be trained on" in text and "training would fail (6 errors)" in text
+    assert "15 samples, 7 can be trained on" in text and "training would fail (6 errors)" in text
     assert "3 of each" not in text and f"{counts['missing image']:,}" in text
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dynamic_llava.config import DataConfig
-from dynamic_llava.data import FILLER, Collator, SftDataset
+from dynamic_llava.data import FILLER, Collator, SftDataset, UnreadError
 from tests.builders import IMAGE_TOKEN, TOKENS_PER_IMAGE, build_model
 from tests.sft_builders import conversation, picture, tiny_processor, write_data
 
@@ -134,7 +134,7 @@ def test_an_image_that_breaks_later_is_named(mixed, processor):
     with pytest.raises(ValueError, match=r"data\.json, index 0, id 'single': .*a\.png is no image"):
         dataset[0]
     (mixed / "images" / "a.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"index 1, id 'double': image 'a\.png' is missing"):
+    with pytest.raises(UnreadError, match=r"index 1, id 'double': image 'a\.png' is missing"):
         dataset[1]
 
 
