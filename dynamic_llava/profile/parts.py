@@ -4,6 +4,8 @@ A part writes down every row and every number as soon as it exists, because it m
 nothing but the file of results. The rehearsal's parts are the GPU's, at sizes that any machine can run.
 """
 
+import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -82,6 +84,7 @@ class Setting:
         return (self.limits() or measure_limits(self.device, self.dtype)).flops_per_second
 
 
+log = logging.getLogger(__name__)
 PartOf = Callable[[Setting], None]
 
 
@@ -93,6 +96,7 @@ def run_part(name: str, chosen: str, results: Results, device: torch.device) -> 
     setting = Setting(results, device, torch.float32 if on_cpu else torch.bfloat16, effort)
     own = {**versions("triton"), "dtype": str(setting.dtype).removeprefix("torch.")}
     results.add(about={**measured_on(device), **own})
+    torch._logging.set_logs(recompiles=True, perf_hints=True)  # a step that compiles twice or is not replayed says why
     PARTS[chosen][name](setting)
 
 
@@ -117,16 +121,18 @@ def _device(setting: Setting, small: bool = False) -> None:
 
 def _hold(setting: Setting, title: str, found: Iterable[tuple[str, Callable[[], None]]]) -> None:
     """Try every law; those that do not hold are named, and raised together at the end."""
-    columns = (Column("law", "law"), Column("holds", "holds"), Column("why", ""))
+    columns = (Column("law", "law"), Column("holds", "holds"), Column("seconds", "s", ".1f"), Column("why", ""))
     setting.results.table(Report("laws", title, columns, []))
     broken = []
     for name, law in found:
-        row = {"law": name, "holds": "yes"}
+        row, begun = {"law": name, "holds": "yes"}, time.perf_counter()
         try:
             law()
         except Exception as error:
+            log.exception("%s", name)
             row |= {"holds": "no", "why": describe(error)}
             broken.append(f"{name} ({row['why']})")
+        row["seconds"] = time.perf_counter() - begun
         setting.results.rows(title, [row])
     if broken:
         raise RuntimeError(f"{len(broken)} laws do not hold: {'; '.join(broken)}")

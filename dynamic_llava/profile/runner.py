@@ -38,17 +38,17 @@ class Part:
 
 
 GPU_PARTS = (
-    Part("device", 25, "device, versions, copy bandwidth and matrix-product rate"),
-    Part("kernels", 50, "laws of MaskedSoftmax and ragged attention on the device"),
+    Part("device", 20, "device, versions, copy bandwidth and matrix-product rate"),
+    Part("kernels", 60, "laws of MaskedSoftmax and ragged attention on the device"),
     Part("compiled", 55, "laws of the compiled decoding step on the device"),
-    Part("attention", 35, "MaskedSoftmax beside plain attention, both passes"),
-    Part("ragged", 25, "attention of one new token over ragged rows"),
-    Part("steps-few-layers", 60, "cached steps of 4 layers, batch 1 and 8, beside both dense baselines"),
-    Part("steps-batch-1", 80, "cached steps of all layers, batch 1"),
+    Part("attention", 30, "MaskedSoftmax beside plain attention, both passes"),
+    Part("ragged", 20, "attention of one new token over ragged rows"),
+    Part("steps-few-layers", 65, "cached steps of 4 layers, batch 1 and 8, beside both dense baselines"),
+    Part("steps-batch-1", 85, "cached steps of all layers, batch 1"),
     Part("steps-batch-8", 90, "cached steps of all layers, batch 8"),
     Part("generate", 40, "generate(), time of a token"),
     Part("prefill", 25, "prefill, batch 1 and 8"),
-    Part("training", 35, "a training step: time and memory"),
+    Part("training", 30, "a training step: time and memory"),
     Part("predictors", 20, "what the predictors cost at full size"),
 )
 """What one GPU shows in 540 seconds, most telling first."""
