@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynamic_llava.files import EXIT_WRITE_FAILED, WriteError
+
 if TYPE_CHECKING:
     import torch
 
@@ -24,7 +26,10 @@ memory CONFIG.yaml [--gpus N] [--gpu-memory GB] [--shape 7b|13b] [--batch-size N
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for; return the exit code: 1 where training does not fit, 2 for a mistake."""
+    """Run what the command line asks for; return the exit code.
+
+    1 where training does not fit or a measurement failed, 2 for a mistake, 74 where a file could not be written.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if given[:1] == ["memory"] and given[1:2] and not given[1].startswith("-"):
@@ -34,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except WriteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_WRITE_FAILED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,7 +102,11 @@ def _add_benchmark(command: Callable[..., argparse.ArgumentParser]) -> None:
         made.add_argument("--set", choices=SETS, required=made is part, help=f"default: cpu or gpu, as found:\n{about}")
         made.add_argument("--device", help="cpu, or an accelerator's name; default: what the set is for")
     whole.add_argument("--output-dir", type=Path, default=Path("runs/benchmark"), help="new folder of the four files")
-    whole.add_argument("--seconds", type=float, help="time that may be spent; parts that do not fit are left out")
+    whole.add_argument(
+        "--seconds",
+        type=float,
+        help="time that may be spent: parts that do not\nfit are left out, what the plan does not need is to spare",
+    )
     whole.add_argument("--parts", nargs="+", default=(), help="only these parts")
     summary = command("summary", _summary, "write a benchmark's summary again, from its lines; or publish it")
     summary.add_argument("folder", type=Path, help="the benchmark's --output-dir")

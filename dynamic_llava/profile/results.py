@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dynamic_llava.files import writing
 from dynamic_llava.profile.report import Report
 
 RESULTS = "results.jsonl"
@@ -16,9 +17,12 @@ RESULTS = "results.jsonl"
 
 
 def append(path: Path, entry: Mapping[str, Any]) -> None:
-    """Add a line and wait until it is on the disk; a line that a killed process left torn is ended first."""
+    """Add a line and wait until it is on the disk; a line that a killed process left torn is ended first.
+
+    Raises WriteError when it cannot be written, and TypeError for an entry that JSON cannot hold.
+    """
     line = json.dumps(entry).encode() + b"\n"
-    with path.open("ab+") as file:
+    with writing(path), path.open("ab+") as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             line = line if file.read(1) == b"\n" else b"\n" + line

@@ -1,8 +1,9 @@
 """A benchmark: parts in order, each a process of its own with its own time, and files that survive whatever happens.
 
 Standard library only, so that neither a broken torch nor a device that hangs takes more than one part with it. The
-parts themselves are in parts.py. A part has to end when its planned seconds and those of all parts before it are over:
-what an earlier part did not need, a later one may use, and no part takes from those behind it.
+parts themselves are in parts.py. A part has to end when its planned seconds and those of all parts before it are over,
+and whatever was given beyond the plan: what an earlier part did not need, a later one may use, and no part takes from
+those behind it.
 """
 
 import contextlib
@@ -19,12 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dynamic_llava.files import writing
 from dynamic_llava.profile import results
 from dynamic_llava.profile.summary import write_summary
 
 LOG = "log.txt"
-ENDING = 1.0
-"""Seconds of a part's time that are kept for ending it: its stack goes into the log, then its processes are killed."""
+ENDING = 2.5
+"""Seconds of a part's time that are kept for ending it: its stack goes into the log, then its processes are killed,
+which takes a while where they hold much memory."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,8 @@ class Plan:
         """Return what is said before anything runs."""
         planned = sum(part.seconds for part in self.parts)
         said = [f"{self.set}: {len(self.parts)} parts, {planned:g} of {self.seconds:g} seconds planned"]
+        if self.seconds > planned:
+            said.append(f"{self.seconds - planned:g} seconds to spare, for parts that take longer than planned")
         return said + [f"left out, {part.seconds:g} s: {part.name} ({part.about})" for part in self.left_out]
 
 
@@ -118,10 +123,14 @@ def part_command(name: str, chosen: str, path: Path, device: str | None) -> list
 
 
 def new_folder(folder: Path) -> Path:
-    """Make the folder of a benchmark's files. ValueError where it holds results already, which are never touched."""
+    """Make the folder of a benchmark's files. ValueError where it holds results, which are never touched.
+
+    WriteError where it cannot be made.
+    """
     if (folder / results.RESULTS).exists():
         raise ValueError(f"{folder} holds the results of an earlier benchmark; give another --output-dir, or move them")
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -153,7 +162,8 @@ def run(chosen: Plan, command: Callable[[str], list[str]], folder: Path, begun: 
     for line in chosen.lines():
         _say(folder, line)
     _write_summary(folder)
-    deadline, all_done = begun, True
+    deadline = begun + chosen.seconds - sum(part.seconds for part in chosen.parts)
+    all_done = True
     before = {number: signal.signal(number, _end) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
         for part in chosen.parts:
@@ -223,7 +233,7 @@ def _dump_stack(process: subprocess.Popen[bytes]) -> None:
     """Let a part write into the log where it stands; one that has not come far enough just ends."""
     process.send_signal(signal.SIGUSR1)
     try:
-        process.wait(ENDING / 4)
+        process.wait(ENDING / 5)
     except subprocess.TimeoutExpired:
         return
 
@@ -235,7 +245,7 @@ def _kill(process: subprocess.Popen[bytes]) -> bool:
     if process.stdin is not None:
         process.stdin.close()
     try:
-        process.wait(ENDING / 2)
+        process.wait(ENDING * 3 / 5)
     except subprocess.TimeoutExpired:
         return False
     return True

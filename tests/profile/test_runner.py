@@ -88,7 +88,7 @@ QUICK = {GPU_PARTS[0].name, GPU_PARTS[-1].name}
 )
 def test_each_part_in_turn_hangs_and_is_ended_with_all_it_started(tmp_path, name):
     folder, faults = new_folder(tmp_path / "x"), {name: "hang", "behind": "none"}
-    run(plan("gpu", [Part(name, 3, ""), Part("behind", 30, "")]), stub(folder, faults), folder)
+    run(plan("gpu", [Part(name, 4, ""), Part("behind", 30, "")]), stub(folder, faults), folder)
     check(folder, faults)
     log = (folder / "log.txt").read_text()
     assert "stub_part.py" in log and "in misbehave" in log, "the log says where it stood"
@@ -103,6 +103,17 @@ def test_a_budget_is_kept_and_time_left_over_goes_to_later_parts(tmp_path):
     found = found_in(folder).parts
     assert [part["state"] for part in found.values()] == ["done", "timed out", "done"]
     assert found["hangs"]["seconds"] > parts[1].seconds, "it had what the first part did not need"
+
+
+def test_time_beyond_the_plan_is_to_spare(tmp_path, capsys):
+    """Both parts need more than their plan; what was given beyond it is enough for the first, and all that it needs."""
+    folder = new_folder(tmp_path / "x")
+    chosen = plan("gpu", [Part("slow", 1.1, ""), Part("hangs", 1.1, "")], 7)
+    begun = time.monotonic()
+    run(chosen, stub(folder, {"hangs": "hang"}, pause=0.3), folder)
+    assert time.monotonic() - begun < 7
+    assert [part["state"] for part in found_in(folder).parts.values()] == ["done", "timed out"]
+    assert "4.8 seconds to spare" in capsys.readouterr().out
 
 
 def test_a_process_that_cannot_be_started_is_a_failed_part(tmp_path):
@@ -248,9 +259,19 @@ def test_a_dead_torch_fails_its_parts_and_not_the_benchmark(tmp_path, monkeypatc
     assert done.returncode == 1 and not done.stderr
     summary = (tmp_path / "x/summary.md").read_text()
     assert summary.count("| failed |") == 2 and summary.count("libtorch is broken") == 2
-    assert summary.count("| left out |") == len(GPU_PARTS) - 2 and "left out, 50 s: kernels" in done.stdout
+    assert (
+        summary.count("| left out |") == len(GPU_PARTS) - 2
+        and f"left out, {GPU_PARTS[1].seconds} s: kernels" in done.stdout
+    )
     asked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert asked.returncode == 2 and "libtorch is broken" in asked.stderr and "--set" in asked.stderr
+
+
+def test_a_folder_that_cannot_be_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    arguments = ["benchmark", "--set", "rehearsal", "--output-dir", str(tmp_path / "file" / "x")]
+    assert main(arguments) == 74
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_the_gpu_set_on_a_machine_without_one_says_so(tmp_path, monkeypatch, capsys):
