@@ -187,8 +187,9 @@ def load(name: str, sparsity: SparsityMode) -> tuple[Any, DynamicLlavaProcessor]
             f"{name} is a dense checkpoint without predictors, so sparsity={sparsity!r} would be decided at random; "
             "train it first, or give --sparsity none"
         )
+    processor = DynamicLlavaProcessor.from_pretrained(source)  # first: it refuses before weights are read
     model = DynamicLlavaForConditionalGeneration.from_pretrained(source, dtype="auto")
-    return model.to(own_device()).eval(), DynamicLlavaProcessor.from_pretrained(source)
+    return model.to(own_device()).eval(), processor
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor
 from dynamic_llava.config import SparsityMode, check_sparsity_mode
 from dynamic_llava.costs import decoder_shape, kv_bytes
 from dynamic_llava.model import AdmissionCache, SparsityRecord
-from dynamic_llava.processing.prompts import END_OF_ANSWER, IMAGE_PLACE, conversation_prompt, encode_prompt
+from dynamic_llava.processing.prompts import IMAGE_PLACE
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,6 @@ class Conversation:
         **options: Any,
     ) -> None:
         check_settings(sparsity, max_new_tokens, temperature)
-        if processor.tokenizer.eos_token != END_OF_ANSWER:
-            raise ValueError(
-                f"the tokenizer's end token is {processor.tokenizer.eos_token!r}; vicuna_v1 ends answers with "
-                f"{END_OF_ANSWER!r}, so give the tokenizer of a LLaVA-1.5 checkpoint"
-            )
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         self.model, self.processor, self.sparsity = model, processor, sparsity
         self.max_new_tokens = max_new_tokens
@@ -180,17 +175,16 @@ class Conversation:
 
     def _new_tokens(self, text: str) -> tuple[Tensor, int]:
         """Return the ids (1, N) that a question adds; the first 0 or 1 of them still close the answer before it."""
-        processor, closing = self.processor, 0
-        places = {"tokens_per_image": processor.tokens_per_image, "image_token_id": processor.image_token_id}
+        processor, form, closing = self.processor, self.processor.prompt_format, 0
         if not self.turns:
-            ids = encode_prompt(processor.tokenizer, conversation_prompt([(text, None)]), **places)
+            ids = processor.encode_prompt(processor.conversation_prompt([(text, None)]))
         else:
             # Tokenised behind the end of an answer, as in training: a tokenizer may treat the start of a text apart.
-            before = conversation_prompt([("", "")]).removesuffix(END_OF_ANSWER)
-            prompt = conversation_prompt([("", ""), (text, None)]).removeprefix(before)
-            ids, end = encode_prompt(processor.tokenizer, prompt, **places), processor.tokenizer.eos_token_id
+            prompt = form.end_token + form.question_opening + form.spoken(text) + form.answer_opening
+            ids, end = processor.encode_prompt(prompt), processor.end_token_id
             closing = int(self.ids[0, -1] != end)
-            ids = ids[ids.index(end) + 1 - closing :]
+            first = ids.index(end, int(ids[0] == processor.tokenizer.bos_token_id))  # the start token may be the same
+            ids = ids[first + 1 - closing :]
         return torch.tensor([ids], dtype=torch.int64, device=self.model.device), closing
 
     def _answer(self, steps: "_Steps", most: int) -> Answer:

@@ -14,6 +14,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 from dynamic_llava.checkpoints.names import EMBEDDING, IMAGE_PREDICTOR, OUTPUT_PREDICTOR, TOWER, predictor_of
 from dynamic_llava.config import SparsityConfig
 from dynamic_llava.model import DynamicLlavaConfig
+from dynamic_llava.model.supported import check_architecture
 from dynamic_llava.sparsity import budget
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -88,10 +89,7 @@ def config_from_original(
 
 def config_from_hf(values: dict[str, Any], ours: bool) -> DynamicLlavaConfig:
     """Return our configuration for a config.json of llava-hf, or of this library. ValueError unless it is LLaVA-1.5."""
-    for part, kind in (("text_config", "llama"), ("vision_config", "clip_vision_model")):
-        found = (values.get(part) or {}).get("model_type", kind)
-        if found != kind:
-            raise ValueError(f"config.json has {part}.model_type {found!r}; LLaVA-1.5 has {kind!r}")
+    check_architecture("config.json", values)
     if values.get("quantization_config"):
         raise ValueError("config.json has a quantization_config; convert the checkpoint that was quantised instead")
     values = {key: value for key, value in values.items() if key != "model_type"}
@@ -183,6 +181,7 @@ def _vision_config(
     given = separate or values.get("clip_vision_config") or values.get("vision_config")
     if given is not None:
         given = given.get("vision_config") or given  # a full CLIPModel keeps the tower's settings one level down
+        check_architecture("the vision tower's config.json", {"vision_config": given})
         return CLIPVisionConfig(**{name: given[name] for name in _VISION if given.get(name) is not None})
     name = str(values.get("mm_vision_tower"))
     if not re.search(r"clip-vit-(base|large)-patch\d+", name):

@@ -22,8 +22,16 @@ from dynamic_llava.checkpoints.names import (
 )
 from dynamic_llava.checkpoints.sources import Source, Stored, read_source
 from dynamic_llava.checkpoints.tensors import FLOATS, Change, Placement, add_mean_rows, swap_rows
-from dynamic_llava.checkpoints.vocabulary import Vocabulary, extend_vocabulary, keep_vocabulary, read_tokenizer
+from dynamic_llava.checkpoints.vocabulary import (
+    Vocabulary,
+    extend_vocabulary,
+    keep_vocabulary,
+    read_tokenizer,
+    with_prompts,
+)
 from dynamic_llava.model import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
+from dynamic_llava.processing.base_template import Ends
+from dynamic_llava.processing.folder import read_ends
 
 Target = Literal["dynamic-llava", "llava-hf"]
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -139,14 +147,15 @@ def _vocabulary(source: Source, config: DynamicLlavaConfig, say: Callable[[str],
     folders = [folder for folder in (first, source.base) if folder is not None]
     tokenizer = read_tokenizer(folders, source.is_original)
     if not source.is_original:
-        return keep_vocabulary(config, tokenizer)
+        return with_prompts(keep_vocabulary(config, tokenizer), folders, read_ends(source.folder, {}))
     text = config.text_config
     vocabulary = extend_vocabulary(source.config, text.vocab_size, tokenizer, text.pad_token_id)
     say(
         f"vocabulary: <image> is {vocabulary.image_id}, padding {vocabulary.pad_id}; {text.vocab_size} rows "
         f"become {vocabulary.rows}, new ones the mean of the others"
     )
-    return vocabulary
+    ends = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
+    return with_prompts(vocabulary, folders, Ends(ends, "config.json"))
 
 
 def _target_name(name: str, own_names: dict[str, str], to: Target) -> str | None:

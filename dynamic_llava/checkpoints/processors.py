@@ -36,6 +36,8 @@ def write_processor(
         image_token_id=vocabulary.image_id,
         feature_select=config.vision_feature_select_strategy,
         **colours,
+        chat_template=vocabulary.chat_template,
+        ends=vocabulary.ends,
     ).save_pretrained(folder)
     if to == "llava-hf":
         _name_processor(folder, "LlavaProcessor")

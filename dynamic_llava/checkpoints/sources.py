@@ -18,6 +18,7 @@ from dynamic_llava.checkpoints.lora import (
     split_adapter,
 )
 from dynamic_llava.checkpoints.names import RECOMPUTED, TEXT_HALF, TOWER, Rule, reason_to_leave_out, to_ours
+from dynamic_llava.model.supported import check_architecture
 from dynamic_llava.model.weight_files import Head, WeightFiles, holds_model
 
 Say = Callable[[str], None]
@@ -117,6 +118,8 @@ def read_source(
 def _read_model(folder: Path, say: Say) -> Source:
     config = read_json(folder / "config.json")
     layout = layout_by_config(folder, config)  # a folder of another architecture is named before its files are read
+    if layout in (layouts.OURS, layouts.LLAVA_HF):
+        check_architecture(folder, config)
     files = WeightFiles.of_folder(folder)
     layout = find_layout(folder, config, files.heads)
     say(f"{folder}: {layout.title}; {len(files.heads)} tensors in {len(files.files)} files")

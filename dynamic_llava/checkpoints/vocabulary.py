@@ -6,7 +6,7 @@ llava-hf draws the new rows around the mean of the old ones, they are that mean 
 the same checkpoint. A head's mean row never has the highest logit, so no new id is ever the most likely one.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from transformers import AddedToken, LlamaTokenizer, PreTrainedTokenizerFast
 
 from dynamic_llava.checkpoints.layouts import read_json
 from dynamic_llava.model import DynamicLlavaConfig
-from dynamic_llava.processing.folder import load_tokenizer
+from dynamic_llava.processing.base_template import Ends, find_format
+from dynamic_llava.processing.folder import load_tokenizer, read_template
 
 IMAGE_WORD, PAD_WORD = "<image>", "<pad>"
 ROWS_MULTIPLE = 64
@@ -29,6 +30,10 @@ class Vocabulary:
     image_id: int
     pad_id: int | None
     tokenizer: Any = None
+    chat_template: str | None = None
+    """The source's own template; the tokenizer's where it is None."""
+    ends: Ends | None = None
+    """Where generation stops; at the tokenizer's end token where it is None."""
 
 
 def read_tokenizer(folders: list[Path], original: bool) -> Any:
@@ -37,7 +42,7 @@ def read_tokenizer(folders: list[Path], original: bool) -> Any:
     `original`: the tokenizer is LLaVA's own, whose `legacy` flag counts as transformers 4 read it (missing: true).
     Raises ValueError where the files cannot be read.
     """
-    folder = next((folder for folder in folders if any((folder / name).is_file() for name in _FILES)), None)
+    folder = _folder_of_tokenizer(folders)
     if folder is None:
         return None
     path = folder / "tokenizer_config.json"
@@ -52,6 +57,26 @@ def read_tokenizer(folders: list[Path], original: bool) -> Any:
         raise ValueError(f"reading {folder / 'tokenizer.model'} needs: pip install sentencepiece protobuf") from error
     except Exception as error:  # transformers and tokenizers raise what they like for a damaged file
         raise ValueError(f"the tokenizer in {folder} cannot be read ({error}); get its files again") from None
+
+
+def with_prompts(vocabulary: Vocabulary, folders: list[Path], ends: Ends | None) -> Vocabulary:
+    """Return the vocabulary with the chat template and the end of answers that its tokenizer's folder brings.
+
+    Raises ValueError where no conversation can be written with them (see `base_template.find_format`).
+    """
+    folder = _folder_of_tokenizer(folders)
+    if folder is None:
+        return vocabulary
+    template = read_template(folder, vocabulary.tokenizer, {})
+    try:
+        find_format(vocabulary.tokenizer, template, ends)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    return replace(vocabulary, chat_template=template, ends=ends)
+
+
+def _folder_of_tokenizer(folders: list[Path]) -> Path | None:
+    return next((folder for folder in folders if any((folder / name).is_file() for name in _FILES)), None)
 
 
 def extend_vocabulary(values: dict[str, Any], rows: int, tokenizer: Any, pad_id: int | None) -> Vocabulary:

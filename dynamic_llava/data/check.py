@@ -23,15 +23,16 @@ from dynamic_llava.data.llava_json import (
 )
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.processing.images import check_header, load_image
-from dynamic_llava.processing.prompts import EncodedConversation, ImageCutError
+from dynamic_llava.processing.prompts import EncodedConversation, ImageCutError, RenderingError
 
 ImageCheck = Literal["decode", "stat"]
 
 BROKEN_FILE, EMPTY = "broken file", "nothing to train on"
 BLANK, CUT, SHORTENED, UNLEARNED = "blank answer", "image would be cut", "text behind max_length", "nothing to learn"
 TEXT_ONLY, REPEATED, CHAT_MESSAGES = "text-only", "repeated id", "role/content messages"
+RENDERED = "chat template has a way of its own"
 
-ERRORS = (BROKEN_FILE, EMPTY, BAD_FIELD, BAD_ROLE, BAD_PLACES, OUTSIDE, MISSING, UNREADABLE)
+ERRORS = (BROKEN_FILE, EMPTY, BAD_FIELD, BAD_ROLE, BAD_PLACES, OUTSIDE, MISSING, UNREADABLE, RENDERED)
 """Kinds that make training fail; with data.broken: skip those of BROKEN_KINDS are left out instead."""
 WARNINGS = (BLANK, CUT, SHORTENED, UNLEARNED)
 """Kinds that training copes with, but loses something by."""
@@ -207,6 +208,9 @@ def _look_at_tokens(
         tokens = processor.encode_conversation(sample.turns, config.max_length, sample.system)
     except ImageCutError as error:
         findings.note(CUT, index, name, error)
+        return
+    except RenderingError as error:
+        findings.note(RENDERED, index, name, error)
         return
     if tokens.shortened:
         findings.note(SHORTENED, index, name, f"what follows the first {config.max_length} tokens is cut off")

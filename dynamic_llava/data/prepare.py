@@ -34,7 +34,7 @@ from dynamic_llava.data.llava_json import (
 from dynamic_llava.files import file_digest, writing
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.processing.images import check_header
-from dynamic_llava.processing.prompts import ImageCutError
+from dynamic_llava.processing.prompts import ImageCutError, RenderingError
 
 log = logging.getLogger(__name__)
 
@@ -180,7 +180,10 @@ def _encode_chunk(samples: Indexed, *, config: DataConfig, processor: DynamicLla
             images = list(sound_sample(sample, index).images)
             encoded.broken.append({"index": index, "id": name, "images": images, "why": str(skipped[0])})
         else:
-            encode_sample(sound_sample(sample, index), processor, config.max_length, encoded)
+            try:
+                encode_sample(sound_sample(sample, index), processor, config.max_length, encoded)
+            except RenderingError as error:
+                encoded.errors.append(f"  index {index}, id {name!r}: {error}")
     return encoded
 
 
@@ -294,5 +297,6 @@ def _fingerprint(config: DataConfig, processor: DynamicLlavaProcessor) -> str:
         processor.tokens_per_image,
         processor.image_token_id,
         processor.tokenizer.backend_tokenizer.to_str(),
+        str(processor.prompt_format),
     )
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

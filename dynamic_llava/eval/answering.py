@@ -19,7 +19,7 @@ from dynamic_llava.eval.predict import Batch, Prediction, generate_answers
 from dynamic_llava.eval.tasks import Question
 from dynamic_llava.eval.tasks.base import Said
 from dynamic_llava.processing import DynamicLlavaProcessor
-from dynamic_llava.processing.prompts import IMAGE_PLACE, conversation_prompt, encode_prompt
+from dynamic_llava.processing.prompts import IMAGE_PLACE
 
 READERS, BATCHES_AHEAD = 4, 2
 """Threads that read images, and how many batches they are ahead of the model."""
@@ -90,11 +90,8 @@ def read_ahead(
 
 
 def prompt_inputs(processor: DynamicLlavaProcessor, asked: Sequence[Asked]) -> BatchFeature:
-    """Return left-padded vicuna_v1 prompts, the image first where there is one, and all images (I, 3, S, S)."""
-    rows = [
-        encode_prompt(processor.tokenizer, _prompt(one), processor.tokens_per_image, processor.image_token_id)
-        for one in asked
-    ]
+    """Return left-padded prompts, the image first where there is one, and all images (I, 3, S, S)."""
+    rows = [processor.encode_prompt(_prompt(processor, one)) for one in asked]
     pixels = [one.pixels for one in asked if one.pixels is not None]
     return BatchFeature(processor.pad(rows) | ({"pixel_values": torch.cat(pixels)} if pixels else {}))
 
@@ -125,12 +122,12 @@ def facts(prediction: Prediction) -> dict[str, Any]:
     }
 
 
-def _prompt(asked: Asked) -> str:
-    """Return the vicuna_v1 prompt; the image comes first, wherever a question's text may put it."""
+def _prompt(processor: DynamicLlavaProcessor, asked: Asked) -> str:
+    """Return the prompt of a question; the image comes first, wherever a question's text may put it."""
     text = asked.question.text
     if IMAGE_PLACE in text:
         text = text.replace(IMAGE_PLACE, "").strip()
-    return conversation_prompt([(text if asked.pixels is None else f"{IMAGE_PLACE}\n{text}", None)])
+    return processor.conversation_prompt([(text if asked.pixels is None else f"{IMAGE_PLACE}\n{text}", None)])
 
 
 def _pixels(question: Question, processor: DynamicLlavaProcessor) -> Tensor | None:

@@ -18,7 +18,6 @@ from dynamic_llava.data.sft import SftSample
 from dynamic_llava.eval.metrics.perplexity import answer_nll
 from dynamic_llava.model import cache_of
 from dynamic_llava.processing import DynamicLlavaProcessor
-from dynamic_llava.processing.prompts import conversation_prompt
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class Likelihood:
 
 def prompt_batches(processor: DynamicLlavaProcessor, queries: Sequence[Query], batch_size: int) -> list[Batch]:
     """Left-padded prompts in batches of similar length; rows are independent, so the order changes nothing."""
-    prompts = [conversation_prompt([(query.question, None)]) for query in queries]
+    prompts = [processor.conversation_prompt([(query.question, None)]) for query in queries]
     order = sorted(range(len(queries)), key=lambda i: (len(prompts[i].split()), i))
     batches = []
     for places in _chunks(order, batch_size):

@@ -101,7 +101,8 @@ class DynamicLlavaLMM(lmms):
         """Answer requests of one generation_kwargs in one call."""
         generation = read_generation(batch[0].args[1])
         images = [self._images(request) for request in batch]
-        prompts = [request_prompt(request.args[0], len(row)) for request, row in zip(batch, images, strict=True)]
+        write = self.processor.conversation_prompt
+        prompts = [request_prompt(request.args[0], len(row), write) for request, row in zip(batch, images, strict=True)]
         inputs = dict(self.processor(text=prompts, images=images, padding_side="left"))
         # Random methods draw by the document, whatever the batch.
         inputs["sample_key"] = torch.tensor([request.args[3] for request in batch])

@@ -2,11 +2,11 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dynamic_llava.processing.prompts import IMAGE_PLACE, conversation_prompt, image_places
+from dynamic_llava.processing.prompts import IMAGE_PLACE, Turn, conversation_prompt, image_places
 
 MAX_NEW_TOKENS = 1024
 """Where a task sets none; what lmms-eval's own LLaVA model takes."""
@@ -54,9 +54,10 @@ def cut_answer(text: str, stops: Sequence[str]) -> str:
     return text[: min((end for end in ends if end >= 0), default=len(text))].strip()
 
 
-def request_prompt(context: str, images: int) -> str:
-    """Return the vicuna_v1 prompt of a context; without `<image>` in it, the images come first, on a line of their own.
+def request_prompt(context: str, images: int, write: Callable[[Sequence[Turn]], str] = conversation_prompt) -> str:
+    """Return the prompt of a context; without `<image>` in it, the images come first, on a line of their own.
 
+    write: makes the text of turns; a processor's `conversation_prompt` writes its checkpoint's own.
     Raises ValueError when the context has `<image>` places, but not one for each image.
     """
     places = image_places(context)
@@ -64,7 +65,7 @@ def request_prompt(context: str, images: int) -> str:
         raise ValueError(f"the context has {places} {IMAGE_PLACE} places for {images} images; it needs one per image")
     if images and not places:
         context = f"{' '.join([IMAGE_PLACE] * images)}\n{context}"
-    return conversation_prompt([(context, None)])
+    return write([(context, None)])
 
 
 def plan_batches(requests: Sequence[Any], size: int) -> list[list[int]]:

@@ -7,7 +7,7 @@ from transformers import LlavaConfig
 from dynamic_llava.config import SparsityConfig, check_sparse_layer
 from dynamic_llava.model.places import check_place
 from dynamic_llava.model.quantization import spare_predictors
-from dynamic_llava.model.supported import check_kernels
+from dynamic_llava.model.supported import check_architecture, check_kernels, naming_config, refuse_trust
 from dynamic_llava.model.untrained import check_names
 
 
@@ -26,18 +26,21 @@ class DynamicLlavaConfig(LlavaConfig):
     """Names of the predictors that were newly initialised beside a dense checkpoint and have not been trained since."""
 
     @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load config.json; ValueError that names it where it describes no model that is carried here."""
+        refuse_trust(kwargs)
+        with naming_config(args[0] if args else "the checkpoint"):
+            return super().from_pretrained(*args, trust_remote_code=False, **kwargs)
+
+    @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read config.json; a dense LLaVA-1.5 one counts as ours. ValueError for any other architecture."""
         if args:
             check_place(args[0], kwargs)
         values, rest = super().get_config_dict(*args, **kwargs)
-        check_kernels(str(args[0]) if args else "the checkpoint", values)
-        found = values.get("model_type", cls.model_type)
-        if found not in ("llava", cls.model_type):
-            raise ValueError(
-                f"{args[0] if args else 'the checkpoint'} has model_type {found!r}; give a LLaVA-1.5 checkpoint in "
-                f"llava-hf layout ('llava') or one of ours ({cls.model_type!r})"
-            )
+        source = str(args[0]) if args else "the checkpoint"
+        check_kernels(source, values)
+        check_architecture(source, values)
         values["model_type"] = cls.model_type
         if values.get("quantization_config"):
             values["quantization_config"] = spare_predictors(values["quantization_config"])
@@ -49,6 +52,9 @@ class DynamicLlavaConfig(LlavaConfig):
             self.sparsity = SparsityConfig()
         self.untrained_predictors = check_names(self.untrained_predictors)
         super().__post_init__(**kwargs)
+        parts = {"text_config": self.text_config, "vision_config": self.vision_config}
+        values = {name: {**vars(part), "model_type": part.model_type} for name, part in parts.items()}
+        check_architecture("the configuration", {**vars(self), "model_type": self.model_type, **values})
         self._check_layer()
 
     def __setattr__(self, key: str, value: Any) -> None:

@@ -11,9 +11,9 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from dynamic_llava.model.card import replace_generic_card, write_card
 from dynamic_llava.model.places import CONVERT, check_place, refuse_adapter
 from dynamic_llava.model.quantization import spare_predictors
-from dynamic_llava.model.supported import refuse_code
+from dynamic_llava.model.supported import check_architecture, check_size, refuse_code
 from dynamic_llava.model.untrained import PREDICTORS
-from dynamic_llava.model.weight_files import WeightFiles, all_weight_files, holds_model
+from dynamic_llava.model.weight_files import Head, WeightFiles, all_weight_files, holds_model
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,14 @@ class CheckedLoading:
         refuse_adapter(source, kwargs)
         refuse_code(source, kwargs)
         if Path(source).is_dir() and not any(kwargs.get(name) for name in _OTHER_SOURCES):
-            check_folder(Path(source), needs_config=kwargs.get("config") is None)
+            heads = check_folder(Path(source), needs_config=kwargs.get("config") is None)
+            config = kwargs.get("config")
+            if not isinstance(config, cls.config_class):  # type: ignore[attr-defined]
+                rest = {key: value for key, value in kwargs.items() if key != "config"}
+                config, _ = cls.config_class.from_pretrained(  # type: ignore[attr-defined]
+                    config or source, return_unused_kwargs=True, **rest
+                )
+            check_size(source, config, (head.shape for head in heads.values()))
         # Mismatches are let through here only to be named in the error below.
         model, info = super().from_pretrained(  # type: ignore[misc]
             *args, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **kwargs
@@ -137,11 +144,12 @@ def tensor_shapes(source: str | Path) -> dict[str, tuple[int, ...]]:
     return {name: head.shape for name, head in WeightFiles(checkpoint_files(source)).heads.items()}
 
 
-def check_folder(folder: Path, needs_config: bool = True) -> None:
-    """Raise ValueError or FileNotFoundError for a folder that cannot be loaded, whatever the model's configuration.
+def check_folder(folder: Path, needs_config: bool = True) -> dict[str, Head]:
+    """Return what is stored in a folder, by name; no value is read.
 
-    Its files of weights must be whole and hold tensors only, its layout must be llava-hf's or ours, and one of ours
-    must hold the predictors that it does not call untrained.
+    Raises ValueError or FileNotFoundError where it cannot be loaded, whatever the model's configuration: its files of
+    weights must be whole and hold tensors only, its layout must be llava-hf's or ours, and one of ours must hold the
+    predictors that it does not call untrained.
     """
     path = folder / "config.json"
     if not path.is_file() and needs_config:
@@ -158,18 +166,22 @@ def check_folder(folder: Path, needs_config: bool = True) -> None:
             f"{kind!r}); convert it first: "
             f"{CONVERT} {folder} NEW_FOLDER{' --base MODEL' if parts else ''}"
         )
+    check_architecture(folder, config)
     files = WeightFiles.of_folder(folder)
-    names = list(files.heads)
+    names = files.heads
     unread = [file.name for file in all_weight_files(folder) if file not in files.files]
     if unread:
         logger.warning("%s: %s not read, nothing of it is in the model", folder, ", ".join(unread))
     untrained = config.get("untrained_predictors") or ()
+    if not isinstance(untrained, list | tuple):
+        raise ValueError(f"{path} has untrained_predictors {untrained!r}; give a list of names")
     for predictor, prefix in PREDICTOR_PREFIXES.items():
         if kind == "dynamic_llava" and predictor not in untrained and not any(n.startswith(prefix) for n in names):
             raise ValueError(
                 f"{folder} lacks the whole {predictor} ({prefix}*), which its config.json does not call untrained; "
                 "missing tensors cannot be made up: get the checkpoint again"
             )
+    return names
 
 
 def check_loaded(source: str, info: dict[str, Any]) -> None:

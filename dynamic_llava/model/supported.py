@@ -1,11 +1,18 @@
 """Which checkpoints this library carries: one gate for everything that opens a folder, before weights are read."""
 
 import json
-from collections.abc import Mapping, MutableMapping
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import cached_file
+
+from dynamic_llava.costs import llava_shape, parameter_counts
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 """Arguments of a `from_pretrained` that say where the files of a hub name are."""
@@ -18,6 +25,8 @@ SETTINGS_FILES = (
     "video_preprocessor_config.json",
 )
 """Files in which transformers looks for Python code that it should run (`auto_map`)."""
+_SMALL_PREDICTORS = 100_000_000
+"""Parameters that predictors may always have, however small a model is."""
 KERNEL_KEYS = ("attn_implementation", "_attn_implementation")
 """Keys of config.json by which transformers chooses how attention is calculated."""
 
@@ -41,24 +50,29 @@ def read_settings_file(source: str | Path, file: str, arguments: Mapping[str, An
     return values
 
 
-def refuse_code(source: str | Path, arguments: MutableMapping[str, Any]) -> None:
-    """Refuse to run Python code of a checkpoint: what it holds is read as data, and this package's classes do the rest.
-
-    Takes `trust_remote_code` out of the arguments of a `from_pretrained`. Raises ValueError where it is True, and where
-    a file of the folder or hub name asks for code by `auto_map`: tools of transformers that see the folder later, such
-    as `pipeline`, would ask on standard input whether they may run it.
-    """
+def refuse_trust(arguments: MutableMapping[str, Any]) -> None:
+    """Take `trust_remote_code` out of the arguments of a `from_pretrained`; ValueError where it is True."""
     if arguments.pop("trust_remote_code", None):
         raise ValueError(
             "trust_remote_code=True is not offered: no code of a checkpoint is run here, and none is needed; leave the "
             "argument out"
         )
+
+
+def refuse_code(source: str | Path, arguments: MutableMapping[str, Any]) -> None:
+    """Refuse to run Python code of a checkpoint: what it holds is read as data, and this package's classes do the rest.
+
+    Raises ValueError for `trust_remote_code=True` (see `refuse_trust`), and where a file of the folder or hub name asks
+    for code by `auto_map`: tools of transformers that see the folder later, such as `pipeline`, would ask on standard
+    input whether they may run it.
+    """
+    refuse_trust(arguments)
     for file in SETTINGS_FILES:
         try:
             values = read_settings_file(source, file, arguments) or {}
         except OSError:
             return  # nothing can be read, which the loading itself will say
-        if values.get("auto_map"):
+        if values.get("auto_map", {}) != {}:
             raise ValueError(
                 f"{file} of {source} asks for Python code of the checkpoint (auto_map: {values['auto_map']}), and no "
                 "code of a checkpoint is run here; if the checkpoint is a LLaVA-1.5 all the same, take auto_map out of "
@@ -75,3 +89,125 @@ def check_kernels(source: str | Path, values: Mapping[str, Any]) -> None:
                 f"config.json of {source} asks by {key} for the kernel {named!r} of the hub, and no code that a "
                 f"checkpoint names is run here; take {key} out of the file, or give attn_implementation yourself"
             )
+
+
+OUR_TYPES = ("llava", "dynamic_llava")
+"""model_type of config.json: llava-hf's, and this library's own."""
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "max_position_embeddings", "image_size", "patch_size",
+)  # fmt: skip
+_OPTIONAL = ("num_key_value_heads", "head_dim")
+_PARTS = {"text_config": ("language model", "llama"), "vision_config": ("vision tower", "clip_vision_model")}
+"""What the two parts of config.json are called, and the model_type that this library's engine carries."""
+
+
+def check_architecture(source: str | Path, values: Mapping[str, Any]) -> None:
+    """Raise ValueError unless config.json describes what is carried here: Llama behind a CLIP tower, as LLaVA-1.5.
+
+    `values` is config.json in llava-hf's or this library's layout; a part that is missing is LLaVA-1.5's.
+    """
+    found = values.get("model_type", OUR_TYPES[0])
+    if found not in OUR_TYPES:
+        raise ValueError(
+            f"{source} has model_type {found!r}; give a LLaVA-1.5 checkpoint in llava-hf layout ('llava') or one of "
+            "ours ('dynamic_llava')"
+        )
+    for part, (words, carried) in _PARTS.items():
+        settings = values.get(part)
+        if not isinstance(settings, Mapping | None):
+            raise ValueError(f"config.json of {source} has {part} {settings!r}, where settings (an object) belong")
+        kind = (settings or {}).get("model_type", carried)
+        if kind != carried:
+            raise ValueError(
+                f"{source} has a {words} of type {kind!r} ({part}.model_type in config.json), and only {carried!r}, "
+                "LLaVA-1.5's, is carried here; transformers' own LlavaForConditionalGeneration runs it without sparsity"
+            )
+        _check_sizes(source, part, settings or {})
+    _check_tower(source, values, values.get("vision_config") or {})
+
+
+def _check_sizes(source: str | Path, part: str, settings: Mapping[str, Any]) -> None:
+    for name in _SIZES:
+        size = settings.get(name, 1)
+        if not (size is None and name in _OPTIONAL) and (type(size) is not int or size < 1):
+            raise ValueError(f"config.json of {source} has {part}.{name} {size!r}; give a whole number of 1 or more")
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    if isinstance(rope, Mapping):  # anything else is refused by transformers, with the field's name
+        _check_name(source, f"{part}'s rope_type", rope.get("rope_type", rope.get("type")), ROPE_INIT_FUNCTIONS)
+    _check_name(source, f"{part}.hidden_act", settings.get("hidden_act"), ACT2FN)
+
+
+def _check_name(source: str | Path, what: str, found: Any, known: Collection[str]) -> None:
+    if found not in (None, "default") and not (isinstance(found, str) and found in known):
+        raise ValueError(f"config.json of {source} has {what} {found!r}; transformers knows {', '.join(sorted(known))}")
+
+
+def _check_tower(source: str | Path, values: Mapping[str, Any], tower: Mapping[str, Any]) -> None:
+    if tower.get("num_channels", 3) != 3:
+        raise ValueError(
+            f"{source} has vision_config.num_channels {tower['num_channels']!r}; images have 3 here: red, green, blue"
+        )
+    for key in ("dtype", "torch_dtype"):
+        found = getattr(torch, str(values.get(key)).removeprefix("torch."), None)
+        if values.get(key) is not None and not isinstance(found, torch.dtype):
+            raise ValueError(
+                f"config.json of {source} has {key} {values[key]!r}; give 'float32', 'float16' or 'bfloat16'"
+            )
+    _check_name(source, "projector_hidden_act", values.get("projector_hidden_act"), ACT2FN)
+    image, patch = tower.get("image_size", 336), tower.get("patch_size", 14)
+    if image < patch:
+        raise ValueError(f"{source} has images of {image} pixels and patches of {patch}; a patch is a part of an image")
+    chosen, depth = values.get("vision_feature_layer", -2), tower.get("num_hidden_layers", 24)
+    chosen = chosen if isinstance(chosen, list | tuple) else [chosen]
+    if not chosen or any(type(layer) is not int or not -depth - 1 <= layer <= depth for layer in chosen):
+        raise ValueError(
+            f"config.json of {source} has vision_feature_layer {values.get('vision_feature_layer')!r}, and the vision "
+            f"tower has {depth} layers; give one of {-depth - 1}..{depth}, or a list of them"
+        )
+
+
+def check_size(source: str | Path, config: Any, shapes: Iterable[tuple[int, ...]]) -> None:
+    """Raise ValueError where a configuration describes more than twice what the files of weights hold (`shapes`).
+
+    From sizes alone, before any tensor is made: what the files lack would be allocated first and missed afterwards.
+    Quantised weights are stored in other shapes, so nothing is said about them.
+    """
+    if getattr(config, "quantization_config", None):
+        return
+    counts = parameter_counts(llava_shape(config), config.sparsity)
+    described = counts["language_model"] + counts["vision_tower"] + counts["projector"]
+    stored = sum(math.prod(shape) for shape in shapes)
+    predictors = counts["image_predictor"] + counts["output_predictor"]
+    if predictors > described + _SMALL_PREDICTORS:
+        raise ValueError(
+            f"the predictors of {source} have {predictors:,} parameters and the LLaVA {described:,}; lower "
+            "sparsity.predictor_width, predictor_mlp or predictor_blocks (the paper: 512, 2048, 2)"
+        )
+    if not 0 <= config.image_token_id < config.text_config.vocab_size:
+        raise ValueError(
+            f"config.json of {source} has the image token {config.image_token_id}, which is outside of its "
+            f"{config.text_config.vocab_size} words; correct image_token_index"
+        )
+    if described > 2 * stored:
+        raise ValueError(
+            f"config.json of {source} describes a LLaVA of {described:,} parameters and the files of weights hold "
+            f"{stored:,}; compare vocab_size, num_hidden_layers and the other sizes in it with the checkpoint's, or "
+            "get the missing files"
+        )
+
+
+@contextmanager
+def naming_config(source: str | Path) -> Iterator[None]:
+    """Turn what transformers raises about a value of config.json into a ValueError that names the file."""
+    try:
+        yield
+    except OSError:
+        raise
+    except ValueError as error:
+        if str(source) in str(error):
+            raise
+        raise ValueError(f"{source}: {error}") from error
+    except Exception as error:  # transformers has classes of its own for a value of the wrong kind
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"config.json of {source} makes no model ({reason}); correct the value") from error

@@ -5,9 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, LlavaConfig
+from transformers.utils import cached_file
 
 from dynamic_llava.model.places import check_place, refuse_adapter
-from dynamic_llava.model.supported import read_settings_file, refuse_code
+from dynamic_llava.model.supported import (
+    HUB_ARGUMENTS,
+    check_architecture,
+    naming_config,
+    read_settings_file,
+    refuse_code,
+)
+from dynamic_llava.processing.base_template import Ends
 from dynamic_llava.processing.images import CLIP_MEAN, CLIP_STD
 
 
@@ -28,7 +36,7 @@ def read_settings(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
             f"{name} holds neither config.json nor processor_config.json with preprocessor_config.json; "
             "give the folder of a LLaVA checkpoint (llava-hf layout) or of a saved processor"
         )
-    settings = _sizes_of_model(model) if model is not None else _sizes_of_processor(processor, pixels)
+    settings = _sizes_of_model(name, model) if model is not None else _sizes_of_processor(processor, pixels)
     _check_pixels(name, pixels, settings["image_size"])
     return {
         **settings,
@@ -47,14 +55,58 @@ def load_tokenizer(name: str | Path, **arguments: Any) -> Any:
     return AutoTokenizer.from_pretrained(str(name), trust_remote_code=False, **arguments)
 
 
+def template_of(tokenizer: Any) -> str | None:
+    """Return the chat template that a tokenizer brings; of several with names, the one that is called default."""
+    found = getattr(tokenizer, "chat_template", None)
+    return found.get("default") if isinstance(found, dict) else found
+
+
+def read_template(name: str | Path, tokenizer: Any, arguments: dict[str, Any]) -> str | None:
+    """Return the chat template of a folder or hub name, looked for in transformers' order; None without one.
+
+    chat_template.jinja, which the tokenizer has read, counts most; then the processor's files; then the tokenizer's.
+    Raises ValueError that names the file where a template is no text.
+    """
+    hub = {key: arguments[key] for key in HUB_ARGUMENTS if key in arguments}
+    if cached_file(str(name), "chat_template.jinja", _raise_exceptions_for_missing_entries=False, **hub) is None:
+        for file in ("chat_template.json", "processor_config.json"):
+            found = (read_settings_file(name, file, arguments) or {}).get("chat_template")
+            if found is not None and not isinstance(found, str):
+                raise ValueError(f"{file} of {name} has a chat_template of type {type(found).__name__}; give a text")
+            if found:
+                return found
+    return template_of(tokenizer)
+
+
+def read_ends(name: str | Path, arguments: dict[str, Any]) -> Ends | None:
+    """Return the ids at which generation stops, as transformers finds them; None where no file says so.
+
+    Raises ValueError that names the file where they are neither a whole number nor a list of such.
+    """
+    for file, parts in (("generation_config.json", ()), ("config.json", ("text_config",)), ("config.json", ())):
+        values: Any = read_settings_file(name, file, arguments) or {}
+        for part in parts:
+            values = values.get(part) or {}
+        found = values.get("eos_token_id") if isinstance(values, dict) else None
+        if found is None:
+            continue
+        ids = found if isinstance(found, list) else [found]
+        if not all(type(number) is int for number in ids):
+            raise ValueError(f"{file} of {name} has eos_token_id {found!r}; give a token id or a list of them")
+        return Ends(ids, file)
+    return None
+
+
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write `values` as a JSON file with sorted keys."""
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _sizes_of_model(values: dict[str, Any]) -> dict[str, Any]:
+def _sizes_of_model(name: str, values: dict[str, Any]) -> dict[str, Any]:
+    check_architecture(name, values)
     own = ("sparsity", "untrained_predictors")  # the keys that DynamicLlavaConfig adds
-    config = LlavaConfig.from_dict({key: value for key, value in values.items() if key not in own})
+    with naming_config(name):
+        config = LlavaConfig.from_dict({key: value for key, value in values.items() if key not in own})
     return {
         "image_size": config.vision_config.image_size,
         "patch_size": config.vision_config.patch_size,

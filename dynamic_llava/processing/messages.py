@@ -1,4 +1,4 @@
-"""Chat messages, as transformers' users write them, read into vicuna_v1 turns and images.
+"""Chat messages, as transformers' users write them, read into turns and images.
 
     [{"role": "user", "content": [{"type": "image", "path": "cat.jpg"}, {"type": "text", "text": "What is it?"}]}]
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from dynamic_llava.processing.prompts import END_OF_ANSWER, IMAGE_PLACE, SYSTEM, Turn, conversation_prompt
+from dynamic_llava.processing.prompts import IMAGE_PLACE, PromptFormat, Turn, conversation_prompt
 
 Message = Mapping[str, Any]
 """`role` ("system", "user" or "assistant") and `content`: a text, or a list of parts of type "text" or "image"."""
@@ -20,9 +20,10 @@ IMAGE_SOURCES = ("image", "path", "url")
 
 
 class Chat(NamedTuple):
-    """One conversation as vicuna_v1 has it."""
+    """One conversation."""
 
-    system: str
+    system: str | None
+    """System text; None is the checkpoint's own."""
     turns: list[Turn]
     """(question, answer) pairs with `<image>` places; only the last answer may be None."""
     images: list[Image.Image | str | Path | None]
@@ -53,13 +54,15 @@ def read_chat(messages: Sequence[Message]) -> Chat:
         raise ValueError("the conversation holds a system message alone; add a user message")
     answers: list[str | None] = [*spoken[1::2]]
     answers += [None] * (len(spoken) % 2)
-    return Chat(texts[0] if first else SYSTEM, list(zip(spoken[::2], answers, strict=True)), images)
+    return Chat(texts[0] if first else None, list(zip(spoken[::2], answers, strict=True)), images)
 
 
-def chat_prompt(chat: Chat, *, add_generation_prompt: bool = False, continue_final_message: bool = False) -> str:
-    """Return the vicuna_v1 text of a conversation (`prompts.conversation_prompt`).
+def chat_prompt(
+    chat: Chat, form: PromptFormat, *, add_generation_prompt: bool = False, continue_final_message: bool = False
+) -> str:
+    """Return the text of a conversation (`prompts.conversation_prompt`).
 
-    add_generation_prompt: end in `ASSISTANT:`, which asks for the answer to the last question.
+    add_generation_prompt: ask for the answer to the last question (vicuna_v1: end in `ASSISTANT:`).
     continue_final_message: leave the last answer open, so that a model goes on with it.
     Raises ValueError where the last message does not fit to what is asked for, or both are.
     """
@@ -76,10 +79,12 @@ def chat_prompt(chat: Chat, *, add_generation_prompt: bool = False, continue_fin
             "continue_final_message=True goes on with an answer, but the last message is the user's; end in an "
             "assistant message, or set add_generation_prompt=True"
         )
-    text = conversation_prompt(chat.turns, chat.system)
+    text = conversation_prompt(chat.turns, chat.system, form)
     if continue_final_message:
-        return text.removesuffix(END_OF_ANSWER)
-    return text if is_answered or add_generation_prompt else text.removesuffix("ASSISTANT:")
+        return text.removesuffix(form.end + form.closing)
+    if is_answered or add_generation_prompt:
+        return text
+    return text.removesuffix(form.answer_opening) + form.question_closing
 
 
 def _text(message: Message, number: int, images: list[Image.Image | str | Path | None]) -> str:

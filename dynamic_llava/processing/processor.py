@@ -12,15 +12,22 @@ from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
 from dynamic_llava.processing import images as image_io
-from dynamic_llava.processing.folder import load_tokenizer, read_settings, write_json
+from dynamic_llava.processing.base_template import Ends, check_rendering, find_format
+from dynamic_llava.processing.folder import (
+    load_tokenizer,
+    read_ends,
+    read_settings,
+    read_template,
+    template_of,
+    write_json,
+)
 from dynamic_llava.processing.image_processor import DynamicLlavaImageProcessor, ImageInput
 from dynamic_llava.processing.messages import Chat, Message, chat_prompt, read_chat
 from dynamic_llava.processing.prompts import (
-    CHAT_TEMPLATE,
     IMAGE_PLACE,
-    SYSTEM,
     EncodedConversation,
     Turn,
+    conversation_prompt,
     encode_conversation,
     encode_prompt,
     image_places,
@@ -43,7 +50,10 @@ class DynamicLlavaProcessor(ProcessorMixin):
         image_token_id: the id that stands for every image token; the tokenizer's `<image>` when not given.
         feature_select: "default" (patches only, LLaVA-1.5) or "full" (the class token as well).
         image_mean, image_std: normalisation per channel; the padding colour follows from the mean.
-    Raises ValueError when sizes do not fit or no image token is known.
+        chat_template: the base's own jinja template; None is the tokenizer's. LLaVA-1.5 has vicuna_v1, whatever it is.
+        ends: where generation stops; None is at the tokenizer's end token.
+    Raises ValueError when sizes do not fit, when no image token is known, and for a template or an end token that
+    cannot be used (see `base_template.find_format`).
     """
 
     image_token = IMAGE_PLACE
@@ -58,6 +68,8 @@ class DynamicLlavaProcessor(ProcessorMixin):
         feature_select: str = "default",
         image_mean: Sequence[float] = image_io.CLIP_MEAN,
         image_std: Sequence[float] = image_io.CLIP_STD,
+        chat_template: str | None = None,
+        ends: Ends | None = None,
     ) -> None:
         if patch_size < 1 or image_size < patch_size or image_size % patch_size:
             raise ValueError(f"image_size={image_size} is not a positive multiple of patch_size={patch_size}")
@@ -73,6 +85,8 @@ class DynamicLlavaProcessor(ProcessorMixin):
         self.patch_size = patch_size
         self.image_token_id = int(image_token_id)
         self.feature_select = feature_select
+        self.prompt_format = find_format(tokenizer, chat_template or template_of(tokenizer), ends)
+        """How conversations are written: vicuna_v1 for LLaVA-1.5."""
 
     @property
     def image_size(self) -> int:
@@ -91,8 +105,13 @@ class DynamicLlavaProcessor(ProcessorMixin):
 
     @property
     def chat_template(self) -> str:  # type: ignore[override]
-        """Return vicuna_v1 as a jinja template; what `apply_chat_template` writes, and fixed."""
-        return CHAT_TEMPLATE
+        """Return what `apply_chat_template` writes as a jinja template: vicuna_v1, or the base's own; fixed."""
+        return self.prompt_format.template
+
+    @property
+    def end_token_id(self) -> int:
+        """Return the id of the token that ends an answer."""
+        return int(self.tokenizer.convert_tokens_to_ids(self.prompt_format.end_token))
 
     @property
     def tokens_per_image(self) -> int:
@@ -135,7 +154,7 @@ class DynamicLlavaProcessor(ProcessorMixin):
         flat = _check_images(texts, images)
         features: dict[str, Tensor] = {}
         if texts is not None:
-            rows = [encode_prompt(self.tokenizer, row, self.tokens_per_image, self.image_token_id) for row in texts]
+            rows = [self.encode_prompt(row) for row in texts]
             lengths = sorted({len(row) for row in rows})
             if not padding and len(lengths) > 1:
                 raise ValueError(f"padding=False, but the rows have {lengths} tokens; leave it out to pad them")
@@ -157,7 +176,9 @@ class DynamicLlavaProcessor(ProcessorMixin):
         padding_side: str = "left",
         processor_kwargs: Mapping[str, Any] | None = None,
     ) -> str | list[str] | Tensor | BatchFeature:
-        """Return the vicuna_v1 text of one conversation or several, or with tokenize=True the model's inputs.
+        """Return the text of one conversation or several, or with tokenize=True the model's inputs.
+
+        The text is vicuna_v1's for LLaVA-1.5, and what its own chat template writes for another base.
 
         A conversation is a list of messages: an optional "system", then "user" and "assistant" by turns. A message's
         content is a text, or a list of {"type": "text", "text": ...} and {"type": "image", "image": ...}, the image
@@ -165,26 +186,34 @@ class DynamicLlavaProcessor(ProcessorMixin):
 
         Args:
             conversation: the messages, or a list of such lists, which become the rows of a batch.
-            chat_template: not offered; the checkpoint was trained on vicuna_v1 alone.
-            add_generation_prompt: end in `ASSISTANT:` to ask for an answer.
+            chat_template: not offered; the checkpoint was trained on one format alone.
+            add_generation_prompt: ask for an answer (vicuna_v1: end in `ASSISTANT:`).
             continue_final_message: leave the last answer open for the model to go on with.
             tokenize: return model inputs instead of text; images are read then.
             return_dict: with tokenize=True, all inputs as `__call__` returns them; False gives `input_ids` alone.
             return_tensors: "pt".
             padding_side: as in `__call__`.
             processor_kwargs: more arguments of `__call__`.
-        Raises ValueError for messages that vicuna_v1 has no place for, and for images that are named nowhere.
+        Raises ValueError for messages that the format has no place for, and for images that are named nowhere.
         """
         if chat_template is not None:
-            raise ValueError("chat_template is fixed: LLaVA-1.5 was trained on vicuna_v1; write another text yourself")
+            raise ValueError(
+                "chat_template is fixed: a checkpoint is asked as it was trained (LLaVA-1.5: vicuna_v1); leave it out, "
+                "or write another text yourself"
+            )
         batched = bool(conversation) and not isinstance(conversation[0], Mapping)
         chats = [read_chat(messages) for messages in (conversation if batched else [conversation])]
         texts = [
             chat_prompt(
-                chat, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message
+                chat,
+                self.prompt_format,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
             )
             for chat in chats
         ]
+        for chat in chats:
+            self.conversation_prompt(chat.turns, chat.system)
         if not tokenize:
             if return_dict or processor_kwargs:
                 raise ValueError("return_dict and processor_kwargs have no use without tokenize=True; set it")
@@ -199,16 +228,32 @@ class DynamicLlavaProcessor(ProcessorMixin):
     ) -> EncodedConversation:
         """Return ids, labels and answers of a training sample (see `prompts.encode_conversation`).
 
-        `system` replaces vicuna_v1's system text; None keeps it.
+        `system` replaces the format's own system text; None keeps it. Raises RenderingError where a base's own chat
+        template has no place for it, or writes this conversation in another way than others.
         """
+        self.conversation_prompt(turns, system)
         return encode_conversation(
             self.tokenizer,
             turns,
             self.tokens_per_image,
             self.image_token_id,
             max_length=max_length,
-            system=SYSTEM if system is None else system,
+            system=system,
+            form=self.prompt_format,
         )
+
+    def conversation_prompt(self, turns: Sequence[Turn], system: str | None = None) -> str:
+        """Return the text of (question, answer) turns as this checkpoint was trained; None asks for the last answer.
+
+        Raises RenderingError where a base's own chat template writes this conversation in another way than others.
+        """
+        text = conversation_prompt(turns, system, self.prompt_format)
+        check_rendering(self.tokenizer, self.prompt_format, turns, system, text)
+        return text
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids of a finished prompt text, images as all of their tokens (see `prompts.encode_prompt`)."""
+        return encode_prompt(self.tokenizer, text, self.tokens_per_image, self.image_token_id, form=self.prompt_format)
 
     def preprocess_images(self, images: Sequence[ImageInput]) -> Tensor:
         """Return (I, 3, S, S) float32 pixel values of Pillow images or image files."""
@@ -255,7 +300,12 @@ class DynamicLlavaProcessor(ProcessorMixin):
         Raises FileNotFoundError when the sizes are nowhere to be found, and ValueError when two files contradict.
         """
         settings = read_settings(str(folder), kwargs)
-        return cls(load_tokenizer(folder, **{"padding_side": "left", **kwargs}), **settings)
+        tokenizer = load_tokenizer(folder, **{"padding_side": "left", **kwargs})
+        template, ends = read_template(folder, tokenizer, kwargs), read_ends(folder, kwargs)
+        try:
+            return cls(tokenizer, **settings, chat_template=template, ends=ends)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
 
     def save_pretrained(self, folder: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """Write the tokenizer, preprocessor_config.json, processor_config.json and chat_template.jinja.

@@ -1,12 +1,14 @@
-"""The vicuna_v1 conversation of LLaVA-1.5: its text, its token ids and LLaVA's label masking.
+"""Conversations as text and token ids, with LLaVA's label masking; LLaVA-1.5's own are vicuna_v1.
 
 The text is LLaVA's `conv_vicuna_v1` (SeparatorStyle.TWO, sep " ", sep2 "</s>"):
 `{system} USER: {question} ASSISTANT: {answer}</s>USER: {question} ASSISTANT: {answer}</s>`.
-Only the answers and the `</s>` behind each of them are learned (LLaVA's `preprocess_v1`).
+Only the answers and the `</s>` behind each of them are learned (LLaVA's `preprocess_v1`). A base that brings a chat
+template of its own has another `PromptFormat` (`base_template.py`), and the same rules.
 """
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -50,6 +52,80 @@ _TEMPLATE = """\
 CHAT_TEMPLATE = _TEMPLATE.replace("@IMAGE@", IMAGE_PLACE).replace("@SYSTEM@", SYSTEM).replace("@END@", END_OF_ANSWER)
 """The same text as a jinja template, for tools that read chat_template.jinja; this package itself does not use it."""
 
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """The fixed texts around questions and answers, which make a conversation:
+
+        opening question answer_opening | answer_lead answer end | question_opening question answer_opening ...
+
+    Every text is a beginning of every longer conversation's, turn by turn. The answer with `answer_lead` and `end` is
+    what is learned.
+    """
+
+    opening: str
+    """In front of the first question, where no system text is given."""
+    system_opening: tuple[str, str] | None
+    """The same around a given system text; None where the format has no place for one."""
+    question_closing: str
+    """Behind a question that nobody is asked to answer; `answer_opening` begins with it."""
+    answer_opening: str
+    """Behind a question that is to be answered."""
+    answer_lead: str
+    """Spaces in front of an answer that belong to it."""
+    end: str
+    """Behind an answer: spaces, if any, and the end token."""
+    closing: str
+    """Behind the end token of the last answer; `question_opening` begins with it."""
+    question_opening: str
+    """Between the end token of an answer and the next question."""
+    template: str
+    """The same as a jinja template (chat_template.jinja)."""
+    strips: bool = False
+    """Whether spaces and line breaks around system text, questions and answers are left out."""
+    start: str = ""
+    """The start token, where the format itself writes it at the front of `opening`."""
+    in_parts: bool = True
+    """Whether the template reads a message's content as a list of parts, or as one text."""
+    ignores_asking: bool = False
+    """Whether the template knows no add_generation_prompt."""
+    asks_always: str = ""
+    """What the template writes behind the last answer to ask for another one, whether it should or not; left out."""
+
+    @property
+    def end_token(self) -> str:
+        """Return the token that ends an answer."""
+        return self.end.strip()
+
+    def begin(self, system: str | None) -> str:
+        """Return what stands in front of the first question. ValueError where there is no place for a system text."""
+        if system is None:
+            return self.opening
+        if self.system_opening is None:
+            raise RenderingError(
+                "this checkpoint's chat template has no place for a system message; put it into the first question"
+            )
+        before, after = self.system_opening
+        return before + self.spoken(system) + after
+
+    def spoken(self, text: str) -> str:
+        """Return a question, an answer or a system text as it stands in the conversation."""
+        return text.strip() if self.strips else text
+
+
+VICUNA_V1 = PromptFormat(
+    opening=f"{SYSTEM} USER: ",
+    system_opening=("", " USER: "),
+    question_closing=" ",
+    answer_opening=" ASSISTANT:",
+    answer_lead=" ",
+    end=END_OF_ANSWER,
+    closing="",
+    question_opening="USER: ",
+    template=CHAT_TEMPLATE,
+)
+"""LLaVA-1.5's own format."""
+
 Turn = tuple[str, str | None]
 """A question and its answer; None asks for the answer (only in the last turn)."""
 
@@ -68,16 +144,21 @@ class EncodedConversation(NamedTuple):
     shortened: bool = False
 
 
+class RenderingError(ValueError):
+    """A base's chat template writes a conversation otherwise than its `PromptFormat` says, because of words in it."""
+
+
 class ImageCutError(ValueError):
     """A length limit falls into or before an image: the sample cannot be shortened without losing image tokens."""
 
 
-def conversation_prompt(turns: Sequence[Turn], system: str = SYSTEM) -> str:
-    """Return the vicuna_v1 text of `turns`; it ends in `ASSISTANT:` when the last answer is None.
+def conversation_prompt(turns: Sequence[Turn], system: str | None = None, form: PromptFormat = VICUNA_V1) -> str:
+    """Return the text of `turns`; it asks for an answer (vicuna_v1: ends in `ASSISTANT:`) when the last one is None.
 
-    Raises ValueError when there is no turn, or when an answer other than the last is None.
+    system: None is the format's own. Raises ValueError when there is no turn, when an answer other than the last is
+    None, and for a system text that the format has no place for.
     """
-    return "".join(_prompt_parts(turns, system)[0])
+    return _text(turns, system, form)[0]
 
 
 def image_places(text: str) -> int:
@@ -85,13 +166,15 @@ def image_places(text: str) -> int:
     return text.count(IMAGE_PLACE)
 
 
-def encode_prompt(tokenizer: Any, text: str, tokens_per_image: int, image_token_id: int) -> list[int]:
+def encode_prompt(
+    tokenizer: Any, text: str, tokens_per_image: int, image_token_id: int, form: PromptFormat = VICUNA_V1
+) -> list[int]:
     """Return the token ids of a finished prompt text, each `<image>` as `tokens_per_image` times `image_token_id`.
 
     The pieces between images are tokenised separately and the start token comes once, as in LLaVA's
     `tokenizer_image_token`; tokenised in one go, a tokenizer with `legacy=False` would lose a word-start piece.
     """
-    return _encode(tokenizer, text, tokens_per_image, image_token_id)[0]
+    return _encode(tokenizer, text, tokens_per_image, image_token_id, form.start)[0]
 
 
 def encode_conversation(
@@ -101,7 +184,8 @@ def encode_conversation(
     image_token_id: int,
     *,
     max_length: int | None = None,
-    system: str = SYSTEM,
+    system: str | None = None,
+    form: PromptFormat = VICUNA_V1,
 ) -> EncodedConversation:
     """Tokenise a conversation for training; labels are learned in every answer (LLaVA's `preprocess_v1`).
 
@@ -110,8 +194,8 @@ def encode_conversation(
     than `max_length` is cut at its end; the labels and spans behind the cut go with it. Raises ImageCutError when an
     image does not lie wholly before the cut, and ValueError when an answer holds `<image>`.
     """
-    parts, answers = _prompt_parts(turns, system)
-    ids, starts = _encode(tokenizer, "".join(parts), tokens_per_image, image_token_id)
+    text, answers = _text(turns, system, form)
+    ids, starts = _encode(tokenizer, text, tokens_per_image, image_token_id, form.start)
     labels = [IGNORED_LABEL] * len(ids)
     spans = []
     places = np.array(starts)
@@ -132,31 +216,30 @@ def encode_conversation(
     return EncodedConversation(ids[:max_length], labels[:max_length], spans, shortened=True)
 
 
-def _prompt_parts(turns: Sequence[Turn], system: str) -> tuple[list[str], list[tuple[int, int]]]:
-    """Return the text in parts (in order) and the character range of every answer with its `</s>`, blank ones apart."""
+def _text(turns: Sequence[Turn], system: str | None, form: PromptFormat) -> tuple[str, list[tuple[int, int]]]:
+    """Return a conversation's text and the character range of every answer with its end token, blank ones apart."""
     if not turns:
         raise ValueError("a conversation needs at least one (question, answer) turn; none was given")
-    parts, answers = [system + " "], []
-    position = len(parts[0])
+    text, answers = "", []
     for index, (question, answer) in enumerate(turns):
-        asked = f"USER: {question} ASSISTANT:"
-        parts.append(asked)
-        position += len(asked)
+        text += form.question_opening if index else form.begin(system)
+        text += form.spoken(question) + form.answer_opening
         if answer is None:
             if index != len(turns) - 1:
                 raise ValueError(f"turn {index} of {len(turns)} has no answer; only the last answer may be None")
-            continue
+            return text, answers
         if IMAGE_PLACE in answer:
             raise ValueError(f"the answer of turn {index} holds {IMAGE_PLACE!r}; images belong into questions")
-        answered = f" {answer}{END_OF_ANSWER}"
-        parts.append(answered)
+        begin = len(text)
+        text += form.answer_lead + form.spoken(answer) + form.end
         if answer.strip():
-            answers.append((position, position + len(answered)))
-        position += len(answered)
-    return parts, answers
+            answers.append((begin, len(text)))
+    return text + form.closing, answers
 
 
-def _encode(tokenizer: Any, text: str, tokens_per_image: int, image_token_id: int) -> tuple[list[int], list[int]]:
+def _encode(
+    tokenizer: Any, text: str, tokens_per_image: int, image_token_id: int, start: str
+) -> tuple[list[int], list[int]]:
     """Return token ids and, for each, the character of `text` where it starts (-1 for image and start tokens)."""
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
@@ -168,7 +251,9 @@ def _encode(tokenizer: Any, text: str, tokens_per_image: int, image_token_id: in
     if tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]:
         ids, starts = list(first), [-1]
     offset = 0
-    for number, piece in enumerate(text.split(IMAGE_PLACE)):
+    if start and text.startswith(start):  # the text writes the start token itself, and it comes once all the same
+        ids, starts, offset = [tokenizer.convert_tokens_to_ids(start)], [-1], len(start)
+    for number, piece in enumerate(text[offset:].split(IMAGE_PLACE)):
         if number:
             ids += [image_token_id] * tokens_per_image
             starts += [-1] * tokens_per_image
@@ -177,7 +262,7 @@ def _encode(tokenizer: Any, text: str, tokens_per_image: int, image_token_id: in
             encoded = tokenizer(_insert_spaces(piece, doubled), add_special_tokens=False, return_offsets_mapping=True)
             ids += encoded.input_ids
             shifts = np.array(doubled) + np.arange(len(doubled))  # where the inserted spaces lie now
-            starts += [offset + start - int((shifts < start).sum()) for start, _ in encoded.offset_mapping]
+            starts += [offset + place - int((shifts < place).sum()) for place, _ in encoded.offset_mapping]
         offset += len(piece) + len(IMAGE_PLACE)
     return ids, starts
 

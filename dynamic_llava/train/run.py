@@ -133,10 +133,11 @@ def _train(
 def load(config: RunConfig) -> tuple[DynamicLlavaForConditionalGeneration, DynamicLlavaProcessor]:
     """Return the base model with the run's sparsity settings, and its processor."""
     base = base_folder(config)
+    processor = DynamicLlavaProcessor.from_pretrained(base)  # first: what it refuses is known before weights are read
     model = DynamicLlavaForConditionalGeneration.from_pretrained(
         base, sparsity=config.sparsity.to_dict(), dtype=getattr(torch, config.model.dtype)
     )
-    return model, DynamicLlavaProcessor.from_pretrained(base)
+    return model, processor
 
 
 def base_folder(config: RunConfig) -> str:

@@ -133,7 +133,7 @@ def test_a_dense_checkpoint_has_untrained_predictors_until_training_says_otherwi
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="names something else than image_predictor and output_predictor"):
+    with pytest.raises(ValueError, match="may only name image_predictor and output_predictor"):
         DynamicLlavaConfig(untrained_predictors=["projector"])
 
 

@@ -97,7 +97,12 @@ def measure_dialogues(
     model, processor = run.model, run.processor
     rows = [
         encode_dialogue(
-            processor.tokenizer, rounds, processor.tokens_per_image, processor.image_token_id, separator or "official"
+            processor.tokenizer,
+            rounds,
+            processor.tokens_per_image,
+            processor.image_token_id,
+            separator or "official",
+            processor.prompt_format,
         )
         for rounds in dialogues
     ]
