@@ -167,13 +167,13 @@ def _show(options: Any, reports: Sequence["Report"], device: "torch.device | Non
 
 
 def _flops(options: Any) -> int:
-    from dynamic_llava.profile.flops import decoding_report, prefill_report
+    from dynamic_llava.profile.tables import decoding_report, prefill_report
 
     return _show(options, [prefill_report(), decoding_report()])
 
 
 def _tokens(options: Any) -> int:
-    from dynamic_llava.profile.tokens import tokens_report
+    from dynamic_llava.profile.tables import tokens_report
 
     return _show(options, [tokens_report()])
 
@@ -196,7 +196,7 @@ def _memory(options: Any) -> int:
 
 def _latency(options: Any) -> int:
     from dynamic_llava.profile import latency
-    from dynamic_llava.profile.roofline import measure_limits
+    from dynamic_llava.profile.work import measure_limits
 
     preset, device = _preset(options), _device(options)
     dtype = _dtype(options, device)
@@ -217,8 +217,8 @@ def _latency(options: Any) -> int:
 def _training(options: Any) -> int:
     from dynamic_llava.costs import device_peak
     from dynamic_llava.profile.report import device_name
-    from dynamic_llava.profile.roofline import measure_limits
     from dynamic_llava.profile.training_speed import training_report
+    from dynamic_llava.profile.work import measure_limits
 
     preset, device = _preset(options), _device(options)
     dtype, peak = _dtype(options, device), device_peak(device_name(device))
@@ -227,7 +227,7 @@ def _training(options: Any) -> int:
 
 
 def _curve(options: Any) -> int:
-    from dynamic_llava.profile.curve import curve_report
+    from dynamic_llava.profile.tables import curve_report
 
     preset = _preset(options)
     longest = options.tokens if options.tokens is not None else preset.outputs[-1] * 5 // 4

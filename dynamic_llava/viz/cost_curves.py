@@ -17,8 +17,8 @@ def draw_cost_curves(
 ) -> Path:
     """Draw a PNG with two panels, one curve per method; returns the path.
 
-    `rows` have method, outputs, flops and memory (bytes), as profile/curve.py gives them. `device_gib` marks the memory
-    of a device. ValueError without any row.
+    `rows` have method, outputs, flops and memory (bytes), as profile/tables.py gives them. `device_gib` marks the
+    memory of a device. ValueError without any row.
     """
     if not rows:
         raise ValueError("no rows were given; give those of the curve report")

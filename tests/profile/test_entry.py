@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from dynamic_llava.profile.__main__ import draw_curve, main
-from dynamic_llava.profile.curve import curve_report
 from dynamic_llava.profile.presets import PRESETS
 from dynamic_llava.profile.results import read
+from dynamic_llava.profile.tables import curve_report
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--preset", "cpu-bytes", "--batch", "1", "--layers", "3", "--device", "cpu"]

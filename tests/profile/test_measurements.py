@@ -30,10 +30,10 @@ from dynamic_llava.profile.latency import (
 )
 from dynamic_llava.profile.presets import PRESETS, Preset, small_shape
 from dynamic_llava.profile.report import Column, Report, measured_on
-from dynamic_llava.profile.roofline import DeviceLimits, measure_limits, with_limit
 from dynamic_llava.profile.summary import slug, unmeasured_page
 from dynamic_llava.profile.timing import Timing, seconds_of, summary, time_in_turn
 from dynamic_llava.profile.training_speed import training_report
+from dynamic_llava.profile.work import DeviceLimits, measure_limits, with_limit
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")

@@ -4,11 +4,15 @@ from itertools import pairwise
 
 import pytest
 
-from dynamic_llava.profile.curve import curve_report
-from dynamic_llava.profile.flops import decoding_report, prefill_report
-from dynamic_llava.profile.paper import paper_report, uncached_limit
 from dynamic_llava.profile.presets import PRESETS, Preset, find_preset, small_shape
-from dynamic_llava.profile.tokens import tokens_report
+from dynamic_llava.profile.tables import (
+    curve_report,
+    decoding_report,
+    paper_report,
+    prefill_report,
+    tokens_report,
+    uncached_limit,
+)
 
 # Method, model: Eq. 13, exact, exact causal (TFLOP), average tokens per layer.
 TABLE_10 = {

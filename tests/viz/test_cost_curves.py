@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dynamic_llava.profile.curve import curve_report
 from dynamic_llava.profile.presets import PRESETS
+from dynamic_llava.profile.tables import curve_report
 from dynamic_llava.viz.cost_curves import draw_cost_curves
 
 
