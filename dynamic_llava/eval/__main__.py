@@ -23,19 +23,21 @@ from pathlib import Path
 from dynamic_llava.eval import score
 from dynamic_llava.eval.generation.commands import add_commands
 from dynamic_llava.eval.tasks import GROUPS, TASKS
+from dynamic_llava.eval.writing import write_text
+from dynamic_llava.files import EXIT_WRITE_FAILED, WriteError
 
 RATES = (0.05, 0.1, 0.2, 0.35, 0.5)
 """Image keep rates that tiny-budgets compares."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for; return the exit code, 2 for a user's mistake."""
+    """Run what the command line asks for; return the exit code: 2 for a user's mistake, 74 for a file not written."""
     given = _parser().parse_args(arguments)
     try:
         return given.execute(given) or 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return EXIT_WRITE_FAILED if isinstance(error, WriteError) else 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,7 +93,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="auto: the checkpoint's"
     )
-    parser.add_argument("--limit", type=int, help="first questions of each task only, for a trial")
+    parser.add_argument("--limit", type=int, help="first questions of each task only, for a trial; scores are over these")
     parser.add_argument(
         "--max-new-tokens", type=int, help="longest answer; each task has its own as LLaVA's scripts do"
     )
@@ -173,8 +175,8 @@ def _budgets(given: argparse.Namespace) -> None:
         seeds.append(accuracy_by_budget({key: folder / key / "model" for key in ("control", "both")}, test, rates))
     tokens = DynamicLlavaConfig.from_pretrained(folders[0] / "both" / "model").image_seq_length
     table = budget_table(seeds, tokens)
-    (run / "budgets.json").write_text(json.dumps({"seeds": seeds}, indent=1) + "\n", encoding="utf-8")
-    (run / "budgets.md").write_text(table + "\n", encoding="utf-8")
+    write_text(run / "budgets.json", json.dumps({"seeds": seeds}, indent=1) + "\n")
+    write_text(run / "budgets.md", table + "\n")
     picture = draw_budget_curves(run / "budgets.png", mean_by_budget(seeds), config.sparsity.image_keep_rate)
     print(f"\n{table}\n\ntable: {run / 'budgets.md'}; picture: {picture}")
 

@@ -4,8 +4,10 @@ A row's answer does not depend on its batch: in float32 the same file comes out 
 (In half precision the order of sums within a batch can turn a tie between two tokens.)
 """
 
+import gc
+import sys
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -15,7 +17,9 @@ from torch import Tensor
 from transformers import BatchFeature, GenerationConfig
 
 from dynamic_llava.config import SparsityMode
-from dynamic_llava.eval.predict import Batch, Prediction, generate_answers
+from dynamic_llava.eval.identity import image_digest
+from dynamic_llava.eval.predict import Batch, NotFinite, Prediction, generate_answers
+from dynamic_llava.eval.reading import shown
 from dynamic_llava.eval.tasks import Question
 from dynamic_llava.eval.tasks.base import Said
 from dynamic_llava.processing import DynamicLlavaProcessor
@@ -43,8 +47,10 @@ class Asked:
     place: int
     """Its number, from 0, in the order in which the task gives them."""
     question: Question
-    pixels: Tensor | None = field(repr=False)
+    pixels: Tensor | None = field(default=None, repr=False)
     """(1, 3, S, S) float32; None for a question of text alone."""
+    image_digest: str | None = None
+    """Digest of the image as it was read."""
 
 
 @runtime_checkable
@@ -57,6 +63,55 @@ class Measuring(Protocol):
 
     def measure(self, run: ModelRun, asked: Sequence[Asked]) -> list[Said]:
         """Return what goes into the answer line of each question of a batch, in order."""
+
+
+class WithinMemory:
+    """Asks batches of questions; one that does not fit into memory is halved, and the later ones with it.
+
+    Answers do not depend on their batch, so nothing else changes. ValueError when a single question does not fit.
+    """
+
+    def __init__(self, respond: Callable[[ModelRun, Sequence[Asked]], list[Said]], run: ModelRun) -> None:
+        self._respond, self._run = respond, run
+        self.rows = run.batch_size
+        """How many questions are asked at once by now."""
+
+    def __call__(self, asked: Sequence[Asked]) -> list[Said]:
+        """Return what is said to each question, in order."""
+        said: list[Said] = []
+        while len(said) < len(asked):
+            part = asked[len(said) : len(said) + self.rows]
+            try:
+                said += self._respond(self._run, part)
+            except NotFinite as error:
+                raise ValueError(f"questions {shown(one.question.id for one in part)}: {error}") from None
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                self._halve(part, str(error) or type(error).__name__)
+        return said
+
+    def _halve(self, part: Sequence[Asked], reason: str) -> None:
+        if len(part) == 1:
+            raise ValueError(
+                f"question {part[0].question.id!r} alone does not fit into memory ({reason.splitlines()[0][:200]}); "
+                "free some, give --dtype bfloat16, or a smaller --max-new-tokens"
+            )
+        self.rows = len(part) // 2
+        gc.collect()
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
+        print(
+            f"out of memory at {len(part)} questions at once; going on with {self.rows}, which changes no answer in "
+            "float32",
+            file=sys.stderr,
+        )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, on an accelerator or for the CPU's allocator, whose error is a plain RuntimeError."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def greedy(model: Any, processor: DynamicLlavaProcessor) -> GenerationConfig:
@@ -82,9 +137,9 @@ def read_ahead(
     """Yield the questions at `places` in batches, with their images; and place -> why an image cannot be read."""
     batches = [places[start : start + batch_size] for start in range(0, len(places), batch_size)]
     with ThreadPoolExecutor(READERS) as pool:
-        ahead: deque[list[tuple[int, Future[Tensor | None]]]] = deque()
+        ahead: deque[list[tuple[int, Future[Asked]]]] = deque()
         for batch in [*batches, *[()] * BATCHES_AHEAD]:
-            ahead.append([(place, pool.submit(_pixels, questions[place], processor)) for place in batch])
+            ahead.append([(place, pool.submit(_read, place, questions[place], processor)) for place in batch])
             if len(ahead) > BATCHES_AHEAD:
                 yield _collect(questions, ahead.popleft())
 
@@ -130,17 +185,20 @@ def _prompt(processor: DynamicLlavaProcessor, asked: Asked) -> str:
     return processor.conversation_prompt([(text if asked.pixels is None else f"{IMAGE_PLACE}\n{text}", None)])
 
 
-def _pixels(question: Question, processor: DynamicLlavaProcessor) -> Tensor | None:
-    return None if question.image is None else processor.preprocess_images([question.image.load()])
+def _read(place: int, question: Question, processor: DynamicLlavaProcessor) -> Asked:
+    if question.image is None:
+        return Asked(place, question)
+    digest = image_digest(question)
+    return Asked(place, question, processor.preprocess_images([question.image.load()]), digest)
 
 
 def _collect(
-    questions: Sequence[Question], waiting: Sequence[tuple[int, "Future[Tensor | None]"]]
+    questions: Sequence[Question], waiting: Sequence[tuple[int, "Future[Asked]"]]
 ) -> tuple[list[Asked], dict[int, str]]:
     asked, unreadable = [], {}
     for place, future in waiting:
         try:
-            asked.append(Asked(place, questions[place], future.result()))
+            asked.append(future.result())
         except (OSError, ValueError) as error:
             unreadable[place] = f"question {questions[place].id!r}: {error}"
     return asked, unreadable

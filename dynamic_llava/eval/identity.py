@@ -1,22 +1,30 @@
-"""What a model's answers depend on, as settings that two runs can be compared by, key by key."""
+"""What a model's answers depend on, as settings that two runs can be compared by, key by key: contents, not names."""
 
 import hashlib
 import json
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from dynamic_llava.eval.answers import Answer
+from dynamic_llava.eval.reading import shown
 from dynamic_llava.eval.tasks import Question
+from dynamic_llava.files import file_digest
 from dynamic_llava.model.loading import checkpoint_files
 from dynamic_llava.processing import DynamicLlavaProcessor
 
-READ_WHOLE = 2**28
-"""Largest file of tensors, in bytes, that is read for its digest; of a larger one head, size and date stand for it."""
+READERS = 4
+"""Threads that read images."""
+IMAGE = "image"
+"""Field of an answer's metadata: a digest of the image that was asked about."""
+DIGITS = 16
+"""Hexadecimal digits that stand for a digest."""
 
 
 def model_settings(model: Any, processor: DynamicLlavaProcessor, source: str) -> dict[str, Any]:
     """Return configuration, data type, tokenizer and image settings, and digests of the checkpoint's tensors.
 
-    The folder's name is not in it: a checkpoint may be moved (with its files' dates) while its answers are made.
+    The folder's name is not in it: a checkpoint may be moved while its answers are made.
     """
     config = model.config.to_dict()
     for name in ("transformers_version", "_name_or_path"):
@@ -32,12 +40,12 @@ def model_settings(model: Any, processor: DynamicLlavaProcessor, source: str) ->
             "image_mean": processor.image_mean,
             "image_std": processor.image_std,
         },
-        "weights": {path.name: file_digest(path) for path in checkpoint_files(source)},
+        "weights": {path.name: file_digest(path)[:DIGITS] for path in checkpoint_files(source)},
     }
 
 
-def question_settings(questions: list[Question]) -> dict[str, Any]:
-    """Return number and digest of a task's questions; which images they name belongs to it, the pixels do not."""
+def question_settings(questions: Sequence[Question]) -> dict[str, Any]:
+    """Return number and digest of a task's questions and of the images' names; their contents: `check_images`."""
     lines = [
         [one.id, one.text, one.logged_prompt, None if one.image is None else one.image.name, dict(one.extra)]
         for one in questions
@@ -45,18 +53,36 @@ def question_settings(questions: list[Question]) -> dict[str, Any]:
     return {"count": len(questions), "digest": _digest(json.dumps(lines, default=str).encode())}
 
 
-def file_digest(path: Path) -> str:
-    """Return what tells a safetensors file from another: a digest of its bytes, or, of a large one, of its head.
+def image_digest(question: Question) -> str | None:
+    """Return what an answer line records of the content of its question's image; None without one.
 
-    A large one's size and date come with it. Every tensor's name, shape and place stand in the head.
+    OSError or ValueError where it cannot be read.
     """
-    found = path.stat()
-    if found.st_size <= READ_WHOLE:
-        return _digest(path.read_bytes())
-    with path.open("rb") as file:
-        head = file.read(int.from_bytes(file.read(8), "little"))
-    return f"{_digest(head)} of its head, {found.st_size} bytes, changed {found.st_mtime_ns}"
+    return None if question.image is None else question.image.digest()[:DIGITS]
+
+
+def check_images(done: Mapping[int, Answer], places: Sequence[int], questions: Sequence[Question]) -> None:
+    """Raise ValueError when an image at one of the places is another than the one that was answered about.
+
+    Images of questions without an answer may change, so that a broken one can be mended. `done` is place -> answer.
+    """
+    asked = [place for place in places if place in done and IMAGE in done[place].metadata]
+
+    def changed(place: int) -> bool:
+        try:
+            return image_digest(questions[place]) != done[place].metadata[IMAGE]
+        except (OSError, ValueError):
+            return True
+
+    with ThreadPoolExecutor(READERS) as pool:
+        others = [place for place, other in zip(asked, pool.map(changed, asked), strict=True) if other]
+    if others:
+        names = dict.fromkeys(questions[place].image.name for place in others)
+        raise ValueError(
+            f"images are others than those that were answered about, or cannot be read any more: {shown(names)}; put "
+            "them back, or choose another output folder"
+        )
 
 
 def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
+    return hashlib.sha256(content).hexdigest()[:DIGITS]

@@ -18,6 +18,7 @@ from dynamic_llava.eval.report import (
     table,
 )
 from dynamic_llava.eval.targets import target_table
+from dynamic_llava.files import replace_file, writing
 
 ANALYSIS = "<!-- analysis: written by hand, kept when the page is generated again -->"
 """What follows this line on a results page is not generated."""
@@ -64,11 +65,12 @@ def write_results_page(folder: Path, page: Path, settings: SparsityConfig, comma
     if page.is_file() and ANALYSIS in page.read_text(encoding="utf-8"):
         analysis = page.read_text(encoding="utf-8").split(ANALYSIS, 1)[1].strip()
     head = f"# The tiny world, measured\n\nGenerated from results.json of `{command}`. {_environment(results)}"
-    page.parent.mkdir(parents=True, exist_ok=True)
-    pictures = _copy_pictures(folder / f"seed{results[0]['seed']}" / "pictures", page)
+    with writing(page.parent):
+        page.parent.mkdir(parents=True, exist_ok=True)
+        pictures = _copy_pictures(folder / f"seed{results[0]['seed']}" / "pictures", page)
     parts = [head, report_text(results, settings), pictures, ANALYSIS, analysis]
     text = "\n\n".join(part for part in parts if part).rstrip() + "\n"
-    page.write_text(text, encoding="utf-8")
+    replace_file(page, text)
     return page
 
 
@@ -89,7 +91,7 @@ def write_readme_table(folder: Path, readme: Path, command: str) -> Path:
     )
     before, after = text.split(README_START, 1)[0], text.split(README_END, 1)[1]
     shown = f"{README_START}\n{table(rows, README_COLUMNS)}\n\n{caption}\n{README_END}"
-    readme.write_text(before + shown + after, encoding="utf-8")
+    replace_file(readme, before + shown + after)
     return readme
 
 

@@ -3,6 +3,7 @@
 Shape suffixes: B rows of a batch, N tokens of the longest row.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers import logging as transformers_logging
 
 from dynamic_llava.data.collate import Collator
@@ -18,6 +20,16 @@ from dynamic_llava.data.sft import SftSample
 from dynamic_llava.eval.metrics.perplexity import answer_nll
 from dynamic_llava.model import cache_of
 from dynamic_llava.processing import DynamicLlavaProcessor
+
+
+class NotFinite(ValueError):
+    """A model's logits are NaN or infinite."""
+
+
+NOT_FINITE = (
+    "the model's logits are NaN or infinite, so what it would say means nothing: its weights are (a training that "
+    "diverged), or its values leave the range of its data type (float32 and bfloat16 have the widest)"
+)
 
 
 @dataclass(frozen=True)
@@ -132,16 +144,37 @@ def generate_answers(
     ends = set(ends if isinstance(ends, list) else [ends])
     found: dict[int, Prediction] = {}
     for batch in progress(batches, title):
+        finite = Finite()
         output = model.generate(
             **to_device(batch.inputs, model.device),
+            logits_processor=LogitsProcessorList([finite]),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             use_cache=use_cache,
             return_dict_in_generate=True,
             **switches,
         )
+        finite.check()
         found.update(zip(batch.places, _read(output, batch, processor, ends), strict=True))
     return [found[place] for place in sorted(found)]
+
+
+class Finite(LogitsProcessor):
+    """Looks at the logits of every step and leaves them as they are; the device is asked for the verdict once."""
+
+    def __init__(self) -> None:
+        self._all: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the logits (B, V) as they came."""
+        finite = torch.isfinite(scores).all()
+        self._all = finite if self._all is None else self._all & finite
+        return scores
+
+    def check(self) -> None:
+        """Raise NotFinite unless all logits so far were finite."""
+        if self._all is not None and not bool(self._all):
+            raise NotFinite(NOT_FINITE)
 
 
 @torch.no_grad()
@@ -159,6 +192,8 @@ def likelihood(model: Any, batches: Sequence[Batch], *, switches: Mapping[str, A
         output = model(**inputs, **switches)
         row_nll, row_tokens = answer_nll(output.logits, inputs["labels"])
         nll, tokens = nll + float(row_nll.sum()), tokens + int(row_tokens.sum())
+        if not math.isfinite(nll):
+            raise NotFinite(NOT_FINITE)
         if output.sparsity is None:
             continue
         layout, keep_BN = output.sparsity.layout, output.sparsity.keep_mask.bool()

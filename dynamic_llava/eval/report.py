@@ -4,11 +4,13 @@ A *result* is what one seed writes to results.json: {"seed", "rows": [{"key", "t
 "overlap": [...], ...}; metrics are plain numbers, a missing one is printed as "-".
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dynamic_llava.eval.metrics.intervals import mean_and_interval
+from dynamic_llava.eval.writing import decodable
 
 MISSING = "-"
 
@@ -122,6 +124,14 @@ def table(rows: Sequence[dict[str, Any]], columns: Sequence[Column], *, first: s
         if any(cell != MISSING for cell in cells):
             lines.append([row["title"].replace("|", r"\|") if escape else row["title"], *cells])
     return markdown(lines)
+
+
+def code(value: object) -> str:
+    """Return any text as a markdown code span of one line, in which nothing is a link, HTML or an end of the span."""
+    text = " ".join("".join(one if one.isprintable() else " " for one in decodable(str(value))).split())
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{pad}{text}{pad}{fence}" if text else ""
 
 
 def _text(cell: Cell | None, column: Column) -> str:

@@ -4,24 +4,25 @@ A task that fails is reported and the others go on; answers lie in files as they
 command, run again, goes on where it was.
 """
 
+import os
 import statistics
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from dynamic_llava.config import SparsityMode
 from dynamic_llava.costs import decoder_shape
 from dynamic_llava.eval.answering import (
     Asked,
     Measuring,
     ModelRun,
     Said,
+    WithinMemory,
     answer,
     by_length,
     greedy,
@@ -30,17 +31,19 @@ from dynamic_llava.eval.answering import (
 )
 from dynamic_llava.eval.answers import Answer, read_answers
 from dynamic_llava.eval.efficiency import Counted, mean_kv_bytes, measure_speed, prefill_costs
-from dynamic_llava.eval.identity import model_settings, question_settings
+from dynamic_llava.eval.folder import check_folder, write_tables
+from dynamic_llava.eval.identity import IMAGE, check_images, model_settings, question_settings
+from dynamic_llava.eval.options import RunOptions
 from dynamic_llava.eval.predict import Batch, hide_library_progress
 from dynamic_llava.eval.reading import SHOWN, shown
 from dynamic_llava.eval.score import score_table
 from dynamic_llava.eval.shard import Shard, joined_processes, own_device
-from dynamic_llava.eval.store import PLACE, AnswerStore
-from dynamic_llava.eval.summary import SIZES, Row, Summary, write_summary
+from dynamic_llava.eval.store import PLACE, AnswerStore, identity_of
+from dynamic_llava.eval.summary import SIZES, Row, Summary, page
 from dynamic_llava.eval.task_list import missing_files, task_label
-from dynamic_llava.eval.tasks import TASKS, HubData, Question, Task, get_tasks
-from dynamic_llava.eval.tasks.base import SKIPPED, ImageFile
-from dynamic_llava.eval.tasks.generation import GenerationTask
+from dynamic_llava.eval.tasks import Question, Task
+from dynamic_llava.eval.tasks.base import SKIPPED, ImageFile, naming
+from dynamic_llava.files import EXIT_WRITE_FAILED, WriteError
 from dynamic_llava.model import DynamicLlavaForConditionalGeneration
 from dynamic_llava.model.loading import tensor_shapes
 from dynamic_llava.processing import DynamicLlavaProcessor
@@ -52,66 +55,12 @@ TIMED_TOKENS, TIMED_REPEATS = 16, 3
 
 
 @dataclass(frozen=True)
-class RunOptions:
-    """What to evaluate and how; ValueError where it cannot be."""
-
-    model: str
-    """Checkpoint folder or hub name."""
-    tasks: str
-    """Names and groups, comma-separated."""
-    data_root: Path
-    """LLaVA's playground/data/eval."""
-    output_dir: Path
-    sparsity: SparsityMode = "both"
-    batch_size: int = 16
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Data type of the weights; auto is the checkpoint's."""
-    limit: int | None = None
-    """First questions of each task only."""
-    max_new_tokens: int | None = None
-    """Longest answer; None is each task's own."""
-    source: Literal["layout", "hf"] = "layout"
-    """Read LLaVA's layout below data_root, or each task's Hugging Face dataset."""
-    datasets: Mapping[str, str] = field(default_factory=dict)
-    """Task -> dataset id or local folder to read instead, whatever `source` says."""
-    round_separator: Literal["official", "template"] | None = None
-    """How questions after the first are fed, for tasks of several rounds only; None is each task's own."""
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "limit", "max_new_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} is not possible; give 1 or more")
-        named = {task.name for task in get_tasks(self.tasks)}
-        if unknown := sorted(set(self.datasets) - named):
-            raise ValueError(f"a dataset is given for {unknown}, which --tasks does not name; it names {sorted(named)}")
-
-        several = [task.name for task in TASKS.values() if issubclass(task, GenerationTask) and task.several]
-        if self.round_separator is not None and named.isdisjoint(several):
-            raise ValueError(
-                f"a round separator is given, but --tasks names no task of several rounds ({', '.join(several)})"
-            )
-
-    def chosen_tasks(self) -> list[Task]:
-        """Return the tasks that `tasks` names, set up as these options say."""
-        tasks = get_tasks(self.tasks)
-        for task in tasks:
-            if isinstance(task, GenerationTask) and task.several and self.round_separator is not None:
-                task.round_separator = self.round_separator
-        return tasks
-
-    def hub(self, task: Task) -> HubData | None:
-        """Return the dataset that a task is read from; None for the layout. ValueError for a task that has none."""
-        if task.name in self.datasets or self.source == "hf":
-            return task.hub_data(self.datasets.get(task.name))
-        return None
-
-
-@dataclass(frozen=True)
 class Failure:
     """Why a task has no row of results."""
 
     text: str
+    unwritten: bool = False
+    """Whether a file could not be written: the run ends."""
 
 
 class Evaluation:
@@ -121,10 +70,11 @@ class Evaluation:
         self.options, self.shard = options, shard
         self.processor = DynamicLlavaProcessor.from_pretrained(options.model)
         self.model = _load(options, self.processor)
-        self._settings = {
+        self.settings = {
             "model": model_settings(self.model, self.processor, options.model),
             "sparsity": options.sparsity,
         }
+        """What every answer depends on."""
 
     def row(self, task: Task) -> Row:
         """Return the row of a task; where it failed, in whichever process, the row says why.
@@ -141,7 +91,8 @@ class Evaluation:
             if isinstance(row, Row):
                 return row
             failures = [row]
-        return Row(label, task, error="; ".join(dict.fromkeys(one.text for one in failures)))
+        text = "; ".join(dict.fromkeys(one.text for one in failures))
+        return Row(label, task, error=text, unwritten=any(one.unwritten for one in failures))
 
     def _answer(self, task: Task, label: str) -> tuple[AnswerStore, list[Question]]:
         """Answer this process's share of a task's questions that has no answer yet."""
@@ -156,7 +107,7 @@ class Evaluation:
             self.options.batch_size,
             self.options.max_new_tokens or task.max_new_tokens,
         )
-        settings = self._settings | {
+        settings = self.settings | {
             "max_new_tokens": run.max_new_tokens,
             "questions": question_settings(questions),
             "task": {"name": label, **(task.settings if isinstance(task, Measuring) else {})},
@@ -172,12 +123,13 @@ class Evaluation:
     def _ask(self, task: Task, run: ModelRun, questions: Sequence[Question], store: AnswerStore) -> None:
         """Ask what is left, batch by batch. ValueError at the end for images that cannot be read."""
         own = self.shard.take(by_length(questions))
+        check_images(store.done, own, questions)
         left = [place for place in own if place not in store.done]
-        respond = task.measure if isinstance(task, Measuring) else answer
+        respond = WithinMemory(task.measure if isinstance(task, Measuring) else answer, run)
         unreadable: dict[int, str] = {}
         with _bar(task.title, len(own), len(own) - len(left), self.shard) as bar:
             for asked, problems in read_ahead(questions, left, run.batch_size, self.processor):
-                said = respond(run, asked) if asked else []
+                said = respond(asked)
                 store.append([self._line(store, one, its) for one, its in zip(asked, said, strict=True)])
                 unreadable |= problems
                 if task.skips_unreadable:
@@ -192,13 +144,14 @@ class Evaluation:
 
     def _line(self, store: AnswerStore, asked: Asked, said: Said) -> Answer:
         question = asked.question
+        seen = {} if asked.image_digest is None else {IMAGE: asked.image_digest}
         return Answer(
             question.id,
             said.text,
             prompt=question.logged_prompt,
             answer_id=store.answer_id(asked.place),
             model_id=Path(self.options.model).absolute().name,
-            metadata={PLACE: asked.place, **said.metadata},
+            metadata={PLACE: asked.place, **seen, **said.metadata},
             extra={**question.extra, **said.extra},
         )
 
@@ -208,6 +161,8 @@ class Evaluation:
         answers, notes = read_answers(path), []
         if self.options.limit is not None:
             notes.append(f"only the first {len(questions)} questions were asked")
+        if empty := [one.question_id for one in answers if not one.text.strip() and SKIPPED not in one.metadata]:
+            notes.append(f"empty answers: {shown(empty)} of {len(answers)}")
         if skipped := [one.question_id for one in answers if SKIPPED in one.metadata]:
             notes.append(f"questions whose image cannot be read, left out: {shown(skipped)}")
         judged = _attempt(label, lambda: self._judge(task, path, answers))
@@ -215,19 +170,24 @@ class Evaluation:
         errors = [
             f"{what}: {one.text}" for what, one in (("score", judged), ("costs", costs)) if isinstance(one, Failure)
         ]
+        unwritten = any(one.unwritten for one in (judged, costs) if isinstance(one, Failure))
         found, costs = ({} if isinstance(one, Failure) else one for one in (judged, costs))
         notes += found.pop("notes", ())
-        return Row(label, task, **found, costs=costs, answers=path, notes=tuple(notes), error="; ".join(errors))
+        return Row(
+            label, task, **found, costs=costs, answers=path, notes=tuple(notes), error="; ".join(errors),
+            unwritten=unwritten,
+        )  # fmt: skip
 
     def _judge(self, task: Task, path: Path, answers: Sequence[Answer]) -> dict[str, Any]:
         """Return a row's score, or else its submission, written; with a limit, notes may say why there is neither."""
         root, hub, limit = self.options.data_root, self.options.hub(task), self.options.limit
         try:
-            score = task.score_file(path, root, hub)
+            score = task.score_file(path, root, hub, part=limit is not None)
             if score is not None:
                 return {"score": score}
             folder = self.options.output_dir / "submissions" / path.stem
-            return {"submission": task.submission(answers, root, folder, hub)}
+            with naming(path):
+                return {"submission": task.submission(answers, root, folder, hub)}
         except ValueError as error:
             if limit is None:
                 raise
@@ -268,12 +228,15 @@ class Evaluation:
 def evaluate(options: RunOptions) -> int:
     """Evaluate, print each task's result, and write summary.json and table.md after each.
 
-    Returns the exit code: 0, or 1 when a task failed. Raises ValueError and OSError when the model cannot be loaded.
+    Rows of earlier commands for the same model and sparsity stay in the tables. Returns the exit code: 0, 1 when a task
+    failed, or 74 when a file could not be written: what was computed is printed then, and whole files stay. Raises
+    ValueError and OSError, before anything is written, when the model cannot be loaded or the folder holds another's.
     """
     with joined_processes() as shard:
         tasks = options.chosen_tasks()
         missing = {task_label(task): _missing(task, options) for task in tasks}
         evaluation = None if all(missing.values()) else Evaluation(options, shard)
+        earlier = check_folder(options.output_dir, None if evaluation is None else evaluation.settings)
         described = _described(options, shard, evaluation)
         rows: list[Row] = []
         for task in tasks:
@@ -284,13 +247,38 @@ def evaluate(options: RunOptions) -> int:
                 rows.append(evaluation.row(task))
             if shard.first:
                 print(_report(rows[-1]), flush=True)
-                paths = write_summary(replace(described, rows=tuple(rows)), options.output_dir)
-        failed = [row.label for row in rows if row.error]
+                if evaluation is not None or earlier is None:
+                    rows[-1] = _written(rows[-1], described, options.output_dir)
+            if any(shard.gather(rows[-1].unwritten)):
+                break
         if shard.first:
-            print(f"\ntable: {paths[1]}; summary: {paths[0]}")
-            if failed:
-                print(f"error: {len(failed)} of {len(rows)} tasks failed: {', '.join(failed)}", file=sys.stderr)
-    return 1 if failed else 0
+            _say_end(rows, replace(described, rows=tuple(rows)), options.output_dir)
+    if any(row.unwritten for row in rows):
+        return EXIT_WRITE_FAILED
+    return 1 if any(row.error for row in rows) else 0
+
+
+def _written(row: Row, described: Summary, folder: Path) -> Row:
+    """Put a row into the folder's tables; return it, with the reason where that cannot be done."""
+    try:
+        write_tables(replace(described, rows=(row,)), folder)
+    except (WriteError, ValueError) as error:
+        return replace(row, error="; ".join(filter(None, (row.error, str(error)))), unwritten=True)
+    return row
+
+
+def _say_end(rows: Sequence[Row], summary: Summary, folder: Path) -> None:
+    """Say where the tables lie; print this command's own where they could not be written."""
+    failed = [row.label for row in rows if row.error]
+    if any(row.unwritten for row in rows):
+        print(f"\n{page(summary.to_json())}")
+    else:
+        print(f"\ntable: {folder / 'table.md'}; summary: {folder / 'summary.json'}")
+    if failed:
+        print(f"error: {len(failed)} of {len(rows)} tasks failed: {', '.join(failed)}", file=sys.stderr)
+    for row in rows:
+        if row.unwritten:
+            print(f"error: {row.error}", file=sys.stderr)
 
 
 def _load(options: RunOptions, processor: DynamicLlavaProcessor) -> Any:
@@ -311,8 +299,8 @@ def _attempt(label: str, step: Callable[[], Any]) -> Any:
     """Return what a step returns, or a Failure; one that is no user's mistake also shows where it happened."""
     try:
         return step()
-    except (ValueError, FileNotFoundError) as error:
-        return Failure(str(error))
+    except (ValueError, OSError) as error:
+        return Failure(str(error), unwritten=isinstance(error, WriteError))
     except Exception as error:  # whatever it is, the other tasks go on, and the exit code tells
         print(f"{label}:", file=sys.stderr)
         traceback.print_exc()
@@ -337,7 +325,8 @@ def _described(options: RunOptions, shard: Shard, evaluation: Evaluation | None)
     text, device = evaluation.model.config.text_config, evaluation.model.device
     settings |= {"dtype": str(evaluation.model.dtype).removeprefix("torch."), "device": _device_name(device)}
     size = SIZES.get((text.hidden_size, text.num_hidden_layers))
-    return Summary(options.model, options.sparsity, size, settings, environment(), ())
+    identity = identity_of(evaluation.settings)
+    return Summary(options.model, options.sparsity, size, settings, environment(), (), identity)
 
 
 def _report(row: Row) -> str:
@@ -354,7 +343,7 @@ def _report(row: Row) -> str:
 def _check_image_files(questions: Sequence[Question]) -> None:
     """Raise FileNotFoundError before anything is computed when image files are missing; ValueError for unsafe names."""
     images = [one.image for one in questions if isinstance(one.image, ImageFile)]
-    missing = [image.name for image in images if not image.path().is_file()]
+    missing = [image.name for image in images if not os.path.isfile(image.path())]
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} of {len(images)} images are not in {images[0].folder}: {shown(missing)}"

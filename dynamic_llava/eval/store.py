@@ -15,9 +15,12 @@ from typing import Any, TextIO
 
 from dynamic_llava.eval.answers import Answer, append_answers, parse_answer, write_answers
 from dynamic_llava.eval.reading import WHOLE, fields_of, parse_json, read_json, shown
+from dynamic_llava.files import writing
 
 PLACE = "place"
 """Field of an answer's metadata: the number of its question, from 0, in the order in which the task gives them."""
+RECORD = ".run.json"
+"""How the names of files end that say what a task's answers depend on."""
 SHOWN_DIFFERENCES = 8
 """How many changed settings an error names; it counts the others."""
 
@@ -35,12 +38,13 @@ class AnswerStore:
         """The whole answer file."""
         self.count = count
         self._folder, self._name = folder, name
-        self._record = folder / f"{name}.run.json"
+        self._record = folder / f"{name}{RECORD}"
         self._part = folder / f"{name}.part{rank}.jsonl"
         self._settings = json.loads(json.dumps(settings, sort_keys=True, default=str))
-        folder.mkdir(parents=True, exist_ok=True)
-        self._check_settings()
-        self._file = _open_part(self._part)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._check_settings()
+            self._file = _open_part(self._part)
         self.done = self._read()
         """Place -> answer of every question answered so far, by any process."""
 
@@ -50,12 +54,14 @@ class AnswerStore:
         return hashlib.sha256(text.encode()).hexdigest()[:22]
 
     def append(self, answers: Sequence[Answer]) -> None:
-        """Write answers, whose metadata says their place, and flush them."""
-        append_answers(self._file, answers)
+        """Write answers, whose metadata says their place, and flush them; WriteError where the disk refuses."""
+        with writing(self._part):
+            append_answers(self._file, answers)
 
     def close(self) -> None:
         """Close the file of this process; what it holds stays."""
-        self._file.close()
+        with writing(self._part):
+            self._file.close()
 
     def merge(self) -> Path:
         """Write all answers in question order into one file, remove the parts, and return the file's path.
@@ -106,6 +112,12 @@ class AnswerStore:
                     )
                 found.setdefault(place, answer)
         return found
+
+
+def identity_of(settings: Mapping[str, Any]) -> str:
+    """Return a digest of settings."""
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -1,13 +1,14 @@
-"""What a run found, beside what the paper printed: summary.json and table.md."""
+"""What a run found, beside what the paper printed: summary.json, and table.md as it follows from it.
 
-import json
-import os
+Text that a model, a name or a data file wrote stands in code spans on the page: no link, no HTML, no line of its own.
+"""
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dynamic_llava.eval.report import MISSING, markdown
+from dynamic_llava.eval.report import MISSING, code, markdown
 from dynamic_llava.eval.score import SPARSITIES
 from dynamic_llava.eval.tasks import Score, Submission, Task
 
@@ -40,7 +41,7 @@ PAPER_COSTS: Mapping[str, Mapping[str, Mapping[str, float]]] = {
 """Size -> cost -> sparsity -> what the paper prints: Table 1, and Table 14 for times (one A100, batch 1)."""
 HEAD = (
     "benchmark", "metric", "ours", *SPARSITIES.values(), "difference", "tokens/layer", "TFLOP", "Eq. 13", "KV MiB",
-    "prefill ms", "decode ms",
+    "prefill ms", "decode ms", "unreadable",
 )  # fmt: skip
 
 
@@ -60,6 +61,8 @@ class Row:
     """What a reader must know: questions passed over, why there is no score."""
     error: str = ""
     """Why it failed; empty when it did not."""
+    unwritten: bool = False
+    """Whether that is a file that could not be written."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ class Summary:
     """How it was asked: dtype, batch size, limits."""
     environment: Mapping[str, Any]
     rows: Sequence[Row]
+    identity: str = ""
+    """A digest of what all answers depend on: model and sparsity; empty when no model was loaded."""
 
     def to_json(self) -> dict[str, Any]:
         """Return it as a JSON object."""
@@ -81,82 +86,41 @@ class Summary:
             "model": self.model,
             "sparsity": self.sparsity,
             "size": self.size,
+            "identity": self.identity,
             "settings": dict(self.settings),
             "environment": dict(self.environment),
             "tasks": {row.label: self._task(row) for row in self.rows},
         }
 
     def _task(self, row: Row) -> dict[str, Any]:
-        score, submission = row.score, row.submission
-        paper = {name: dict(self._paper(row.task, name)) for name in row.task.paper}
+        score, submission, task = row.score, row.submission, row.task
+        shown = [task.table_metric, *(name for name in task.paper if name != task.table_metric)]
+        shown = shown[:1] if score is None else [name for name in shown if name in score.metrics]
+        paper = {name: dict(self._paper(task, name)) for name in task.paper}
+        differences = {} if score is None else {name: self._difference(task, score, name) for name in shown}
         found: dict[str, Any] = {
-            "metric": row.task.table_metric,
+            "title": task.title,
+            "metric": task.table_metric,
             "value": None if score is None else score.value,
             "unit": None if score is None else score.metrics[score.table_metric].unit,
             "metrics": {} if score is None else score.to_json()["metrics"],
+            "shown": shown,
             "counts": {} if score is None else dict(score.counts),
             "paper": {name: numbers for name, numbers in paper.items() if numbers},
-            "paper_note": row.task.paper_note,
-            "difference": None if score is None else self._difference(row.task, score, score.table_metric),
+            "paper_note": task.paper_note,
+            "difference": differences.get(task.table_metric),
+            "differences": {name: value for name, value in differences.items() if value is not None},
             "efficiency": {name: {"value": value, "unit": UNITS[name]} for name, value in row.costs.items()},
             "warnings": [*row.notes, *(() if score is None else score.warnings)],
             "answers": None if row.answers is None else str(row.answers),
             "error": row.error or None,
+            "settings": dict(self.settings),
         }
         for name, numbers in PAPER_COSTS.get(self.size or "", {}).items():
             found["efficiency"].setdefault(name, {"value": None, "unit": UNITS[name]})["paper"] = dict(numbers)
         if submission is not None:
             found["submission"] = {"files": [str(path) for path in submission.files], "send_to": submission.send_to}
         return found
-
-    def to_markdown(self) -> str:
-        """Return the page: scores and costs beside the paper's, then what to know about each task."""
-        lines = [f"# {self.model}, {SPARSITIES.get(self.sparsity, f'sparsity {self.sparsity}')}", ""]
-        lines += [", ".join(f"{name} {value}" for name, value in self.settings.items() if value is not None), ""]
-        table = [line for row in self.rows for line in self._lines(row)]
-        lines += [markdown([[_cell(text) for text in line] for line in (HEAD, *table)]), ""]
-        lines += [
-            "Means over the answers: image tokens that a layer sees; a prefill's FLOP by real module shapes, and by "
-            "the paper's Eq. 13 on image tokens alone; the filled key-value cache when an answer ends. Times: medians "
-            "on a batch of the task's first questions, of a prefill (images included) and of a decoding step.",
-            "",
-        ]
-        lines += self._paper_costs()
-        lines += [f"- **{row.label}**: {text}" for row in self.rows for text in _remarks(row)]
-        lines += ["", ", ".join(f"{name} {value}" for name, value in self.environment.items())]
-        return "\n".join(lines) + "\n"
-
-    def _lines(self, row: Row) -> list[list[str]]:
-        """Return a table line for each metric that the paper prints, or one without a number."""
-        names = [row.task.table_metric, *(name for name in row.task.paper if name != row.task.table_metric)]
-        names = names[:1] if row.score is None else [name for name in names if name in row.score.metrics]
-        lines = []
-        for name in names:
-            paper = self._paper(row.task, name)
-            unit = "" if row.score is None else row.score.metrics[name].unit
-            ours = MISSING if row.score is None else _number(row.score.metrics[name].value, unit)
-            difference = None if row.score is None else self._difference(row.task, row.score, name)
-            lines.append([
-                row.task.title if name == names[0] else "",
-                name + (f", {unit}" if unit else ""),
-                ours,
-                *(_number(paper[sparsity], unit) if sparsity in paper else MISSING for sparsity in SPARSITIES),
-                MISSING if difference is None else f"{difference:+.{_digits(unit)}f}",
-                *(_costs(row.costs) if name == names[0] else [""] * 6),
-            ])  # fmt: skip
-        return lines
-
-    def _paper_costs(self) -> list[str]:
-        if self.size is None:
-            return []
-        costs = PAPER_COSTS[self.size]
-        lines = [["paper", "image tokens kept", "TFLOP, Eq. 13", "prefill ms", "decode ms"]]
-        for sparsity, title in SPARSITIES.items():
-            cells = [costs.get(name, {}).get(sparsity) for name in ("image_tokens_kept", "prefill_ms", "decode_ms")]
-            tera = f"{costs['prefill_flop_paper'][sparsity] / TERA:.1f}"
-            kept, *times = (MISSING if cell is None else f"{cell:g}" for cell in cells)
-            lines.append([_cell(f"{title}, {self.size.upper()}"), kept, tera, *times])
-        return [markdown(lines), "", "Tables 1 and 14 of the paper; its times are one A100's at batch 1.", ""]
 
     def _paper(self, task: Task, metric: str) -> Mapping[str, float]:
         """Return sparsity -> the paper's number for this size; none for another split than the paper's."""
@@ -172,34 +136,82 @@ class Summary:
         return score.metrics[metric].value - paper
 
 
-def write_summary(summary: Summary, folder: Path) -> tuple[Path, Path]:
-    """Write summary.json and table.md, each whole or not at all, and return their paths."""
-    whole = json.dumps(summary.to_json(), indent=1) + "\n", summary.to_markdown()
-    paths = folder / "summary.json", folder / "table.md"
-    folder.mkdir(parents=True, exist_ok=True)
-    for path, text in zip(paths, whole, strict=True):
-        partial = path.with_suffix(".partial")
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    return paths
+def page(summary: Mapping[str, Any]) -> str:
+    """Return table.md of a summary.json: scores and costs beside the paper's, then what to know about each task."""
+    tasks: Mapping[str, Mapping[str, Any]] = summary["tasks"]
+    lines = [f"# {code(summary['model'])}, {_named(summary['sparsity'])}", "", *_listed(summary["settings"]), ""]
+    table = [line for row in tasks.values() for line in _lines(row)]
+    lines += [markdown([[_cell(text) for text in line] for line in (HEAD, *table)]), ""]
+    lines += [
+        "Means over the answers: image tokens that a layer sees; a prefill's FLOP by real module shapes, and by "
+        "the paper's Eq. 13 on image tokens alone; the filled key-value cache when an answer ends. Times: medians "
+        "on a batch of the task's first questions, of a prefill (images included) and of a decoding step. Unreadable: "
+        "answers from which the benchmark's rule reads nothing.",
+        "",
+    ]
+    lines += _paper_costs(summary["size"])
+    lines += [f"- **{label}**: {text}" for label, row in tasks.items() for text in _remarks(row, summary["settings"])]
+    return "\n".join([*lines, "", *_listed(summary["environment"])]) + "\n"
 
 
-def _remarks(row: Row) -> list[str]:
-    remarks = [f"failed: {row.error}"] if row.error else []
-    if row.submission is not None:
-        files = ", ".join(map(str, row.submission.files))
-        remarks.append(f"no score here; send {files} to {row.submission.send_to}")
-    remarks += row.notes
-    remarks += () if row.score is None else row.score.warnings
-    return [*remarks, f"paper: {row.task.paper_note}"] if row.task.paper_note else remarks
+def _listed(values: Mapping[str, Any]) -> list[str]:
+    return [", ".join(f"{name} {code(value)}" for name, value in values.items() if value is not None)]
 
 
-def _costs(costs: Mapping[str, float]) -> list[str]:
+def _named(sparsity: str) -> str:
+    return SPARSITIES.get(sparsity) or f"sparsity {code(sparsity)}"
+
+
+def _lines(row: Mapping[str, Any]) -> list[list[str]]:
+    """Return a table line for each metric that the paper prints, or one without a number."""
+    lines = []
+    for name in row["shown"]:
+        metric, paper = row["metrics"].get(name), row["paper"].get(name, {})
+        unit = "" if metric is None else metric["unit"]
+        difference, first = row["differences"].get(name), name == row["shown"][0]
+        lines.append([
+            row["title"] if first else "",
+            name + (f", {unit}" if unit else ""),
+            MISSING if metric is None else _number(metric["value"], unit),
+            *(_number(paper[sparsity], unit) if sparsity in paper else MISSING for sparsity in SPARSITIES),
+            MISSING if difference is None else f"{difference:+.{_digits(unit)}f}",
+            *(_costs(row["efficiency"]) if first else [""] * 6),
+            str(row["counts"].get("unreadable", MISSING)) if first else "",
+        ])  # fmt: skip
+    return lines
+
+
+def _paper_costs(size: str | None) -> list[str]:
+    if size is None:
+        return []
+    costs = PAPER_COSTS[size]
+    lines = [["paper", "image tokens kept", "TFLOP, Eq. 13", "prefill ms", "decode ms"]]
+    for sparsity, title in SPARSITIES.items():
+        cells = [costs.get(name, {}).get(sparsity) for name in ("image_tokens_kept", "prefill_ms", "decode_ms")]
+        tera = f"{costs['prefill_flop_paper'][sparsity] / TERA:.1f}"
+        kept, *times = (MISSING if cell is None else f"{cell:g}" for cell in cells)
+        lines.append([_cell(f"{title}, {size.upper()}"), kept, tera, *times])
+    return [markdown(lines), "", "Tables 1 and 14 of the paper; its times are one A100's at batch 1.", ""]
+
+
+def _remarks(row: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """Return what a reader must know about a task; also how it was asked, where its command had other settings."""
+    remarks = [f"failed: {code(row['error'])}"] if row["error"] else []
+    if submission := row.get("submission"):
+        remarks.append(f"no score here; send {code(', '.join(submission['files']))} to {submission['send_to']}")
+    remarks += map(code, row["warnings"])
+    own = {name: value for name, value in row["settings"].items() if value != settings.get(name)}
+    remarks += [f"asked with {code(', '.join(f'{name} {value}' for name, value in own.items()))}"] if own else []
+    return [*remarks, f"paper: {row['paper_note']}"] if row["paper_note"] else remarks
+
+
+def _costs(costs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     columns = (
         ("image_tokens_per_layer", 1, 4), ("prefill_flop_exact", TERA, 3), ("prefill_flop_paper", TERA, 3),
         ("kv_bytes", MEBI, 4), ("prefill_ms", 1, 4), ("decode_ms", 1, 3),
     )  # fmt: skip
-    return [f"{costs[name] / scale:.{digits}g}" if name in costs else MISSING for name, scale, digits in columns]
+    values = [(costs.get(name, {}).get("value"), scale, digits) for name, scale, digits in columns]
+    return [MISSING if value is None else f"{value / scale:.{digits}g}" for value, scale, digits in values]
 
 
 def _digits(unit: str) -> int:

@@ -11,6 +11,7 @@ from dynamic_llava.eval.efficiency import prefill_costs
 from dynamic_llava.eval.metrics.perplexity import perplexity
 from dynamic_llava.eval.tiny_data import TestSet
 from dynamic_llava.eval.tiny_world import RowOutput, quality
+from dynamic_llava.eval.writing import write_text
 from dynamic_llava.model import DynamicLlavaForConditionalGeneration
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.provenance import environment
@@ -71,7 +72,4 @@ def write_measures(checkpoint: Path, test: TestSet, sparsity: SparsityMode, fold
         "metrics": measure(checkpoint, test, sparsity),
         "environment": environment(),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "summary.json.partial"
-    partial.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    return partial.replace(folder / "summary.json")
+    return write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")

@@ -18,8 +18,9 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 """Channel means of OpenAI CLIP."""
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 """Channel standard deviations of OpenAI CLIP."""
-MAX_SQUARE_PIXELS = 2 * 89_478_485
-"""Largest padded square that is accepted: Pillow's own limit for refusing a file (a side of 13,377 pixels)."""
+MAX_SQUARE_PIXELS = 8192**2
+"""Largest padded square that is accepted, a side of 8,192 pixels: a small file may hold a large image, and decoding,
+squaring and resizing one of this size takes about 0.6 GB."""
 
 Colour = tuple[int, int, int]
 
@@ -99,7 +100,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     _check_mode(image.mode)
     if image.mode.startswith("I"):
-        grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535) // 257
+        grey = np.clip(np.asarray(image), 0, 65535).astype(np.uint16) // 257
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")

@@ -1,6 +1,7 @@
 """What answer lines record, what follows from it, which questions a process takes, and how a checkpoint is known."""
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -12,7 +13,10 @@ from dynamic_llava.eval.efficiency import Counted, mean_kv_bytes
 from dynamic_llava.eval.predict import Batch, generate_answers
 from dynamic_llava.eval.shard import Shard, joined_processes, own_device
 from dynamic_llava.eval.tasks import Question
+from dynamic_llava.model import DynamicLlavaForConditionalGeneration
+from dynamic_llava.processing import DynamicLlavaProcessor
 from tests.builders import TOKENS_PER_IMAGE, shared_model
+from tests.eval.run_builders import ragged_checkpoint
 from tests.sft_builders import picture, tiny_processor
 
 
@@ -26,6 +30,9 @@ class Picture:
         if self.seed < 0:
             raise ValueError("picture is broken")
         return picture(self.seed)
+
+    def digest(self):
+        return str(self.seed)
 
 
 QUESTIONS = [Question(i, "What is it? " * (i % 3) + "?", None if i == 4 else Picture(i)) for i in range(7)]
@@ -96,20 +103,22 @@ def test_a_process_without_an_accelerator_of_its_own_is_refused(monkeypatch):
         own_device({"LOCAL_RANK": "2"})
 
 
-def test_large_files_are_known_by_head_size_and_date(tmp_path, monkeypatch):
-    path = tmp_path / "model.safetensors"
-    head = b'{"a": 1}'
-    path.write_bytes(len(head).to_bytes(8, "little") + head + b"0" * 100)
-    whole = identity.file_digest(path)
-    os.utime(path, ns=(1, 1))
-    assert identity.file_digest(path) == whole  # small: the bytes alone
-    monkeypatch.setattr(identity, "READ_WHOLE", 10)
-    large = identity.file_digest(path)
-    assert large.endswith("of its head, 116 bytes, changed 1")
-    path.write_bytes(path.read_bytes()[:-1] + b"1")
-    assert identity.file_digest(path) != large  # written anew
-    os.utime(path, ns=(1, 1))
-    assert identity.file_digest(path) == large
-    path.write_bytes(path.read_bytes().replace(b'"a"', b'"b"'))
-    os.utime(path, ns=(1, 1))
-    assert identity.file_digest(path) != large
+def test_weights_are_told_apart_by_their_bytes_alone(tmp_path):
+    """Neither a date nor a name makes another checkpoint, and one changed value does, however large the file."""
+    folder = ragged_checkpoint(tmp_path / "one")
+    processor = DynamicLlavaProcessor.from_pretrained(folder)
+
+    def weights(path):
+        model = DynamicLlavaForConditionalGeneration.from_pretrained(str(path))
+        return identity.model_settings(model, processor, str(path))["weights"]
+
+    before = weights(folder)
+    moved = shutil.copytree(folder, tmp_path / "two")
+    file = moved / "model.safetensors"
+    os.utime(file, ns=(1, 1))
+    assert weights(moved) == before
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(1, 1))
+    assert weights(moved) != before

@@ -248,21 +248,97 @@ def test_a_changed_run_refuses_to_resume_and_says_what_differs(checkpoint, tmp_p
     tensors["lm_head.weight"][0, 0] += 1
     save_file(tensors, tuned / "model.safetensors", {"format": "pt"})
     moved = shutil.copytree(checkpoint, tmp_path / "moved" / checkpoint.name)
+    tables = {name: (out / name).read_bytes() for name in ("summary.json", "table.md")}
     for model, more, message in (
         (checkpoint, ("--sparsity", "image"), "sparsity was both and is image"),
         (checkpoint, ("--dtype", "bfloat16"), "model.dtype was float32 and is bfloat16"),
-        (checkpoint, ("--max-new-tokens", 3), "max_new_tokens was 8 and is 3"),
-        (checkpoint, ("--limit", 3), "questions.count was 12 and is 3"),
         (changed, (), "model.config.sparsity.image_keep_rate was 0.25 and is 0.5"),
         (tuned, (), "model.weights.model.safetensors was "),
     ):
-        assert run(model, "toy", tmp_path, out, *more) == 1
-        assert message in summary(out)["tasks"]["toy"]["error"]
-        assert answers(out) == before
+        assert run(model, "toy", tmp_path, out, *more) == 2
+        assert message in capsys.readouterr().err and answers(out) == before
+        assert {name: (out / name).read_bytes() for name in tables} == tables
+    for more, message in (
+        (("--max-new-tokens", 3), "max_new_tokens was 8 and is 3"),
+        (("--limit", 3), "questions.count was 12 and is 3"),
+    ):
+        assert run(checkpoint, "toy", tmp_path, out, *more) == 1
+        assert message in capsys.readouterr().out and answers(out) == before
+        row = summary(out)["tasks"]["toy"]
+        assert row["value"] is not None and row["error"] is None and message in row["warnings"][-1]
     assert run(moved, "toy", tmp_path, out, "--batch-size", 3) == 0  # a folder's name and the batch change nothing
     (tmp_path / "toy" / "questions.json").write_text(json.dumps([{**toy[0], "text": "Else?"}, *toy[1:]]))
     assert run(checkpoint, "toy", tmp_path, out) == 1
     assert "questions.digest was " in capsys.readouterr().out
+
+
+def test_an_image_that_changed_since_it_was_answered_about_is_refused(checkpoint, tmp_path, monkeypatch, capsys, toy):
+    """By its content: the same bytes under another date are the same image, and one not yet answered may change."""
+    monkeypatch.setattr(runner, "by_length", lambda questions: list(range(len(questions))))
+    with pytest.raises(KeyboardInterrupt):
+        Counter(monkeypatch, stop_after=4)
+        run(checkpoint, "toy", tmp_path, tmp_path / "out", "--batch-size", 4)
+    monkeypatch.setattr(runner, "answer", answering.answer)
+    images = tmp_path / "toy" / "images"
+    whole = (images / "0.png").read_bytes()
+    shutil.copy(images / "1.png", images / "0.png")
+    shutil.copy(images / "1.png", images / "9.png")
+    assert run(checkpoint, "toy", tmp_path, tmp_path / "out") == 1
+    assert "images are others than those that were answered about" in (said := capsys.readouterr().out)
+    assert "1 ('0.png')" in said
+    (images / "0.png").write_bytes(whole)
+    assert run(checkpoint, "toy", tmp_path, tmp_path / "out") == 0
+    (images / "9.png").unlink()
+    shutil.copy(images / "0.png", images / "9.png")
+    assert run(checkpoint, "toy", tmp_path, tmp_path / "out") == 1
+    assert "1 ('9.png')" in capsys.readouterr().out
+
+
+def test_a_folder_keeps_the_rows_of_earlier_commands(checkpoint, tmp_path, toy):
+    for name in ("pope", "mme"):
+        TASK_DATA[name](tmp_path)
+    out = tmp_path / "out"
+    for names in ("toy", "pope,gqa", "mme"):  # the files of gqa are missing
+        run(checkpoint, names, tmp_path, out)
+    rows = summary(out)["tasks"]
+    assert list(rows) == ["toy", "pope", "gqa", "mme"]
+    assert [name for name, row in rows.items() if row["value"] is None] == ["gqa"]
+    table = (out / "table.md").read_text()
+    assert all(f"| {title}" in table for title in ("Toy", "POPE", "GQA", "MME"))
+    shutil.rmtree(tmp_path / "pope")
+    assert run(checkpoint, "pope", tmp_path, out) == 1  # without any files no model is loaded, nothing is written
+    assert summary(out)["tasks"] == rows
+    assert run(checkpoint, "pope,mme", tmp_path, out) == 1
+    later = summary(out)["tasks"]
+    assert later["pope"]["value"] == rows["pope"]["value"] and "get it from" in later["pope"]["warnings"][-1]
+    assert {name: row["metrics"] for name, row in later.items()} == {name: row["metrics"] for name, row in rows.items()}
+
+
+def test_answers_without_a_row_are_in_the_table(checkpoint, tmp_path, monkeypatch, toy):
+    """A command that was killed between its answers and its score, or whose summary was removed."""
+    TASK_DATA["pope"](tmp_path)
+    out = tmp_path / "out"
+    assert run(checkpoint, "toy", tmp_path, out) == 0
+    value = summary(out)["tasks"]["toy"]["value"]
+    (out / "summary.json").unlink()
+    assert run(checkpoint, "pope", tmp_path, out) == 0
+    row = summary(out)["tasks"]["toy"]
+    assert row["value"] is None and "name the task again" in row["warnings"][0]
+    assert "name the task again" in (out / "table.md").read_text()
+    counter = Counter(monkeypatch)
+    assert run(checkpoint, "toy", tmp_path, out) == 0
+    assert summary(out)["tasks"]["toy"]["value"] == value and not counter.asked
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"model": "m"}', '{"model": "m", "sparsity": "both", "tasks": [], "x": 1}']
+)
+def test_a_summary_that_is_none_is_refused_before_anything_is_written(checkpoint, tmp_path, capsys, toy, content):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "summary.json").write_text(content)
+    assert run(checkpoint, "toy", tmp_path, tmp_path / "out") == 2
+    assert "summary.json" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["summary.json"]
 
 
 def test_missing_files_are_reported_and_the_other_tasks_go_on(checkpoint, tmp_path, capsys, toy):
@@ -356,7 +432,7 @@ def test_a_limit_asks_the_first_questions_only(checkpoint, tmp_path, toy):
     TASK_DATA["textvqa"](tmp_path)
     assert run(checkpoint, "toy,textvqa", tmp_path, tmp_path / "out", "--limit", 2) == 0
     rows = summary(tmp_path / "out")["tasks"]
-    assert rows["toy"]["value"] is None and "first 2 questions alone have no score" in rows["toy"]["warnings"][1]
+    assert rows["toy"]["value"] is not None and "only the first 2 questions" in rows["toy"]["warnings"][0]
     assert rows["textvqa"]["counts"]["answered"] == 2
     assert len(lines_of(tmp_path / "out" / "answers" / "toy.jsonl")) == 2
 
@@ -377,7 +453,7 @@ def test_a_measuring_task_puts_its_own_fields_on_lines(checkpoint, tmp_path, mon
     assert row["value"] == 100 and row["efficiency"] == {}
     monkeypatch.setattr(Measured, "settings", {"separator": "template"})
     assert run(checkpoint, "toy", tmp_path, tmp_path / "out") == 1
-    assert "task.separator was official and is template" in summary(tmp_path / "out")["tasks"]["toy"]["error"]
+    assert "task.separator was official and is template" in summary(tmp_path / "out")["tasks"]["toy"]["warnings"][-1]
 
 
 def test_a_dense_checkpoint_is_evaluated_dense_or_refused(tmp_path, capsys, toy):

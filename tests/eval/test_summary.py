@@ -1,13 +1,15 @@
 """summary.json and table.md: which of the paper's numbers stand beside ours, differences, units."""
 
 import json
+import re
 from dataclasses import replace
 from typing import ClassVar
 
 import pytest
 
 from dynamic_llava.costs import LLAVA_7B, LLAVA_13B, flops_paper
-from dynamic_llava.eval.summary import PAPER_COSTS, SIZES, Row, Summary, write_summary
+from dynamic_llava.eval.folder import write_tables
+from dynamic_llava.eval.summary import PAPER_COSTS, SIZES, Row, Summary, page
 from dynamic_llava.eval.tasks import Submission, get_task
 
 POPE = get_task("pope")
@@ -19,7 +21,7 @@ RUN = Summary("m", "both", "7b", {"dtype": "float16", "limit": None}, {"torch": 
 
 
 def cells(summary, start):
-    line = next(line for line in summary.to_markdown().splitlines() if line.startswith(f"| {start}"))
+    line = next(line for line in page(summary.to_json()).splitlines() if line.startswith(f"| {start}"))
     return [cell.strip() for cell in line.replace(r"\|", "/").strip("|").split("|")]
 
 
@@ -52,7 +54,7 @@ def test_another_split_or_a_part_of_the_questions_is_not_compared():
 
 
 def test_the_json_has_what_readers_rely_on(tmp_path):
-    paths = write_summary(RUN, tmp_path / "new")
+    paths = write_tables(RUN, tmp_path / "new")
     found = json.loads(paths[0].read_text())
     assert {"model", "sparsity", "environment", "tasks"} <= set(found)
     row = found["tasks"]["pope"]
@@ -73,14 +75,46 @@ def test_the_page_shows_costs_failures_and_submissions(tmp_path):
         Row("mme", get_task("mme"), error="there is no file", notes=("only the first 2 questions",)),
     ]
     run = replace(RUN, rows=rows, size="13b")
-    page = run.to_markdown()
-    assert cells(run, "POPE")[7:] == ["143.8", "-", "2.49", "-", "-", "-"]
-    assert cells(run, "MME")[2] == "-" and "- **mme**: failed: there is no file" in page
-    assert f"no score here; send {tmp_path / 'up.json'} to {vizwiz.send_to}" in page
-    assert "- **pope**: odd" in page and "only the first 2 questions" in page
+    text = page(run.to_json())
+    assert cells(run, "POPE")[7:] == ["143.8", "-", "2.49", "-", "-", "-", "1"]
+    assert cells(run, "MME")[2] == "-" and "- **mme**: failed: `there is no file`" in text
+    assert f"no score here; send `{tmp_path / 'up.json'}` to {vizwiz.send_to}" in text
+    assert "- **pope**: `odd`" in text and "only the first 2 questions" in text
     assert cells(run, "LLaVA-1.5, 13B")[1:] == ["576", "19.6", "124.52", "28.42"]
     assert cells(run, "Dynamic-LLaVA I, 13B")[1:] == ["115", "4.7", "-", "-"]
-    assert "limit" not in page and "dtype float16" in page
+    assert "limit" not in text and "dtype `float16`" in text
+
+
+HOSTILE = (
+    "<script>alert(1)</script>", "[click](http://evil.example)", "![](http://evil.example/a.png)", "a | b", "two\nlines",
+    "`code`", "``", "http://evil.example", "\x1b[2J", "\ud800", "# head", "- [ ] x", "a`b``c", "\u202e", "|\n|:-|",
+)  # fmt: skip
+"""What a model's name, an answer, an image's name or a data file may hold."""
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=ascii)
+def test_text_of_others_is_neither_link_nor_html_nor_a_line_on_the_page(tmp_path, text):
+    """In the model's name, settings, warnings, errors and names of files: within code spans of one line each."""
+    plain = replace(RUN, rows=[replace(ROW, notes=("x",)), Row("mme", get_task("mme"), error="x")])
+    vizwiz = get_task("vizwiz")
+    sent = Row("vizwiz", vizwiz, submission=Submission((tmp_path / "x",), vizwiz.send_to))
+    hostile = replace(
+        plain,
+        model=text,
+        settings={"datasets": {"pope": text}},
+        environment={"machine": text},
+        rows=[replace(ROW, notes=(text,)), Row("mme", get_task("mme"), error=text), sent],
+    )
+    plain = replace(plain, settings={"datasets": "x"}, environment={"machine": "x"}, rows=[*plain.rows, sent])
+    pages = [page(json.loads(json.dumps(run.to_json()))) for run in (plain, hostile)]
+    assert len(pages[0].splitlines()) == len(pages[1].splitlines()) and pages[1].encode()
+    for line in pages[1].splitlines():
+        # What stands outside code spans is ours. A span ends with as many backticks as it began with.
+        outside = re.sub(r"(?<!`)(`+)(?!`).+?(?<!`)\1(?!`)", "", line)
+        assert not re.search(r"<|\[|evil|\x1b|`|\u202e", outside.replace("<- the", "")), line
+        assert line.isprintable()
+    write_tables(hostile, tmp_path)
+    assert (tmp_path / "table.md").read_text() == pages[1]
 
 
 def test_several_metrics_of_the_paper_are_a_line_each():
@@ -88,7 +122,8 @@ def test_several_metrics_of_the_paper_are_a_line_each():
         paper: ClassVar = {**type(POPE).paper, "accuracy": type(POPE).paper["mean_f1"]}
 
     score = Two().result({"mean_f1": (86.0, "percent"), "accuracy": (0.5, "fraction")}, {}, [])
-    lines = replace(RUN, rows=[Row("pope", Two(), score)]).to_markdown().splitlines()
+    lines = replace(RUN, rows=[Row("pope", Two(), score)])
+    lines = page(lines.to_json()).splitlines()
     second = next(line for line in lines if "accuracy, fraction" in line)
     assert "0.5000" in second and lines.index(second) == next(i for i, one in enumerate(lines) if "mean_f1" in one) + 1
 

@@ -103,7 +103,7 @@ def png_header(width, height):
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
-@pytest.mark.parametrize("size", [(60000, 60000), (60000, 10)], ids=str)
+@pytest.mark.parametrize("size", [(60000, 60000), (60000, 10), (13000, 13000), (8193, 1)], ids=str)
 def test_a_bomb_is_refused_before_it_is_decoded(tmp_path, size):
     """The long thin one is small itself; its padded square would be 3.6 billion pixels."""
     (tmp_path / "bomb.png").write_bytes(png_header(*size))

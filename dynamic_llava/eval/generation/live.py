@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dynamic_llava.config import SparsityMode
+from dynamic_llava.eval.predict import NOT_FINITE, NotFinite
 from dynamic_llava.model import cache_of
 
 
@@ -77,15 +78,17 @@ def answer_dialogues(
     """Answer each row's prompts greedily, one round after another, earlier answers of its own staying in the cache.
 
     Returns ids per row and round, up to and including a token of `ends`, at most `max_new_tokens`. The last token of an
-    answer, whichever it is, is never fed.
+    answer, whichever it is, is never fed. ValueError when logits are not finite.
     """
     said: list[list[list[int]]] = [[] for _ in prompts]
     for number in range(max(map(len, prompts))):
         logits_BV = dialogues.feed([row[number] if number < len(row) else [] for row in prompts], output=False)
         left = [row for row, its in enumerate(prompts) if number < len(its)]
+        finite = torch.ones((), dtype=torch.bool, device=logits_BV.device)
         for row in left:
             said[row].append([])
         while left:
+            finite &= logits_BV[left].isfinite().all()
             tokens = logits_BV.argmax(-1).tolist()
             for row in left:
                 said[row][-1].append(tokens[row])
@@ -94,4 +97,6 @@ def answer_dialogues(
                 fed = set(left)
                 chunks = [[token] if row in fed else [] for row, token in enumerate(tokens)]
                 logits_BV = dialogues.feed(chunks, output=True)
+        if not bool(finite):
+            raise NotFinite(NOT_FINITE)
     return said

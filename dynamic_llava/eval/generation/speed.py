@@ -14,6 +14,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from dynamic_llava.eval.generation.dialogues import EncodedRound
 from dynamic_llava.eval.generation.teacher_forcing import score_dialogues, score_step_by_step
+from dynamic_llava.eval.writing import write_text
 from dynamic_llava.model import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
 from dynamic_llava.provenance import environment
 
@@ -95,9 +96,7 @@ def write_speed(found: PplSpeed, path: Path) -> Path:
         "prompt_tokens": PROMPT_TOKENS, "answer_tokens": ANSWER_TOKENS, "batch": 1, "dtype": "float32",
     }  # fmt: skip
     content = {"sizes": sizes, "ratio": found.ratio, "difference": found.difference, **asdict(found)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return path
+    return write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def _seconds(step: Callable[[], Any]) -> float:

@@ -15,7 +15,11 @@ from torch import Tensor
 from dynamic_llava.config import SparsityMode
 from dynamic_llava.eval.generation.dialogues import EncodedRound
 from dynamic_llava.eval.generation.live import LiveDialogues
+from dynamic_llava.eval.predict import NOT_FINITE, NotFinite
 from dynamic_llava.model.switches import choose_method
+
+LARGEST = 700.0
+"""A mean cross entropy beyond it is no finite perplexity in float64; NaN is not below it."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,8 @@ def score_dialogues(
         labels_T = torch.tensor([token for one in row for token in one.answer], device=device)
         nll_T = torch.nn.functional.cross_entropy(logits_TV, labels_T, reduction="none")
         means = [part.double().mean().item() for part in nll_T.split([len(one.answer) for one in row])]
+        if not all(mean < LARGEST for mean in means):
+            raise NotFinite(NOT_FINITE)
         scored.append(Scored(tuple(map(math.exp, means)), image_B[number], output_B[number]))
     return scored
 

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -15,6 +16,7 @@ from dynamic_llava.eval.answers import Answer, read_answers
 from dynamic_llava.eval.reading import NAME, NO_PATH, TEXT, brief, fields_of, read_json_lines, shown
 from dynamic_llava.eval.tasks.files import inside
 from dynamic_llava.eval.tasks.hub import HubData
+from dynamic_llava.files import file_digest
 
 SHORT = "\nAnswer the question using a single word or phrase."
 """Suffix of short answers."""
@@ -52,6 +54,9 @@ class ImageSource(Protocol):
     def load(self) -> Any:
         """Return the Pillow image in RGB; FileNotFoundError or ValueError where it is missing or broken."""
 
+    def digest(self) -> str:
+        """Return what tells its encoded content from another's; OSError or ValueError where it cannot be read."""
+
 
 @dataclass(frozen=True)
 class ImageFile:
@@ -70,6 +75,10 @@ class ImageFile:
 
         return load_image(self.path())
 
+    def digest(self) -> str:
+        """Return the digest of the file."""
+        return file_digest(self.path())
+
 
 @dataclass(frozen=True)
 class ImageData:
@@ -83,6 +92,10 @@ class ImageData:
         from dynamic_llava.processing.images import decode_image
 
         return decode_image(self.data, self.name)
+
+    def digest(self) -> str:
+        """Return the digest of the encoded image."""
+        return sha256(self.data).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ a configuration lies in its subfolder of that name, or is declared by the folder
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,13 @@ class HubImage:
         """Return the Pillow image in RGB; ValueError where the cell holds none or a broken one."""
         from dynamic_llava.processing.images import decode_image
 
+        return decode_image(self._encoded(), self.name)
+
+    def digest(self) -> str:
+        """Return the digest of the encoded image."""
+        return sha256(self._encoded()).hexdigest()
+
+    def _encoded(self) -> bytes:
         cell = self.table[self.row : self.row + 1].column(self.column)[0].as_py()
         if isinstance(cell, list):
             if self.place >= len(cell):
@@ -45,7 +53,7 @@ class HubImage:
             cell = cell[self.place]
         if not isinstance(cell, dict) or cell.get("bytes") is None:
             raise ValueError(f"{self.name} holds no image; the pixels must lie in the dataset itself, not in a file")
-        return decode_image(cell["bytes"], self.name)
+        return bytes(cell["bytes"])
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import binascii
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -73,6 +74,10 @@ class CellImage:
         except (binascii.Error, ValueError) as error:
             raise ValueError(f"{self.name} is no base64 ({error})") from None
         return ImageData(data, self.name).load()
+
+    def digest(self) -> str:
+        """Return the digest of the cell."""
+        return sha256(self.cell.encode()).hexdigest()
 
 
 class MmBench(Task):
