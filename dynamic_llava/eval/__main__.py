@@ -93,7 +93,9 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="auto: the checkpoint's"
     )
-    parser.add_argument("--limit", type=int, help="first questions of each task only, for a trial; scores are over these")
+    parser.add_argument(
+        "--limit", type=int, help="first questions of each task only, for a trial; scores are over these"
+    )
     parser.add_argument(
         "--max-new-tokens", type=int, help="longest answer; each task has its own as LLaVA's scripts do"
     )

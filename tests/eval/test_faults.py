@@ -45,8 +45,8 @@ def spoilt(checkpoint, folder, name, value):
     return folder
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("task", ["toy", "lvis_single", "lvis_multi"])
+@pytest.mark.parametrize("value", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("task", ["toy", "lvis_single", pytest.param("lvis_multi", marks=pytest.mark.slow)])
 def test_logits_that_are_no_numbers_are_refused(checkpoint, tmp_path, toy, task, value):
     """Nothing is said, nothing is scored, and the exit code tells: for answers and for perplexities."""
     for name in ("lvis_single", "lvis_multi"):
@@ -104,7 +104,14 @@ def undisturbed(checkpoint, tmp_path_factory):
     return (root / "out" / "answers" / "vizwiz-test.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize(("name", "error"), FILES, ids=[name for name, _ in FILES])
+FEW = ("vizwiz-test.part0.jsonl", "summary.json")
+"""These are refused in the fast tests as well."""
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [pytest.param(*one, id=one[0], marks=() if one[0] in FEW else pytest.mark.slow) for one in FILES],
+)
 def test_a_disk_that_takes_no_more_ends_the_run_with_its_own_code(
     checkpoint, tmp_path, capsys, toy, undisturbed, name, error
 ):

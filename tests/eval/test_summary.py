@@ -86,8 +86,9 @@ def test_the_page_shows_costs_failures_and_submissions(tmp_path):
 
 
 HOSTILE = (
-    "<script>alert(1)</script>", "[click](http://evil.example)", "![](http://evil.example/a.png)", "a | b", "two\nlines",
-    "`code`", "``", "http://evil.example", "\x1b[2J", "\ud800", "# head", "- [ ] x", "a`b``c", "\u202e", "|\n|:-|",
+    "<script>alert(1)</script>", "[click](http://evil.example)", "![](http://evil.example/a.png)", "a | b",
+    "two\nlines", "`code`", "``", "http://evil.example", "\x1b[2J", "\ud800", "# head", "- [ ] x",
+    "a`b``c", "\u202e", "|\n|:-|",
 )  # fmt: skip
 """What a model's name, an answer, an image's name or a data file may hold."""
 
