@@ -231,6 +231,11 @@ class TrainConfig:
             _at_least("train.save_every", self.save_every, 1, "null writes none but when told to stop, or failing")
         if self.deepspeed is not None and self.clip_predictors_separately:
             raise ValueError("train.clip_predictors_separately needs whole gradients, which DeepSpeed keeps in parts")
+        if self.clip_predictors_separately and self.max_grad_norm == 0:
+            raise ValueError(
+                "train.clip_predictors_separately clips to train.max_grad_norm, and 0 clips nothing; give a norm or "
+                "leave it out"
+            )
         if self.warmup_ratio >= 1:
             raise ValueError(f"train.warmup_ratio={self.warmup_ratio} is a share of the steps; give a number below 1")
         for name in ("epochs", "tau_start", "tau_end"):

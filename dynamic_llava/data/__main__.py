@@ -158,6 +158,11 @@ def _processor(config: RunConfig) -> "DynamicLlavaProcessor":
     from dynamic_llava.processing import DynamicLlavaProcessor
     from dynamic_llava.train.run import base_folder
 
+    if config.tiny is not None:
+        raise ValueError(
+            "the file has a `tiny` section: its job generates its own data, and there is nothing to look at before; "
+            "for your own data leave the section out, as configs/your_data.yaml does"
+        )
     for name, value in (("model.base", config.model.base), ("data.json", config.data.json)):
         if not value:
             raise ValueError(f"{name} is not set; give it in the configuration file or as --{name}")

@@ -32,8 +32,11 @@ RATES = (0.05, 0.1, 0.2, 0.35, 0.5)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; return the exit code: 2 for a user's mistake, 74 for a file not written."""
-    given = _parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    given = _parser().parse_args(words)
     try:
+        if given.command is not None and words[0] != given.command:
+            raise ValueError(f"{words[0]} stands before the command {given.command}, which ignores it; put it behind")
         return given.execute(given) or 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dynamic_llava.config import SparsityMode
+from dynamic_llava.config import DataConfig, SparsityMode
 from dynamic_llava.eval.page import report_text
 from dynamic_llava.eval.predict import hide_library_progress
 from dynamic_llava.eval.tiny_data import TestSet, read_test_set
@@ -62,13 +62,18 @@ class SeedJob:
         return self.config.tiny
 
     @property
+    def data(self) -> DataConfig:
+        """The data of its trainings: the job's settings on the world it has generated."""
+        return replace(self.config.data, json=str(self.world / "train.json"), image_folder=str(self.world))
+
+    @property
     def results(self) -> Path:
         """Where the seed's numbers go."""
         return self.folder / "results.json"
 
     def fingerprint(self) -> str:
         """Digest of everything the numbers depend on, the source code apart."""
-        settings = asdict(self.config)
+        settings = asdict(self.config) | {"data": asdict(self.data)}
         for key in ("name", "output_folder"):
             del settings[key]
         for key in ("seeds", "picture_scenes", "picture_answers"):
@@ -96,7 +101,10 @@ def _main(config: RunConfig, tiny: TinyJobConfig, folder: Path) -> Path:
     world = build_world(train=tiny.train_images, test=tiny.test_images, seed=tiny.data_seed)
     base = BASE_WEIGHTS if config.model.base == TINY_BASE else Path(config.model.base)
     seeds = range(config.train.seed, config.train.seed + tiny.seeds)
-    jobs = [SeedJob(_seed_config(config, seed, world), folder / f"seed{seed}", world, base) for seed in seeds]
+    jobs = [
+        SeedJob(replace(config, train=replace(config.train, seed=seed)), folder / f"seed{seed}", world, base)
+        for seed in seeds
+    ]
     with _new_predictors_expected():
         results = [_seed_result(job) for job in jobs]
     _write_job(folder, config, jobs, results)
@@ -117,11 +125,6 @@ def _new_predictors_expected() -> Iterator[None]:
         yield
     finally:
         loading.setLevel(before)
-
-
-def _seed_config(config: RunConfig, seed: int, world: Path) -> RunConfig:
-    data = replace(config.data, json=str(world / "train.json"), image_folder=str(world))
-    return replace(config, data=data, train=replace(config.train, seed=seed))
 
 
 def _seed_result(job: SeedJob) -> dict[str, Any]:
@@ -200,6 +203,7 @@ def _train(job: SeedJob, key: str, mode: SparsityMode, title: str, base: Path | 
         job.config,
         name=key,
         output_folder=str(job.folder),
+        data=job.data,
         model=job.config.model if base is None else replace(job.config.model, base=str(base)),
         train=replace(job.config.train, sparsity_mode=mode),
         tiny=None,

@@ -1,6 +1,6 @@
 """The typed file of a sweep: the runs of a table, the benchmarks of its columns, and what the paper prints there."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
@@ -61,6 +61,12 @@ class TinyTestSet:
     descriptions: int = 64
     """Descriptions per row."""
 
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            least = 0 if one.name == "data_seed" else 1
+            if getattr(self, one.name) < least:
+                raise ValueError(f"tiny.{one.name}={getattr(self, one.name)} is not allowed; give {least} or more")
+
 
 @dataclass(frozen=True)
 class SweepConfig:
@@ -103,6 +109,7 @@ class SweepConfig:
             self._check_task(column)
         for row in self.rows:
             _check_row(row, headers)
+        self._check_world()
 
     @property
     def folder(self) -> Path:
@@ -117,6 +124,18 @@ class SweepConfig:
     def tasks(self) -> list[str]:
         """The benchmarks of the columns, each once, in order."""
         return list(dict.fromkeys(column.task for column in self.columns))
+
+    def _check_world(self) -> None:
+        """Refuse a tiny world that no column asks for, and settings of benchmarks where no column is one."""
+        if self.tiny is not None and TINY not in self.tasks:
+            raise ValueError(
+                f"sweep {self.name} has a `tiny` section, on whose data every run would be trained, and no column of "
+                "task tiny; leave the section out, or add such a column"
+            )
+        defaults = {one.name: one.default for one in fields(self)}
+        ignored = [name for name in ("data_root", "batch_size") if getattr(self, name) != defaults[name]]
+        if ignored and self.tasks == [TINY]:
+            raise ValueError(f"sweep {self.name} sets {ignored[0]} for benchmarks, and every column is of task tiny")
 
     def _check_task(self, column: SweepColumn) -> None:
         if column.task == TINY and (self.tiny is None or not column.metric):

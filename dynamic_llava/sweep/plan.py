@@ -53,6 +53,8 @@ def make_plan(sweep: SweepConfig, path: Path, overrides: Sequence[str] = ()) -> 
     if sweep.tiny is not None:
         size = sweep.tiny
         world = build_world(train=size.train_images, test=size.test_images, seed=size.data_seed)
+    if overrides and not any(row.config for row in sweep.rows):
+        raise ValueError(f"{overrides[0]} is for trainings, and no row of the sweep is one; every row names a model")
     rows = tuple(_planned(sweep, row, path, overrides, world) for row in sweep.rows)
     _check_runs(rows)
     return Plan(sweep, rows)
@@ -65,10 +67,18 @@ def _planned(sweep: SweepConfig, row: SweepRow, path: Path, overrides: Sequence[
         return PlannedRow(row, None, _evaluations(sweep, model, sweep.model_folder(row.model), mode, world))
     data = () if world is None else ("--data.json", str(world / "train.json"), "--data.image-folder", str(world))
     file = os.path.normpath(path.parent / row.config)
-    arguments = (file, *data, *row.overrides, *overrides)
-    config = load_config(RunConfig, arguments, f"row {row.title!r}", "Train one row of a sweep.")
-    if config.tiny is not None:
+    about = (f"row {row.title!r}", "Train one row of a sweep.")
+    own = load_config(RunConfig, (file, *row.overrides, *overrides), *about)
+    if own.tiny is not None:
         raise ValueError(f"row {row.title!r}: {file} has a `tiny` section, the main job; let it say `tiny: null`")
+    if world is not None and (own.data.json or own.data.image_folder):
+        named = own.data.json or own.data.image_folder
+        raise ValueError(
+            f"row {row.title!r} names data of its own ({named}), and the sweep's `tiny` section trains every row on "
+            "the tiny world; leave one of them out"
+        )
+    arguments = (file, *data, *row.overrides, *overrides)
+    config = load_config(RunConfig, arguments, *about)
     training = Training(config, (*TRAIN, *arguments))
     mode = config.train.sparsity_mode if row.sparsity == "trained" else row.sparsity
     return PlannedRow(row, training, _evaluations(sweep, str(training.model), training.folder, mode, world))

@@ -70,13 +70,35 @@ class RunConfig:
                 f"model.dtype={self.model.dtype!r} with train.tune={self.train.tune!r} needs train.bf16: what learns "
                 "stays in float32 above frozen half-precision weights, and only autocast joins the two"
             )
-        if self.tiny is not None and self.train.deepspeed is not None:
-            raise ValueError("the tiny world's main job trains in one process; leave train.deepspeed out")
+        if self.tiny is not None:
+            self._check_main_job()
         keeps_float32 = self.train.deepspeed is not None and self.train.bf16
         if self.train.tune == "full" and self.model.dtype != "float32" and not keeps_float32:
             raise ValueError(
                 f"model.dtype={self.model.dtype!r} would lose the small updates of its weights; DeepSpeed with "
                 "train.bf16 keeps float32 copies of them, without it set model.dtype to float32"
+            )
+
+    def _check_main_job(self) -> None:
+        """Refuse what the tiny world's main job, which has data and trainings of its own, would not do."""
+        for name, value in (("data.json", self.data.json), ("data.image_folder", self.data.image_folder)):
+            if value:
+                raise ValueError(
+                    f"{name}={value!r} and a `tiny` section contradict each other: with the section the tiny world's "
+                    "main job runs, on data that it generates itself. To train on your own data, leave the section out "
+                    "(`tiny: null` under a file that has it); configs/your_data.yaml is the example to start from"
+                )
+        if self.train.deepspeed is not None:
+            raise ValueError("the tiny world's main job trains in one process; leave train.deepspeed out")
+        if self.train.sparsity_mode != "both":
+            raise ValueError(
+                f"train.sparsity_mode={self.train.sparsity_mode!r} and a `tiny` section contradict each other: the "
+                "main job trains both, image and the dense control, each with its own mode; leave one of them out"
+            )
+        if self.train.tune == "predictors" and self.train.projector_learning_rate is None:
+            raise ValueError(
+                "train.tune='predictors' and a `tiny` section contradict each other: the main job trains a dense "
+                "control as well, in which nothing would learn; choose another tune, or leave the section out"
             )
 
     @property

@@ -556,3 +556,9 @@ def test_two_processes_write_the_file_of_one(checkpoint, tmp_path, capfd):
         timeout=100,
     )
     assert commands.stdout.count("pope: ready") == 1
+
+
+@pytest.mark.parametrize("options", [["--model", "x"], ["--limit", "5"], ["--output-dir", "x", "--tasks", "pope"]])
+def test_options_of_a_run_before_a_command_are_refused(options, capsys):
+    assert main([*options, "tiny-page", "runs/tiny"]) == 2
+    assert f"error: {options[0]} stands before the command tiny-page, which ignores it" in capsys.readouterr().err

@@ -52,7 +52,6 @@ metrics = {"accuracy/all": 0.5 + len(name) / 100, "ppl": 1.25}
 BASE = {
     "name": "base",
     "model": {"base": "tiny"},
-    "data": {"json": "a.json", "image_folder": "a"},
     "train": {"max_steps": 7},
 }
 SWEEP = {
