@@ -242,13 +242,12 @@ class _Steps:
     def use(self) -> CacheUse:
         """Return how full the cache is: without the last token, which has not been fed."""
         fed = self._prompt_tokens + len(self.tokens) - 1
-        lengths = None if self._cache is None else self._cache.records[-1].cache_lengths
-        return self._make_use(fed if lengths is None else int(lengths[0]), fed)
+        return self._make_use(fed if self._cache is None else int(self._cache.sparse.open_lengths()[0]), fed)
 
     def _decision(self) -> bool | None:
         if len(self.tokens) < 2:
             return None
-        return True if self._cache is None else bool(self._cache.records[-1].keep_mask[0, -1])
+        return True if self._cache is None else bool(self._cache.decisions.latest()[0])
 
 
 class _Stop:

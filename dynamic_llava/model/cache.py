@@ -4,6 +4,7 @@ Layers below the sparse layer store every token; the sparse layer and all later 
 tokens and admitted output tokens. Shape suffixes: B rows, H key-value heads, N tokens, D head dimension.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dynamic_llava.config import check_sparse_layer
-from dynamic_llava.layout import Packing
+from dynamic_llava.layout import Packing, TokenLayout
 from dynamic_llava.model.outputs import SparsityRecord
-from dynamic_llava.sparsity.cache import AdmissionSlots, SlotStorage, TokenSlots
+from dynamic_llava.sparsity.cache import AdmissionSlots, DecisionLog, SlotStorage, TokenSlots
 
 LIVE_CACHE_ATTENTION = ("sdpa", "eager")
 """Attention implementations that can read a cache whose rows have different lengths."""
@@ -39,20 +40,28 @@ class AdmissionLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self._keys, self._values = SlotStorage(self.slots, key_states), SlotStorage(self.slots, value_states)
         self.is_initialized = True
+        self._show()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store new tokens; returns what attention reads: the opening chunk itself, later the whole storage."""
         if self._keys is None or self._values is None:
             self.lazy_initialization(key_states, value_states)
             return key_states, value_states
-        self.keys, self.values = self._keys.write(key_states), self._values.write(value_states)
-        return self.keys, self.values
+        self._keys.write(key_states)
+        self._values.write(value_states)
+        return self._show()
 
     def grow(self) -> tuple[Tensor, Tensor]:
         """Return keys and values, (B, H, W, D) each, after growing to the group's capacity."""
         if self._keys is None or self._values is None:
             raise RuntimeError("the cache is empty; open it with a first chunk")
-        self.keys, self.values = self._keys.grown(), self._values.grown()
+        self._keys.grown()
+        self._values.grown()
+        return self._show()
+
+    def _show(self) -> tuple[Tensor, Tensor]:
+        """Return keys and values, and let the attributes that transformers reads name them, not what they were."""
+        self.keys, self.values = (storage.data for storage in self.storages())
         return self.keys, self.values
 
     def storages(self) -> tuple[SlotStorage, ...]:
@@ -86,13 +95,17 @@ class AdmissionLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
-        for storage in self.storages():
-            storage.select_rows(lambda data: data.repeat_interleave(repeats, dim=0))
+        self._select_rows(lambda data: data.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Choose rows."""
+        self._select_rows(lambda data: data[indices.to(data.device)])
+
+    def _select_rows(self, choose: Callable[[Tensor], Tensor]) -> None:
         for storage in self.storages():
-            storage.select_rows(lambda data: data[indices.to(data.device)])
+            storage.select_rows(choose)
+        if self.is_initialized:
+            self._show()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refuse: dropped tokens are gone, so an earlier state cannot be restored."""
@@ -136,14 +149,12 @@ class AdmissionCache(Cache):
         check_sparse_layer(sparse_layer, num_layers)
         self.sparse_layer = sparse_layer
         self.dense, self.sparse = AdmissionSlots(block), AdmissionSlots(block)
-        self.seen_tokens = 0
-        """Columns seen so far, padding and dropped tokens included; known on the host."""
+        self.decisions = DecisionLog(block)
+        """What was decided about every token seen so far."""
         self.seen_outputs: Tensor | None = None
         """(B,) int64: output tokens seen so far in each row."""
         self.seen_images: Tensor | None = None
         """(B,) int64: images seen so far in each row."""
-        self.records: list[SparsityRecord] = []
-        """What each pass so far kept, in order; together they cover the columns seen so far."""
         groups = [self.dense] * sparse_layer + [self.sparse] * (num_layers - sparse_layer)
         super().__init__(layers=[AdmissionLayer(slots, self) for slots in groups])
 
@@ -158,9 +169,24 @@ class AdmissionCache(Cache):
         return -1 if self.dense.lengths is None else self.dense.lengths.shape[0]
 
     @property
+    def seen_tokens(self) -> int:
+        """Columns seen so far, padding and dropped tokens included; known on the host."""
+        return self.decisions.tokens
+
+    @property
     def record(self) -> SparsityRecord | None:
-        """What was kept of all tokens seen so far, calls of `generate` and of `forward` alike; None while empty."""
-        return SparsityRecord.joined(self.records) if self.records else None
+        """What was kept of all tokens seen so far, calls of `generate` and of `forward` alike; None while empty.
+
+        It is made when asked for, at any time between two passes, and later passes leave it alone.
+        """
+        if not self.seen_tokens:
+            return None
+        layout, keep_mask = self.decisions.so_far()
+        return SparsityRecord(layout, keep_mask, layout.output, *self.lengths())
+
+    def lengths(self) -> tuple[Tensor, Tensor]:
+        """(B,), (B,) int64: tokens in each sparse layer and in each layer below; copies, for they change in place."""
+        return self.sparse.open_lengths().clone(), self.dense.open_lengths().clone()
 
     def open_dense(self, valid_BN: Tensor | None, batch: int, tokens: int, device: torch.device) -> None:
         """Begin the dense group with a chunk; valid_BN is None where nothing is padding."""
@@ -182,9 +208,10 @@ class AdmissionCache(Cache):
             sparse_layer=self.sparse_layer,
         )
 
-    def count(self, tokens: int, outputs_B: Tensor, images_B: Tensor) -> None:
-        """Record how many columns, output tokens and images a chunk had."""
-        self.seen_tokens += tokens
+    def note(self, layout: TokenLayout, keep_BN: Tensor) -> None:
+        """Take note of a chunk that has been through all layers, and of its decisions (B, N) bool."""
+        self.decisions.add(layout, keep_BN)
+        outputs_B, images_B = layout.output.sum(1), layout.image.sum(1) // layout.tokens_per_image
         self.seen_outputs = outputs_B if self.seen_outputs is None else self.seen_outputs + outputs_B
         self.seen_images = images_B if self.seen_images is None else self.seen_images + images_B
 
@@ -205,7 +232,7 @@ class AdmissionCache(Cache):
         self.dense, self.sparse = AdmissionSlots(self.dense.block), AdmissionSlots(self.sparse.block)
         for index, layer in enumerate(self.layers):
             layer.slots = self.dense if index < self.sparse_layer else self.sparse
-        self.seen_tokens, self.seen_outputs, self.seen_images, self.records = 0, None, None, []
+        self.decisions, self.seen_outputs, self.seen_images = DecisionLog(self.dense.block), None, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Choose rows, for beam search."""
@@ -222,13 +249,11 @@ class AdmissionCache(Cache):
         super().batch_select_indices(indices)
         self._select_rows(lambda values: values[indices.to(values.device)])
 
-    def _select_rows(self, choose: Any) -> None:
-        self.dense.select_rows(choose)
-        self.sparse.select_rows(choose)
+    def _select_rows(self, choose: Callable[[Tensor], Tensor]) -> None:
+        for part in (self.dense, self.sparse, self.decisions):
+            part.select_rows(choose)
         if self.seen_outputs is not None and self.seen_images is not None:
             self.seen_outputs, self.seen_images = choose(self.seen_outputs), choose(self.seen_images)
-        if self.records:
-            self.records = [SparsityRecord.joined(self.records).select_rows(choose)]
 
     def allocated_bytes(self) -> int:
         """Bytes of key and value storage, all layers."""

@@ -24,7 +24,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from dynamic_llava.config import SparsityConfig, check_sparse_layer
-from dynamic_llava.layout import Packing, TokenLayout
+from dynamic_llava.layout import Packing
 from dynamic_llava.methods import Predictors
 from dynamic_llava.model.attention import DynamicLlamaAttention, attention_row, cache_mask
 from dynamic_llava.model.cache import AdmissionCache, check_attention, check_cache
@@ -256,8 +256,7 @@ class DynamicLlamaModel(LlamaModel):
         record = SparsityRecord(layout=layout, keep_mask=keep_BN, sparsified_output=layout.output)
         if cache is not None:
             cache.sparse.retract_last(packing.valid.sum(1) > keep_BN.sum(1))
-            self._count(cache, layout)
-            record = _recorded(record, cache)
+            record = _noted(record, cache)
         return DynamicModelOutput(
             last_hidden_state=packing.put(self.norm(hidden_BKD), length), cache=cache, sparsity=record
         )
@@ -268,9 +267,8 @@ class DynamicLlamaModel(LlamaModel):
         inputs = hidden_B1D, plan, position_ids, cache.seen_outputs, cache.begin_step()
         run = compiled_step if plan.compile else decode_step
         hidden_B1D, admit_B = run(self, *inputs, **kwargs)
-        self._count(cache, plan.layout)
         record = SparsityRecord(layout=plan.layout, keep_mask=admit_B[:, None], sparsified_output=plan.layout.output)
-        return DynamicModelOutput(last_hidden_state=hidden_B1D, cache=cache, sparsity=_recorded(record, cache))
+        return DynamicModelOutput(last_hidden_state=hidden_B1D, cache=cache, sparsity=_noted(record, cache))
 
     def _turn_pass(
         self, hidden_BQD: Tensor, plan: Plan, position_ids: Tensor, cache: AdmissionCache, kwargs: dict[str, Any]
@@ -292,12 +290,11 @@ class DynamicLlamaModel(LlamaModel):
         mask = self._cache_mask(cache.sparse.place_chunk(packing.valid, admit_BK), hidden_BKD.dtype)
         hidden_BKD = self._late_layers(hidden_BKD, plan, mask, rotation, cache, kwargs)
         cache.commit_chunk(layout.valid, admit_BK)
-        self._count(cache, layout)
         record = SparsityRecord(layout=layout, keep_mask=keep_BQ, sparsified_output=layout.output)
         return DynamicModelOutput(
             last_hidden_state=packing.put(self.norm(hidden_BKD), length),
             cache=cache,
-            sparsity=_recorded(record, cache),
+            sparsity=_noted(record, cache),
         )
 
     def _early_layers(
@@ -348,14 +345,9 @@ class DynamicLlamaModel(LlamaModel):
     def _cache_mask(self, visible_BQW: Tensor, dtype: torch.dtype) -> Tensor:
         return cache_mask(visible_BQW, self.config._attn_implementation, dtype)
 
-    @staticmethod
-    def _count(cache: AdmissionCache, layout: TokenLayout) -> None:
-        cache.count(layout.valid.shape[1], layout.output.sum(1), layout.image.sum(1) // layout.tokens_per_image)
 
-
-def _recorded(record: SparsityRecord, cache: AdmissionCache) -> SparsityRecord:
-    """Add a pass to those of the cache, with copies of its lengths: they change in place with the next step."""
-    sparse, dense = cache.sparse.open_lengths().clone(), cache.dense.open_lengths().clone()
-    record = replace(record, cache_lengths=sparse, dense_cache_lengths=dense)
-    cache.records.append(record)
-    return record
+def _noted(record: SparsityRecord, cache: AdmissionCache) -> SparsityRecord:
+    """Let the cache take note of a pass; returns the pass's record with the lengths of the cache after it."""
+    cache.note(record.layout, record.keep_mask)
+    sparse_B, dense_B = cache.lengths()
+    return replace(record, cache_lengths=sparse_B, dense_cache_lengths=dense_B)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dynamic_llava.layout import Packing
+from dynamic_llava.layout import Packing, TokenLayout
 
 
 class AdmissionSlots:
@@ -126,6 +126,57 @@ class TokenSlots:
     def admit(self, admit_B: Tensor) -> None:
         """Admit or drop the token (Eq. 6), after the last layer has used it; admit_B (B,) bool."""
         self.lengths.add_(admit_B)
+
+
+class DecisionLog:
+    """What was decided about every token that a cache has seen, dropped ones and padding included, in order.
+
+    One tensor for all passes, which grows in blocks: a decoding step adds four bytes a row, and no tensor.
+    """
+
+    def __init__(self, block: int) -> None:
+        self.block = block
+        self.tokens = 0
+        """N: columns so far; known on the host."""
+        self._kinds: Tensor | None = None  # (B, W, 4) bool: valid, image, output, kept
+        self._tokens_per_image = 0
+
+    def add(self, layout: TokenLayout, keep_BN: Tensor) -> None:
+        """Append a chunk and its decisions, (B, N) bool."""
+        chunk_BN4 = torch.stack([layout.valid, layout.image, layout.output, keep_BN], dim=-1)
+        end = self.tokens + chunk_BN4.shape[1]
+        if self._kinds is None or end > self._kinds.shape[1]:
+            self._grow(chunk_BN4, -(-end // self.block) * self.block)
+        assert self._kinds is not None
+        self._kinds[:, self.tokens : end] = chunk_BN4
+        self.tokens, self._tokens_per_image = end, layout.tokens_per_image
+
+    def so_far(self) -> tuple[TokenLayout, Tensor]:
+        """Return the layout of all tokens so far and their decisions, (B, N) bool, as copies. RuntimeError before any.
+
+        Later passes and choices of rows leave them alone.
+        """
+        if self._kinds is None:
+            raise RuntimeError("nothing has been decided yet; add a first chunk")
+        valid, image, output, keep = self._kinds[:, : self.tokens].movedim(-1, 0).clone().unbind()
+        return TokenLayout(valid, image, output, self._tokens_per_image), keep
+
+    def latest(self) -> Tensor:
+        """(B,) bool: the decisions about the newest column. RuntimeError before any."""
+        if self._kinds is None:
+            raise RuntimeError("nothing has been decided yet; add a first chunk")
+        return self._kinds[:, self.tokens - 1, 3]
+
+    def select_rows(self, choose: Callable[[Tensor], Tensor]) -> None:
+        """Apply a choice of rows (reorder, repeat, select)."""
+        if self._kinds is not None:
+            self._kinds = choose(self._kinds)
+
+    def _grow(self, like_BN4: Tensor, columns: int) -> None:
+        grown = like_BN4.new_zeros(like_BN4.shape[0], columns, like_BN4.shape[2])
+        if self._kinds is not None:
+            grown[:, : self.tokens] = self._kinds[:, : self.tokens]
+        self._kinds = grown
 
 
 class SlotStorage:

@@ -1,7 +1,11 @@
 """The admission cache: how many bytes it takes, and what a decoding step does and does not do."""
 
+import copy
+import gc
+import shutil
 import time
 from statistics import median
+from types import FunctionType, ModuleType
 
 import pytest
 import torch
@@ -9,7 +13,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from dynamic_llava import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration, get_method
-from tests.builders import PAD, build_model, fixed_rows, predictors, prompts
+from dynamic_llava.model import AdmissionCache
+from tests.builders import LAYERS, PAD, build_model, fixed_rows, predictors, prompts
 
 HALF = get_method("random", image_keep_rate=0.25, output_keep_rate=0.5)
 
@@ -43,6 +48,80 @@ def test_bytes_follow_the_longest_row(block, kv_heads):
     assert len(set(out.sparsity.cache_lengths.tolist())) > 1
     assert out.sparsity.cache_lengths.max() < 0.7 * out.sparsity.dense_cache_lengths.max()
     assert cache.allocated_bytes() == storage_bytes(cache, cache.layers)
+
+
+class Between:
+    """A stopping criterion that ends nothing: looks at something between the steps that are named."""
+
+    def __init__(self, steps, look):
+        self.steps, self.look, self.calls, self.seen = steps, look, 0, []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.calls += 1
+        if self.calls in self.steps:
+            self.seen.append(self.look())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
+def live_tensors():
+    """Return how many tensors are alive."""
+    gc.collect()
+    return sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
+
+
+def bytes_held(cache):
+    """Return the bytes of all tensors that a cache holds, in whatever way, keys and values left out."""
+    found, waiting = {}, [cache]
+    while waiting:
+        one = waiting.pop()
+        if id(one) not in found and not isinstance(one, (type, ModuleType, FunctionType)):
+            found[id(one)] = one
+            waiting += gc.get_referents(one)
+    tensors = [one.untyped_storage() for one in found.values() if issubclass(type(one), torch.Tensor)]
+    return sum({one.data_ptr(): one.nbytes() for one in tensors}.values()) - cache.allocated_bytes()
+
+
+COUNTED = [
+    pytest.param({}, 50, 400, id="eager"),
+    pytest.param({"num_beams": 2}, 10, 40, id="beams"),
+    pytest.param({"num_return_sequences": 2, "do_sample": True}, 10, 40, id="several"),
+    pytest.param({"compile": True}, 50, 400, id="compiled", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("switches", "few", "many"), COUNTED)
+@torch.no_grad()
+def test_memory_grows_with_decisions_alone(switches, few, many):
+    """As many tensors after many steps as after few, and beside keys and values four bytes for a row's token."""
+    if "compile" in switches and shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    model, inputs = build_model(layers=3, cache_block=8), prompts(fixed_rows(seed=43, output=0))
+    cache = AdmissionCache(3, 2, 8)
+    census = Between((few, many), lambda: (live_tensors(), bytes_held(cache)))
+    call = {"do_sample": False, **switches, "max_new_tokens": many + 1, "stopping_criteria": [census]}
+    model.generate(**inputs, **call, cache=cache)
+    (fewer, little), (more, much) = census.seen
+    assert more <= fewer, f"{fewer} tensors were alive after {few} tokens, {more} after {many}"
+    assert 0 < much - little <= 4 * cache.batch_size * (many - few + 8), f"{little} bytes, then {much}"
+
+
+@pytest.mark.parametrize("switches", [{}, {"num_return_sequences": 2, "do_sample": True}], ids=str)
+@torch.no_grad()
+def test_the_record_is_whole_between_any_two_steps(switches):
+    """And stays what it was when it was asked for, whatever the cache goes through later."""
+    model, inputs = build_model(), prompts(fixed_rows(seed=46, output=0))
+    cache = AdmissionCache(LAYERS, 2, 8)
+    between = Between(range(1, 20), lambda: cache.record)
+    call = {"do_sample": False, **switches, "max_new_tokens": 20, "stopping_criteria": [between]}
+    last = model.generate(**inputs, **call, cache=cache, return_dict_in_generate=True).sparsity
+    cache.batch_select_indices(torch.tensor([1]))
+    width = inputs["input_ids"].shape[1]
+    for step, record in enumerate(between.seen):
+        assert torch.equal(record.keep_mask, last.keep_mask[:, : width + step])
+        assert torch.equal(record.layout.output, last.layout.output[:, : width + step])
+        assert torch.equal(record.cache_lengths, record.keep_mask.sum(1))
+        assert torch.equal(record.dense_cache_lengths, record.layout.valid.sum(1))
+    assert torch.equal(cache.record.keep_mask, last.keep_mask[1:2])
 
 
 class Steps:
@@ -115,6 +194,41 @@ def test_growth_happens_in_blocks_and_only_when_needed():
         assert longest <= slots.capacity
         assert slots.capacity <= -(-(longest + 1) // 16) * 16 or slots.capacity == capacities[0]
     assert len(set(capacities)) > 2
+
+
+@torch.no_grad()
+def test_a_copied_cache_goes_its_own_way():
+    """A prompt's cache is copied to be continued twice: what one stores, decides and records, the other never sees."""
+    model, inputs = build_model(), prompts(fixed_rows(seed=44, output=0))
+    steps = Steps(model, inputs)
+    steps.run()
+    other, before = copy.deepcopy(steps), steps.cache.record
+    for _ in range(12):
+        steps.run()
+    assert torch.equal(other.cache.record.keep_mask, before.keep_mask)
+    for _ in range(12):
+        other.run()
+    assert torch.equal(other.token, steps.token)
+    assert torch.equal(other.cache.record.keep_mask, steps.cache.record.keep_mask)
+
+
+@torch.no_grad()
+def test_layers_show_their_keys_and_values_at_any_time():
+    model, inputs = build_model(), prompts(fixed_rows(seed=45, output=0))
+    steps = Steps(model, inputs)
+
+    def check(rows):
+        for layer in steps.cache.layers:
+            assert [layer.keys, layer.values] == [storage.data for storage in layer.storages()]
+            assert layer.keys.shape[0] == rows and layer.keys.shape[2] >= int(layer.slots.lengths.max())
+
+    check(4)
+    steps.run()
+    check(4)
+    steps.cache.batch_repeat_interleave(2)
+    check(8)
+    steps.cache.batch_select_indices(torch.tensor([5, 0]))
+    check(2)
 
 
 def speed_model():
