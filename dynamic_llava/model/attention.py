@@ -55,8 +55,6 @@ class DynamicLlamaAttention(LlamaAttention):
                 f"attention_dropout={self.attention_dropout} is not supported with MaskedSoftmax; set it to 0"
             )
         query, key, value = self._project(hidden_states, position_embeddings)
-        # Under autocast the rotary embedding leaves them in float32.
-        query, key = query.to(value.dtype), key.to(value.dtype)
         out_BHNd = masked_softmax_attention(
             query,
             key,
@@ -83,7 +81,8 @@ class DynamicLlamaAttention(LlamaAttention):
         key = self.k_proj(hidden_BND).view(shape).transpose(1, 2)
         value = self.v_proj(hidden_BND).view(shape).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *rotation)
-        return query, key, value
+        # Under autocast the rotary embedding leaves them in float32.
+        return query.to(value.dtype), key.to(value.dtype), value
 
 
 def cache_mask(visible_BQW: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:

@@ -36,20 +36,27 @@ class AdmissionLayer(CacheLayerMixin):
         self._values: SlotStorage | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Store the opening chunk, (B, H, N, D) each."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self._keys, self._values = SlotStorage(self.slots, key_states), SlotStorage(self.slots, value_states)
+        """Store the opening chunk, (B, H, N, D) each, in the dtype of its values, which is the one to compute in."""
+        # Under autocast the rotary embedding leaves keys in float32; attention would round them at every step.
+        self.dtype, self.device = value_states.dtype, value_states.device
+        self._keys = SlotStorage(self.slots, key_states.to(self.dtype))
+        self._values = SlotStorage(self.slots, value_states)
         self.is_initialized = True
         self._show()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store new tokens; returns what attention reads: the opening chunk itself, later the whole storage."""
+        """Store new tokens; returns what attention reads: the opening chunk itself, later the whole storage.
+
+        A storage keeps the dtype of its opening chunk; what is read has that of the new values, so that a cache can be
+        continued under another autocast than it was opened under.
+        """
         if self._keys is None or self._values is None:
             self.lazy_initialization(key_states, value_states)
             return key_states, value_states
         self._keys.write(key_states)
         self._values.write(value_states)
-        return self._show()
+        keys, values = self._show()
+        return keys.to(value_states.dtype), values.to(value_states.dtype)
 
     def grow(self) -> tuple[Tensor, Tensor]:
         """Return keys and values, (B, H, W, D) each, after growing to the group's capacity."""
@@ -136,9 +143,10 @@ class StepCache:
         return self.dense if layer_idx < self.sparse_layer else self.sparse
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store the token's key and value, (B, H, 1, D) each; returns the storages, (B, H, W, D)."""
+        """Store the token's key and value, (B, H, 1, D) each; returns the storages, (B, H, W, D), in their dtype."""
         slots = self.slots_of(layer_idx)
-        return slots.write(self.keys[layer_idx], key), slots.write(self.values[layer_idx], value)
+        keys, values = slots.write(self.keys[layer_idx], key), slots.write(self.values[layer_idx], value)
+        return keys.to(value.dtype), values.to(value.dtype)
 
 
 class AdmissionCache(Cache):

@@ -121,7 +121,8 @@ class TokenSlots:
         """Put the token's keys or values into its slot, in place; returns the storage."""
         rows_B, heads_H = (torch.arange(size, device=new_BH1D.device) for size in new_BH1D.shape[:2])
         # The compiler keeps an index_put_ in place; for a scatter_ it would copy the whole storage twice a step.
-        return storage_BHWD.index_put_((rows_B[:, None], heads_H, self.lengths[:, None]), new_BH1D[:, :, 0])
+        places = rows_B[:, None], heads_H, self.lengths[:, None]
+        return storage_BHWD.index_put_(places, new_BH1D[:, :, 0].to(storage_BHWD.dtype))
 
     def admit(self, admit_B: Tensor) -> None:
         """Admit or drop the token (Eq. 6), after the last layer has used it; admit_B (B,) bool."""
@@ -202,7 +203,7 @@ class SlotStorage:
         if self.slots.write is None:
             raise RuntimeError("no slots are reserved; call place_chunk first")
         index = self.slots.write[:, None, :, None].expand_as(new_BHQD)
-        return self.grown().scatter_(2, index, new_BHQD)
+        return self.grown().scatter_(2, index, new_BHQD.to(self.data.dtype))
 
     def move(self, source_BQ: Tensor, target_BQ: Tensor) -> None:
         """Move admitted tokens of a chunk to the front of its slots."""
