@@ -54,6 +54,9 @@ class Method(ABC):
     name: ClassVar[str]
     needs_attention: ClassVar[bool] = False
     """Whether `keep_image` wants one row of attention, recomputed from the layer before the sparse one."""
+    training_free: ClassVar[bool] = False
+    """Whether nothing of the method is learned. In training mode it then decides as at inference: the model is tuned
+    under its fixed rule. The class that defines the hooks declares it; inherited, it says nothing about new hooks."""
 
     layer: int = 2
     """The sparse layer: this one and all later ones see only kept tokens."""

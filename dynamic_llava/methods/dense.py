@@ -20,6 +20,7 @@ class Dense(Method):
     """Keep everything; the decoder then runs exactly as transformers' own."""
 
     name: ClassVar[str] = "dense"
+    training_free: ClassVar[bool] = True
 
     @property
     def is_dense(self) -> bool:

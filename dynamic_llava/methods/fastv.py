@@ -21,6 +21,7 @@ class FastV(Method):
 
     name: ClassVar[str] = "fastv"
     needs_attention: ClassVar[bool] = True
+    training_free: ClassVar[bool] = True
 
     image_keep_rate: float = 0.5
     """Share of each image's tokens that stays."""

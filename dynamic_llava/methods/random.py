@@ -27,6 +27,7 @@ class Random(Method):
     """Keep a random set of floor(rate * n) tokens of each image, and each output token with probability rate."""
 
     name: ClassVar[str] = "random"
+    training_free: ClassVar[bool] = True
 
     image_keep_rate: float | None = 0.2
     """Share of each image's tokens that stays; None keeps all, 0 drops all."""

@@ -23,6 +23,7 @@ class Structure(Method):
     """Keep token t where floor((t + 1) * rate) > floor(t * rate), counted within the image or the row's output."""
 
     name: ClassVar[str] = "structure"
+    training_free: ClassVar[bool] = True
 
     image_keep_rate: float | None = 0.2
     """Share of each image's tokens that stays; None keeps all, 0 drops all."""

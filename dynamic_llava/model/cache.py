@@ -143,7 +143,7 @@ class StepCache:
         return self.dense if layer_idx < self.sparse_layer else self.sparse
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store the token's key and value, (B, H, 1, D) each; returns the storages, (B, H, W, D), in their dtype."""
+        """Store the token's key and value, (B, H, 1, D) each; returns the storages, (B, H, W, D), in value's dtype."""
         slots = self.slots_of(layer_idx)
         keys, values = slots.write(self.keys[layer_idx], key), slots.write(self.values[layer_idx], value)
         return keys.to(value.dtype), values.to(value.dtype)

@@ -18,6 +18,8 @@ from dynamic_llava.methods import Dynamic, ImageTokens, Method, OutputTokens, Pr
 from dynamic_llava.sparsity.noise import fold_key, gumbel_noise
 from dynamic_llava.sparsity.relaxations import RELAXATIONS
 
+HOOKS = ("keep_image", "keep_output")
+
 
 @dataclass(frozen=True)
 class Past:
@@ -85,8 +87,28 @@ def admit_token(
 
 
 def is_trainable(method: Method) -> TypeGuard[Dynamic]:
-    """Whether the method samples its decisions in training mode; every other one decides as at inference."""
-    return isinstance(method, Dynamic)
+    """Whether the method samples its decisions in training mode, with a gradient; others decide as at inference."""
+    return isinstance(method, Dynamic) and all(_definer(method, hook) is Dynamic for hook in HOOKS)
+
+
+def check_training(method: Method) -> None:
+    """Raise ValueError for a method that may have learned something that training would leave without a gradient."""
+    declared = _definer(method, "training_free")
+    fixed = method.training_free and all(issubclass(declared, _definer(method, hook)) for hook in HOOKS)
+    if fixed or is_trainable(method):
+        return
+    own = type(method).__name__
+    raise ValueError(
+        f"method {method.name!r} ({own}) cannot be used in training mode: its hooks decide by 0 or 1, so nothing that "
+        f"it learned would have a gradient. If {own} has nothing to learn, set `training_free: ClassVar[bool] = True` "
+        f"in the class {own}; if it has, decide in your own training loop and give the decisions as keep_mask, whose "
+        "gradient is exact (dynamic_llava.sparsity.gumbel_keep makes such a mask), or call model.eval()"
+    )
+
+
+def _definer(method: Method, name: str) -> type:
+    """Return the class that defines an attribute of the method."""
+    return next(one for one in type(method).__mro__ if name in vars(one))
 
 
 def sampled_keep_mask(

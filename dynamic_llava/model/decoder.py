@@ -29,7 +29,14 @@ from dynamic_llava.methods import Predictors
 from dynamic_llava.model.attention import DynamicLlamaAttention, attention_row, cache_mask
 from dynamic_llava.model.cache import AdmissionCache, check_attention, check_cache
 from dynamic_llava.model.cache_names import CACHE
-from dynamic_llava.model.decide import Past, check_question, hard_keep_mask, is_trainable, sampled_keep_mask
+from dynamic_llava.model.decide import (
+    Past,
+    check_question,
+    check_training,
+    hard_keep_mask,
+    is_trainable,
+    sampled_keep_mask,
+)
 from dynamic_llava.model.outputs import DynamicModelOutput, SparsityRecord
 from dynamic_llava.model.plan import Plan
 from dynamic_llava.model.step import compiled_step, decode_step
@@ -73,6 +80,8 @@ class DynamicLlamaModel(LlamaModel):
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen)[None]
         if not plan.method.is_dense or plan.keep_mask is not None:
             check_sparse_layer(plan.method.layer, self.config.num_hidden_layers)
+        if self.training and plan.keep_mask is None and (plan.masked or torch.is_grad_enabled()):
+            check_training(plan.method)
         if plan.answers_only:
             return self._score_pass(inputs_embeds, plan, attention_mask, position_ids, kwargs)
         if plan.masked:

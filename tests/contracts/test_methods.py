@@ -1,18 +1,23 @@
 """Every registered method behind the same engine: ragged batches, exact budgets, equal paths, rows alone."""
 
 import dataclasses
+from typing import ClassVar
 
 import pytest
 import torch
 
 from dynamic_llava import METHODS, get_method
-from dynamic_llava.sparsity import budget
+from dynamic_llava.methods import Dynamic, FastV, Method
+from dynamic_llava.sparsity import budget, gumbel_keep
 from tests.builders import (
     LAYERS,
     TOKENS_PER_IMAGE,
     assert_same_logits,
+    build_model,
     collate,
     fixed_rows,
+    make_row,
+    predictors,
     prompts,
     shared_model,
 )
@@ -143,6 +148,83 @@ def test_random_draws_follow_sample_and_seed(batch):
     first = kept(seed=0)
     assert first[0] == first[1] != first[2]
     assert kept(seed=0) == first != kept(seed=1)
+
+
+def training_call(model, **more):
+    inputs = collate([make_row([("text", 2), ("image", 0), ("text", 2), ("output", 8)], seed) for seed in range(2)])
+    labels = torch.where(inputs.pop("output_mask"), inputs["input_ids"], -100)
+    inputs.pop("keep_mask")
+    return model(**inputs, labels=labels, **more)
+
+
+def test_every_registered_method_trains(name):
+    """By sampling with a gradient, or under a fixed rule that it declares; the layers learn either way."""
+    model = build_model(layers=3).train()
+    training_call(model, method=name, sample_key=torch.arange(2)).loss.backward()
+    assert all(layer.mlp.up_proj.weight.grad.abs().sum() > 0 for layer in model.model.language_model.layers)
+    learns = any(parameter.grad is not None for parameter in predictors(model)[0].parameters())
+    assert learns != METHODS[name].training_free
+
+
+SCORER = torch.nn.Linear(64, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Learned(Method):
+    """A method of one's own with something to learn."""
+
+    name: ClassVar[str] = "learned"
+
+    def keep_image(self, images, predictors):
+        return SCORER(images.hidden)[..., 0] > 0
+
+    def keep_output(self, outputs, predictors):
+        return SCORER(outputs.hidden)[..., 0] > 0
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedFastV(FastV):
+    """It inherits a training-free method's word for hooks that the word was not given for."""
+
+    keep_output = Learned.keep_output
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedDynamic(Dynamic):
+    """The engine's own sampling would never ask its hook."""
+
+    keep_image = Learned.keep_image
+
+
+@dataclasses.dataclass(frozen=True)
+class Declared(Learned):
+    """A subclass that answers for the hooks it inherits."""
+
+    training_free: ClassVar[bool] = True
+
+
+@pytest.mark.parametrize("kind", [Learned, LearnedFastV, LearnedDynamic])
+def test_a_learned_method_is_refused_where_it_would_have_no_gradient(kind, batch):
+    model = build_model(layers=3).train()
+    words = rf"{kind.name}.*{kind.__name__}.*training_free.*keep_mask.*model\.eval"
+    with pytest.raises(ValueError, match=words):
+        training_call(model, method=kind())
+    with torch.no_grad(), pytest.raises(ValueError, match=words):
+        training_call(model, method=kind())
+    with pytest.raises(ValueError, match=words):
+        model(**prompts(batch), method=kind())  # no labels, but gradients are recorded
+    model.generate(**prompts(batch), max_new_tokens=2, method=kind())
+
+
+def test_the_ways_out_for_a_learned_method_work():
+    model = build_model(layers=3).train()
+    training_call(model, method=Declared()).loss.backward()
+    training_call(model.eval(), method=Learned())
+    SCORER.zero_grad()
+    margin_BN = SCORER(model.get_input_embeddings()(torch.arange(4, 33).repeat(2, 1)).detach())
+    mask_BN = gumbel_keep(torch.cat([-margin_BN, margin_BN], -1), torch.zeros(2, 29, 2), tau=1.0)
+    training_call(model.train(), keep_mask=mask_BN).loss.backward()
+    assert 0 < mask_BN.sum() < mask_BN.numel() and SCORER.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("layer", [1, 3, LAYERS - 1])
