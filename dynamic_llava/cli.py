@@ -18,6 +18,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dynamic_llava.files import EXIT_WRITE_FAILED, NO_ROOM, WriteError
+
 Config = TypeVar("Config")
 
 SHORT_FLAGS = {"--seed": "--train.seed", "--seeds": "--tiny.seeds", "--full": "--tiny.untrained-base"}
@@ -80,10 +82,12 @@ def choose_command(commands: Mapping[str, type], arguments: Sequence[str], progr
     )
 
 
-def exit_on_mistake(error: ValueError | FileNotFoundError) -> int:
-    """Print a user's mistake in one line on stderr and return the exit code for it."""
+def exit_on_mistake(error: ValueError | OSError) -> int:
+    """Print a mistake in one line; return its exit code: 2, 74 for an unwritten file, 1 for a killed worker process."""
     print(f"error: {error}", file=sys.stderr)
-    return 2
+    if isinstance(error, WriteError) or getattr(error, "errno", None) in NO_ROOM:
+        return EXIT_WRITE_FAILED
+    return 1 if isinstance(error, ChildProcessError) else 2
 
 
 def _chain(config_class: type, path: Path, below: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:

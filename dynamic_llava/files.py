@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 EXIT_WRITE_FAILED = 74
 """Exit code of every command that could not write a file."""
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Errors of a file system that nothing else than writing meets."""
 REMEMBERED = 2**24
 """Least size, in bytes, of a file whose digest is remembered between processes."""
 SETTLED_SECONDS = 2.0
@@ -53,7 +55,7 @@ def writing(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         named = None if error.filename is None else Path(os.fsdecode(error.filename))
-        own = isinstance(error, FileNotFoundError) and error.errno is None  # a message of this library
+        own = type(error) is not OSError and error.errno is None  # a message of this library
         if own or (named is not None and not _near(named, path)):
             raise
         raise WriteError(_unwritten(path, error)) from error
@@ -108,6 +110,18 @@ def file_digest(path: Path) -> str:
 def content_of(path: Path) -> str:
     """Return a file's size and the beginning of its digest, in words: what a message shows of it."""
     return f"{path.stat().st_size:,} bytes, sha256 {file_digest(path)[:16]}"
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process on this machine holds the lock of a file; not where there is no such file."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    return False
 
 
 class Lock:
@@ -277,7 +291,7 @@ def _near(file: Path, path: Path) -> bool:
 
 def _unwritten(path: Path, error: OSError) -> str:
     reason = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in NO_ROOM and error.errno != errno.EROFS:
         with suppress(OSError):
             reason += f"; {amount(shutil.disk_usage(_existing(path)).free)} are free there"
         advice = "make room"

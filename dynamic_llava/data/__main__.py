@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if asked else 2
     try:
         return commands[rest[0]](rest[1:])
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         return exit_on_mistake(error)
 
 

@@ -27,7 +27,7 @@ def map_samples(function: Callable[[Indexed], Result], config: DataConfig, title
 
     Every worker reads the whole file and keeps the chunks that are its own: decoding JSON is cheap beside what is done
     with it, and sending it to the workers is not. `title` names the progress bar, which appears after three seconds.
-    Raises FileNotFoundError when there is no such file or image folder.
+    Raises FileNotFoundError when there is no such file or image folder, and ChildProcessError when a worker is killed.
     """
     path = Path(config.json)
     if not path.is_file():
@@ -45,9 +45,17 @@ def map_samples(function: Callable[[Indexed], Result], config: DataConfig, title
     )
     seconds = 1 if sys.stderr.isatty() else 60
     with tqdm(total=size, desc=title, unit="B", unit_scale=True, delay=3, mininterval=seconds, leave=False) as bar:
-        for result, place in loader:
-            bar.update(place - bar.n)
-            yield result
+        try:
+            for result, place in loader:
+                bar.update(place - bar.n)
+                yield result
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise ChildProcessError(
+                f"{title}: a worker process was killed, perhaps for want of memory ({' '.join(str(error).split())}); "
+                "run the same command again, with fewer data.workers"
+            ) from None
 
 
 def worker_count(wanted: int) -> int:

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, overrides = _parser().parse_known_args(given)
     try:
         return _sweep(options.sweep, options.dry_run, overrides, shlex.join(given))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         return exit_on_mistake(error)
 
 

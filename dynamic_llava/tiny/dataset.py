@@ -7,10 +7,10 @@
 Training and evaluation read these files like any other LLaVA data. Image names are relative to the world's folder.
 """
 
+import glob
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dynamic_llava.files import Lock, writing
 from dynamic_llava.tiny.descriptions import describe, sample_request
 from dynamic_llava.tiny.questions import KINDS, NEGATIVES, Question, ask
 from dynamic_llava.tiny.world import GRID, PATCH_SIZE, Picture, Scene, SceneObject, render_scene, sample_scene
@@ -60,8 +61,8 @@ def build_world(root: Path | None = None, train: int = 5000, test: int = 800, se
     questions per image and kind (existence: 0.54, as POPE's three balanced subsets) and a description for every fourth
     image: 2,232 questions and 200 descriptions at the default size.
 
-    The folder appears as a whole or not at all; processes that build the same world at once do not disturb one another.
-    Raises ValueError for sizes that are not positive, and where `root` holds something else.
+    The folder appears as a whole or not at all; of processes that want the same world at once one builds it. Raises
+    ValueError for sizes that are not positive, and where `root` holds something else; WriteError for a full disk.
     """
     if train < 1 or test < _IMAGES_PER_DESCRIPTION:
         raise ValueError(f"got train={train}, test={test} images; need train >= 1, test >= {_IMAGES_PER_DESCRIPTION}")
@@ -69,16 +70,28 @@ def build_world(root: Path | None = None, train: int = 5000, test: int = 800, se
     folder = default_cache() / f"tiny_world_v{FORMAT_VERSION}_{train}_{test}_{seed}" if root is None else Path(root)
     if _finished(folder, arguments):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=folder.name + ".partial-", dir=folder.parent))
+    lock = Lock(folder.with_name(f"{folder.name}.lock"), f"building the tiny world {folder}").take(wait=True)
     try:
-        _write_world(partial, train, test, seed)
-        _dump(partial / MARKER, arguments)
-        partial.chmod(0o755)
-        _move_into_place(partial, folder, arguments)
+        if not _finished(folder, arguments):
+            _build(folder, train, test, seed, arguments)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        lock.release()
     return folder
+
+
+def _build(folder: Path, train: int, test: int, seed: int, arguments: dict[str, int]) -> None:
+    """Write a world under its name as a whole; what killed builds have left beside it goes first."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    with writing(folder):
+        for left in folder.parent.glob(f"{glob.escape(folder.name)}.partial*"):
+            shutil.rmtree(left)
+        try:
+            partial.mkdir()
+            _write_world(partial, train, test, seed)
+            _dump(partial / MARKER, arguments)
+            os.replace(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def image_path(folder: Path, name: str) -> Path:
@@ -121,15 +134,6 @@ def _finished(folder: Path, arguments: dict[str, int]) -> bool:
     if any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no finished world; give an empty or new folder")
     return False
-
-
-def _move_into_place(partial: Path, folder: Path, arguments: dict[str, int]) -> None:
-    """Renames; where another process was faster, its equal world stays."""
-    try:
-        os.replace(partial, folder)
-    except OSError:
-        if not _finished(folder, arguments):
-            raise
 
 
 def _write_world(folder: Path, train: int, test: int, seed: int) -> None:

@@ -16,6 +16,7 @@ from dynamic_llava.train.stopping import (
     NotFinite,
     Stopped,
     TrainingFailed,
+    end_with_launcher,
     tell_launcher,
 )
 
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "datasets", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    end_with_launcher()
     try:
         config = load_config(RunConfig, sys.argv[1:] if arguments is None else arguments, PROGRAM, DESCRIPTION)
         code = _train(config)

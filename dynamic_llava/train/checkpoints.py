@@ -13,12 +13,13 @@ import shutil
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dynamic_llava.files import replace_file
+from dynamic_llava.files import replace_file, writing
 from dynamic_llava.train.config import COMPARED_BY_CONTENT, changes
 from dynamic_llava.train.config import compared_settings as compared_settings
 from dynamic_llava.train.distributed import on_main, wait_for_all
@@ -67,7 +68,7 @@ class Checkpoints:
         `least_bytes` is what it will take at least. Raises SaveError when the disk is too full or writing fails.
         """
         target = self.folder / f"checkpoint-{step}"
-        on_main(lambda: self._make_room(target, least_bytes))
+        on_main(partial(_written, target, partial(self._make_room, target, least_bytes)))
         with saving(target, least_bytes):
             save()
         wait_for_all()
@@ -191,7 +192,7 @@ def is_complete(checkpoint: Path) -> bool:
     """Whether the marker is there and every file it names has the size it had then."""
     try:
         facts = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
         return False
     sizes = {name: checkpoint / name for name in facts["files"]}
     return all(path.is_file() and path.stat().st_size == facts["files"][name] for name, path in sizes.items())
@@ -248,11 +249,16 @@ def published(folder: Path, least_bytes: int) -> Iterator[Path]:
     Every rank enters it. Until then `folder` is as before, whatever happens.
     """
     unfinished = folder / "unfinished"
-    on_main(lambda: _fresh(unfinished, least_bytes))
+    on_main(partial(_written, unfinished, partial(_fresh, unfinished, least_bytes)))
     with saving(unfinished, least_bytes):
         yield unfinished
     wait_for_all()
-    on_main(lambda: _publish(unfinished, folder))
+    on_main(partial(_written, folder, partial(_publish, unfinished, folder)))
+
+
+def _written(path: Path, step: Callable[[], None]) -> None:
+    with writing(path):
+        step()
 
 
 def _fresh(folder: Path, least_bytes: int) -> None:
@@ -284,7 +290,8 @@ def _full(target: Path, needed: int, free: int) -> str:
 
 def _numbered(folder: Path) -> list[Path]:
     """Folders checkpoint-<step>, by step."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    named = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    found = [path for path in named if path.is_dir()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 

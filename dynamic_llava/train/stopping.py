@@ -13,12 +13,18 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from dynamic_llava.files import EXIT_WRITE_FAILED, WriteError
+from dynamic_llava.files import EXIT_WRITE_FAILED, WriteError, is_held
 
 log = logging.getLogger(__name__)
 
 LAUNCH_FOLDER = "DYNAMIC_LLAVA_LAUNCH_FOLDER"
 """Environment variable: the folder through which a launcher and its training processes speak."""
+LAUNCHER_LOCK = "launcher"
+"""In that folder: the file that the launcher holds as long as it lives (`files.Lock`)."""
+LAUNCHED = (LAUNCH_FOLDER, "TORCHELASTIC_RUN_ID", "CROSS_RANK")
+"""Environment variables of this launcher, torchrun and deepspeed; a process without any may outlive its parent."""
+WATCH_SECONDS = 0.5
+"""How often a launched process looks whether its launcher is still there."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 EXIT_FAILED, EXIT_SAVE_FAILED, EXIT_STOPPED, EXIT_NOT_FINITE = 1, EXIT_WRITE_FAILED, 75, 76
 """Exit codes: an unexpected failure; a file could not be written; stopped as asked, and the same command goes on; NaN
@@ -79,6 +85,27 @@ class StopRequest:
             return
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
+
+
+def end_with_launcher() -> None:
+    """Ask this process to stop, by SIGTERM, as soon as what launched it is gone: nobody could stop it any more.
+
+    Before training begins that ends it; in training it ends the step, writes a checkpoint and ends with EXIT_STOPPED.
+    A process that no launcher has started (nohup, a batch system) is left alone.
+    """
+    if not any(name in os.environ for name in LAUNCHED):
+        return
+    folder, parent = os.environ.get(LAUNCH_FOLDER), os.getppid()
+    lock = None if folder is None else Path(folder) / LAUNCHER_LOCK
+    lock = lock if lock is not None and is_held(lock) else None  # started by hand with the variable left over
+
+    def watch() -> None:
+        while os.getppid() == parent and (lock is None or is_held(lock)):
+            time.sleep(WATCH_SECONDS)
+        log.warning("process %d: its launcher is gone, so it saves what it has and ends", os.getpid())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def tell_launcher(code: int) -> None:

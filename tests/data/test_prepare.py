@@ -1,5 +1,6 @@
 """Preparation: worker processes change nothing, several processes prepare once, what is killed does not count."""
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -138,3 +139,17 @@ def test_what_cannot_be_prepared_is_named(tmp_path, processor):
     file.write_text("[]")
     with pytest.raises(ValueError, match="holds an empty list"):
         SftDataset(DataConfig(json=str(file), image_folder=str(images)), processor)
+
+
+def kill_this_worker(samples, **settings):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_one_clear_line(many, processor, small_chunks, monkeypatch, own_cache):
+    """As the system does that runs out of memory; nothing is left that counts."""
+    with monkeypatch.context() as patched:
+        patched.setattr(importlib.import_module("dynamic_llava.data.prepare"), "_encode_chunk", kill_this_worker)
+        with pytest.raises(ChildProcessError, match=r"preparing samples: a worker process was killed, .*fewer"):
+            SftDataset(config(many, workers=2), processor)
+    assert not list((own_cache / "sft").glob("*.part"))
+    assert len(SftDataset(config(many, workers=2), processor)) > 0

@@ -1,16 +1,26 @@
 """The world on disk: valid LLaVA data, the same every time, whole or absent, and never outside its folder."""
 
 import json
+import resource
+import signal
+import subprocess
+import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from dynamic_llava.files import WriteError
+from dynamic_llava.tiny import dataset
 from dynamic_llava.tiny.dataset import CACHE_VARIABLE, build_world, image_path, load_truth
 from dynamic_llava.tiny.descriptions import describe
 from dynamic_llava.tiny.questions import KINDS, NEGATIVES
 from dynamic_llava.tiny.world import render_scene, sample_scene
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +142,45 @@ def test_image_names_stay_inside(folder, name):
 def test_truth_of_a_missing_world_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="build_world"):
         load_truth(tmp_path)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from dynamic_llava.tiny import dataset
+dataset._test_samples = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+dataset.build_world(Path(sys.argv[1]), train=1, test=16)
+"""
+
+
+def test_what_a_killed_build_has_left_is_removed(tmp_path):
+    (tmp_path / "world.partial-4u_0old").mkdir()  # as earlier versions named it
+    (tmp_path / "world.partial-4u_0old" / "images").mkdir()
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "world")], cwd=ROOT, timeout=120)
+    assert done.returncode == -signal.SIGKILL and (tmp_path / "world.partial" / "images").is_dir()
+    build_world(tmp_path / "world", train=1, test=16)
+    assert [path.name for path in tmp_path.iterdir()] == ["world"]
+
+
+def test_a_world_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        with pytest.raises(WriteError, match=r"world could not be written \(.*\): make room"):
+            build_world(tmp_path / "world", train=1, test=16)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_processes_that_want_one_world_one_builds_it(tmp_path, monkeypatch):
+    built, write = [], dataset._write_world
+
+    def write_world(folder, *arguments):
+        built.append(folder)
+        write(folder, *arguments)
+
+    monkeypatch.setattr(dataset, "_write_world", write_world)
+    with ThreadPoolExecutor(3) as threads:
+        folders = list(threads.map(lambda _: build_world(tmp_path / "world", train=1, test=16), range(3)))
+    assert folders == [tmp_path / "world"] * 3 and len(built) == 1

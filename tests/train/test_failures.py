@@ -1,7 +1,9 @@
 """A run that fails in the middle: its state is written first, one line says all, and the same command goes on."""
 
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from dynamic_llava.train.__main__ import main
 from dynamic_llava.train.checkpoints import is_complete
 from dynamic_llava.train.config import RunConfig
 from dynamic_llava.train.run import run, write_config
-from dynamic_llava.train.stopping import TrainingFailed
+from dynamic_llava.train.stopping import EXIT_FAILED, TrainingFailed
 from tests.builders import TINY_SPARSITY
 from tests.sft_builders import write_checkpoint, write_data
 
@@ -252,3 +254,20 @@ def test_from_python_the_cause_is_at_hand(own, monkeypatch):
     with pytest.raises(TrainingFailed, match="training failed at step 3: Misuse: no idea; the same command") as raised:
         run(own)
     assert raised.value.__cause__ is error
+
+
+def test_a_killed_data_worker_is_one_line_and_the_same_command_goes_on(own, monkeypatch, capsys):
+    config = replace(own, name="killed", data=replace(own.data, workers=1))
+    real = SftDataset.__getitem__
+
+    def killed(dataset, number):
+        if number == VICTIM:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(dataset, number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SftDataset, "__getitem__", killed)
+        assert command(config) == EXIT_FAILED
+    line = the_line(capsys)
+    assert "DataLoader worker" in line and "the same command " in line
+    assert command(config) == 0

@@ -1,9 +1,11 @@
 """Which launcher a run gets and why, that arguments pass through it unharmed, and how a signal passes through it."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -171,3 +173,78 @@ def test_the_launchers_wish_is_heard_without_a_signal(tmp_path, monkeypatch):
         assert request.asked()
     stopping.tell_launcher(75)
     assert (tmp_path / "exit-code").read_text() == "75"
+
+
+WATCHED = """
+import os, pathlib, time
+from dynamic_llava.train import stopping
+stopping.WATCH_SECONDS = 0.05
+stopping.end_with_launcher()
+pathlib.Path("worker").write_text(str(os.getpid()))
+time.sleep(60)
+"""
+AGENT = """
+import os, pathlib, subprocess, sys
+pathlib.Path("agent").write_text(str(os.getpid()))
+subprocess.run([sys.executable, "-c", pathlib.Path("watched.py").read_text()])
+"""
+SUPERVISED = """
+import os, sys
+from pathlib import Path
+from dynamic_llava.train.launch.supervise import supervise
+Path("launcher").write_text(str(os.getpid()))
+supervise([sys.executable, "-c", Path("agent.py").read_text()], os.environ)
+"""
+
+
+@pytest.mark.parametrize(
+    ("killed", "environment", "ends"),
+    [
+        ("launcher", {}, True),
+        ("agent", {}, True),
+        ("agent", {"TORCHELASTIC_RUN_ID": "7"}, True),
+        ("agent", {"CROSS_RANK": "0"}, True),
+        ("agent", None, False),
+    ],
+    ids=["this launcher", "its torchrun", "another torchrun", "another deepspeed", "no launcher"],
+)
+def test_a_training_ends_with_what_launched_it(tmp_path, killed, environment, ends):
+    """A launcher that is killed can pass nothing on, and whoever was started by no launcher outlives its parent."""
+    (tmp_path / "watched.py").write_text(WATCHED)
+    (tmp_path / "agent.py").write_text(AGENT)
+    program = SUPERVISED if environment == {} else AGENT
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    kept = {name: value for name, value in os.environ.items() if name not in stopping.LAUNCHED}
+    start = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=tmp_path, env={**kept, "PYTHONPATH": path, **(environment or {})}
+    )
+    try:
+        wait_for(lambda: (tmp_path / "worker").is_file() and (tmp_path / "worker").read_text(), 60)
+        os.kill(int((tmp_path / killed).read_text()), signal.SIGKILL)
+        worker = int((tmp_path / "worker").read_text())
+        if ends:
+            wait_for(lambda: not is_running(worker), 20)
+        else:
+            time.sleep(1)
+            assert is_running(worker)
+    finally:
+        for name in ("worker", "agent"):
+            with contextlib.suppress(OSError, ValueError):
+                os.kill(int((tmp_path / name).read_text()), signal.SIGKILL)
+        start.kill()
+        start.wait()
+
+
+def wait_for(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+def is_running(process):
+    """Whether a process exists that has not ended; its parent may never ask for its end."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -9,17 +9,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from dynamic_llava.train.stopping import LAUNCH_FOLDER, SIGNALS
+from dynamic_llava.files import Lock
+from dynamic_llava.train.stopping import LAUNCH_FOLDER, LAUNCHER_LOCK, SIGNALS
 
 
 def supervise(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run `command` to its end; return the exit code that the training left, else the command's own.
 
     The first signal asks the run to save and stop; the second ends it at once. The command gets a session of its own,
-    so that a terminal's Ctrl-C reaches this process alone.
+    so that a terminal's Ctrl-C reaches this process alone. When this process is killed its lock is free, and the
+    training, which watches it, ends too.
     """
     with tempfile.TemporaryDirectory(prefix="dynamic-llava-launch-") as folder:
         stop, left = Path(folder) / "stop", Path(folder) / "exit-code"
+        lock = Lock(Path(folder) / LAUNCHER_LOCK, "launching a training").take()
         started: list[subprocess.Popen[bytes]] = []
 
         def pass_on(number: int, frame: FrameType | None) -> None:
@@ -38,6 +41,7 @@ def supervise(command: Sequence[str], environment: Mapping[str, str]) -> int:
         finally:
             for number, handler in former.items():
                 signal.signal(number, handler)
+            lock.release()
         if code and left.exists():
             return int(left.read_text(encoding="utf-8"))
         return code if code >= 0 else 128 - code
