@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
+from dynamic_llava.layout import TokenLayout
 from dynamic_llava.methods import Dynamic, OutputTokens, Predictors
 from dynamic_llava.methods.base import keep_all_output
 from dynamic_llava.model import AdmissionCache, DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
@@ -175,8 +176,7 @@ def admission_cache(
     cache.open_dense(None, batch, preset.prompt, device)
     cache.sparse.open(torch.full((batch,), preset.kept_prompt, device=device), preset.kept_prompt)
     _store(model, preset, cache, preset.prompt, preset.kept_prompt)
-    zeros_B = torch.zeros(batch, dtype=torch.int64, device=device)
-    cache.count(preset.prompt, zeros_B, zeros_B + 1)
+    _note(cache, preset, preset.prompt, preset.kept_prompt, image=preset.shape.tokens_per_image)
     for begun in range(0, outputs, CHUNK):
         ended = min(begun + CHUNK, outputs)
         before, after = (preset.kept_outputs(count) if way == "both" else count for count in (begun, ended))
@@ -187,8 +187,21 @@ def admission_cache(
         cache.sparse.place_chunk(sparse_BK, sparse_BK)
         _store(model, preset, cache, ended - begun, after - before)
         cache.commit_chunk(dense_BN, sparse_BK)
-        cache.count(ended - begun, zeros_B + (ended - begun), zeros_B)
+        _note(cache, preset, ended - begun, after - before)
     return cache
+
+
+def _note(cache: AdmissionCache, preset: Preset, tokens: int, kept: int, image: int = 0) -> None:
+    """Take note of a prompt with an image of `image` tokens, or of output tokens without; the last ones are dropped."""
+    place_N = torch.arange(tokens, device=cache.dense.open_lengths().device)
+    image_N = (place_N >= BEFORE_IMAGE) & (place_N < BEFORE_IMAGE + image)
+    droppable_N = image_N if image else torch.ones_like(image_N)
+    keep_N = ~droppable_N | (droppable_N.cumsum(0) <= kept - int((~droppable_N).sum()))
+    valid_BN, image_BN, output_BN, keep_BN = (
+        one.expand(preset.batch, -1)
+        for one in (torch.ones_like(image_N), image_N, torch.full_like(image_N, not image), keep_N)
+    )
+    cache.note(TokenLayout(valid_BN, image_BN, output_BN, preset.shape.tokens_per_image), keep_BN)
 
 
 def dense_cache(

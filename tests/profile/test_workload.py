@@ -52,6 +52,9 @@ def test_the_baseline_is_the_same_model_on_the_same_tensors(model, twin):
     assert all(tensor.data_ptr() in own_tensors for tensor in twin.parameters())
 
 
+KINDS = ("valid", "image", "output")
+
+
 @pytest.mark.parametrize("way", ["image", "both"])
 @pytest.mark.parametrize("outputs", [1, 64, 90])
 @torch.no_grad()
@@ -70,6 +73,8 @@ def test_a_cache_opened_pre_filled_is_that_of_a_generation(model, way, outputs):
         assert torch.equal(mine.open_lengths(), theirs.open_lengths()) and mine.capacity == theirs.capacity
     assert torch.equal(after.cache.seen_outputs, cache.seen_outputs)
     assert torch.equal(after.cache.seen_images, cache.seen_images)
+    assert torch.equal(filled.record.keep_mask.sum(1), filled.record.cache_lengths)
+    assert all(torch.equal(*(getattr(one.record.layout, kind) for one in (after.cache, cache))) for kind in KINDS)
     assert after.cache.allocated_bytes() == cache.allocated_bytes()
 
 
