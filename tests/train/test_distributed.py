@@ -335,3 +335,27 @@ def test_every_process_ends_at_the_first_loss_that_is_not_finite(runs, deepspeed
     assert all(line["lm_loss"] > 0 and line["loss"] > 0 for line in lines_of(folder))
     for rank in range(2):
         assert "NaN or infinite, so training ends here" in (runs.folder / f"{name}-{rank}.log").read_text()
+
+
+def test_an_image_that_one_process_cannot_decode_saves_in_both(runs):
+    """Both end in the same step with the same line and one checkpoint, which `skip` goes on from; neither hangs."""
+    order = list(EpochSampler(SAMPLES, STEP_SIZE, SEED, lambda: 0))
+    victim = next(number for number in order[2 * STEP_SIZE :] if number % 2 == 0)  # one with an image
+    step = order.index(victim) // STEP_SIZE
+    image = runs.folder / "images" / f"{victim}.png"
+    whole = image.read_bytes()
+    image.write_bytes(whole[:-200])
+    file = runs.config("undecodable", batch_size=4)
+    folder = runs.finish("undecodable", runs.start(file, 2), expected=2)
+    assert is_complete(folder / f"checkpoint-{step}")
+    for rank in range(2):
+        log = (runs.folder / f"undecodable-{rank}.log").read_text()
+        last = log.strip().splitlines()[-1]
+        assert last.startswith("error: ") and f"index {victim}, id 'sample-{victim}'" in last and "Traceback" not in log
+        assert last.endswith(f"the same command goes on from {folder / f'checkpoint-{step}'}")
+    file.write_text(file.read_text().replace("text_only: dense", "text_only: dense\n  broken: skip"))
+    runs.finish("undecodable", runs.start(file, 2))
+    image.write_bytes(whole)
+    assert [json.loads(line)["index"] for line in (folder / "broken.jsonl").read_text().splitlines()] == [victim]
+    assert json.loads((folder / "environment.json").read_text())["resumed_from_step"] == step
+    assert lines_of(folder)[-1]["step"] == STEPS
