@@ -62,13 +62,18 @@ def score_table(task: Task, score: Score) -> str:
     for name, metric in score.metrics.items():
         mark = "  <- the paper's" if name == score.table_metric else ""
         value = f"{metric.value:.4f}" if metric.unit == "fraction" else f"{metric.value:.2f}"
-        lines.append(f"  {name:<{width}}  {value:>9} {metric.unit}{mark}")
+        lines.append(f"  {printable(name):<{width}}  {value:>9} {metric.unit}{mark}")
     lines.append("  " + ", ".join(f"{name} {number}" for name, number in score.counts.items()))
     for size, numbers in task.paper.get(score.table_metric, {}).items():
         shown = ", ".join(f"{SPARSITIES[sparsity]} {number}" for sparsity, number in numbers.items())
         lines.append(f"  paper, {size}: {shown}")
     lines += [f"  paper: {task.paper_note}"] if task.paper_note else []
     return "\n".join([*lines, *(f"  warning: {warning}" for warning in score.warnings)])
+
+
+def printable(text: str) -> str:
+    """Return a text of a data file for a terminal: what would move its cursor or colour it is shown as an escape."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
 def as_json(task: Task, score: Score | None, submission: Submission | None) -> dict[str, Any]:

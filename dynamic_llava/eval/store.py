@@ -21,6 +21,8 @@ PLACE = "place"
 """Field of an answer's metadata: the number of its question, from 0, in the order in which the task gives them."""
 RECORD = ".run.json"
 """How the names of files end that say what a task's answers depend on."""
+LONGEST_SHOWN = 120
+"""How many characters of a setting an error shows."""
 SHOWN_DIFFERENCES = 8
 """How many changed settings an error names; it counts the others."""
 
@@ -125,12 +127,17 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     old, new = _flat(before), _flat(now)
     absent = "absent"
     changed = [
-        f"{name} was {old.get(name, absent)} and is {new.get(name, absent)}"
+        f"{name} was {_short(old.get(name, absent))} and is {_short(new.get(name, absent))}"
         for name in sorted(old | new)
         if old.get(name, absent) != new.get(name, absent)
     ]
     more = len(changed) - SHOWN_DIFFERENCES
     return ", ".join(changed[:SHOWN_DIFFERENCES]) + (f", and {more} more" if more > 0 else "")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
 def _flat(settings: Any, name: str = "") -> dict[str, Any]:

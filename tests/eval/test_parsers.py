@@ -6,13 +6,16 @@ once ended in another exception, or without the file's name, stands in `FOUND`.
 
 import copy
 import json
+import shutil
 
 import pytest
 from hypothesis import strategies as st
 
-from dynamic_llava.eval.answers import write_answers
+from dynamic_llava.eval.answers import Answer, write_answers
+from dynamic_llava.eval.generation.build import BuildOptions, build
+from dynamic_llava.eval.store import AnswerStore
 from dynamic_llava.eval.tasks import TASKS, get_task
-from tests.eval.task_data import TASK_DATA
+from tests.eval.task_data import TASK_DATA, save_hub
 from tests.properties import few_or_many, for_all
 
 TEXT_FILES = {".json", ".jsonl", ".tsv", ".csv", ".txt"}
@@ -147,6 +150,87 @@ def test_a_spoilt_answer_file_is_read_or_refused_by_name(world, examples, tmp_pa
     def check(how, place, number, part):
         path.write_bytes(spoil(whole, ".jsonl", how, place, HOSTILE[number]))
         checked(lambda: task.score_file(path, root, part=part), ["answers.jsonl"])
+
+
+SOURCE = [
+    {"id": f"s{number}", "image": f"coco/{number}.jpg", "conversations": [
+        {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "word " * 120},
+    ]}
+    for number in range(3)
+]  # fmt: skip
+
+
+@few_or_many
+def test_spoilt_sources_of_items_are_read_or_refused_by_name(examples, tmp_path):
+    """The public data that item lists are drawn from, and the training files whose images are left out."""
+    source, training = tmp_path / "source.json", tmp_path / "training.json"
+    whole = json.dumps(SOURCE).encode()
+
+    @for_all(
+        examples,
+        st.booleans(),
+        st.sampled_from(SPOILS),
+        st.integers(0, 10**4),
+        st.sampled_from(range(len(HOSTILE))),
+    )
+    def check(is_source, how, place, number):
+        spoilt = spoil(whole, ".json", how, place, HOSTILE[number])
+        source.write_bytes(spoilt if is_source else whole)
+        training.write_bytes(whole if is_source else spoilt)
+        options = BuildOptions("single", source, tmp_path / "out.json", (training,), n=1)
+        checked(lambda: build(options), ["source.json", "training.json"])
+
+
+@few_or_many
+def test_a_spoilt_record_of_a_run_is_read_or_refused_by_name(examples, tmp_path):
+    """What says in an output folder what made its answers, and the answers of a killed process."""
+    settings = {"model": {"dtype": "float32"}, "sparsity": "both", "task": {"name": "toy"}}
+    begun = AnswerStore(tmp_path, "toy", settings, 3)
+    begun.append([Answer("q0", "said", metadata={"place": 0}), Answer("q1", "said", metadata={"place": 1})])
+    begun.close()
+    files = [tmp_path / "toy.run.json", tmp_path / "toy.part0.jsonl"]
+    whole = {path: path.read_bytes() for path in files}
+
+    @for_all(
+        examples,
+        st.sampled_from(files),
+        st.sampled_from(SPOILS),
+        st.integers(0, 10**4),
+        st.sampled_from(range(len(HOSTILE))),
+    )
+    def check(path, how, place, number):
+        for file, content in whole.items():
+            file.write_bytes(content)
+        path.write_bytes(spoil(whole[path], path.suffix, how, place, HOSTILE[number]))
+        checked(lambda: AnswerStore(tmp_path, "toy", settings, 3).close(), ["toy.", str(tmp_path)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(name for name, task in TASKS.items() if task.hub is not None))
+def test_a_cell_of_another_kind_is_named_with_its_dataset(name, tmp_path):
+    """Every column of every dataset, with nothing in its first row."""
+    datasets = pytest.importorskip("datasets")
+    made = TASK_DATA[name](tmp_path / "data")
+    task = get_task(made.task)
+    save_hub(made, tmp_path / "hub", task.hub_data().split)
+    answers = made.answers(tmp_path / "data", task.hub_data(str(tmp_path / "hub")))
+    refused = 0
+    for config, rows in made.rows.items():
+        for column in rows[0].keys() - {"image"}:
+            broken = tmp_path / f"{config}-{column}"
+            folder = broken / config / "data"
+            shutil.copytree(tmp_path / "hub", broken)
+            changed = [rows[0] | {column: None}, *rows[1:]]
+            (file,) = folder.iterdir()
+            datasets.Dataset.from_list(changed).to_parquet(file)
+            hub = task.hub_data(str(broken))
+            for reading in (lambda: task.questions(None, hub), lambda: task.score(answers, None, hub)):  # noqa: B023
+                try:
+                    reading()
+                except ValueError as error:
+                    refused += str(broken) in str(error)
+                    assert str(broken) in str(error) or any(one in str(error) for one in (*OF_ANSWERS, "judge"))
+    assert refused
 
 
 VAL_LABELS, VAL_QUESTIONS = "v2_mscoco_val2014_annotations.json", "v2_OpenEnded_mscoco_val2014_questions.json"

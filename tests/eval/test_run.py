@@ -429,11 +429,16 @@ def test_broken_question_files_fail_with_their_line(checkpoint, tmp_path):
 
 
 def test_a_limit_asks_the_first_questions_only(checkpoint, tmp_path, toy):
-    TASK_DATA["textvqa"](tmp_path)
-    assert run(checkpoint, "toy,textvqa", tmp_path, tmp_path / "out", "--limit", 2) == 0
+    for name in ("textvqa", "pope"):
+        TASK_DATA[name](tmp_path)
+    assert run(checkpoint, "toy,textvqa,pope", tmp_path, tmp_path / "out", "--limit", 2) == 0
     rows = summary(tmp_path / "out")["tasks"]
     assert rows["toy"]["value"] is not None and "only the first 2 questions" in rows["toy"]["warnings"][0]
     assert rows["textvqa"]["counts"]["answered"] == 2
+    pope = rows["pope"]
+    assert pope["value"] is not None and pope["counts"]["answered"] == 2 and pope["difference"] is None
+    assert any("2 of 12 are answered" in warning for warning in pope["warnings"])
+    assert "2 of 12 are answered" in (tmp_path / "out" / "table.md").read_text()
     assert len(lines_of(tmp_path / "out" / "answers" / "toy.jsonl")) == 2
 
 

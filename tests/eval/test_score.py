@@ -96,6 +96,28 @@ def test_mistakes_are_told_in_one_line(pope, tmp_path, capsys, change, message):
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
 
 
+def test_a_part_of_the_questions_is_scored_when_it_is_asked_for(pope, tmp_path, capsys):
+    """The way out that the error names works."""
+    _, answers = pope
+    answers.write_text("".join(answers.read_text().splitlines(keepends=True)[:2]))
+    given = ("--task", "pope", "--answers", answers, "--data-root", tmp_path)
+    assert score(*given) == 2
+    assert "--part" in (error := capsys.readouterr().err) and str(answers) in error
+    assert score(*given, "--part") == 0
+    printed = capsys.readouterr().out
+    assert "100.00 percent  <- the paper's" in printed and "2 of 12 are answered" in printed
+
+
+def test_names_of_a_data_file_move_no_cursor(tmp_path, capsys):
+    made = TASK_DATA["cvbench"](tmp_path)
+    path = tmp_path / "cvbench" / "test_2d.jsonl"
+    path.write_text(path.read_text().replace('"Count"', json.dumps("Co\x1b[2J\nunt")))
+    answers = write_answers(tmp_path / "answers.jsonl", made.answers(tmp_path))
+    assert score("--task", "cvbench", "--answers", answers, "--data-root", tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and "Co\\x1b[2J\\nunt" in printed
+
+
 def test_a_broken_answer_line_is_named(pope, tmp_path, capsys):
     _, answers = pope
     with answers.open("a") as file:

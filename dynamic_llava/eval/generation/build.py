@@ -16,9 +16,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
+from dynamic_llava.eval.reading import PATH, TEXTS, Kind, fields_of, typed
 from dynamic_llava.eval.writing import write_json
 
 IMAGE_PLACE = "<image>"
+IMAGES = Kind("the path of an image, or a list of them", lambda value: value == [] or TEXTS.fits(value))
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def _item(sample: Any, place: str) -> dict[str, Any]:
     if not isinstance(sample, dict) or not isinstance(sample.get("conversations"), list):
         raise ValueError(f"{place} has no list of conversations; give a file in LLaVA's format")
     image, messages = sample.get("image"), sample["conversations"]
-    texts, fits = [], isinstance(image, str) and len(messages) % 2 == 0
+    texts, fits = [], PATH.fits(image) and len(messages) % 2 == 0
     for number, message in enumerate(messages):
         speaker, text = (message.get("from"), message.get("value")) if isinstance(message, dict) else (None, None)
         if not isinstance(text, str):
@@ -167,9 +169,10 @@ def _samples(path: Path) -> Iterator[Any]:
 
 def _image_names(path: Path) -> Iterator[str]:
     """Yield the base names of all images of a training file; samples of text alone have none."""
-    for sample in _samples(path):
-        images = sample.get("image") if isinstance(sample, dict) else None
-        yield from (Path(image).name for image in ([images] if isinstance(images, str) else images or ()))
+    for number, sample in enumerate(_samples(path)):
+        images = fields_of(sample, {}, f"{path}, sample {number}").get("image") or []
+        images = [images] if isinstance(images, str) else images
+        yield from (Path(name).name for name in typed(images, IMAGES, f"{path}, sample {number}: 'image'"))
 
 
 def _token_counter(tokenizer: str | None) -> Any:
