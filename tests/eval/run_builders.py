@@ -70,7 +70,11 @@ def ragged_checkpoint(folder, seed=0):
     end = max((token for token in places if 0 not in places[token]), key=lambda token: (len(places[token]), token))
     # The other settings are for a run to leave aside: it decodes greedily.
     model.generation_config = GenerationConfig(
-        eos_token_id=end, pad_token_id=PAD, do_sample=True, num_beams=3, repetition_penalty=3.0
+        eos_token_id=[end, processor.tokenizer.eos_token_id],
+        pad_token_id=PAD,
+        do_sample=True,
+        num_beams=3,
+        repetition_penalty=3.0,
     )
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -62,7 +62,7 @@ def test_empty_answers_are_said(checkpoint, tmp_path, monkeypatch, toy):
     said = answering.answer
 
     def empty(model_run, asked):
-        return [answering.Said("" if one.place < 2 else own.text, own.metadata) for one, own in
+        return [answering.Said("" if one.place < 2 else "x", own.metadata) for one, own in
                 zip(asked, said(model_run, asked), strict=True)]  # fmt: skip
 
     monkeypatch.setattr(runner, "answer", empty)
