@@ -11,12 +11,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dynamic_llava.cli import exit_on_mistake
+from dynamic_llava.commands import Parser, entry_point, exit_on_mistake
 from dynamic_llava.config import SPARSITY_MODES
 
 EXIT_INTERRUPTED = 130
 
 
+@entry_point(None)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Chat; return 0 at the end of the input, 2 for a user's mistake, 130 after Ctrl-C."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -33,19 +34,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m dynamic_llava.chat",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="python -m dynamic_llava.chat", description=__doc__)
     add = parser.add_argument
     add("--model", required=True, metavar="PATH", help="checkpoint folder, hub name, or tiny (the shipped dense model)")
-    add("--image", type=Path, action="append", default=[], metavar="FILE", help="goes with the first question")
-    add("--sparsity", choices=SPARSITY_MODES, default="both", help="what is dropped; default both")
-    add("--max-new-tokens", type=int, default=512, metavar="N", help="most tokens of an answer; default 512")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
-    add("--seed", type=int, default=0, metavar="N", help="seed of sampling; default 0")
+    add(
+        "--image",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="goes with the first question; may be given more than once",
+    )
+    add("--sparsity", choices=SPARSITY_MODES, default="both", help="what is dropped")
+    add("--max-new-tokens", type=int, default=512, help="most tokens of an answer")
+    add("--temperature", type=float, default=0.0, help="temperature of sampling; 0 is greedy")
+    add("--seed", type=int, default=0, help="seed of sampling")
     add("--color", choices=("auto", "always", "never"), default="auto", help="auto: on a terminal, without NO_COLOR")
     return parser
 

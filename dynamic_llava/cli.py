@@ -5,20 +5,13 @@ config = load_config(RunConfig, ["configs/tiny.yaml", "--train.learning-rate", "
 
 import io
 import os
-import sys
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
-
-import tyro
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from dynamic_llava.files import EXIT_WRITE_FAILED, NO_ROOM, WriteError
 
 Config = TypeVar("Config")
 
@@ -43,14 +36,17 @@ def load_config(config_class: type[Config], arguments: Sequence[str], program: s
     rest = [short.get(argument, argument) for argument in rest]
     if short:
         description += "\n\nShort forms: " + ", ".join(f"{name} = {flag}" for name, flag in short.items())
-    return tyro.cli(
-        config_class,
-        prog=program,
-        description=description,
-        args=rest,
-        default=config_class() if default is None else default,
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    import tyro  # not above: a command of another kind needs neither tyro nor OmegaConf
+
+    with _plain_help():
+        return tyro.cli(
+            config_class,
+            prog=program,
+            description=description,
+            args=rest,
+            default=config_class() if default is None else default,
+            config=(tyro.conf.AvoidSubcommands,),
+        )
 
 
 def read_yaml(config_class: type[Config], path: str | Path) -> Config:
@@ -60,6 +56,8 @@ def read_yaml(config_class: type[Config], path: str | Path) -> Config:
     that file, and its own keys override them one by one. Raises FileNotFoundError for a missing file, and ValueError
     for files that extend one another in a circle and for a mistake in any of them, named with the file it is in.
     """
+    from omegaconf import OmegaConf
+
     merged = OmegaConf.structured(config_class, flags={"readonly": False})
     for file, values in _chain(config_class, Path(path)):
         with _naming(file):
@@ -73,21 +71,29 @@ def choose_command(commands: Mapping[str, type], arguments: Sequence[str], progr
 
     Fields without a default are positional. `--help` and mistakes end the process, as in `load_config`.
     """
-    return tyro.extras.subcommand_cli_from_dict(
-        dict(commands),
-        prog=program,
-        description=description,
-        args=list(arguments),
-        config=(tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff),
-    )
+    import tyro
+
+    with _plain_help():
+        return tyro.extras.subcommand_cli_from_dict(
+            dict(commands),
+            prog=program,
+            description=description,
+            args=list(arguments),
+            config=(tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff),
+        )
 
 
-def exit_on_mistake(error: ValueError | OSError) -> int:
-    """Print a mistake in one line; return its exit code: 2, 74 for an unwritten file, 1 for a killed worker process."""
-    print(f"error: {error}", file=sys.stderr)
-    if isinstance(error, WriteError) or getattr(error, "errno", None) in NO_ROOM:
-        return EXIT_WRITE_FAILED
-    return 1 if isinstance(error, ChildProcessError) else 2
+@contextmanager
+def _plain_help() -> Iterator[None]:
+    """Take the frames out of the help that tyro prints: it then looks like that of every other command."""
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed):
+            yield
+    finally:
+        text = re.sub(r" +$", "", printed.getvalue(), flags=re.MULTILINE)
+        text = re.sub(r"^ (\S.*)\n -+$", r"\1:", text, flags=re.MULTILINE)  # a title, underlined
+        print(re.sub(r"^ +-+\n", "", text, flags=re.MULTILINE), end="")
 
 
 def _chain(config_class: type, path: Path, below: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
@@ -115,6 +121,8 @@ def _naming(file: str | Path) -> Iterator[None]:
 
     The key stands in either.
     """
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         yield
     except OmegaConfBaseException as error:
@@ -124,6 +132,9 @@ def _naming(file: str | Path) -> Iterator[None]:
 
 
 def _read_values(path: Path) -> dict[str, Any]:
+    import yaml
+    from omegaconf import OmegaConf
+
     try:
         text = path.read_bytes().decode("utf-8-sig")
         with _naming(path):

@@ -9,10 +9,12 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn, ParamSpec
+from typing import Any, ParamSpec
+
+from dynamic_llava.files import EXIT_WRITE_FAILED, NO_ROOM, WriteError
 
 Arguments = ParamSpec("Arguments")
 
@@ -75,9 +77,11 @@ def entry_point(extra: str | None) -> Callable[[Callable[Arguments, int]], Calla
 
 
 def exit_on_mistake(error: Exception | str) -> int:
-    """Print a user's mistake on stderr and return the exit code for it."""
+    """Print a mistake in one line; return its exit code: 2, 74 for an unwritten file, 1 for a killed worker process."""
     print(f"error: {error}", file=sys.stderr)
-    return EXIT_MISTAKE
+    if isinstance(error, WriteError) or getattr(error, "errno", None) in NO_ROOM:
+        return EXIT_WRITE_FAILED
+    return 1 if isinstance(error, ChildProcessError) else EXIT_MISTAKE
 
 
 def missing_package(error: ImportError, extra: str | None) -> str | None:
@@ -120,7 +124,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
     """The help of every command: what an option takes, what it means, and its default."""
 
     def __init__(self, prog: str, *args: Any, **kwargs: Any) -> None:
-        super().__init__(prog, max_help_position=6, width=100)
+        super().__init__(prog, max_help_position=8)
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         return _METAVARS.get(action.type, "VALUE")  # type: ignore[arg-type]
@@ -143,18 +147,21 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"formatter_class": Help, "allow_abbrev": False, **settings})
 
-    def error(self, message: str) -> NoReturn:
-        """End the process with a usage line and the mistake."""
-        unknown = re.fullmatch(r"unrecognized arguments: (--[\w-]+).*", message)
-        if unknown:
-            known = [flag for action in self._actions for flag in action.option_strings]
-            known += [
-                flag for parser in self._commands() for action in parser._actions for flag in action.option_strings
-            ]
-            close = get_close_matches(unknown[1], known, n=1)
-            message += f"; did you mean {close[0]}?" if close else ""
-        super().error(message)
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse; an option that no command here has ends the process, before its value is taken for a command."""
+        given = list(sys.argv[1:] if args is None else args)
+        known = self._flags()
+        for word in given[: given.index("--") if "--" in given else None]:
+            flag = word.split("=")[0]
+            if flag.startswith("--") and flag not in known:
+                close = get_close_matches(flag, known, n=1)
+                self.error(f"unrecognized arguments: {flag}{f'; did you mean {close[0]}?' if close else ''}")
+        return super().parse_args(given, namespace)
 
-    def _commands(self) -> Sequence[argparse.ArgumentParser]:
-        found = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
-        return [parser for action in found for parser in action.choices.values()]
+    def _flags(self) -> list[str]:
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for parser in action.choices.values():
+                    flags += parser._flags()
+        return flags

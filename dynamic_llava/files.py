@@ -72,6 +72,18 @@ def replace_file(path: Path, text: str) -> None:
         partial.replace(path)
 
 
+def give_usual_modes(place: Path) -> None:
+    """Give a file or folder, and what is in it, the modes that umask gives new ones.
+
+    safetensors and tempfile make what only its owner may read; a checkpoint is read by others like any other file.
+    """
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for path in (place, *(place.rglob("*") if place.is_dir() else ())):
+        if not path.is_symlink():
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
 def amount(size: float) -> str:
     """Return a number of bytes in the unit that suits it: "812 bytes", "3.4 kB", "13.5 GB"."""
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

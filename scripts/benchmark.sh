@@ -4,9 +4,9 @@
 # Four files come back in the output folder: results.jsonl, log.txt, summary.md, summary.json. Needs torch and
 # transformers, installs nothing and uses no network.
 #   bash scripts/benchmark.sh                                  with the project's environment, or python3 where there is none
-#   PYTHON=python3 bash scripts/benchmark.sh --set gpu --output-dir out      with any Python; no CPU set where a GPU is missing
+#   PYTHON=python3 bash scripts/benchmark.sh --set gpu --output-folder out      with any Python; no CPU set where a GPU is missing
 #   bash scripts/benchmark.sh --seconds 180                    less time: says at once which parts it leaves out; more: to spare
-#   bash scripts/benchmark.sh --set rehearsal --output-dir x   the GPU's parts at tiny sizes, anywhere
+#   bash scripts/benchmark.sh --set rehearsal --output-folder x   the GPU's parts at tiny sizes, anywhere
 #   bash scripts/benchmark.sh --help                           every option
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Evaluate a model on benchmarks, each GPU taking a share of the questions; sets the environment up when needed.
-#   bash scripts/eval.sh --model PATH --tasks paper_table1 --data-root DIR --output-dir OUT    on every visible GPU
+#   bash scripts/eval.sh --model PATH --tasks paper_table1 --data-root DIR --output-folder OUT    on every visible GPU
 #   bash scripts/eval.sh --tasks list --data-root DIR    the benchmarks, their files, and what is missing
 #   bash scripts/eval.sh --help                          every option
 #   PROCESSES   how many processes, one per GPU; default: as many as GPUs are visible, 1 without any

@@ -54,7 +54,7 @@ def read_tokenizer(folders: list[Path], original: bool) -> Any:
             return LlamaTokenizer.from_pretrained(folder, legacy=settings.get("legacy", True), trust_remote_code=False)
         return PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
     except ImportError as error:
-        raise ValueError(f"reading {folder / 'tokenizer.model'} needs: pip install sentencepiece protobuf") from error
+        raise ValueError(f'reading {folder / "tokenizer.model"} needs: pip install "dynamic-llava[convert]"') from error
     except Exception as error:  # transformers and tokenizers raise what they like for a damaged file
         raise ValueError(f"the tokenizer in {folder} cannot be read ({error}); get its files again") from None
 

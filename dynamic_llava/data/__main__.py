@@ -12,17 +12,14 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from dynamic_llava.cli import exit_on_mistake, load_config
+from dynamic_llava.cli import load_config
+from dynamic_llava.commands import Parser, entry_point, exit_on_mistake
 from dynamic_llava.train.config import RunConfig
 
 if TYPE_CHECKING:
     from dynamic_llava.processing import DynamicLlavaProcessor
 
-USAGE = """usage: python -m dynamic_llava.data COMMAND ...
-  check CONFIG.yaml [overrides]        find what is wrong in the data of a run; exit code 1 if training would fail
-  first-batch CONFIG.yaml [overrides]  open the data as training does; print seconds and peak memory as JSON
-  benchmark [options]                  generate data of the size of LLaVA's mixture, and measure both on it
-COMMAND --help shows every setting."""
+PROGRAM = "python -m dynamic_llava.data"
 
 
 @dataclass(frozen=True)
@@ -69,6 +66,7 @@ class BenchmarkConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
 
 
+@entry_point("train")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit code: 1 for data that training would fail on, 2 for a user's mistake."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -80,12 +78,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     if not rest or rest[0] not in commands:
         asked = rest[:1] in (["-h"], ["--help"])
-        print(USAGE, file=sys.stdout if asked else sys.stderr)
+        print(_help(), file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
     try:
         return commands[rest[0]](rest[1:])
     except (ValueError, OSError) as error:
         return exit_on_mistake(error)
+
+
+def _help() -> str:
+    parser = Parser(prog=PROGRAM, description=__doc__)
+    commands = parser.add_subparsers(metavar="COMMAND")
+    commands.add_parser(
+        "check", help="CONFIG.yaml [overrides]: what is wrong in the data of a run; exit code 1 if training would fail"
+    )
+    commands.add_parser(
+        "first-batch", help="CONFIG.yaml [overrides]: open the data as training does; seconds and peak memory as JSON"
+    )
+    commands.add_parser(
+        "benchmark", help="generate data of the size of LLaVA's mixture, and measure check and training's reading on it"
+    )
+    return f"{parser.format_help()}\n{PROGRAM} COMMAND --help shows every setting."
 
 
 def _check(arguments: list[str]) -> int:

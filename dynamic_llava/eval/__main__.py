@@ -1,4 +1,4 @@
-"""`python -m dynamic_llava.eval --model PATH --tasks pope,gqa --output-dir OUT`: benchmarks beside the paper's numbers.
+"""`python -m dynamic_llava.eval --model PATH --tasks pope,gqa --output-folder OUT`: benchmarks beside the paper's.
 
 `--tasks list` says which benchmarks there are and which of their files are missing. The same command again goes on
 where an interrupted run was. `bash scripts/eval.sh` takes the same arguments and uses every GPU. Instead of all this:
@@ -20,16 +20,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dynamic_llava.commands import Parser, entry_point, exit_on_mistake
 from dynamic_llava.eval import score
 from dynamic_llava.eval.generation.commands import add_commands
 from dynamic_llava.eval.tasks import GROUPS, TASKS
 from dynamic_llava.eval.writing import write_text
-from dynamic_llava.files import EXIT_WRITE_FAILED, WriteError
 
 RATES = (0.05, 0.1, 0.2, 0.35, 0.5)
 """Image keep rates that tiny-budgets compares."""
 
 
+@entry_point("eval")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; return the exit code: 2 for a user's mistake, 74 for a file not written."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -39,17 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"{words[0]} stands before the command {given.command}, which ignores it; put it behind")
         return given.execute(given) or 0
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_WRITE_FAILED if isinstance(error, WriteError) else 2
+        return exit_on_mistake(error)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m dynamic_llava.eval",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="python -m dynamic_llava.eval", description=__doc__)
     _add_run_arguments(parser)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     scoring = commands.add_parser("score", help="score an answer file, without a model")
@@ -69,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     one = commands.add_parser("tiny-model", help="one checkpoint on the tiny world's test set, into a summary.json")
     one.add_argument("--model", type=Path, required=True, help="folder of the checkpoint")
     one.add_argument("--world", type=Path, required=True, help="folder of a built world")
-    one.add_argument("--output-dir", type=Path, required=True, help="where summary.json goes")
+    one.add_argument("--output-folder", type=Path, required=True, help="where summary.json goes")
     one.add_argument(
         "--sparsity", choices=("both", "image", "output", "none"), default="both", help="what is sparsified"
     )
@@ -83,12 +78,16 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the run itself, which has no command's name."""
     names = f"{', '.join(TASKS)}; vqav2:val names a split; groups: {', '.join(GROUPS)}; or: list"
     parser.set_defaults(execute=_run)
-    parser.add_argument("--model", help="folder of a checkpoint with its processor, or a hub name")
-    parser.add_argument("--tasks", help=f"benchmarks, separated by commas: {names}")
+    parser.add_argument(
+        "--model", help="folder of a checkpoint with its processor, or a hub name; required (default: None)"
+    )
+    parser.add_argument("--tasks", help=f"benchmarks, separated by commas, required: {names} (default: None)")
     parser.add_argument(
         "--data-root", type=Path, default=score.DATA_ROOT, help="folder as LLaVA's playground/data/eval"
     )
-    parser.add_argument("--output-dir", type=Path, help="answers, summary.json and table.md go here")
+    parser.add_argument(
+        "--output-folder", type=Path, help="answers, summary.json and table.md go here; required (default: None)"
+    )
     parser.add_argument(
         "--sparsity", choices=("both", "image", "output", "none"), default="both", help="what is sparsified"
     )
@@ -97,10 +96,12 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="auto: the checkpoint's"
     )
     parser.add_argument(
-        "--limit", type=int, help="first questions of each task only, for a trial; scores are over these"
+        "--limit",
+        type=int,
+        help="first questions of each task only, for a trial; scores are over these (default: all of them)",
     )
     parser.add_argument(
-        "--max-new-tokens", type=int, help="longest answer; each task has its own as LLaVA's scripts do"
+        "--max-new-tokens", type=int, help="longest answer (default: each task's own, as LLaVA's scripts have it)"
     )
     parser.add_argument(
         "--source", choices=("layout", "hf"), default="layout", help="LLaVA's files, or Hugging Face datasets"
@@ -115,8 +116,8 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--round-separator",
         choices=("official", "template"),
-        help="how tasks of several rounds feed later questions: USER:...ASSISTANT: as the paper's scripts, which is "
-        "their default, or the conversation template behind </s>",
+        help="how tasks of several rounds feed later questions: USER:...ASSISTANT: as the paper's scripts, or the "
+        "conversation template behind </s> (default: official)",
     )
 
 
@@ -127,7 +128,7 @@ def _run(given: argparse.Namespace) -> int:
 
         print(task_list(given.data_root))
         return 0
-    for name in ("model", "tasks", "output_dir"):
+    for name in ("model", "tasks", "output_folder"):
         if getattr(given, name) is None:
             raise ValueError(f"--{name.replace('_', '-')} is missing; see --help")
     datasets: dict[str, str] = {}
@@ -138,7 +139,7 @@ def _run(given: argparse.Namespace) -> int:
         datasets[task] = dataset
     from dynamic_llava.eval.run import RunOptions, evaluate
 
-    names = ("model", "tasks", "data_root", "output_dir", "sparsity", "batch_size")
+    names = ("model", "tasks", "data_root", "output_folder", "sparsity", "batch_size")
     names += ("dtype", "limit", "max_new_tokens", "source", "round_separator")
     return evaluate(RunOptions(**{name: getattr(given, name) for name in names}, datasets=datasets))
 
@@ -194,7 +195,7 @@ def _tiny_model(given: argparse.Namespace) -> None:
 
     hide_library_progress()
     test = read_test_set(given.world, given.questions, given.descriptions)
-    print(write_measures(given.model, test, given.sparsity, given.output_dir))
+    print(write_measures(given.model, test, given.sparsity, given.output_folder))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ class RunOptions:
     """Names and groups, comma-separated."""
     data_root: Path
     """LLaVA's playground/data/eval."""
-    output_dir: Path
+    output_folder: Path
     sparsity: SparsityMode = "both"
     batch_size: int = 16
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

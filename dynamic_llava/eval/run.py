@@ -112,7 +112,7 @@ class Evaluation:
             "questions": question_settings(questions),
             "task": {"name": label, **(task.settings if isinstance(task, Measuring) else {})},
         }
-        folder, name = self.options.output_dir / "answers", label.replace(":", "-")
+        folder, name = self.options.output_folder / "answers", label.replace(":", "-")
         store = AnswerStore(folder, name, settings, len(questions), self.shard.rank)
         try:
             self._ask(task, run, questions, store)
@@ -185,7 +185,7 @@ class Evaluation:
             score = task.score_file(path, root, hub, part=limit is not None)
             if score is not None:
                 return {"score": score}
-            folder = self.options.output_dir / "submissions" / path.stem
+            folder = self.options.output_folder / "submissions" / path.stem
             with naming(path):
                 return {"submission": task.submission(answers, root, folder, hub)}
         except ValueError as error:
@@ -236,7 +236,7 @@ def evaluate(options: RunOptions) -> int:
         tasks = options.chosen_tasks()
         missing = {task_label(task): _missing(task, options) for task in tasks}
         evaluation = None if all(missing.values()) else Evaluation(options, shard)
-        earlier = check_folder(options.output_dir, None if evaluation is None else evaluation.settings)
+        earlier = check_folder(options.output_folder, None if evaluation is None else evaluation.settings)
         described = _described(options, shard, evaluation)
         rows: list[Row] = []
         for task in tasks:
@@ -248,11 +248,11 @@ def evaluate(options: RunOptions) -> int:
             if shard.first:
                 print(_report(rows[-1]), flush=True)
                 if evaluation is not None or earlier is None:
-                    rows[-1] = _written(rows[-1], described, options.output_dir)
+                    rows[-1] = _written(rows[-1], described, options.output_folder)
             if any(shard.gather(rows[-1].unwritten)):
                 break
         if shard.first:
-            _say_end(rows, replace(described, rows=tuple(rows)), options.output_dir)
+            _say_end(rows, replace(described, rows=tuple(rows)), options.output_folder)
     if any(row.unwritten for row in rows):
         return EXIT_WRITE_FAILED
     return 1 if any(row.error for row in rows) else 0

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from transformers import LlavaForConditionalGeneration
 
+from dynamic_llava.files import give_usual_modes
 from dynamic_llava.processing import DynamicLlavaProcessor
 
 
@@ -22,4 +23,5 @@ def write_untrained_base(base: Path, folder: Path, seed: int) -> Path:
     fresh.generation_config = trained.generation_config
     fresh.save_pretrained(str(folder))
     DynamicLlavaProcessor.from_pretrained(base).save_pretrained(folder)
+    give_usual_modes(folder)
     return folder

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
+from dynamic_llava.files import give_usual_modes
 from dynamic_llava.model.card import replace_generic_card, write_card
 from dynamic_llava.model.places import CONVERT, check_place, refuse_adapter
 from dynamic_llava.model.quantization import spare_predictors
@@ -118,6 +119,8 @@ class CheckedLoading:
             save_directory, *args, save_original_format=save_original_format, **kwargs
         )
         if (args[0] if args else kwargs.get("is_main_process", True)) and Path(save_directory).is_dir():
+            for path in Path(save_directory).glob("*.safetensors"):
+                give_usual_modes(path)
             write_card(save_directory, self.config)  # type: ignore[attr-defined]
         return result
 

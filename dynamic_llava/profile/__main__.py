@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynamic_llava.files import EXIT_WRITE_FAILED, WriteError
+from dynamic_llava.commands import Parser, entry_point, exit_on_mistake, missing_package
+from dynamic_llava.files import WriteError
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +26,7 @@ memory CONFIG.yaml [--gpus N] [--gpu-memory GB] [--shape 7b|13b] [--batch-size N
 """
 
 
+@entry_point("train")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; return the exit code.
 
@@ -36,22 +38,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _training_memory(given)
         options = _parser().parse_args(given)
         return options.run(options)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except WriteError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_WRITE_FAILED
+    except (ValueError, FileNotFoundError, WriteError) as error:
+        return exit_on_mistake(error)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(prog=PROGRAM, description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[Any], int], text: str, epilog: str | None = None) -> argparse.ArgumentParser:
-        made = commands.add_parser(
-            name, help=text, description=text, epilog=epilog, formatter_class=argparse.RawTextHelpFormatter
-        )
+        made = commands.add_parser(name, help=text, description=text, epilog=epilog)
         made.set_defaults(run=run)
         return made
 
@@ -69,9 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     for made in (memory, latency, roofline, training, curve):
         _add_preset(made)
     for made in (memory, latency, roofline, curve):
-        made.add_argument("--outputs", type=int, nargs="+", help="numbers of generated tokens; default: the preset's")
+        made.add_argument("--outputs", type=int, nargs="+", help="numbers of generated tokens (default: the preset's)")
     for made in (memory, latency, roofline, training):
-        made.add_argument("--device", help="cpu, or an accelerator's name; default: the accelerator, if there is one")
+        made.add_argument("--device", help="cpu, or an accelerator's name (default: the accelerator, if there is one)")
     memory.add_argument("--measured", action="store_true", help="run it too, and read the peak")
     for made in (latency, roofline):
         made.add_argument(
@@ -80,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--uncached", action="store_true", help="time steps without cache as well")
     roofline.set_defaults(limits=True)
     latency.set_defaults(limits=False)
-    curve.add_argument("--tokens", type=int, help="longest answer; default: the preset's, a quarter longer")
+    curve.add_argument("--tokens", type=int, help="longest answer (default: the preset's, a quarter longer)")
     curve.add_argument("--plot", type=Path, help="write the curves as PNG (needs matplotlib)")
     curve.add_argument("--device-memory", type=float, help="GiB of a device, marked in the picture")
     _add_benchmark(command)
@@ -95,33 +91,40 @@ def _add_benchmark(command: Callable[..., argparse.ArgumentParser]) -> None:
     part.add_argument("name", help="name of the part; `benchmark` prints them")
     part.add_argument("--results", type=Path, required=True, help="file that lines of JSON are added to")
     part.add_argument("--attached", action="store_true", help="end when standard input is closed")
-    about = "\n".join(
-        f"  {name:11}{len(parts)} parts, {sum(part.seconds for part in parts):g} s" for name, parts in SETS.items()
+    about = "; ".join(
+        f"{name}: {len(parts)} parts, {sum(part.seconds for part in parts):g} s" for name, parts in SETS.items()
     )
     for made in (whole, part):
-        made.add_argument("--set", choices=SETS, required=made is part, help=f"default: cpu or gpu, as found:\n{about}")
-        made.add_argument("--device", help="cpu, or an accelerator's name; default: what the set is for")
-    whole.add_argument("--output-dir", type=Path, default=Path("runs/benchmark"), help="new folder of the four files")
+        made.add_argument("--set", choices=SETS, required=made is part, help=f"{about} (default: cpu or gpu, as found)")
+        made.add_argument("--device", help="cpu, or an accelerator's name (default: what the set is for)")
+    whole.add_argument(
+        "--output-folder", type=Path, default=Path("runs/benchmark"), help="new folder of the four files"
+    )
     whole.add_argument(
         "--seconds",
         type=float,
-        help="time that may be spent: parts that do not\nfit are left out, what the plan does not need is to spare",
+        help="time that may be spent: parts that do not fit are left out, what the plan does not need is to spare "
+        "(default: the set's)",
     )
-    whole.add_argument("--parts", nargs="+", default=(), help="only these parts")
+    whole.add_argument("--parts", nargs="+", default=(), help="only these parts (default: all of the set)")
     summary = command("summary", _summary, "write a benchmark's summary again, from its lines; or publish it")
-    summary.add_argument("folder", type=Path, help="the benchmark's --output-dir")
+    summary.add_argument("folder", type=Path, help="the benchmark's --output-folder")
     summary.add_argument("--publish", type=Path, metavar="DIR", help="write benchmark_<device>.md and .json there")
 
 
 def _add_preset(parser: argparse.ArgumentParser) -> None:
     from dynamic_llava.profile.presets import PRESETS
 
-    known = "\n".join(f"  {preset.name:13}{preset.about}" for preset in PRESETS.values())
-    parser.add_argument("--preset", default="table4", help=f"protocol, default table4:\n{known}")
-    parser.add_argument("--batch", type=int, help="rows; default: the preset's")
-    parser.add_argument("--layers", type=int, help="fewer decoder layers than the preset's, where memory is short")
+    known = "; ".join(f"{preset.name}: {preset.about}" for preset in PRESETS.values())
+    parser.add_argument("--preset", default="table4", help=f"protocol, one of {known}")
+    parser.add_argument("--batch-size", type=int, help="rows (default: the preset's)")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="default float32 on a CPU, else bfloat16"
+        "--layers", type=int, help="fewer decoder layers, where memory is short (default: the preset's)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="number format (default: float32 on a CPU, else bfloat16)",
     )
 
 
@@ -132,7 +135,7 @@ def _preset(options: Any) -> Any:
 
     preset = find_preset(options.preset).with_layers(options.layers)
     outputs = getattr(options, "outputs", None)  # a training step generates nothing
-    changes = {"batch": options.batch, "outputs": tuple(outputs) if outputs else None}
+    changes = {"batch": options.batch_size, "outputs": tuple(outputs) if outputs else None}
     return replace(preset, **{name: value for name, value in changes.items() if value is not None})
 
 
@@ -245,7 +248,7 @@ def draw_curve(report: "Report", path: Path, title: str, device_gib: float | Non
     try:
         from dynamic_llava.viz.cost_curves import draw_cost_curves
     except ImportError as error:
-        return f"no picture was drawn: {error.name} is not installed"
+        return f"no picture was drawn: {missing_package(error, 'train') or error}"
     return f"wrote {draw_cost_curves(path, report.rows, device_gib=device_gib, title=title)}"
 
 
@@ -257,7 +260,7 @@ def _benchmark(options: Any) -> int:
     begun = time.monotonic()
     chosen = options.set if options.set is not None else _set_found(options.device)
     plan = runner.plan(chosen, runner.SETS[chosen], options.seconds, options.parts)
-    folder = runner.new_folder(options.output_dir)
+    folder = runner.new_folder(options.output_folder)
     path = folder / summary.RESULTS
     try:
         done = runner.run(plan, lambda name: runner.part_command(name, chosen, path, options.device), folder, begun)

@@ -128,7 +128,9 @@ def new_folder(folder: Path) -> Path:
     WriteError where it cannot be made.
     """
     if (folder / results.RESULTS).exists():
-        raise ValueError(f"{folder} holds the results of an earlier benchmark; give another --output-dir, or move them")
+        raise ValueError(
+            f"{folder} holds the results of an earlier benchmark; give another --output-folder, or move them"
+        )
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder

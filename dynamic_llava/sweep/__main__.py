@@ -13,11 +13,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dynamic_llava.cli import exit_on_mistake, read_yaml
+from dynamic_llava.cli import read_yaml
+from dynamic_llava.commands import Parser, entry_point, exit_on_mistake
 
 EXIT_FAILED = 1
 
 
+@entry_point("train")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do a sweep; return 0 when the table is whole, 1 when a step failed, 2 for a user's mistake, 75 when stopped."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -30,12 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m dynamic_llava.sweep",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="python -m dynamic_llava.sweep", description=__doc__)
     parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml", help="a file of configs/sweeps")
     parser.add_argument("--dry-run", action="store_true", help="print every command, and what is done and missing")
     return parser

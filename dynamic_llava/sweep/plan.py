@@ -90,7 +90,7 @@ def _evaluations(
     found = []
     for task in sweep.tasks:
         place = folder / "eval" / sparsity / task.replace(":", "-")
-        options = ("--model", model, "--sparsity", sparsity, "--output-dir", str(place))
+        options = ("--model", model, "--sparsity", sparsity, "--output-folder", str(place))
         settings, data = {"task": task, "sparsity": sparsity}, ()
         if task == TINY:
             assert sweep.tiny is not None

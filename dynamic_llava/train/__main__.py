@@ -5,7 +5,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from dynamic_llava.cli import exit_on_mistake, load_config
+from dynamic_llava.cli import load_config
+from dynamic_llava.commands import entry_point, exit_on_mistake
 from dynamic_llava.files import WriteError
 from dynamic_llava.train.config import RunConfig
 from dynamic_llava.train.stopping import (
@@ -26,6 +27,7 @@ DESCRIPTION = """Train Dynamic-LLaVA on LLaVA-format data from a base checkpoint
 A file with a `tiny` section runs the tiny world's main job instead: data, trainings, evaluation, report."""
 
 
+@entry_point("train")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; return the exit code: 2 for a user's mistake, others in `stopping`."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)

@@ -183,7 +183,7 @@ class Saving(TrainerCallback):
     """Decides at the end of every step, for all processes together, whether a checkpoint is due or the run stops.
 
     The last step needs neither: the model itself is written after it. A line is logged with every checkpoint, so that
-    a resumed run's means begin where the uninterrupted run's do.
+    a resumed run's means begin where the uninterrupted run's do; and at the last step, wherever log_every falls.
     """
 
     def __init__(self, every: int | None, request: StopRequest) -> None:
@@ -195,6 +195,7 @@ class Saving(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask for a line, a checkpoint, and the end of training."""
         if state.global_step >= state.max_steps:
+            control.should_log = True
             return
         self.stops = anywhere(self.request.asked())
         if self.stops:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from dynamic_llava.files import replace_file, writing
+from dynamic_llava.files import give_usual_modes, replace_file, writing
 from dynamic_llava.train.config import COMPARED_BY_CONTENT, changes
 from dynamic_llava.train.config import compared_settings as compared_settings
 from dynamic_llava.train.distributed import on_main, wait_for_all
@@ -166,6 +166,7 @@ class Checkpoints:
             "files": files,
         }
         with saving(target, 0):
+            give_usual_modes(target)
             replace_file(target / MARKER, json.dumps(facts, indent=1) + "\n")
         self._remove_older(max(self.keep, 2))
 
@@ -270,6 +271,7 @@ def _fresh(folder: Path, least_bytes: int) -> None:
 
 
 def _publish(unfinished: Path, folder: Path) -> None:
+    give_usual_modes(unfinished)
     for part in sorted(unfinished.iterdir()):
         target, old = folder / part.name, folder / f"{part.name}.old"
         shutil.rmtree(old, ignore_errors=True)

@@ -55,7 +55,7 @@ def run_file(folder, answer="That."):
 def evaluation(folder):
     pope(folder.parent)
     return command(
-        "eval.__main__", "--model", folder, "--tasks", "pope", "--data-root", folder.parent, "--output-dir",
+        "eval.__main__", "--model", folder, "--tasks", "pope", "--data-root", folder.parent, "--output-folder",
         folder.parent / "out",
     )  # fmt: skip
 

@@ -125,7 +125,16 @@ def _run_file(folder):
 
 def _evaluation(folder):
     pope(folder.parent)
-    return ["--model", folder, "--tasks", "pope", "--data-root", folder.parent, "--output-dir", folder.parent / "out"]
+    return [
+        "--model",
+        folder,
+        "--tasks",
+        "pope",
+        "--data-root",
+        folder.parent,
+        "--output-folder",
+        folder.parent / "out",
+    ]
 
 
 def _pipeline(folder):

@@ -83,7 +83,7 @@ def ragged_checkpoint(folder, seed=0):
 
 def run(model, tasks, root, out, *more):
     """Run the command; return its exit code."""
-    places = ("--model", model, "--tasks", tasks, "--data-root", root, "--output-dir", out)
+    places = ("--model", model, "--tasks", tasks, "--data-root", root, "--output-folder", out)
     return main([str(argument) for argument in (*places, "--max-new-tokens", TOKENS, *more)])
 
 

@@ -225,7 +225,7 @@ main(sys.argv[1:])
 @pytest.mark.slow
 def test_a_run_killed_in_the_middle_of_a_line_goes_on(checkpoint, tmp_path, monkeypatch, toy):
     assert run(checkpoint, "toy", tmp_path, tmp_path / "whole") == 0
-    places = ["--model", checkpoint, "--tasks", "toy", "--data-root", tmp_path, "--output-dir", tmp_path / "out"]
+    places = ["--model", checkpoint, "--tasks", "toy", "--data-root", tmp_path, "--output-folder", tmp_path / "out"]
     command = [sys.executable, "-c", KILLER, *places, "--max-new-tokens", TOKENS, "--batch-size", 4]
     killed = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, timeout=300)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -473,11 +473,14 @@ def test_a_dense_checkpoint_is_evaluated_dense_or_refused(tmp_path, capsys, toy)
     ("arguments", "message"),
     [
         (["--tasks", "pope"], "--model is missing"),
-        (["--model", "m", "--tasks", "pope"], "--output-dir is missing"),
-        (["--model", "m", "--tasks", "pop", "--output-dir", "o"], "'pop' is not known"),
-        (["--model", "m", "--tasks", "pope", "--output-dir", "o", "--batch-size", "0"], "batch_size=0 is not possible"),
-        (["--model", "m", "--tasks", "pope", "--output-dir", "o", "--dataset", "pope"], "give TASK=ID_OR_PATH"),
-        (["--model", "m", "--tasks", "pope", "--output-dir", "o", "--dataset", "gqa=x"], "--tasks does not name"),
+        (["--model", "m", "--tasks", "pope"], "--output-folder is missing"),
+        (["--model", "m", "--tasks", "pop", "--output-folder", "o"], "'pop' is not known"),
+        (
+            ["--model", "m", "--tasks", "pope", "--output-folder", "o", "--batch-size", "0"],
+            "batch_size=0 is not possible",
+        ),
+        (["--model", "m", "--tasks", "pope", "--output-folder", "o", "--dataset", "pope"], "give TASK=ID_OR_PATH"),
+        (["--model", "m", "--tasks", "pope", "--output-folder", "o", "--dataset", "gqa=x"], "--tasks does not name"),
     ],
 )
 def test_mistakes_on_the_command_line(capsys, arguments, message):
@@ -533,7 +536,7 @@ def test_two_processes_write_the_file_of_one(checkpoint, tmp_path, capfd):
         "pope,mme,gqa",
         "--data-root",
         tmp_path,
-        "--output-dir",
+        "--output-folder",
         tmp_path / "two",
     ]
     command = ["bash", scripts / "eval.sh", *places, "--max-new-tokens", TOKENS, "--batch-size", 2]
@@ -563,7 +566,7 @@ def test_two_processes_write_the_file_of_one(checkpoint, tmp_path, capfd):
     assert commands.stdout.count("pope: ready") == 1
 
 
-@pytest.mark.parametrize("options", [["--model", "x"], ["--limit", "5"], ["--output-dir", "x", "--tasks", "pope"]])
+@pytest.mark.parametrize("options", [["--model", "x"], ["--limit", "5"], ["--output-folder", "x", "--tasks", "pope"]])
 def test_options_of_a_run_before_a_command_are_refused(options, capsys):
     assert main([*options, "tiny-page", "runs/tiny"]) == 2
     assert f"error: {options[0]} stands before the command tiny-page, which ignores it" in capsys.readouterr().err

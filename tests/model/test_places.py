@@ -46,7 +46,7 @@ def run_file(base):
 
 def evaluation(model, here):
     pope(here / "data")
-    return ["--model", model, "--tasks", "pope", "--data-root", here / "data", "--output-dir", "out"]
+    return ["--model", model, "--tasks", "pope", "--data-root", here / "data", "--output-folder", "out"]
 
 
 LOADERS = {

@@ -15,7 +15,7 @@ from dynamic_llava.profile.results import read
 from dynamic_llava.profile.tables import curve_report
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = ["--preset", "cpu-bytes", "--batch", "1", "--layers", "3", "--device", "cpu"]
+SMALL = ["--preset", "cpu-bytes", "--batch-size", "1", "--layers", "3", "--device", "cpu"]
 TINY = [*SMALL, "--outputs", "4"]
 LIGHT = ("attention", "prefill", "training", "predictors")
 """Parts of the rehearsal that compile nothing."""
@@ -126,7 +126,7 @@ def test_the_whole_way_needs_nothing_beyond_torch_and_transformers(tmp_path):
 @pytest.mark.slow
 def test_the_script_rehearses_with_the_python_it_is_given(tmp_path):
     """The parts that compile nothing, through the script; the others are in test_rehearsal.py."""
-    arguments = ["--set", "rehearsal", "--parts", *LIGHT, "--output-dir", str(tmp_path / "x")]
+    arguments = ["--set", "rehearsal", "--parts", *LIGHT, "--output-folder", str(tmp_path / "x")]
     environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     script = ["bash", str(ROOT / "scripts/benchmark.sh"), *arguments]
     done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -227,7 +227,7 @@ def test_every_planned_part_is_one_that_can_run(name):
     [
         (["benchmark", "--set", "gpu", "--seconds", "5"], "--seconds 5 is too little: the shortest part needs 20"),
         (["benchmark", "--set", "gpu", "--parts", "kernel"], "has no such part; choose of device, kernels"),
-        (["benchmark", "--set", "gpu", "--output-dir", "USED"], "holds the results of an earlier benchmark"),
+        (["benchmark", "--set", "gpu", "--output-folder", "USED"], "holds the results of an earlier benchmark"),
         (["summary", "NONE"], "results.jsonl does not exist; give the folder"),
         (["summary", "USED", "--publish", "OUT"], "name no device"),
         (["part", "kernel", "--set", "cpu", "--results", "OUT"], "is not in the cpu set; choose one of device"),
@@ -254,7 +254,7 @@ def test_a_dead_torch_fails_its_parts_and_not_the_benchmark(tmp_path, monkeypatc
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch/__init__.py").write_text("raise ImportError('libtorch is broken')")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
-    command = [sys.executable, "-m", "dynamic_llava.profile", "benchmark", "--output-dir", str(tmp_path / "x")]
+    command = [sys.executable, "-m", "dynamic_llava.profile", "benchmark", "--output-folder", str(tmp_path / "x")]
     done = subprocess.run([*command, "--set", "gpu", "--seconds", "60"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and not done.stderr
     summary = (tmp_path / "x/summary.md").read_text()
@@ -269,7 +269,7 @@ def test_a_dead_torch_fails_its_parts_and_not_the_benchmark(tmp_path, monkeypatc
 
 def test_a_folder_that_cannot_be_is_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    arguments = ["benchmark", "--set", "rehearsal", "--output-dir", str(tmp_path / "file" / "x")]
+    arguments = ["benchmark", "--set", "rehearsal", "--output-folder", str(tmp_path / "file" / "x")]
     assert main(arguments) == 74
     assert capsys.readouterr().err.count("\n") == 1
 

@@ -39,7 +39,7 @@ EVALUATE = """
 import json, pathlib, sys
 here = pathlib.Path(sys.argv[0]).parent
 value = lambda option: sys.argv[sys.argv.index(option) + 1]
-model, folder = value("--model"), pathlib.Path(value("--output-dir"))
+model, folder = value("--model"), pathlib.Path(value("--output-folder"))
 name = pathlib.Path(model).parent.name if model.endswith("model") else pathlib.Path(model).name
 with (here / "calls.txt").open("a") as calls:
     calls.write(f"evaluate {name} {value('--sparsity')}\\n")

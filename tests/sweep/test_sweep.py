@@ -276,9 +276,9 @@ def test_benchmarks_are_evaluated_one_command_each_on_what_the_run_was_trained_f
     commands = [" ".join(planned.evaluations[1].command[2:]) for planned in plan.rows]
     tail = "--tasks vqav2:val --data-root data --batch-size 8"
     assert commands == [
-        f"--model hub/llava --sparsity none --output-dir runs/models/llava/eval/none/vqav2-val {tail}",
-        f"--model runs/base/model --sparsity image --output-dir runs/base/eval/image/vqav2-val {tail}",
-        f"--model x/sparse --sparsity both --output-dir runs/models/sparse/eval/both/vqav2-val {tail}",
+        f"--model hub/llava --sparsity none --output-folder runs/models/llava/eval/none/vqav2-val {tail}",
+        f"--model runs/base/model --sparsity image --output-folder runs/base/eval/image/vqav2-val {tail}",
+        f"--model x/sparse --sparsity both --output-folder runs/models/sparse/eval/both/vqav2-val {tail}",
     ]
 
 
@@ -372,7 +372,7 @@ def benchmarks(tmp_path, monkeypatch):
         (tmp_path / f"{task}.json").write_text(json.dumps(summary))
     (tmp_path / "evaluate.py").write_text(
         "import pathlib, shutil, sys\n"
-        "task, folder = (sys.argv[sys.argv.index(name) + 1] for name in ('--tasks', '--output-dir'))\n"
+        "task, folder = (sys.argv[sys.argv.index(name) + 1] for name in ('--tasks', '--output-folder'))\n"
         "shutil.copy(f'{task}.json', pathlib.Path(folder) / 'summary.json')\n"
     )
     assert run(sweep) == 0

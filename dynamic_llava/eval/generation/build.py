@@ -57,7 +57,7 @@ class BuildOptions:
 
     kind: Literal["single", "multi", "sharegpt4v"]
     source: Path
-    out: Path
+    output: Path
     exclude: tuple[Path, ...] = ()
     n: int | None = None
     seed: int = 0
@@ -107,7 +107,9 @@ def build(options: BuildOptions) -> str:
     places = sorted(random.Random(options.seed).sample(range(len(candidates)), wanted))
     chosen = [candidates[place] for place in places]
     several = options.kind == "multi"
-    write_json(options.out, [_as_item(item, kind, number, several) for number, item in enumerate(chosen, 1)], indent=1)
+    write_json(
+        options.output, [_as_item(item, kind, number, several) for number, item in enumerate(chosen, 1)], indent=1
+    )
     return _report(options, kind, chosen, passed, count)
 
 
@@ -197,7 +199,7 @@ def _report(options: BuildOptions, kind: Kind, chosen: Sequence[dict[str, Any]],
     words = fmean(sum(len(answer.split()) for _, answer in item["rounds"]) for item in chosen)
     rounds = fmean(len(item["rounds"]) for item in chosen)
     lines = [
-        f"{len(chosen)} items in {options.out}, drawn with seed {options.seed} ({_counts(passed)})",
+        f"{len(chosen)} items in {options.output}, drawn with seed {options.seed} ({_counts(passed)})",
         f"means: {rounds:.2f} rounds, {words:.1f} words of answers",
     ]
     if count is None:

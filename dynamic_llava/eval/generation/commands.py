@@ -32,7 +32,7 @@ def _add_build_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="training file whose images may not occur, by base name (llava_v1_5_mix665k.json); may be repeated",
     )
-    parser.add_argument("--out", type=Path, required=True, help="the item list goes here")
+    parser.add_argument("--output", type=Path, required=True, help="the item list goes here")
     parser.add_argument("--n", type=int, help=f"items to draw; by default what the paper has ({defaults})")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing; the paper's is not published")
     least = parser.add_mutually_exclusive_group()
@@ -45,7 +45,7 @@ def _add_build_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _build(given: argparse.Namespace) -> None:
     """Write an item list and print what it was chosen from and how long its texts are."""
-    names = ("kind", "source", "out", "n", "seed", "min_words", "min_tokens", "min_rounds", "tokenizer")
+    names = ("kind", "source", "output", "n", "seed", "min_words", "min_tokens", "min_rounds", "tokenizer")
     options = BuildOptions(exclude=tuple(given.exclude), **{name: getattr(given, name) for name in names})
     print(build(options))
 

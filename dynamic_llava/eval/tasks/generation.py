@@ -170,7 +170,7 @@ class LvisSingle(GenerationTask):
     title = "LVIS-VQA (single-round)"
     items, images = SINGLE, LVIS_IMAGES
     files = (
-        DataFile(SINGLE, "items", f"{BUILD} build-lvis --kind single --source FILE --out ...` from {LVIS_SOURCE}"),
+        DataFile(SINGLE, "items", f"{BUILD} build-lvis --kind single --source FILE --output ...` from {LVIS_SOURCE}"),
         DataFile(LVIS_IMAGES, "images", COCO),
     )
     paper: ClassVar[PaperNumbers] = {
@@ -200,7 +200,7 @@ class LvisMulti(GenerationTask):
     several = True
     items, images = SEVERAL, LVIS_IMAGES
     files = (
-        DataFile(SEVERAL, "items", f"{BUILD} build-lvis --kind multi --source FILE --out ...` from {LVIS_SOURCE}"),
+        DataFile(SEVERAL, "items", f"{BUILD} build-lvis --kind multi --source FILE --output ...` from {LVIS_SOURCE}"),
         DataFile(LVIS_IMAGES, "images", COCO),
     )
     paper: ClassVar[PaperNumbers] = {
@@ -226,7 +226,7 @@ class ShareGpt4v(GenerationTask):
     title = "ShareGPT4V-VQA"
     items, images = SHARE, SHARE_IMAGES
     files = (
-        DataFile(SHARE, "items", f"{BUILD} build-sharegpt4v --source FILE --out ...` from {SHARE_SOURCE}"),
+        DataFile(SHARE, "items", f"{BUILD} build-sharegpt4v --source FILE --output ...` from {SHARE_SOURCE}"),
         DataFile(SHARE_IMAGES, "images", COCO),
     )
     paper: ClassVar[PaperNumbers] = {

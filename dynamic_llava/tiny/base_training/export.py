@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
+from dynamic_llava.files import give_usual_modes
 from dynamic_llava.tiny.model import CLIP_MEAN, CLIP_STD
 from dynamic_llava.tiny.world import IMAGE_SIZE, PATCH_SIZE
 
@@ -71,8 +72,7 @@ def export(
     _write_json(fresh / "provenance.json", provenance)
     if log is not None:
         shutil.copyfile(log, fresh / "training_log.jsonl")
-    for path in fresh.iterdir():
-        path.chmod(0o644)  # safetensors writes files that only their owner may read
+    give_usual_modes(fresh)
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

@@ -16,6 +16,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionModel, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
+from dynamic_llava.files import give_usual_modes
 from dynamic_llava.processing.prompts import SYSTEM
 from dynamic_llava.tiny import BASE_WEIGHTS
 from dynamic_llava.tiny.base_training.alignment import (
@@ -109,6 +110,7 @@ def _tower_stage(model: LlavaForConditionalGeneration, config: BaseConfig, folde
         torch.manual_seed(config.seed)
         result = train_tower(tower, config.vision, config.seed)
         save_file({name: value.contiguous() for name, value in tower.state_dict().items()}, weights)
+        give_usual_modes(weights)
         scores.write_text(json.dumps(result), encoding="utf-8")
     model.model.vision_tower.load_state_dict(load_file(weights))
     model.model.vision_tower.eval()

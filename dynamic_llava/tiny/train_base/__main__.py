@@ -18,10 +18,12 @@ import sys
 
 import torch
 
-from dynamic_llava.cli import exit_on_mistake, load_config
+from dynamic_llava.cli import load_config
+from dynamic_llava.commands import entry_point, exit_on_mistake
 from dynamic_llava.tiny.base_training.pipeline import BaseConfig, train_base
 
 
+@entry_point("train")
 def main(arguments: list[str]) -> int:
     """Runs the training that the arguments describe; the word `--config` before the YAML file may be left out."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")

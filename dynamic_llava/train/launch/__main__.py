@@ -4,13 +4,15 @@ import os
 import sys
 from collections.abc import Sequence
 
-from dynamic_llava.cli import exit_on_mistake, load_config
+from dynamic_llava.cli import load_config
+from dynamic_llava.commands import entry_point, exit_on_mistake
 from dynamic_llava.train.__main__ import DESCRIPTION, PROGRAM
 from dynamic_llava.train.config import RunConfig
 from dynamic_llava.train.launch.plan import plan
 from dynamic_llava.train.launch.supervise import supervise
 
 
+@entry_point("train")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Start the run that the command line describes; --help and mistakes are answered here, once and at once."""
     given = list(sys.argv[1:] if arguments is None else arguments)

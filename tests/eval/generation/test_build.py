@@ -36,7 +36,7 @@ def source(folder):
 
 
 def build(command, path, out, *more):
-    return main([command, "--source", str(path), "--out", str(out), *map(str, more)])
+    return main([command, "--source", str(path), "--output", str(out), *map(str, more)])
 
 
 def test_single_rounds_have_more_than_100_words(tmp_path, capsys):
