@@ -18,8 +18,8 @@ from dynamic_llava.sparsity.ragged_attention import ragged_attention
 class DynamicLlamaAttention(LlamaAttention):
     """transformers' LlamaAttention, and two attentions of ours, chosen by what is given.
 
-    With `keep_mask`, dropped tokens are masked by Eq. 7 instead of removed; with `filled`, one new token of each row
-    attends to the filled slots of an admission cache.
+    With `masked_softmax`, dropped tokens are masked by Eq. 7 instead of removed; with `filled`, one new token of each
+    row attends to the filled slots of an admission cache.
     """
 
     def forward(
@@ -27,21 +27,22 @@ class DynamicLlamaAttention(LlamaAttention):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
-        keep_mask: Tensor | None = None,
         padding_mask: Tensor | None = None,
-        masked_softmax: str = "auto",
+        masked_softmax: str | None = None,
         filled: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from (B, N, D) to (B, N, D).
 
-        keep_mask is (B, N) float, 1 = kept, its gradient is exact; padding_mask is (B, N) bool, True = real token; both
-        belong to a whole sequence without cache. filled is (B,) int64, the slots that each row of the cache has filled
-        before its new token (N = 1). With neither of them this is the parent's forward.
+        masked_softmax names an implementation of MaskedSoftmax; attention_mask is then the keep mask, (B, N) float,
+        1 = kept, its gradient is exact, and padding_mask is (B, N) bool, True = real token; both belong to a whole
+        sequence without cache. (The keep mask is a layer's second positional argument because a reentrant checkpoint
+        gives gradients to positional arguments alone.) filled is (B,) int64, the slots that each row of the cache has
+        filled before its new token (N = 1). With neither of them this is the parent's forward.
         """
         if filled is not None:
             return self._attend_to_slots(hidden_states, position_embeddings, filled, kwargs[CACHE])
-        if keep_mask is None:
+        if masked_softmax is None:
             return super().forward(
                 hidden_states,
                 position_embeddings=position_embeddings,
@@ -59,7 +60,7 @@ class DynamicLlamaAttention(LlamaAttention):
             query,
             key,
             value,
-            keep_mask,
+            attention_mask,
             padding_mask=padding_mask,
             scale=self.scaling,
             implementation=masked_softmax,

@@ -292,6 +292,15 @@ def check_cache(cache: Cache, sparse_layer: int, rows: int, implementation: str)
     check_attention(implementation)
 
 
+def check_dense_cache(cache: Cache | None) -> None:
+    """Raise ValueError for the cache of a sparse call in a dense one."""
+    if isinstance(cache, AdmissionCache):
+        raise ValueError(
+            "this cache was opened by a sparse call, so it lacks tokens; continue with the sparsity that it was opened "
+            "with, or give the whole conversation without a cache"
+        )
+
+
 def check_attention(implementation: str) -> None:
     """Raise ValueError unless the attention implementation takes a mask per row, as ragged caches and scoring need."""
     if implementation not in LIVE_CACHE_ATTENTION:

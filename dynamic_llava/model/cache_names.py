@@ -31,3 +31,8 @@ def rename_cache(kwargs: dict[str, Any]) -> None:
 def cache_of(output: Any) -> Cache | None:
     """Return the cache of a model's or of generate's output; None where there is none."""
     return getattr(output, CACHE, None)
+
+
+def is_live(cache: Cache | None) -> bool:
+    """Whether a cache has seen tokens."""
+    return cache is not None and cache.get_seq_length() > 0

@@ -1,6 +1,6 @@
 """The language model: Llama whose layers from the sparse one on see only kept tokens. Five passes, one decision.
 
-dense   every layer, every token (transformers' own computation)
+dense   every layer, every token: the parent's own forward, which is called without a plan
 masked  every layer, every token; from the sparse layer on MaskedSoftmax hides dropped tokens (training, scoring), or
         training sets them to zero vectors (the ablation of Table 7)
 score   as masked, with inference's decisions; dropped image tokens, which nobody sees, are removed
@@ -62,9 +62,13 @@ class DynamicLlamaModel(LlamaModel):
         self.output_predictor = OutputPredictor(config.hidden_size, width=sparsity.predictor_width)
         self.post_init()
 
+    def forward(self, *args: Any, plan: Plan | None = None, **kwargs: Any) -> Any:
+        """Run the sparse pass of `plan`, or, without one, the parent's own forward with its own arguments."""
+        return super().forward(*args, **kwargs) if plan is None else self._sparse_forward(plan=plan, **kwargs)
+
     @merge_with_config_defaults
     @capture_outputs
-    def forward(
+    def _sparse_forward(
         self,
         inputs_embeds: Tensor,
         plan: Plan,
@@ -86,8 +90,6 @@ class DynamicLlamaModel(LlamaModel):
             return self._score_pass(inputs_embeds, plan, attention_mask, position_ids, kwargs)
         if plan.masked:
             return self._masked_pass(inputs_embeds, plan, attention_mask, position_ids, kwargs)
-        if plan.method.is_dense and plan.keep_mask is None:
-            return self._dense_pass(inputs_embeds, attention_mask, position_ids, cache, use_cache, kwargs)
         position_ids = position_ids.expand(inputs_embeds.shape[:2])
         if cache is None and use_cache:
             cache = AdmissionCache(self.config.num_hidden_layers, plan.method.layer, self.sparsity.cache_block)
@@ -98,35 +100,6 @@ class DynamicLlamaModel(LlamaModel):
         if inputs_embeds.shape[1] == 1 and not (plan.layout.tokens_per_image == 1 and bool(plan.layout.image.any())):
             return self._step_pass(inputs_embeds, plan, position_ids, cache, kwargs)
         return self._turn_pass(inputs_embeds, plan, position_ids, cache, kwargs)
-
-    def _dense_pass(
-        self,
-        hidden_BND: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor,
-        cache: Cache | None,
-        use_cache: bool | None,
-        kwargs: dict[str, Any],
-    ) -> DynamicModelOutput:
-        if isinstance(cache, AdmissionCache):
-            raise ValueError("this cache was opened by a sparse call; continue with the sparsity it was opened with")
-        if cache is None and use_cache:
-            from transformers import DynamicCache
-
-            cache = DynamicCache(config=self.config)
-        mask = create_causal_mask(self.config, hidden_BND, attention_mask, cache, position_ids)
-        rotation = self.rotary_emb(hidden_BND, position_ids=position_ids)
-        for layer in self.layers:
-            hidden_BND = layer(
-                hidden_BND,
-                attention_mask=mask,
-                position_embeddings=rotation,
-                position_ids=position_ids,
-                use_cache=use_cache,
-                **{CACHE: cache},
-                **kwargs,
-            )
-        return DynamicModelOutput(last_hidden_state=self.norm(hidden_BND), cache=cache)
 
     def _masked_pass(
         self,
@@ -164,8 +137,8 @@ class DynamicLlamaModel(LlamaModel):
         for layer in self.layers[plan.method.layer :]:
             hidden_BND = layer(
                 hidden_BND,
+                keep_BN,
                 position_embeddings=rotation,
-                keep_mask=keep_BN,
                 padding_mask=padding_mask,
                 masked_softmax=self.sparsity.masked_softmax,
                 **kwargs,

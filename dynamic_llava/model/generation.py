@@ -4,47 +4,82 @@ Shape suffixes: B rows, N tokens, I images, n tokens of one image, D hidden size
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import GenerationConfig
+from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
-from dynamic_llava.layout import after_end
+from dynamic_llava.layout import after_end, chunk_of
 from dynamic_llava.methods import Method
-from dynamic_llava.model.cache import AdmissionCache
+from dynamic_llava.model.arguments import check_names, names_of, warn_past_positions
+from dynamic_llava.model.cache import AdmissionCache, check_dense_cache
 from dynamic_llava.model.cache_names import CACHE, cache_of, rename_cache
+from dynamic_llava.model.images import Inputs, features_of
 from dynamic_llava.model.outputs import SparsityRecord
 from dynamic_llava.model.switches import check_compile, check_output_keep_rate, choose_method
 from dynamic_llava.model.untrained import warn_untrained
 
 SWITCHES = ("sparsity", "method", "image_keep_rate", "output_threshold")
 """Arguments of `generate` that choose the method; the same as those of `forward`."""
-
-_REFUSED = {
-    "prompt_lookup_num_tokens": "prompt look-up rolls the cache back, and dropped tokens cannot be restored",
-    "assistant_early_exit": "assisted decoding rolls the cache back, and dropped tokens cannot be restored",
+GENERATION = "generation"
+"""Key of a sparse generation's state among the arguments that `generate` hands from step to step."""
+ROWS_OF_IMAGES = ("pixel_values", "image_features")
+"""Arguments with one entry per image, which are repeated row by row, not image by image."""
+NO_ROLL_BACK = "it rolls the cache back, and dropped tokens cannot be restored"
+REFUSED = {
+    "assistant_model": NO_ROLL_BACK,
+    "prompt_lookup_num_tokens": NO_ROLL_BACK,
     "prefill_chunk_size": "a chunk could cut an image apart before its tokens are ranked",
     "guidance_scale": "guidance runs a second context through a cache of its own",
+    "cache_implementation": "rows of the admission cache have lengths of their own",
+    "token_healing": "it writes the prompt anew, without its images",
 }
+"""Options of `generate` that sparse decoding cannot serve -> why; a dense call serves them as transformers does."""
+NO_LLAVA = {
+    "assistant_early_exit": "it leaves layers of a language model out by its own configuration, which LLaVA has not",
+    "use_mtp": "it drafts with heads that a LLaVA has not",
+}
+"""Options of `generate` that transformers itself serves for other models alone -> why."""
+_HARMLESS = {"guidance_scale": 1, "cache_implementation": "dynamic", "use_mtp": False, "token_healing": False}
+"""Values of these options that ask for nothing."""
+_OF_FORWARD = ("keep_mask", "tau", "num_samples_in_batch")
+"""Arguments of `forward` that mean nothing to `generate` (labels, which a Seq2SeqTrainer gives it, are left alone)."""
 
 
 @dataclass
-class LatestPass:
-    """The record of one generation's latest pass; without a cache that is the whole sequence's."""
+class Generation:
+    """What one sparse generation carries from step to step."""
 
+    method: Method
+    end_ids: Tensor | None = None
+    """(E,) int64: tokens that end an answer."""
+    features: Tensor | None = None
+    """(I, n, D): the new images of the call, encoded once, whatever the number of beams and steps."""
     record: SparsityRecord | None = None
+    """Of the latest pass; without a cache that is the whole sequence's."""
 
 
 class SparseGeneration:
-    """The hooks of transformers' GenerationMixin that carry sparsity through a generation."""
+    """The hooks of transformers' GenerationMixin that carry sparsity through a generation.
+
+    A dense generation is the parent's own; of ours it carries sparsity="none" alone, which `forward` has to be told.
+    """
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: Any = None, *positional: Any, **kwargs: Any
+    ) -> Any:
         """Generate as transformers does, sparsely; see GenerationMixin.generate for everything not listed here.
 
         Args:
-            inputs: (B, N) input ids (or input_ids=), left padded, with attention_mask (B, N).
+            inputs: (B, N) input ids (or input_ids=, or inputs_embeds=), left padded, with attention_mask (B, N).
             generation_config: transformers' GenerationConfig.
+            positional: the arguments that follow in transformers.
             kwargs: pixel_values (I, 3, S, S) in row order; the switches sparsity, method, image_keep_rate and
                 output_threshold of `forward`; sample_key (B,); use_cache; compile=True to run every cached step as one
                 compiled graph; output_mask (B, N) bool if some of the given tokens belong to an answer. A later turn
@@ -55,86 +90,144 @@ class SparseGeneration:
         computation for modes that sparse decoding cannot serve.
         """
         rename_cache(kwargs)
-        method = choose_method(self.config.sparsity, **{name: kwargs.pop(name, None) for name in SWITCHES})
-        check_output_keep_rate(kwargs.get("output_keep_rate"), trains=False)
         settings = generation_config if generation_config is not None else self.generation_config
-        _refuse_right_padding(kwargs.get("attention_mask"))
-        if not method.is_dense:
-            _refuse_unsupported(settings, kwargs)
+        switches = {name: kwargs.pop(name, None) for name in SWITCHES}
+        if getattr(settings, "is_assistant", False) and not any(value is not None for value in switches.values()):
+            switches["sparsity"] = "none"  # a draft is checked by another model, and rolled back
+        method = choose_method(self.config.sparsity, **switches)
+        check_output_keep_rate(kwargs.get("output_keep_rate"), trains=False)
         check_compile(bool(kwargs.get("compile")), method, cached=_setting(settings, kwargs, "use_cache") is not False)
+        _refuse_for_any_sparsity(settings, kwargs)
+        if kwargs.get("pixel_values", 0) is None:
+            del kwargs["pixel_values"]
+        if method.is_dense:
+            result = self._generate_densely(inputs, generation_config, *positional, **kwargs)
+            if not isinstance(result, Tensor):
+                result.cache, result.sparsity = cache_of(result), None
+            return result
+        _refuse_unsupported(settings, kwargs)
+        _refuse_misfits(inputs if inputs is not None else kwargs.get("input_ids"), kwargs)
         warn_untrained(self.config, method)
-        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        pixel_values = kwargs.pop("pixel_values", None)
-        if pixel_values is not None:
-            kwargs["image_features"] = self._encode_images(pixel_values, input_ids, kwargs)
-        latest = LatestPass()
+        generation = Generation(method)
         result = super().generate(  # type: ignore[misc]
-            inputs, generation_config=generation_config, method=method, latest_pass=latest, **kwargs
+            inputs, generation_config, *positional, generation=generation, **kwargs
         )
         if isinstance(result, Tensor):
             return result
         result.cache = cache_of(result)
         if (_setting(settings, kwargs, "num_beams") or 1) > 1:
+            given = {**kwargs, "input_ids": inputs if inputs is not None else kwargs.get("input_ids")}
             ends = _setting(settings, kwargs, "eos_token_id")
-            result.sparsity = self._replay(result.sequences, input_ids, method, ends, kwargs)
+            result.sparsity = self._replay(result.sequences, generation, ends, given)
         else:
-            result.sparsity = result.cache.record if isinstance(result.cache, AdmissionCache) else latest.record
+            result.sparsity = result.cache.record if isinstance(result.cache, AdmissionCache) else generation.record
         return result
 
-    def _encode_images(self, pixel_values: Tensor, input_ids: Tensor | None, given: dict[str, Any]) -> Tensor:
-        """Encode every new image once, (I, 3, S, S) -> (I, n, D), whatever the number of beams and steps."""
-        if input_ids is not None:
-            self.model.check_images(pixel_values.shape[0], self._new_image_tokens(input_ids, given))
-        pixel_values = pixel_values.to(self.device, self.dtype)
-        return torch.stack(list(self.model.get_image_features(pixel_values, return_dict=True).pooler_output))
+    def _generate_densely(self, inputs: Any, generation_config: Any, *positional: Any, **kwargs: Any) -> Any:
+        check_dense_cache(kwargs.get(CACHE))
+        for name in ("sample_key", "compile"):
+            kwargs.pop(name, None)
+        features = kwargs.get("image_features")
+        if features is not None and "mm_encoder_outputs" in names_of(LlavaForConditionalGeneration):
+            # transformers' own name for them, which all of its ways of decoding know.
+            encoded = BaseModelOutputWithPooling(pooler_output=list(kwargs.pop("image_features")))
+            kwargs["mm_encoder_outputs"] = {"image": encoded}
+        return super().generate(  # type: ignore[misc]
+            inputs, generation_config, *positional, sparsity="none", **kwargs
+        )
 
-    def _new_image_tokens(self, input_ids: Tensor, given: dict[str, Any]) -> Tensor:
-        """(B, N') bool: the image tokens that the given cache, if any, has not seen yet."""
-        cache, output = given.get(CACHE), given.get("output_mask")
-        image = input_ids == self.config.image_token_id
-        if output is not None:
-            image = image & ~output.bool()  # an answer may contain the id of an image token: it is no image
-        return image if cache is None else image[:, cache.get_seq_length() :]
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        known = {*names_of(type(self)), *vars(GenerationConfig()), GENERATION}
+        check_names(model_kwargs, known, "generate")
+        super()._validate_model_kwargs(model_kwargs)  # type: ignore[misc]
 
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         output_mask: Tensor | None = None,
         image_features: Tensor | None = None,
-        latest_pass: LatestPass | None = None,
-        end_ids: Tensor | None = None,
+        image_mask: Tensor | None = None,
+        generation: Generation | None = None,
         is_first_iteration: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Prepare one pass: rows that have ended feed padding, and images are placed only where they are new."""
-        if end_ids is not None and output_mask is not None and input_ids.shape[0] > 1:
-            attention_mask = _without_fillers(input_ids, attention_mask, output_mask, end_ids)
+        if generation is not None:
+            kwargs["method"] = generation.method
+            if generation.end_ids is not None and input_ids.shape[0] > 1 and input_ids.shape[1]:
+                attention_mask = _without_fillers(input_ids, attention_mask, output_mask, generation.end_ids)
         prepared = super().prepare_inputs_for_generation(  # type: ignore[misc]
-            input_ids, attention_mask=attention_mask, is_first_iteration=is_first_iteration, **kwargs
+            input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
         )
-        prepared["output_mask"] = output_mask
-        if image_features is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
+        places_images = is_first_iteration or not kwargs.get("use_cache", True)
+        if output_mask is not None and (generation is not None or places_images):
+            drafted = input_ids.shape[1] - output_mask.shape[1]  # tokens that an assistant has proposed
+            prepared["output_mask"] = nn.functional.pad(output_mask, (0, max(drafted, 0)), value=True)
+        if image_features is not None and places_images:
             prepared["image_features"] = image_features
+        if image_mask is not None and prepared.get("inputs_embeds") is not None:
+            prepared["image_mask"] = image_mask[:, -prepared["inputs_embeds"].shape[1] :]
         return prepared
+
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self, inputs_tensor: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        if GENERATION in model_kwargs:
+            return model_kwargs  # images are encoded below, once they have been counted
+        return super()._maybe_prepare_encoder_kwargs_for_generation(  # type: ignore[misc, no-any-return]
+            inputs_tensor, model_kwargs, *args, **kwargs
+        )
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
-        features = model_kwargs.pop("image_features", None)
-        if model_kwargs.get("output_mask") is None:
-            given = input_ids if input_ids.shape[1] else model_kwargs["inputs_embeds"][..., 0]
-            model_kwargs["output_mask"] = torch.zeros(given.shape, dtype=torch.bool, device=given.device)
-        if features is not None:
-            # transformers would repeat image by image, which mixes up rows that hold several.
-            images_B = self._new_image_tokens(input_ids, model_kwargs).sum(1) // features.shape[1]
-            features = _repeat_rows(features, images_B, expand_size)
+        generation = model_kwargs.get(GENERATION)
+        if generation is not None:
+            self._encode_images(generation, input_ids, model_kwargs)
+        images = {name: model_kwargs.pop(name, None) for name in ROWS_OF_IMAGES}
+        if expand_size > 1 and any(value is not None for value in images.values()):
+            # transformers before 5.24 would repeat image by image, which mixes up rows that hold several.
+            places_B = self._new_image_places(input_ids, {**model_kwargs, **images}).sum(1)
+            images_B = places_B // self.model.image_length(model_kwargs.get("vision_feature_select_strategy"))
+            images = {name: _repeat_rows(value, images_B, expand_size) for name, value in images.items()}
         expanded_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
-        if features is not None:
-            model_kwargs["image_features"] = features
-        return expanded_ids, model_kwargs
+        return expanded_ids, model_kwargs | {name: value for name, value in images.items() if value is not None}
+
+    def _encode_images(self, generation: Generation, input_ids: Tensor, given: dict[str, Any]) -> None:
+        """Turn the new images among the arguments `given` into features, and start the mask of output tokens."""
+        if given.get("output_mask") is None:
+            tokens = input_ids if input_ids.shape[1] else given["inputs_embeds"][..., 0]
+            given["output_mask"] = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device)
+        layer, strategy = given.pop("vision_feature_layer", None), given.get("vision_feature_select_strategy")
+        self.model.check_feature_layer(layer)
+        encoded = (given.pop("mm_encoder_outputs", None) or {}).get("image")
+        if encoded is not None:
+            given["image_features"] = features_of(encoded)
+        pixel_values = given.get("pixel_values")
+        if pixel_values is not None:
+            places = self._new_image_places(input_ids, given)
+            self.model.check_images(pixel_values.shape[0], places, self.model.image_length(strategy))
+            given["image_features"] = features_of(self.model.encode_images(pixel_values, layer, strategy))
+            given["pixel_values"] = None
+        generation.features = given.get("image_features")
+
+    def _new_image_places(self, input_ids: Tensor | None, given: dict[str, Any]) -> Tensor:
+        """(B, N') bool: the image tokens that the given cache, if any, has not seen yet."""
+        names = ("inputs_embeds", "pixel_values", "image_features", "image_mask")
+        embeds, *images = (given.get(name) for name in names)
+        image = self.model.image_places(Inputs(None if embeds is not None else input_ids, embeds, *images, None, None))
+        cache, output = given.get(CACHE), given.get("output_mask")
+        if output is not None:
+            image = image & ~output.bool()  # an answer may contain the id of an image token: it is no image
+        return image if cache is None else image[:, cache.get_seq_length() :]
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], is_encoder_decoder: bool = False, num_new_tokens: int = 1
@@ -144,54 +237,85 @@ class SparseGeneration:
         )
         if outputs.cache is not None:
             model_kwargs[CACHE] = outputs.cache
-        mask = model_kwargs["output_mask"]
-        model_kwargs["output_mask"] = torch.cat([mask, mask.new_ones(mask.shape[0], num_new_tokens)], dim=1)
-        if outputs.sparsity is not None:
-            model_kwargs["latest_pass"].record = outputs.sparsity
+        mask, positions = model_kwargs.get("output_mask"), model_kwargs.get("position_ids")
+        if mask is not None:
+            model_kwargs["output_mask"] = torch.cat([mask, mask.new_ones(mask.shape[0], num_new_tokens)], dim=1)
+        if model_kwargs.get(GENERATION) is not None and outputs.sparsity is not None:
+            model_kwargs[GENERATION].record = outputs.sparsity
+        if positions is not None:
+            warn_past_positions(self.config, positions.shape[-1])
         return model_kwargs
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        method: Method = model_kwargs["method"]
-        if not method.is_dense:
-            model_kwargs["end_ids"] = generation_config._eos_token_tensor
+        generation: Generation | None = model_kwargs.get(GENERATION)
+        if generation is not None:
+            generation.end_ids = generation_config._eos_token_tensor
             if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
                 model_kwargs[CACHE] = AdmissionCache(
-                    self.config.text_config.num_hidden_layers, method.layer, self.config.sparsity.cache_block
+                    self.config.text_config.num_hidden_layers, generation.method.layer, self.config.sparsity.cache_block
                 )
                 return None
         return super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, *args, **kwargs
         )
 
+    def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        # Another model may draft, which knows nothing of our arguments; one of ours drafts densely by itself.
+        ours = ("sparsity", "output_mask", "image_features", "image_mask")
+        theirs = {name: value for name, value in model_kwargs.items() if name not in ours}
+        return super()._get_candidate_generator(*args, model_kwargs=theirs, **kwargs)  # type: ignore[misc]
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
+        processors = super()._get_logits_processor(*args, **kwargs)  # type: ignore[misc]
+        for processor in processors:
+            if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor) and processor.model is self:
+                processor.model = partial(self, sparsity="none")  # sparse generations refuse guidance
+        return processors
+
     def _replay(
-        self, sequences: Tensor, prompt: Tensor | None, method: Method, ends: Any, kwargs: dict[str, Any]
+        self, sequences: Tensor, generation: Generation, ends: Any, given: dict[str, Any]
     ) -> SparsityRecord | None:
         """Decide on finished beams again, in one masked pass: search leaves no row per returned sequence."""
-        if method.is_dense or prompt is None:
-            return None
-        kwargs = {name: value for name, value in kwargs.items() if name != CACHE}  # empty when it was given
-        fed, repeats = sequences[:, :-1], sequences.shape[0] // prompt.shape[0]
-        output = torch.zeros_like(fed, dtype=torch.bool)
-        output[:, prompt.shape[1] :] = True
-        if kwargs.get("output_mask") is not None:
-            output[:, : prompt.shape[1]] = kwargs["output_mask"].repeat_interleave(repeats, dim=0)
-        mask = torch.ones_like(fed)
-        if kwargs.get("attention_mask") is not None:
-            mask[:, : prompt.shape[1]] = kwargs["attention_mask"].repeat_interleave(repeats, dim=0)
+        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        prompt = ids if embeds is None else embeds
+        answers = sequences[:, 0 if ids is None else ids.shape[1] :]
+        repeats = sequences.shape[0] // prompt.shape[0]
+
+        def over_all(name: str, of_prompt: int) -> Tensor:
+            """(B', N): a mask of the prompts, repeated, and 1 at the tokens that the answers have fed."""
+            mask = given.get(name)
+            mask = torch.full(prompt.shape[:2], of_prompt, device=sequences.device) if mask is None else mask
+            return nn.functional.pad(mask.repeat_interleave(repeats, dim=0), (0, answers.shape[1] - 1), value=1)
+
+        output, mask = over_all("output_mask", 0).bool(), over_all("attention_mask", 1)
         if ends is not None:
-            mask = _without_fillers(fed, mask, output, torch.as_tensor(ends, device=fed.device).flatten())
-        features, key = kwargs.get("image_features"), kwargs.get("sample_key")
+            ends = torch.as_tensor(ends, device=sequences.device).flatten()
+            mask = _without_fillers(sequences[:, :-1], mask, output, ends)
+        features, key, strategy = (
+            generation.features,
+            given.get("sample_key"),
+            given.get("vision_feature_select_strategy"),
+        )
         if features is not None:
-            images_B = self._new_image_tokens(prompt, kwargs).sum(1) // features.shape[1]
-            features = _repeat_rows(features, images_B, repeats)
+            new = {
+                name: value for name, value in given.items() if name != CACHE
+            }  # the cache was empty, if it was given
+            places_B = self._new_image_places(ids, {**new, "image_features": features}).sum(1)
+            features = _repeat_rows(features, places_B // self.model.image_length(strategy), repeats)
+        fed: dict[str, Any] = {"input_ids": sequences[:, :-1]}
+        if embeds is not None:
+            words = self.get_input_embeddings()(answers[:, :-1])  # type: ignore[attr-defined]
+            fed = {"inputs_embeds": torch.cat([embeds.repeat_interleave(repeats, dim=0), words], dim=1)}
+            fed["image_mask"] = over_all("image_mask", 0).bool() & ~output if "image_mask" in given else None
         record = self.model(
-            input_ids=fed,
+            **fed,
             attention_mask=mask,
             image_features=features,
+            vision_feature_select_strategy=strategy,
             output_mask=output,
-            method=method,
+            method=generation.method,
             sample_key=None if key is None else key.repeat_interleave(repeats, dim=0),
             masked=True,
             position_ids=(mask.cumsum(1) - 1).clamp(min=0),
@@ -203,24 +327,24 @@ def _setting(settings: Any, kwargs: dict[str, Any], name: str) -> Any:
     return kwargs[name] if kwargs.get(name) is not None else getattr(settings, name, None)
 
 
+def _refuse_for_any_sparsity(settings: Any, kwargs: dict[str, Any]) -> None:
+    for name, reason in NO_LLAVA.items():
+        if _setting(settings, kwargs, name):
+            raise ValueError(f"{name}={_setting(settings, kwargs, name)!r} cannot be served: {reason}; leave it out")
+    for name in _OF_FORWARD:
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{name} belongs to forward: generate feeds tokens that nobody can have decided about yet, and learns "
+                "nothing; leave it out, or feed the tokens to the model one by one"
+            )
+
+
 def _refuse_unsupported(settings: Any, kwargs: dict[str, Any]) -> None:
-    if kwargs.get("keep_mask") is not None:
-        raise ValueError(
-            "keep_mask is not supported by generate, which feeds tokens that nobody can have decided about yet; leave "
-            "it out, give a method that decides as you want, or feed the tokens to the model one by one"
-        )
-    if kwargs.get("assistant_model") is not None:
-        raise ValueError(f"assistant_model is not supported with sparsity: {_REFUSED['assistant_early_exit']}")
-    for name, reason in _REFUSED.items():
+    for name, reason in REFUSED.items():
         value = _setting(settings, kwargs, name)
-        if value is not None and not (name == "guidance_scale" and value == 1):
-            raise ValueError(f"{name}={value!r} is not supported with sparsity: {reason}. Use sparsity='none' for it")
-    implementation = _setting(settings, kwargs, "cache_implementation")
-    if implementation not in (None, "dynamic"):
-        raise ValueError(
-            f"cache_implementation={implementation!r} is not supported with sparsity: rows of the admission cache have "
-            "lengths of their own. Leave it out, or use sparsity='none'"
-        )
+        if value is not None and value != _HARMLESS.get(name):
+            shown = type(value).__name__ if isinstance(value, nn.Module) else repr(value)
+            raise ValueError(f"{name}={shown} is not supported with sparsity: {reason}. Use sparsity='none' for it")
     cache = kwargs.get(CACHE)
     if cache is not None and not isinstance(cache, AdmissionCache):
         raise ValueError(
@@ -236,8 +360,14 @@ def _refuse_unsupported(settings: Any, kwargs: dict[str, Any]) -> None:
             )
 
 
-def _refuse_right_padding(attention_mask: Tensor | None) -> None:
-    if attention_mask is not None and attention_mask.dim() == 2 and not bool(attention_mask[:, -1].all()):
+def _refuse_misfits(input_ids: Tensor | None, kwargs: dict[str, Any]) -> None:
+    """Refuse masks that do not fit, from which transformers would derive positions, and prompts that end in padding."""
+    embeds, cache, attention_mask = kwargs.get("inputs_embeds"), kwargs.get(CACHE), kwargs.get("attention_mask")
+    tokens = embeds[..., 0] if embeds is not None else input_ids
+    for name in ("attention_mask", "output_mask") if tokens is not None else ():
+        if kwargs.get(name) is not None:
+            chunk_of(name, kwargs[name], tokens, 0 if cache is None else cache.get_seq_length())
+    if attention_mask is not None and not bool(attention_mask[:, -1].all()):
         rows = (attention_mask[:, -1] == 0).nonzero().flatten().tolist()
         raise ValueError(
             f"attention_mask ends in padding in rows {rows}; generation continues every row at its last column, so pad "
@@ -246,18 +376,22 @@ def _refuse_right_padding(attention_mask: Tensor | None) -> None:
 
 
 def _without_fillers(input_ids: Tensor, attention_mask: Tensor | None, output_mask: Tensor, end_ids: Tensor) -> Tensor:
-    """The attention mask with the padding that ended rows were fed switched off; it must never enter a cache."""
-    fillers_BN = after_end(input_ids, output_mask, end_ids.to(input_ids.device))
+    """The attention mask with the padding that ended rows were fed switched off; it must never enter a cache.
+
+    After a prompt of embeddings the ids are those of the last columns alone.
+    """
+    fillers_BN = after_end(input_ids, output_mask[:, -input_ids.shape[1] :], end_ids.to(input_ids.device))
     if attention_mask is None:
+        fillers_BN = nn.functional.pad(fillers_BN, (output_mask.shape[1] - fillers_BN.shape[1], 0))
         return (~fillers_BN).long()
     mask = attention_mask.clone()
     mask[:, mask.shape[1] - fillers_BN.shape[1] :] &= ~fillers_BN
     return mask
 
 
-def _repeat_rows(features_InD: Tensor, images_B: Tensor, times: int) -> Tensor:
-    """Repeat every row's images `times` times, row by row: (I, n, D) -> (I * times, n, D)."""
-    if times == 1:
-        return features_InD
-    rows = features_InD.split(images_B.tolist())
+def _repeat_rows(images: Tensor | None, images_B: Tensor, times: int) -> Tensor | None:
+    """Repeat every row's images `times` times, row by row: (I, ...) -> (I * times, ...)."""
+    if times == 1 or images is None:
+        return images
+    rows = images.split(images_B.tolist())
     return torch.cat([row for row in rows for _ in range(times)], dim=0)

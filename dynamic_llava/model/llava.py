@@ -1,192 +1,33 @@
-"""Dynamic-LLaVA on transformers: vision tower, projector, the sparse language model and the head.
+"""Dynamic-LLaVA on transformers, with the language-model head: what users load, train and generate with.
 
+A dense call is handed to the parent, transformers' own LLaVA.
 Shape suffixes: B rows, N tokens, I images of the batch in row order, n tokens of one image, D hidden size.
 """
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel
 from transformers.cache_utils import Cache
-from transformers.models.llava.modeling_llava import (
-    LlavaForConditionalGeneration,
-    LlavaModel,
-    LlavaMultiModalProjector,
-    LlavaPreTrainedModel,
-)
+from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration, LlavaPreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from dynamic_llava.config import SparsityMode
-from dynamic_llava.layout import TokenLayout, chunk_of
 from dynamic_llava.methods import Method
-from dynamic_llava.model.cache_names import one_cache
+from dynamic_llava.model.arguments import check_names, check_shapes, names_of
+from dynamic_llava.model.base_model import DynamicLlavaModel, DynamicLlavaPreTrainedModel
+from dynamic_llava.model.cache_names import CACHE, is_live, one_cache
 from dynamic_llava.model.configuration import DynamicLlavaConfig
-from dynamic_llava.model.decoder import DynamicLlamaModel
 from dynamic_llava.model.generation import SparseGeneration
-from dynamic_llava.model.initialization import initialize_predictor
+from dynamic_llava.model.images import Inputs
 from dynamic_llava.model.loading import CheckedLoading
 from dynamic_llava.model.losses import language_model_loss, regularisers
 from dynamic_llava.model.outputs import DynamicLlavaOutput, DynamicModelOutput
-from dynamic_llava.model.plan import Plan
-from dynamic_llava.model.switches import check_compile, check_output_keep_rate, choose_method
+from dynamic_llava.model.switches import check_compile, check_output_keep_rate, check_temperature, choose_method
 from dynamic_llava.model.untrained import warn_untrained
-from dynamic_llava.sparsity.predictors import ImagePredictor, OutputPredictor
 
-
-class DynamicLlavaPreTrainedModel(LlavaPreTrainedModel):
-    """Shared by both model classes: the configuration class and the initialisation of new predictors."""
-
-    config_class = DynamicLlavaConfig
-    config: DynamicLlavaConfig
-    _no_split_modules = ["LlamaDecoderLayer", "ImagePredictor", "OutputPredictor"]  # noqa: RUF012
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, (ImagePredictor, OutputPredictor)):
-            initialize_predictor(module)
-
-
-class DynamicLlavaModel(DynamicLlavaPreTrainedModel, LlavaModel):
-    """Vision tower, projector and sparse language model, without the head."""
-
-    def __init__(self, config: DynamicLlavaConfig) -> None:
-        # LlavaModel's own constructor would build a plain Llama.
-        LlavaPreTrainedModel.__init__(self, config)
-        self.vision_tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
-        self.multi_modal_projector = LlavaMultiModalProjector(config)
-        self.language_model = DynamicLlamaModel(config.text_config, config.sparsity)
-        self.post_init()
-
-    @property
-    def tokens_per_image(self) -> int:
-        """n: image tokens that one image becomes."""
-        vision = self.config.vision_config
-        patches = (vision.image_size // vision.patch_size) ** 2
-        return patches if self.config.vision_feature_select_strategy == "default" else patches + 1
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cache: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        image_features: Tensor | None = None,
-        image_mask: Tensor | None = None,
-        output_mask: Tensor | None = None,
-        keep_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        method: Method | None = None,
-        sample_key: Tensor | None = None,
-        masked: bool = False,
-        answers_only: bool = False,
-        tau: float = 1.0,
-        output_keep_rate: float | None = None,
-        compile: bool = False,
-        **kwargs: Any,
-    ) -> DynamicModelOutput:
-        """Embed, place the image features, and run the language model; arguments as in the class with the head."""
-        cache = one_cache(cache, past_key_values)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        image = self._image_mask(input_ids, inputs_embeds, image_mask)
-        single = image.shape[1] == 1
-        if output_mask is None and single and _is_live(cache):
-            # A single token on a live cache continues the answer, unless it is an image of one token.
-            output_mask = torch.ones_like(image) if pixel_values is None and image_features is None else ~image
-        past = cache.get_seq_length() if cache is not None else 0
-        layout = TokenLayout.build(image, attention_mask, output_mask, self.tokens_per_image, past)
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        features = self._features(pixel_values, image_features, layout)
-        if features is not None:
-            features = features.to(inputs_embeds.device, inputs_embeds.dtype)
-            inputs_embeds = inputs_embeds.masked_scatter(layout.image[..., None], features)
-        elif input_ids is not None and not (single and _is_live(cache)) and bool(layout.image.any()):
-            raise ValueError(
-                f"input_ids hold {int(layout.image.sum())} image tokens but pixel_values is None; give the images, or "
-                "leave <image> out of the prompt"
-            )
-        batch, device = image.shape[0], inputs_embeds.device
-        if output_keep_rate is None:
-            output_keep_rate = self.config.sparsity.output_keep_rate
-        plan = Plan(
-            method=method if method is not None else choose_method(self.config.sparsity),
-            layout=layout,
-            sample_key=torch.zeros(batch, dtype=torch.int64, device=device) if sample_key is None else sample_key,
-            masked=masked,
-            answers_only=answers_only,
-            tau=tau,
-            output_keep_rate=output_keep_rate,
-            keep_mask=_decisions(keep_mask, image, past),
-            compile=compile,
-        )
-        outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
-            plan=plan,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            **kwargs,
-        )
-        outputs.image_hidden_states = features
-        return outputs
-
-    def _image_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, image_mask: Tensor | None) -> Tensor:
-        if inputs_embeds is None:
-            if image_mask is not None:
-                raise ValueError("image_mask belongs to inputs_embeds; input_ids already say where images are")
-            return input_ids == self.config.image_token_id
-        if image_mask is not None:
-            if image_mask.shape != inputs_embeds.shape[:2]:
-                raise ValueError(
-                    f"image_mask has shape {tuple(image_mask.shape)} but the tokens have shape "
-                    f"{tuple(inputs_embeds.shape[:2])}; give one value per token"
-                )
-            return image_mask.bool()
-        return torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
-
-    def _features(
-        self, pixel_values: Tensor | None, image_features: Tensor | None, layout: TokenLayout
-    ) -> Tensor | None:
-        """Projected images (I, n, D), from pixels (I, 3, S, S) or as given; their number must fit the prompt."""
-        if pixel_values is not None and image_features is not None:
-            raise ValueError("give either pixel_values or image_features, not both")
-        given = pixel_values if pixel_values is not None else image_features
-        if given is None:
-            return self._empty_features() if self.training and not bool(layout.image.any()) else None
-        self.check_images(given.shape[0], layout.image)
-        if image_features is not None:
-            return image_features
-        return torch.stack(list(self.get_image_features(pixel_values, return_dict=True).pooler_output))
-
-    def _empty_features(self) -> Tensor:
-        """Projected features of no image, (0, n, D), for a training batch without one.
-
-        A blank image passes the vision tower and the projector all the same: the other processes of a run use theirs,
-        and where weights are spread over processes (ZeRO-3) or gradients are averaged, all have to take part.
-        """
-        vision = self.config.vision_config
-        like = next(self.vision_tower.parameters())
-        blank = like.new_zeros(1, vision.num_channels, vision.image_size, vision.image_size)
-        return torch.stack(list(self.get_image_features(blank, return_dict=True).pooler_output))[:0]
-
-    def check_images(self, images: int, image_BN: Tensor) -> None:
-        """Raise ValueError unless `images` images fill the image tokens (B, N) bool, each row a whole number."""
-        places_B = image_BN.sum(1)
-        if int(places_B.sum()) != images * self.tokens_per_image:
-            raise ValueError(
-                f"{images} images of {self.tokens_per_image} tokens were given for {int(places_B.sum())} image tokens "
-                f"({int(places_B.sum()) / self.tokens_per_image:g} images); give one image per <image> place"
-            )
-        if bool((places_B % self.tokens_per_image).any()):
-            raise ValueError(
-                f"a row holds part of an image: its image tokens are not a multiple of {self.tokens_per_image}; "
-                "truncate prompts between images, never inside one"
-            )
+logger = logging.getLogger(__name__)
 
 
 class DynamicLlavaForConditionalGeneration(
@@ -200,15 +41,21 @@ class DynamicLlavaForConditionalGeneration(
         input_ids: (B, N) int64; every image is `tokens_per_image` image tokens.
         pixel_values: (I, 3, S, S) float, all images of the batch in row order.
         attention_mask: (B, N) 1 = real token; padding on either side. On a live cache it covers the past too.
+        inputs_embeds: (B, N, D) instead of input_ids. Images that come along fill the tokens of `image_mask`, or,
+            without it, those equal to the image token's embedding.
+        vision_feature_layer, vision_feature_select_strategy: as in transformers, for this call.
         labels: (B, N) int64, -100 = not learned. With labels nothing is removed: dropped tokens are masked
             (Eq. 7), with sampled decisions in training mode and hard ones in eval mode. Without labels dropped
             tokens are physically removed.
-        output_mask: (B, N) bool, tokens of an answer. By default the labelled tokens of each row's last answer
-            (of all answers with output_segments="all"), and on a live cache a single new token.
+        shift_labels: (B, N) int64, what each token shall predict, instead of the label behind it; with labels.
+        output_mask: (B, N) bool, tokens of an answer; one with an image token's id is no image. By default the labelled
+            tokens of each row's last answer (of all answers with output_segments="all"), image tokens left out, and on
+            a live cache a single new token.
         keep_mask: (B, N) bool, int or float, 1 = kept and 0 = dropped: decisions given instead of made.
         image_features: (I, n, D) projected images instead of pixel_values.
-        image_mask: (B, N) bool, only with inputs_embeds that already hold image features.
-        sparsity: "both", "image", "output" or "none"; default both.
+        image_mask: (B, N) bool, only with inputs_embeds: the tokens that are images, to be filled or filled already.
+        sparsity: "both", "image", "output" or "none"; default both. With "none", and without keep_mask, the parent's
+            forward runs, and everything that transformers' LLaVA can do is done as there.
         image_keep_rate, output_threshold: override the checkpoint's settings for this call.
         output_keep_rate: override r_OT (of the regulariser, and of a relaxation with a budget), training only.
         method: a Method or its registered name, instead of Dynamic-LLaVA's own decisions.
@@ -220,6 +67,7 @@ class DynamicLlavaForConditionalGeneration(
         logits_to_keep: make logits of the last so many tokens only (0: all), or of the indices given.
         compile: run a single new token on a live sparse cache as one compiled graph (model/step.py); other passes run
             as ever.
+    Other arguments of transformers' models (output_hidden_states, ...) are handed on; any other name is refused.
     """
 
     accepts_loss_kwargs = True
@@ -228,6 +76,7 @@ class DynamicLlavaForConditionalGeneration(
         LlavaPreTrainedModel.__init__(self, config)
         self.model = DynamicLlavaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.loss_function = language_model_loss
         self.post_init()
 
     @can_return_tuple
@@ -239,14 +88,19 @@ class DynamicLlavaForConditionalGeneration(
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
         labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        image_sizes: Tensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        *,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
         output_mask: Tensor | None = None,
         keep_mask: Tensor | None = None,
         image_features: Tensor | None = None,
         image_mask: Tensor | None = None,
-        use_cache: bool | None = None,
-        *,
-        past_key_values: Cache | None = None,
         sparsity: SparsityMode | None = None,
         image_keep_rate: float | None = None,
         output_keep_rate: float | None = None,
@@ -256,71 +110,100 @@ class DynamicLlavaForConditionalGeneration(
         sample_key: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         num_samples_in_batch: Tensor | int | None = None,
-        logits_to_keep: int | Tensor = 0,
         compile: bool = False,
         **kwargs: Any,
     ) -> DynamicLlavaOutput:
         """Run one pass; the class describes the arguments.
 
-        Raises ValueError for switches, masks, images and caches that do not fit.
+        Raises ValueError for switches, names, shapes, images and caches that do not fit.
         """
-        masked = labels is not None
-        cache = one_cache(cache, past_key_values)
-        if masked and cache is not None:
-            raise ValueError("labels need the whole sequence: leave the cache out")
-        chosen = choose_method(
-            self.config.sparsity,
-            sparsity=sparsity,
-            method=method,
-            image_keep_rate=image_keep_rate,
-            output_threshold=output_threshold,
-        )
-        check_output_keep_rate(output_keep_rate, trains=masked and self.training)
-        check_compile(compile, chosen, cached=use_cache is not False and not masked)
-        if not (self.training or keep_mask is not None or isinstance(method, Method) or _is_live(cache)):
+        check_names(kwargs, FORWARD_NAMES, "forward")
+        shift_labels = kwargs.pop("shift_labels", None)  # named, it would be one of the labels that a Trainer asks for
+        switches = {"sparsity": sparsity, "method": method, "image_keep_rate": image_keep_rate}
+        chosen = choose_method(self.config.sparsity, output_threshold=output_threshold, **switches)
+        check_output_keep_rate(output_keep_rate, trains=labels is not None and self.training)
+        check_compile(compile, chosen, cached=use_cache is not False and labels is None)
+        kwargs |= {
+            "input_ids": input_ids,
+            "pixel_values": pixel_values,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "vision_feature_layer": vision_feature_layer,
+            "vision_feature_select_strategy": vision_feature_select_strategy,
+            "image_sizes": image_sizes,
+            "image_features": image_features,
+            "image_mask": image_mask,
+            "output_mask": output_mask,
+            "use_cache": use_cache,
+            "method": chosen,
+            CACHE: one_cache(cache, past_key_values),
+        }
+        if mm_encoder_outputs:  # transformers before 5.24 has no such argument
+            kwargs["mm_encoder_outputs"] = mm_encoder_outputs
+        loss = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+        _check_labels(input_ids if input_ids is not None else inputs_embeds, labels, shift_labels)
+        check_temperature(tau)
+        if chosen.is_dense and keep_mask is None:
+            return self._dense_forward(**kwargs, **loss, logits_to_keep=logits_to_keep)
+        kwargs |= {"keep_mask": keep_mask, "tau": 1.0 if tau is None else tau, "compile": compile}
+        kwargs |= {"output_keep_rate": output_keep_rate, "sample_key": self._sample_key(sample_key, labels)}
+        if not (self.training or keep_mask is not None or isinstance(method, Method) or is_live(kwargs[CACHE])):
             warn_untrained(self.config, chosen)  # generate has warned, and hands over the object it has chosen
-        if masked and output_mask is None:
-            output_mask = _answers(labels, self.config.sparsity.output_segments)
-        outputs = self.model(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            image_features=image_features,
-            image_mask=image_mask,
-            output_mask=output_mask,
-            keep_mask=keep_mask,
-            method=chosen,
-            masked=masked and not (chosen.is_dense and keep_mask is None),
-            tau=1.0 if tau is None else tau,
-            output_keep_rate=output_keep_rate,
-            sample_key=self._sample_key(sample_key, labels),
-            use_cache=False if masked else use_cache,
-            compile=compile,
-            **kwargs,
-        )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])  # -0 is 0: the whole sequence
-        result = _with_logits(outputs, logits)
         if labels is not None:
-            result.lm_loss = language_model_loss(logits, labels, num_items_in_batch)
-            self._add_regularisers(result, chosen, output_keep_rate, num_samples_in_batch)
-        return result
+            return self._learning_forward(kwargs, loss, logits_to_keep, num_samples_in_batch)
+        self._refuse_lost_losses(loss, num_samples_in_batch)
+        outputs = self.model(**kwargs, return_dict=True)
+        return DynamicLlavaOutput.of(outputs, logits=self._logits(outputs, logits_to_keep))
 
-    def _add_regularisers(
-        self, result: DynamicLlavaOutput, method: Method, target: float | None, samples: Tensor | int | None
-    ) -> None:
-        """Fill in the keep-rate terms (Eq. 10) and the total loss; a dense pass has no terms."""
-        result.loss = result.lm_loss
-        if result.sparsity is None:
-            return
+    def _dense_forward(self, **kwargs: Any) -> DynamicLlavaOutput:
+        """transformers' own forward, loss and all; `method` tells the model without head, and goes no further."""
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        outputs = super().forward(**kwargs, return_dict=True)
+        return DynamicLlavaOutput.of(outputs, lm_loss=outputs.loss)
+
+    def _learning_forward(
+        self, inputs: dict[str, Any], loss: dict[str, Any], logits_to_keep: int | Tensor, samples: Tensor | int | None
+    ) -> DynamicLlavaOutput:
+        """The masked forward, the LM loss and the keep-rate terms (Eq. 10)."""
+        method, labels = inputs["method"], loss["labels"]
+        if inputs[CACHE] is not None:
+            raise ValueError("labels need the whole sequence: leave the cache out")
+        if not isinstance(logits_to_keep, int) or logits_to_keep:
+            raise ValueError("labels need the logits of every token: leave logits_to_keep out")
+        if inputs["output_mask"] is None:
+            inputs["output_mask"] = _answers(labels, self._image_places(inputs), self.config.sparsity.output_segments)
+        outputs = self.model(**{**inputs, "use_cache": False}, masked=True, return_dict=True)
+        logits = self._logits(outputs, 0)
+        lm_loss = self.loss_function(logits=logits, vocab_size=self.config.text_config.vocab_size, **loss)
         settings = self.config.sparsity
-        result.image_keep_loss, result.output_keep_loss = regularisers(
-            result.sparsity, method, settings, target, samples
-        )
-        result.loss = result.lm_loss + settings.keep_rate_weight * (result.image_keep_loss + result.output_keep_loss)
+        image, output = regularisers(outputs.sparsity, method, settings, inputs["output_keep_rate"], samples)
+        terms = {"lm_loss": lm_loss, "image_keep_loss": image, "output_keep_loss": output}
+        total = lm_loss + settings.keep_rate_weight * (image + output)
+        return DynamicLlavaOutput.of(outputs, loss=total, logits=logits, **terms)
+
+    def _logits(self, outputs: DynamicModelOutput, logits_to_keep: int | Tensor) -> Tensor:
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return self.lm_head(outputs.last_hidden_state[:, kept])  # -0 is 0: all
+
+    def _image_places(self, inputs: dict[str, Any]) -> Tensor:
+        names = ("input_ids", "inputs_embeds", "pixel_values", "image_features", "image_mask")
+        return self.model.image_places(Inputs(*(inputs[name] for name in names), None, None))
+
+    def _refuse_lost_losses(self, loss: dict[str, Any], samples: Tensor | int | None) -> None:
+        """Refuse what belongs to a loss in a call without labels, and say what a training pass without them lacks."""
+        for name, value in {**loss, "num_samples_in_batch": samples}.items():
+            if value is not None:
+                raise ValueError(
+                    f"{name} was given without labels: a loss made from the logits (as Trainer does with "
+                    "label_smoothing_factor and compute_loss_func) would lose the keep-rate terms. Give labels, and a "
+                    "loss of your own as model.loss_function; or pass sparsity='none'"
+                )
+        if self.training and torch.is_grad_enabled():
+            logger.warning_once(  # transformers gives it to every logger
+                "a sparse pass in training mode without labels drops tokens for good: no predictor learns from it, and "
+                "its outputs have no keep-rate terms. Give labels to train, or call model.eval()"
+            )
 
     def _sample_key(self, sample_key: Tensor | None, labels: Tensor | None) -> Tensor | None:
         if sample_key is not None or labels is None or not self.training:
@@ -329,20 +212,9 @@ class DynamicLlavaForConditionalGeneration(
         return torch.randint(0, 2**62, (labels.shape[0],)).to(labels.device)
 
 
-def _with_logits(outputs: DynamicModelOutput, logits: Tensor) -> DynamicLlavaOutput:
-    return DynamicLlavaOutput(
-        logits=logits,
-        cache=outputs.cache,
-        hidden_states=outputs.hidden_states,
-        attentions=outputs.attentions,
-        image_hidden_states=outputs.image_hidden_states,
-        sparsity=outputs.sparsity,
-    )
-
-
-def _answers(labels: Tensor, segments: str) -> Tensor:
-    """(B, N) bool: labelled tokens, of each row's last run of labels or of all runs."""
-    labelled = labels != -100
+def _answers(labels: Tensor, image: Tensor, segments: str) -> Tensor:
+    """(B, N) bool: labelled tokens that are no image tokens, of each row's last run of labels or of all runs."""
+    labelled = (labels != -100) & ~image.to(labels.device)
     if segments == "all":
         return labelled
     starts = labelled & ~nn.functional.pad(labelled, (1, 0))[:, :-1]
@@ -350,20 +222,9 @@ def _answers(labels: Tensor, segments: str) -> Tensor:
     return labelled & (run == run[:, -1:])
 
 
-def _is_live(cache: Cache | None) -> bool:
-    return cache is not None and cache.get_seq_length() > 0
+def _check_labels(tokens: Tensor | None, labels: Tensor | None, shift_labels: Tensor | None) -> None:
+    if tokens is not None and tokens.dim() > 1:
+        check_shapes(*tokens.shape[:2], labels=labels, shift_labels=shift_labels)
 
 
-def _decisions(keep_mask: Tensor | None, like: Tensor, past: int) -> Tensor | None:
-    """Return the chunk's part of the given decisions. ValueError for another shape, or a value between 0 and 1."""
-    if keep_mask is None:
-        return None
-    chunk = chunk_of("keep_mask", keep_mask, like, past)
-    # Eq. 7 could weigh a token by a fraction, but a token cannot be removed by a fraction: the paths would part.
-    between = (chunk != 0) & (chunk != 1)
-    if chunk.dtype != torch.bool and bool(between.any()):
-        raise ValueError(
-            f"keep_mask holds {chunk[between][0].item():.4g}; give 1 for a token that is kept and 0 for one that is "
-            "dropped (masked_softmax_attention itself takes fractions)"
-        )
-    return chunk
+FORWARD_NAMES = names_of(DynamicLlavaForConditionalGeneration) | {"shift_labels"}

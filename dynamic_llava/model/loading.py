@@ -175,16 +175,27 @@ def check_folder(folder: Path, needs_config: bool = True) -> dict[str, Head]:
     unread = [file.name for file in all_weight_files(folder) if file not in files.files]
     if unread:
         logger.warning("%s: %s not read, nothing of it is in the model", folder, ", ".join(unread))
+    if _saved_without_head(config) and not any(name.endswith("lm_head.weight") for name in names):
+        raise ValueError(
+            f"{folder} holds a model without its language-model head ({', '.join(config['architectures'])}); save the "
+            "whole model, ...ForConditionalGeneration, or load this folder with AutoModel, which needs no head"
+        )
     untrained = config.get("untrained_predictors") or ()
     if not isinstance(untrained, list | tuple):
         raise ValueError(f"{path} has untrained_predictors {untrained!r}; give a list of names")
     for predictor, prefix in PREDICTOR_PREFIXES.items():
-        if kind == "dynamic_llava" and predictor not in untrained and not any(n.startswith(prefix) for n in names):
+        # A model saved without its head, which a tied one does not miss, has its tensors' names from transformers 4.
+        if kind == "dynamic_llava" and predictor not in untrained and not any(f".{predictor}." in n for n in names):
             raise ValueError(
                 f"{folder} lacks the whole {predictor} ({prefix}*), which its config.json does not call untrained; "
                 "missing tensors cannot be made up: get the checkpoint again"
             )
     return names
+
+
+def _saved_without_head(config: dict[str, Any]) -> bool:
+    tied = any((part or {}).get("tie_word_embeddings") for part in (config, config.get("text_config")))
+    return not tied and set(config.get("architectures") or ()) & {"LlavaModel", "DynamicLlavaModel"} != set()
 
 
 def check_loaded(source: str, info: dict[str, Any]) -> None:

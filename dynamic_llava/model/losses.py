@@ -1,8 +1,9 @@
 """The training objective: cross entropy of the labelled tokens plus the keep-rate regularisers (Eq. 10)."""
 
+from typing import Any
+
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from dynamic_llava.config import SparsityConfig
 from dynamic_llava.methods import Dynamic, Method
@@ -10,18 +11,29 @@ from dynamic_llava.model.outputs import SparsityRecord
 from dynamic_llava.sparsity.losses import keep_rate_loss
 
 
-def language_model_loss(logits_BNV: Tensor, labels_BN: Tensor, tokens: Tensor | int | None = None) -> Tensor:
+def language_model_loss(
+    logits: Tensor,
+    labels: Tensor,
+    vocab_size: int | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
     """Cross entropy of predicting each labelled token from the position before it; () float32.
 
-    `tokens` is the number of labelled tokens to divide by (the global batch), by default those of this batch. A batch
-    without labelled tokens gives 0, not NaN.
+    The model's `loss_function`, with the arguments of transformers': logits (B, N, V), labels (B, N) int64, or
+    shift_labels (B, N), what each token shall predict. num_items_in_batch is the number of labelled tokens to divide by
+    (the global batch), by default those of this batch. A batch without any gives 0, not NaN.
     """
-    targets = labels_BN[:, 1:].to(logits_BNV.device)
-    flat = logits_BNV[:, :-1].flatten(0, 1).float()
-    total = F.cross_entropy(flat, targets.flatten(), ignore_index=-100, reduction="sum")
-    if tokens is None:
-        tokens = (targets != -100).sum().clamp(min=1)
-    return total / tokens
+    targets = nn.functional.pad(labels, (0, 1), value=ignore_index)[:, 1:] if shift_labels is None else shift_labels
+    targets = targets.to(logits.device).flatten()
+    total = nn.functional.cross_entropy(
+        logits.float().flatten(0, -2), targets, ignore_index=ignore_index, reduction="sum"
+    )
+    if num_items_in_batch is None:
+        num_items_in_batch = (targets != ignore_index).sum().clamp(min=1)
+    return total / torch.as_tensor(num_items_in_batch, device=total.device)
 
 
 def regularisers(

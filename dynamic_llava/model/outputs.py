@@ -1,12 +1,13 @@
 """What a forward pass returns: transformers' fields, the loss parts, and the record of what was kept."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 
 from dynamic_llava.layout import TokenLayout
 from dynamic_llava.model.cache_names import EARLIER
@@ -168,8 +169,34 @@ def _mean_where(values: Tensor, where: Tensor) -> Tensor:
     return (values.detach().float() * where).sum() / where.sum()
 
 
-class CachedOutput(ModelOutput):
-    """Outputs with the field `cache`, which can be asked for by its earlier name too."""
+class LlavaOutput(ModelOutput):
+    """The fields `cache` and `image_outputs`, which can be asked for by their earlier names too."""
+
+    @classmethod
+    def of(cls, outputs: Mapping[str, Any], **more: Any) -> Any:
+        """Return the fields of another model's outputs, whatever its transformers calls them, and `more`.
+
+        The states below the head, which outputs with logits have no field for, are left out.
+        """
+        given = {**outputs, **more}
+        if "logits" in given:
+            given.pop("last_hidden_state", None)
+        if EARLIER in given:
+            given["cache"] = given.pop(EARLIER)
+        features = given.pop("image_hidden_states", None)
+        if features is not None:
+            given["image_outputs"] = BaseModelOutputWithPooling(pooler_output=list(features))
+        return cls(**given)
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields that are not None, in their order; those of `image_outputs` as a tuple of their own."""
+        return tuple(value.to_tuple() if name == "image_outputs" else value for name, value in self.items())
+
+    @property
+    def image_hidden_states(self) -> Tensor | None:
+        """(I, n, D) projected images, as transformers before 5.24 names them; None where no image was given."""
+        images = self.image_outputs  # type: ignore[attr-defined]
+        return None if images is None else torch.stack(list(images.pooler_output))
 
     if not hasattr(ModelOutput, EARLIER):
 
@@ -178,9 +205,19 @@ class CachedOutput(ModelOutput):
             """The cache, by the name that transformers before 5.24 gives it."""
             return self.cache  # type: ignore[attr-defined, no-any-return]
 
+        def __getitem__(self, key: Any) -> Any:
+            return super().__getitem__("cache" if key == EARLIER else key)
+
+        def __contains__(self, key: object) -> bool:
+            return super().__contains__("cache" if key == EARLIER else key)
+
+        def get(self, key: str, default: Any = None) -> Any:
+            """As a dict's, under either name of the cache."""
+            return super().get("cache" if key == EARLIER else key, default)
+
 
 @dataclass
-class DynamicModelOutput(CachedOutput):
+class DynamicModelOutput(LlavaOutput):
     """Output of the language model and of the model without head; fields as in transformers, plus the record."""
 
     last_hidden_state: Tensor | None = None
@@ -189,13 +226,14 @@ class DynamicModelOutput(CachedOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     """Per layer; from the sparse layer on, the packed kept tokens where tokens were removed."""
     attentions: tuple[Tensor, ...] | None = None
-    image_hidden_states: Tensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
+    """Output of the vision tower; `pooler_output` is the projected image features, (n, D) per image."""
     sparsity: SparsityRecord | None = None
 
 
 @dataclass
-class DynamicLlavaOutput(CachedOutput):
-    """Output of DynamicLlavaForConditionalGeneration."""
+class DynamicLlavaOutput(LlavaOutput):
+    """Output of DynamicLlavaForConditionalGeneration: transformers' fields in their order, then ours."""
 
     loss: Tensor | None = None
     """(): lm_loss + keep_rate_weight * (image_keep_loss + output_keep_loss)."""
@@ -204,7 +242,8 @@ class DynamicLlavaOutput(CachedOutput):
     cache: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
-    image_hidden_states: Tensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
+    """Output of the vision tower; `pooler_output` is the projected image features, (n, D) per image."""
     lm_loss: Tensor | None = None
     """(): cross entropy of the labelled tokens."""
     image_keep_loss: Tensor | None = None

@@ -54,6 +54,16 @@ def check_output_keep_rate(output_keep_rate: float | None, *, trains: bool) -> N
     check_keep_rate("output_keep_rate", output_keep_rate)
 
 
+def check_temperature(tau: Any) -> None:
+    """Raise ValueError unless the temperature is None or one positive number."""
+    if tau is None:
+        return
+    shape = tuple(getattr(tau, "shape", ()))
+    if shape or isinstance(tau, (str, bool)) or not tau > 0:
+        given = f"has shape {shape}" if shape else f"is {tau!r}"
+        raise ValueError(f"tau {given}; the temperature is one number above 0 for the whole batch")
+
+
 def check_compile(compile: bool, method: Method, *, cached: bool) -> None:
     """Raise ValueError for compile=True in a call without the sparse cached steps that it is for."""
     if not compile:

@@ -131,6 +131,7 @@ class DynamicLlavaTrainer(Trainer):
             sample_key=sample_key,
             num_items_in_batch=counts.tokens,
             num_samples_in_batch=1,
+            use_cache=False,
         )
         loss = outputs.lm_loss
         assert loss is not None

@@ -4,10 +4,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from dynamic_llava import DynamicLlavaConfig, SparsityConfig, get_method
-from tests.builders import IMAGE_TOKEN, LAYERS, build_model, collate, fixed_rows, prompts, shared_model, tiny_config
+from dynamic_llava.model.generation import NO_LLAVA, REFUSED
+from tests.builders import (
+    IMAGE_TOKEN,
+    LAYERS,
+    build_model,
+    collate,
+    dense_twin,
+    fixed_rows,
+    make_row,
+    prompt_segments,
+    prompts,
+    shared_model,
+    tiny_config,
+)
 
 
 @pytest.fixture
@@ -197,6 +210,42 @@ def test_a_later_turn_without_its_images(model, inputs):
     refused(model, "64 image tokens", "give the images", input_ids=torch.full((4, 16), 3), cache=cache)
 
 
+TOKENS = (4, 58)
+"""Shape of the tokens of `inputs`, which hold 6 images of 16 tokens of width 64."""
+MISFITS = [
+    ("image_features", (6, 20, 64), ["16", "64"]),
+    ("image_features", (4, 24, 64), ["16", "64"]),  # 96 features for 96 places, but of other images
+    ("image_features", (6, 16, 32), ["16", "64"]),
+    ("image_features", (96, 64), ["16", "64"]),
+    ("pixel_values", (6, 3, 28, 28), ["3, 56, 56"]),
+    ("pixel_values", (6, 1, 56, 56), ["3, 56, 56"]),
+    ("pixel_values", (2, 3, 3, 56, 56), ["3, 56, 56"]),
+    ("position_ids", (4, 57), [str(TOKENS), str((1, 58))]),
+    ("position_ids", (2, 58), [str(TOKENS), str((1, 58))]),
+    ("sample_key", (3,), [str(TOKENS), "(4,)"]),
+    ("sample_key", (4, 1), [str(TOKENS), "(4,)"]),
+    ("labels", (4, 57), [str(TOKENS)]),
+    ("shift_labels", (4, 57), [str(TOKENS)]),
+    ("tau", (4,), ["one number"]),
+    ("attention_mask", (4, 1, 58, 58), [str(TOKENS), "sparsity='none'"]),
+    ("inputs_embeds", (4, 58, 32), ["64 wide"]),
+    ("inputs_embeds", (4, 64), ["64 wide"]),
+    ("input_ids", (58,), ["(rows, tokens)"]),
+]
+
+
+@pytest.mark.parametrize(("name", "shape", "words"), MISFITS, ids=str)
+def test_a_tensor_of_another_shape_is_named_with_what_it_should_fit(model, inputs, name, shape, words):
+    assert inputs["input_ids"].shape == TOKENS
+    whole = {"input_ids", "labels", "shift_labels", "sample_key", "position_ids", "attention_mask"}
+    value = torch.zeros(shape, dtype=torch.long if name in whole else torch.float32)
+    without = {"inputs_embeds": "input_ids", "image_features": "pixel_values"}.get(name)
+    given = {key: tensor for key, tensor in inputs.items() if key != without}
+    if name in ("shift_labels", "tau"):
+        given["labels"] = inputs["input_ids"]
+    refused(model, name, str(shape), *words, **{**given, name: value})
+
+
 def test_an_image_mask_that_does_not_fit(model, inputs):
     mask = torch.ones(2, 2, dtype=torch.bool)
     refused(model, "image_mask", "input_ids", **inputs, image_mask=mask)
@@ -232,15 +281,13 @@ def test_an_image_rate_where_a_threshold_decides():
     refused(model, "image_keep_rate", "topk", **inputs, image_keep_rate=0.5)
 
 
-def test_a_plain_cache_for_sparse_decoding(call, inputs):
-    refused(call, "DynamicCache", "sparsity='none'", **inputs, past_key_values=DynamicCache())
-
-
 def test_a_sparse_cache_for_dense_decoding(model, inputs):
     with torch.no_grad():
         cache = model(**inputs, use_cache=True).past_key_values
     token = torch.full((4, 1), 9)
     refused(model, "cache", "sparsity", input_ids=token, past_key_values=cache, sparsity="none")
+    asked = {"input_ids": torch.cat([inputs["input_ids"], token], 1), "max_new_tokens": 2, "sparsity": "none"}
+    refused(model.generate, "opened by a sparse call", **asked, past_key_values=cache)
 
 
 def test_a_cache_of_another_layer(model, inputs):
@@ -250,26 +297,84 @@ def test_a_cache_of_another_layer(model, inputs):
     refused(model, "sparse layer 2", "3", input_ids=torch.full((4, 1), 9), past_key_values=cache, method=method)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"cache_implementation": "static"},
-        {"cache_implementation": "quantized"},
-        {"prompt_lookup_num_tokens": 3},
-        {"prefill_chunk_size": 8},
-        {"guidance_scale": 1.5},
+OPTIONS = {
+    "assistant_model": [lambda twin: {"assistant_model": twin}, lambda twin: {"assistant_model": shared_model()}],
+    "prompt_lookup_num_tokens": [lambda twin: {"prompt_lookup_num_tokens": 3}],
+    "prefill_chunk_size": [lambda twin: {"prefill_chunk_size": 5}],
+    "guidance_scale": [
+        lambda twin: {"guidance_scale": 1.5},
+        lambda twin: {"guidance_scale": 1.5, "use_cache": False},
     ],
-    ids=str,
-)
-def test_generation_modes_that_cannot_be_sparse(model, inputs, settings):
-    (name, value), *_ = settings.items()
-    refused(model.generate, name, repr(value), "sparsity='none'", **inputs, **settings, max_new_tokens=2)
-    given = GenerationConfig(max_new_tokens=2, pad_token_id=0, **settings)
-    refused(model.generate, name, repr(value), **inputs, generation_config=given)
+    "cache_implementation": [
+        lambda twin: {"cache_implementation": "static"},
+        lambda twin: {"cache_implementation": "static", "num_beams": 2},
+        lambda twin: {"cache_implementation": "offloaded"},  # this and the next need what a CPU's installation lacks
+        lambda twin: {"cache_implementation": "quantized"},
+    ],
+    "token_healing": [lambda twin: {"token_healing": True}],
+}
+"""Every option that a sparse generation refuses -> ways to ask for it."""
 
 
-def test_an_assistant_model(model, inputs):
-    refused(model.generate, "assistant", "rolls the cache back", **inputs, assistant_model=model, max_new_tokens=2)
+def generated(call, **kwargs):
+    """Return tokens, or the kind and the words of the error."""
+    try:
+        return call(**kwargs)
+    except Exception as error:
+        return type(error), str(error).replace("DynamicLlava", "Llava")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@torch.no_grad()
+def test_a_refused_option_is_served_by_the_dense_call_that_the_refusal_names(name):
+    """The way out is taken: sparsity='none' gives what transformers' own class gives, to the last token."""
+    model = shared_model()
+    twin = dense_twin(model)
+    rows = [make_row(prompt_segments(1, [2, 3]), seed=6)]
+    if name in ("guidance_scale", "cache_implementation"):
+        rows.append(make_row(prompt_segments(1, [4, 2]), seed=7))
+    inputs = prompts(rows)
+    for option in OPTIONS[name]:
+        asked = {**inputs, **option(twin), "max_new_tokens": 5, "do_sample": False}
+        refused(model.generate, name, "sparsity='none'", **asked)
+        expected = generated(twin.generate, **asked)
+        actual = generated(model.generate, **asked, sparsity="none")
+        if isinstance(expected, tuple):
+            assert actual == expected, name
+        else:
+            assert torch.equal(actual, expected), name
+
+
+@pytest.mark.parametrize("name", [name for name in REFUSED if name != "assistant_model"])
+def test_a_refused_option_is_refused_in_a_generation_config_too(model, inputs, name):
+    for option in OPTIONS[name]:
+        given = GenerationConfig(max_new_tokens=2, pad_token_id=0, **option(None))
+        refused(model.generate, name, "sparsity='none'", **inputs, generation_config=given)
+
+
+@pytest.mark.parametrize("name", NO_LLAVA)
+def test_an_option_that_no_llava_serves_is_refused_without_advice_that_fails(model, inputs, name):
+    for sparsity in ("both", "none"):
+        refused(model.generate, name, "leave it out", **inputs, **{name: 2}, sparsity=sparsity, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+@torch.no_grad()
+def test_a_cache_of_transformers_goes_with_a_dense_call(call, model, inputs, kind):
+    """The refusal's way out, and a second dense call on the same cache."""
+
+    def cache():
+        return kind(config=model.config.text_config, **({} if kind is DynamicCache else {"max_cache_len": 64}))
+
+    refused(call, kind.__name__, "sparsity='none'", **inputs, past_key_values=cache())
+    twin, asked = dense_twin(model), {"max_new_tokens": 3, "do_sample": False}
+    ours, theirs = cache(), cache()
+    expected = twin.generate(**inputs, **asked, past_key_values=theirs)
+    assert torch.equal(model.generate(**inputs, **asked, past_key_values=ours, sparsity="none"), expected)
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 3), value=1)
+    again = {"input_ids": expected, "attention_mask": mask, **asked}
+    second = twin.generate(**again, past_key_values=theirs)
+    assert torch.equal(model.generate(**again, past_key_values=ours, sparsity="none"), second)
 
 
 @pytest.mark.parametrize("copies", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}], ids=str)

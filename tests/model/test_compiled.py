@@ -117,5 +117,6 @@ def test_calls_without_compilable_steps_are_refused():
     opened = OpenCache(model, compile=True)
     with pytest.raises(ValueError, match="gradients are being recorded"):
         opened.step()
+    opened = OpenCache(model, compile=True)
     with torch.no_grad(), pytest.raises(ValueError, match="output_hidden_states"):
         opened.step(output_hidden_states=True)

@@ -1,0 +1,218 @@
+"""Dynamic-LLaVA without its head: vision tower, projector and the sparse language model.
+
+A dense call is handed to the parent, transformers' own LLaVA, and nothing of ours goes along.
+Shape suffixes: B rows, N tokens, I images of the batch in row order, n tokens of one image, D hidden size.
+"""
+
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel
+from transformers.cache_utils import Cache
+from transformers.models.llava.modeling_llava import LlavaModel, LlavaMultiModalProjector, LlavaPreTrainedModel
+from transformers.utils.generic import can_return_tuple
+
+from dynamic_llava.layout import TokenLayout, chunk_of
+from dynamic_llava.methods import Method
+from dynamic_llava.model.arguments import check_names, check_served, check_shapes, names_of
+from dynamic_llava.model.cache import check_dense_cache
+from dynamic_llava.model.cache_names import CACHE, is_live, one_cache
+from dynamic_llava.model.configuration import DynamicLlavaConfig
+from dynamic_llava.model.decoder import DynamicLlamaModel
+from dynamic_llava.model.images import ImageInputs, Inputs, features_of
+from dynamic_llava.model.initialization import initialize_predictor
+from dynamic_llava.model.outputs import DynamicModelOutput
+from dynamic_llava.model.plan import Plan
+from dynamic_llava.model.switches import choose_method
+from dynamic_llava.sparsity.predictors import ImagePredictor, OutputPredictor
+
+TAKES_ENCODED = "mm_encoder_outputs" in inspect.signature(LlavaModel.forward).parameters
+"""Whether the installed transformers' LLaVA takes images that are encoded already."""
+
+
+class DynamicLlavaPreTrainedModel(LlavaPreTrainedModel):
+    """Shared by both model classes: the configuration class and the initialisation of new predictors."""
+
+    config_class = DynamicLlavaConfig
+    config: DynamicLlavaConfig
+    _no_split_modules = ["LlamaDecoderLayer", "ImagePredictor", "OutputPredictor"]  # noqa: RUF012
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, (ImagePredictor, OutputPredictor)):
+            initialize_predictor(module)
+
+
+class DynamicLlavaModel(ImageInputs, DynamicLlavaPreTrainedModel, LlavaModel):
+    """Vision tower, projector and sparse language model, without the head."""
+
+    def __init__(self, config: DynamicLlavaConfig) -> None:
+        # LlavaModel's own constructor would build a plain Llama.
+        LlavaPreTrainedModel.__init__(self, config)
+        self.vision_tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
+        self.multi_modal_projector = LlavaMultiModalProjector(config)
+        self.language_model = DynamicLlamaModel(config.text_config, config.sparsity)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        image_sizes: Tensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        *,
+        image_features: Tensor | None = None,
+        image_mask: Tensor | None = None,
+        output_mask: Tensor | None = None,
+        keep_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        method: Method | None = None,
+        masked: bool = False,
+        answers_only: bool = False,
+        sample_key: Tensor | None = None,
+        tau: float = 1.0,
+        output_keep_rate: float | None = None,
+        compile: bool = False,
+        **kwargs: Any,
+    ) -> DynamicModelOutput:
+        """Embed, place the image features, and run the language model; arguments as in the class with the head."""
+        cache = one_cache(cache, past_key_values)
+        check_names(kwargs, FORWARD_NAMES, "forward")
+        self.check_feature_layer(vision_feature_layer)
+        method = method if method is not None else choose_method(self.config.sparsity)
+        dense = method.is_dense and keep_mask is None and not (masked or answers_only)
+        encoded = mm_encoder_outputs.get("image") if mm_encoder_outputs else None
+        if encoded is not None and not (dense and TAKES_ENCODED):
+            image_features, mm_encoder_outputs = features_of(encoded), None
+        inputs = Inputs(
+            input_ids,
+            inputs_embeds,
+            pixel_values,
+            image_features,
+            image_mask,
+            vision_feature_layer,
+            vision_feature_select_strategy,
+        )
+        self.check_tokens(inputs)
+        tokens = {"attention_mask": attention_mask, "position_ids": position_ids, "cache": cache}
+        if dense:
+            if mm_encoder_outputs:
+                kwargs["mm_encoder_outputs"] = mm_encoder_outputs
+            return self._dense_forward(inputs, tokens, output_mask, image_sizes=image_sizes, **kwargs)
+        check_served({**kwargs, "image_sizes": image_sizes})
+        settings = {"method": method, "masked": masked, "answers_only": answers_only, "tau": tau, "compile": compile}
+        settings |= {"keep_mask": keep_mask, "sample_key": sample_key, "output_keep_rate": output_keep_rate}
+        return self._sparse_forward(inputs, tokens, output_mask, settings, **kwargs)
+
+    def _sparse_forward(
+        self, inputs: Inputs, given: dict[str, Any], output_mask: Tensor | None, settings: dict[str, Any], **kwargs: Any
+    ) -> DynamicModelOutput:
+        """Run the language model as `settings`, those of a Plan, say; `given` is its mask, positions and cache."""
+        image, live = self.image_places(inputs), is_live(given["cache"])
+        (batch, tokens), seen = image.shape, given["cache"].get_seq_length() if live else 0
+        check_shapes(batch, tokens, **given, **settings)
+        if output_mask is None and tokens == 1 and live:
+            # A single token on a live cache continues the answer, unless it is an image of one token.
+            output_mask = torch.ones_like(image) if not inputs.has_images else ~image
+        per_image = self.image_length(inputs.feature_strategy)
+        layout = TokenLayout.build(image, given["attention_mask"], output_mask, per_image, seen)
+        images = self.images_of_call(inputs, layout.image, **kwargs)
+        if images is None and inputs.input_ids is not None and not (live and tokens == 1):
+            _refuse_places_without_images(layout.image)
+        if settings["sample_key"] is None:
+            settings["sample_key"] = torch.zeros(batch, dtype=torch.int64, device=image.device)
+        if settings["output_keep_rate"] is None:
+            settings["output_keep_rate"] = self.config.sparsity.output_keep_rate
+        if settings["keep_mask"] is not None:
+            settings["keep_mask"] = _decisions(chunk_of("keep_mask", settings["keep_mask"], image, seen))
+        outputs = self.language_model(
+            inputs_embeds=self.embed(inputs, images, layout.image),
+            plan=Plan(layout=layout, **settings),
+            **given,
+            **kwargs,
+        )
+        return DynamicModelOutput(**{**outputs, "image_outputs": images})
+
+    def _dense_forward(
+        self, inputs: Inputs, given: dict[str, Any], output_mask: Tensor | None, **kwargs: Any
+    ) -> DynamicModelOutput:
+        """Let the parent run. It gets its own arguments alone; images given in a way of ours are embedded before."""
+        cache = given.pop("cache")
+        check_dense_cache(cache)
+        shape = (inputs.input_ids if inputs.inputs_embeds is None else inputs.inputs_embeds).shape[:2]
+        check_shapes(*shape, position_ids=given["position_ids"])
+        _check_rows(given["attention_mask"], *shape)
+        ours = (inputs.image_features, inputs.image_mask, output_mask)
+        # A training batch of text passes a blank image through, in dense calls as in sparse ones.
+        blank = self.training and torch.is_grad_enabled() and inputs.pixel_values is None
+        images = None
+        if any(value is not None for value in ours) or (blank and not kwargs.get("mm_encoder_outputs")):
+            image = self.image_places(inputs)
+            if output_mask is not None:
+                image = image & ~output_mask[:, output_mask.shape[1] - image.shape[1] :].bool()
+            images = self.images_of_call(inputs, image, **kwargs)
+            embeds = self.embed(inputs, images, image)
+            inputs = replace(inputs, input_ids=None, inputs_embeds=embeds, pixel_values=None)
+        outputs = super().forward(
+            input_ids=inputs.input_ids,
+            inputs_embeds=inputs.inputs_embeds,
+            pixel_values=inputs.pixel_values,
+            vision_feature_layer=inputs.feature_layer,
+            vision_feature_select_strategy=inputs.feature_strategy,
+            return_dict=True,
+            **given,
+            **{CACHE: cache},
+            **kwargs,
+        )
+        if "image_hidden_states" in outputs:  # transformers before 5.24 gives all images as one row of tokens
+            features = outputs["image_hidden_states"].unflatten(0, (-1, self.image_length(inputs.feature_strategy)))
+            outputs = {**outputs, "image_hidden_states": features}
+        result = DynamicModelOutput.of(outputs)
+        if images is not None:
+            result.image_outputs = images
+        return result
+
+
+def _check_rows(attention_mask: Any, rows: int, tokens: int) -> None:
+    """A mask of two dimensions must cover the tokens, in a dense call too; transformers makes those of four itself."""
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        found = tuple(attention_mask.shape)
+        if found[0] != rows or found[1] < tokens:
+            raise ValueError(
+                f"attention_mask has shape {found} but the tokens have shape ({rows}, {tokens}); give one value per "
+                "token, those in the cache included"
+            )
+
+
+def _refuse_places_without_images(image_BN: Tensor) -> None:
+    if bool(image_BN.any()):
+        raise ValueError(
+            f"input_ids hold {int(image_BN.sum())} image tokens but pixel_values is None; give the images, or "
+            "leave <image> out of the prompt"
+        )
+
+
+def _decisions(keep_mask: Tensor) -> Tensor:
+    """Return the given decisions. ValueError for a value between 0 and 1."""
+    # Eq. 7 could weigh a token by a fraction, but a token cannot be removed by a fraction: the paths would part.
+    between = (keep_mask != 0) & (keep_mask != 1)
+    if keep_mask.dtype != torch.bool and bool(between.any()):
+        raise ValueError(
+            f"keep_mask holds {keep_mask[between][0].item():.4g}; give 1 for a token that is kept and 0 for one that "
+            "is dropped (masked_softmax_attention itself takes fractions)"
+        )
+    return keep_mask
+
+
+# transformers' LLaVA hands the last two on to its layers.
+FORWARD_NAMES = names_of(DynamicLlavaModel) | {"use_cache", "shift_labels"}

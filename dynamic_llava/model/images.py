@@ -1,0 +1,213 @@
+"""The images of a call: which tokens stand for them, how many each fills, and the features that fill them.
+
+Shape suffixes: B rows, N tokens, I images of the batch in row order, n tokens of one image, D hidden size.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from dynamic_llava.model.arguments import check_shapes
+
+STRATEGIES = {"default": 0, "full": 1}
+"""vision_feature_select_strategy -> tokens of an image besides those of its patches (the class token)."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tokens and images of one call, as they were given."""
+
+    input_ids: Tensor | None
+    """(B, N) int64, or None where embeddings are given."""
+    inputs_embeds: Tensor | None
+    """(B, N, D), or None where ids are given."""
+    pixel_values: Tensor | None
+    """(I, 3, S, S) float."""
+    image_features: Tensor | None
+    """(I, n, D) instead of pixels."""
+    image_mask: Tensor | None
+    """(B, N) bool, only with embeddings: the tokens that stand for images."""
+    feature_layer: int | list[int] | None
+    """vision_feature_layer; None: the configuration's."""
+    feature_strategy: str | None
+    """vision_feature_select_strategy; None: the configuration's."""
+
+    @property
+    def has_images(self) -> bool:
+        """Whether images come along."""
+        return self.pixel_values is not None or self.image_features is not None
+
+
+class ImageInputs:
+    """What DynamicLlavaModel does with images before its language model runs."""
+
+    @property
+    def tokens_per_image(self) -> int:
+        """n: image tokens that one image becomes."""
+        return self.image_length(None)
+
+    def image_length(self, strategy: str | None) -> int:
+        """Return n under a vision_feature_select_strategy, by default the configuration's. ValueError for another."""
+        strategy = strategy if strategy is not None else self.config.vision_feature_select_strategy
+        if strategy not in STRATEGIES:
+            raise ValueError(
+                f"vision_feature_select_strategy={strategy!r} is unknown; choose one of "
+                f"{', '.join(map(repr, STRATEGIES))}"
+            )
+        vision = self.config.vision_config
+        return int((vision.image_size // vision.patch_size) ** 2 + STRATEGIES[strategy])
+
+    def check_feature_layer(self, layer: int | list[int] | None) -> None:
+        """Raise ValueError for a vision_feature_layer that the vision tower lacks or the projector does not take."""
+        if layer is None:
+            return
+        layers = [layer] if isinstance(layer, int) else list(layer)
+        vision, projector = self.config.vision_config, self.multi_modal_projector
+        depth, taken = vision.num_hidden_layers, projector.linear_1.in_features // vision.hidden_size
+        if any(not -depth - 1 <= one <= depth for one in layers):
+            raise ValueError(
+                f"vision_feature_layer={layer} names a layer outside {-depth - 1}..{depth}, which are those of this "
+                "vision tower; choose one of them"
+            )
+        if len(layers) != taken:
+            raise ValueError(
+                f"vision_feature_layer={layer} names {len(layers)} layers but the projector takes the features of "
+                f"{taken}; give {taken}, or build a model with vision_feature_layer in its configuration and train it"
+            )
+
+    def check_tokens(self, inputs: Inputs) -> None:
+        """Raise ValueError unless either ids (B, N) or embeddings (B, N, D) of this model's width are given."""
+        ids, embeds = inputs.input_ids, inputs.inputs_embeds
+        if (ids is None) == (embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if ids is not None and ids.dim() != 2:
+            raise ValueError(f"input_ids has shape {tuple(ids.shape)}; give (rows, tokens)")
+        width = self.config.text_config.hidden_size
+        if embeds is not None and (embeds.dim() != 3 or embeds.shape[2] != width):
+            raise ValueError(
+                f"inputs_embeds has shape {tuple(embeds.shape)} but this model's embeddings are {width} wide; give "
+                f"(rows, tokens, {width})"
+            )
+
+    def image_places(self, inputs: Inputs) -> Tensor:
+        """(B, N) bool: the tokens that stand for images.
+
+        They are those of the image token's id; among embeddings those of `image_mask`, and without one those equal to
+        the image token's embedding, where images come with the call.
+        """
+        embeds = inputs.inputs_embeds
+        if embeds is None:
+            if inputs.image_mask is not None:
+                raise ValueError("image_mask belongs to inputs_embeds; input_ids already say where images are")
+            return inputs.input_ids == self.config.image_token_id
+        if inputs.image_mask is not None:
+            check_shapes(*embeds.shape[:2], image_mask=inputs.image_mask)
+            return inputs.image_mask.bool()
+        if not inputs.has_images:
+            return torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+        token = torch.tensor(self.config.image_token_id, device=embeds.device)
+        return (embeds == self.get_input_embeddings()(token)).all(-1)
+
+    def embed(self, inputs: Inputs, images: BaseModelOutputWithPooling | None, image_BN: Tensor) -> Tensor:
+        """Return (B, N, D): the tokens' embeddings, with image features where `image_BN` says."""
+        embeds = inputs.inputs_embeds
+        if embeds is None:
+            embeds = self.get_input_embeddings()(inputs.input_ids)
+        if images is None:
+            return embeds
+        features = features_of(images).to(embeds.device, embeds.dtype)
+        return embeds.masked_scatter(image_BN[..., None], features)
+
+    def check_images(self, images: int, image_BN: Tensor, per_image: int | None = None) -> None:
+        """Raise ValueError unless `images` images fill the image tokens (B, N) bool, each row a whole number."""
+        per_image = per_image if per_image is not None else self.tokens_per_image
+        places_B = image_BN.sum(1)
+        if int(places_B.sum()) != images * per_image:
+            raise ValueError(
+                f"{images} images of {per_image} tokens were given for {int(places_B.sum())} image tokens "
+                f"({int(places_B.sum()) / per_image:g} images); give one image per <image> place"
+            )
+        if bool((places_B % per_image).any()):
+            raise ValueError(
+                f"a row holds part of an image: its image tokens are not a multiple of {per_image}; "
+                "truncate prompts between images, never inside one"
+            )
+
+    def check_pixels(self, pixel_values: Tensor) -> None:
+        """Raise ValueError unless pixels have the shape that the vision tower takes, (I, 3, S, S)."""
+        vision, shape = self.config.vision_config, tuple(pixel_values.shape)
+        wanted = (vision.num_channels, vision.image_size, vision.image_size)
+        if shape[1:] != wanted:
+            raise ValueError(
+                f"pixel_values has shape {shape} but the vision tower takes (images, {', '.join(map(str, wanted))}); "
+                "give all images of the batch one after the other, as the processor makes them"
+            )
+
+    def encode_images(
+        self, pixel_values: Tensor, layer: int | list[int] | None = None, strategy: str | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """Run the vision tower and the projector on (I, 3, S, S); `pooler_output` is one (n, D) per image.
+
+        Raises ValueError for pixels of another shape. `kwargs` may ask for output_hidden_states and output_attentions.
+        """
+        self.check_pixels(pixel_values)
+        if self.device.type != "meta":  # weights on a disk: their hooks move the input
+            pixel_values = pixel_values.to(self.device)
+        asked = {name: value for name, value in kwargs.items() if value and name.startswith("output_")}
+        outputs: BaseModelOutputWithPooling = self.get_image_features(
+            pixel_values,
+            vision_feature_layer=layer,
+            vision_feature_select_strategy=strategy,
+            return_dict=True,
+            **asked,
+        )
+        if "output_hidden_states" not in asked:
+            outputs.hidden_states = None  # the projector has read them; kept, they would be memory for nothing
+        return outputs
+
+    def images_of_call(self, inputs: Inputs, image_BN: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling | None:
+        """Return the images, encoded here or as features given; ValueError unless they fit `image_BN`.
+
+        In training a batch without any passes a blank one through, which fills no token.
+        """
+        pixels, features = inputs.pixel_values, inputs.image_features
+        if pixels is not None and features is not None:
+            raise ValueError("give either pixel_values or image_features, not both")
+        per_image = self.image_length(inputs.feature_strategy)
+        if features is not None:
+            wanted = (per_image, self.config.text_config.hidden_size)
+            if features.dim() != 3 or tuple(features.shape[1:]) != wanted:
+                raise ValueError(
+                    f"image_features has shape {tuple(features.shape)} but an image of this model is {wanted[0]} "
+                    f"tokens of width {wanted[1]}; give shape (images, {wanted[0]}, {wanted[1]})"
+                )
+            self.check_images(features.shape[0], image_BN, per_image)
+            return BaseModelOutputWithPooling(pooler_output=list(features))
+        if pixels is not None:
+            self.check_pixels(pixels)
+            self.check_images(pixels.shape[0], image_BN, per_image)
+            return self.encode_images(pixels, inputs.feature_layer, inputs.feature_strategy, **kwargs)
+        if self.training and torch.is_grad_enabled() and not bool(image_BN.any()):
+            return self._no_images()
+        return None
+
+    def _no_images(self) -> BaseModelOutputWithPooling:
+        """Features of no image, (0, n, D), for a training batch without one.
+
+        A blank image passes the vision tower and the projector all the same: the other processes of a run use theirs,
+        and where weights are spread over processes (ZeRO-3) or gradients are averaged, all have to take part.
+        """
+        vision = self.config.vision_config
+        like = next(self.vision_tower.parameters())
+        blank = like.new_zeros(1, vision.num_channels, vision.image_size, vision.image_size)
+        features = torch.stack(list(self.encode_images(blank).pooler_output))
+        return BaseModelOutputWithPooling(pooler_output=features[:0])
+
+
+def features_of(images: BaseModelOutputWithPooling) -> Tensor:
+    """Return the projected features, (I, n, D), of encoded images."""
+    features = images.pooler_output
+    return features if isinstance(features, Tensor) else torch.stack(list(features))
