@@ -16,6 +16,7 @@ from dynamic_llava.model.supported import (
     refuse_code,
 )
 from dynamic_llava.processing.base_template import Ends
+from dynamic_llava.processing.image_processor import DynamicLlavaImageProcessor
 from dynamic_llava.processing.images import CLIP_MEAN, CLIP_STD
 
 
@@ -36,13 +37,16 @@ def read_settings(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
             f"{name} holds neither config.json nor processor_config.json with preprocessor_config.json; "
             "give the folder of a LLaVA checkpoint (llava-hf layout) or of a saved processor"
         )
-    settings = _sizes_of_model(name, model) if model is not None else _sizes_of_processor(processor, pixels)
+    if not isinstance(pixels, dict):
+        raise ValueError(f"processor_config.json of {name} has image_processor {pixels!r}, where settings belong")
+    settings = _sizes_of_model(name, model) if model is not None else _sizes_of_processor(name, processor, pixels)
     _check_pixels(name, pixels, settings["image_size"])
-    return {
-        **settings,
-        "image_mean": pixels.get("image_mean", CLIP_MEAN),
-        "image_std": pixels.get("image_std", CLIP_STD),
-    }
+    colours = {"image_mean": pixels.get("image_mean", CLIP_MEAN), "image_std": pixels.get("image_std", CLIP_STD)}
+    try:
+        DynamicLlavaImageProcessor(settings["image_size"], **colours)
+    except ValueError as error:
+        raise ValueError(f"preprocessor_config.json of {name}: {error}") from None
+    return {**settings, **colours}
 
 
 def load_tokenizer(name: str | Path, **arguments: Any) -> Any:
@@ -52,7 +56,13 @@ def load_tokenizer(name: str | Path, **arguments: Any) -> Any:
     """
     check_place(name, arguments)
     refuse_code(name, arguments)
-    return AutoTokenizer.from_pretrained(str(name), trust_remote_code=False, **arguments)
+    try:
+        return AutoTokenizer.from_pretrained(str(name), trust_remote_code=False, **arguments)
+    except (ValueError, OSError, ImportError):
+        raise
+    except Exception as error:  # transformers and tokenizers raise what they like for a damaged file
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"the tokenizer of {name} cannot be read ({reason}); get its files again") from error
 
 
 def template_of(tokenizer: Any) -> str | None:
@@ -115,12 +125,12 @@ def _sizes_of_model(name: str, values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _sizes_of_processor(processor: dict[str, Any], pixels: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "image_size": _side(pixels["crop_size"]),
-        "patch_size": processor["patch_size"],
-        "feature_select": processor.get("vision_feature_select_strategy", "default"),
-    }
+def _sizes_of_processor(name: str, processor: dict[str, Any], pixels: dict[str, Any]) -> dict[str, Any]:
+    sizes = {"image_size": _side(pixels["crop_size"]), "patch_size": processor["patch_size"]}
+    for what, size in sizes.items():
+        if type(size) is not int or size < 1:
+            raise ValueError(f"the saved processor of {name} has {what} {size!r}; give a whole number of 1 or more")
+    return {**sizes, "feature_select": processor.get("vision_feature_select_strategy", "default")}
 
 
 def _check_pixels(name: str, pixels: dict[str, Any], image_size: int) -> None:
@@ -129,9 +139,10 @@ def _check_pixels(name: str, pixels: dict[str, Any], image_size: int) -> None:
             f"{name}: preprocessor_config.json makes images of {_side(pixels['crop_size'])} pixels and the vision "
             f"tower sees {image_size}; correct one of the two files"
         )
-    if abs(pixels.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
+    factor = pixels.get("rescale_factor", 1 / 255)
+    if not isinstance(factor, int | float) or abs(factor - 1 / 255) > 1e-9:
         raise ValueError(f"{name}: rescale_factor={pixels['rescale_factor']} is not offered; LLaVA-1.5 uses 1/255")
 
 
-def _side(size: int | dict[str, int]) -> int:
-    return size if isinstance(size, int) else size["height"]
+def _side(size: Any) -> Any:
+    return size.get("height") if isinstance(size, dict) else size

@@ -3,6 +3,8 @@
 Shapes: I images, S side length in pixels.
 """
 
+import base64
+import binascii
 import io
 import struct
 import zlib
@@ -45,9 +47,58 @@ def load_image(path: str | Path, max_square_pixels: int = MAX_SQUARE_PIXELS) -> 
             "open it yourself and give the Pillow image"
         )
     path = Path(path)
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except (OSError, ValueError) as error:  # a name that no file system takes: too long, or with a null in it
+        raise ValueError(f"{str(path)[:200]!r} is no name of a file ({error}); check the name") from None
+    if not found:
         raise FileNotFoundError(f"there is no image file {path}; check the name and the image folder")
     return _read_rgb(path, path, max_square_pixels)
+
+
+def open_image(image: object, name: str) -> Image.Image:
+    """Return an image of any kind in RGB: Pillow image, path, `data:` address, bytes of a file, array or tensor.
+
+    Arrays and tensors are (H, W), (H, W, C) or (C, H, W) of 8 bits with 1, 3 or 4 channels. `name` is what errors call
+    what has no name of its own. Raises ValueError, and FileNotFoundError for a path without a file.
+    """
+    if isinstance(image, Image.Image):
+        try:
+            return to_rgb(image)  # which reads the pixels of a file that was only opened
+        except _BROKEN as error:
+            raise ValueError(f"{name} cannot be read ({error}); replace it or leave the sample out") from None
+    if isinstance(image, bytes):
+        return decode_image(image, name)
+    if isinstance(image, np.ndarray | torch.Tensor):
+        return _from_array(image, name)
+    if isinstance(image, str) and image.startswith("data:"):
+        try:
+            return decode_image(base64.b64decode(image.partition(",")[2], validate=True), name)
+        except binascii.Error as error:
+            raise ValueError(f"{name} is a data: address that holds no base64 ({error}); give the file") from None
+    if not isinstance(image, str | Path):
+        raise ValueError(f"{name} is of type {type(image).__name__}; give a Pillow image, a path, bytes or an array")
+    return load_image(image)
+
+
+def _from_array(array: np.ndarray | torch.Tensor, name: str) -> Image.Image:
+    pixels = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else array
+    if pixels.dtype != np.uint8:
+        raise ValueError(
+            f"{name} is an array of {pixels.dtype}, whose range is unknown; give whole numbers of 0 to 255 in 8 bits, "
+            "such as (unit * 255).round().astype('uint8')"
+        )
+    # As transformers reads them: channels first where both ends could be channels.
+    if pixels.ndim == 3 and (pixels.shape[0] in (1, 3) or (pixels.shape[0] == 4 and pixels.shape[-1] not in (1, 3, 4))):
+        pixels = pixels.transpose(1, 2, 0)
+    if pixels.ndim == 3 and pixels.shape[-1] == 1:
+        pixels = pixels[..., 0]
+    if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[-1] not in (3, 4)) or not pixels.size:
+        raise ValueError(
+            f"{name} is an array of shape {tuple(array.shape)}; give height and width, with 1, 3 or 4 channels before "
+            "or behind them"
+        )
+    return to_rgb(Image.fromarray(np.ascontiguousarray(pixels)))
 
 
 def decode_image(data: bytes, name: object, max_square_pixels: int = MAX_SQUARE_PIXELS) -> Image.Image:

@@ -6,11 +6,9 @@ A message's parts stand on lines of their own: an image in front of a question g
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
-
+from dynamic_llava.processing.image_processor import ImageInput
 from dynamic_llava.processing.prompts import IMAGE_PLACE, PromptFormat, Turn, conversation_prompt
 
 Message = Mapping[str, Any]
@@ -26,8 +24,35 @@ class Chat(NamedTuple):
     """System text; None is the checkpoint's own."""
     turns: list[Turn]
     """(question, answer) pairs with `<image>` places; only the last answer may be None."""
-    images: list[Image.Image | str | Path | None]
+    images: list[ImageInput | None]
     """The images in their order; None for a part that names none and only marks the place."""
+
+
+def read_chats(conversation: Any) -> tuple[bool, list[Chat]]:
+    """Return whether a list of conversations was given, rather than the messages of one, and the conversations.
+
+    Raises ValueError as `read_chat`, which names the conversation of a list.
+    """
+    if not isinstance(conversation, list | tuple) or not conversation or not isinstance(conversation[0], list | tuple):
+        return False, [read_chat(conversation)]
+    chats = []
+    for row, messages in enumerate(conversation):
+        try:
+            chats.append(read_chat(messages))
+        except ValueError as error:
+            raise ValueError(f"conversation {row}: {error}") from None
+    return True, chats
+
+
+def named_images(chat: Chat, row: int) -> list[ImageInput]:
+    """Return a conversation's images; ValueError where a part marks a place and names none."""
+    missing = sum(image is None for image in chat.images)
+    if missing:
+        raise ValueError(
+            f"{missing} images of conversation {row} are named nowhere; write {{'type': 'image', 'image': picture}}, "
+            "or make the text with tokenize=False and give it to the processor with images=..."
+        )
+    return [image for image in chat.images if image is not None]
 
 
 def read_chat(messages: Sequence[Message]) -> Chat:
@@ -36,9 +61,11 @@ def read_chat(messages: Sequence[Message]) -> Chat:
     Raises ValueError that names the message for unknown roles, kinds of content and orders of speakers, and for images
     outside of questions.
     """
+    if not isinstance(messages, list | tuple):
+        raise ValueError(f"a conversation is a list of messages; a {type(messages).__name__} was given")
     if not messages:
         raise ValueError("a conversation needs at least one message; an empty list was given")
-    images: list[Image.Image | str | Path | None] = []
+    images: list[ImageInput | None] = []
     texts = [_text(message, number, images) for number, message in enumerate(messages)]
     roles = [message["role"] for message in messages]
     first = int(roles[0] == "system")
@@ -87,7 +114,7 @@ def chat_prompt(
     return text.removesuffix(form.answer_opening) + form.question_closing
 
 
-def _text(message: Message, number: int, images: list[Image.Image | str | Path | None]) -> str:
+def _text(message: Message, number: int, images: list[ImageInput | None]) -> str:
     """Return the text of a message with its `<image>` places; append its images to `images`."""
     if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
         raise ValueError(f"message {number} is {message!r}; a message is a dict with 'role' and 'content'")
@@ -96,15 +123,18 @@ def _text(message: Message, number: int, images: list[Image.Image | str | Path |
         raise ValueError(f"message {number} has role {role!r}; choose 'system', 'user' or 'assistant'")
     if isinstance(content, str):
         return content
-    if not isinstance(content, Sequence):
+    if not isinstance(content, list | tuple):
         raise ValueError(f"message {number} has content of type {type(content).__name__}; give a text or a list")
     return "\n".join(_part(part, role, number, images) for part in content)
 
 
-def _part(part: Any, role: str, number: int, images: list[Image.Image | str | Path | None]) -> str:
+def _part(part: Any, role: str, number: int, images: list[ImageInput | None]) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return part["text"]
+    if kind == "image_url":  # as OpenAI's interface has it
+        found = part.get("image_url")
+        part, kind = {"type": "image", "url": found.get("url") if isinstance(found, Mapping) else found}, "image"
     if kind != "image":
         raise ValueError(
             f"message {number} holds {part!r}; a part is {{'type': 'text', 'text': ...}} or {{'type': 'image', "
@@ -118,5 +148,11 @@ def _part(part: Any, role: str, number: int, images: list[Image.Image | str | Pa
             f"message {number} gives an image by {named}; give one of {', '.join(map(repr, IMAGE_SOURCES))}, or none "
             "to mark the place alone"
         )
-    images.append(part[named[0]] if named else None)
+    image = part[named[0]] if named else None
+    if named and not isinstance(image, ImageInput):
+        raise ValueError(
+            f"message {number} gives an image of type {type(image).__name__}; give a Pillow image, a path, bytes, or "
+            "an array or tensor of 8 bits"
+        )
+    images.append(image)
     return IMAGE_PLACE

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
+from dynamic_llava.model.multimodal import MultiModalData
 from dynamic_llava.processing import images as image_io
 from dynamic_llava.processing.base_template import Ends, check_rendering, find_format
 from dynamic_llava.processing.folder import (
@@ -21,20 +21,27 @@ from dynamic_llava.processing.folder import (
     template_of,
     write_json,
 )
-from dynamic_llava.processing.image_processor import DynamicLlavaImageProcessor, ImageInput
-from dynamic_llava.processing.messages import Chat, Message, chat_prompt, read_chat
+from dynamic_llava.processing.image_processor import DynamicLlavaImageProcessor, ImageInput, as_tensors
+from dynamic_llava.processing.inputs import (
+    PADDING_SIDES,
+    TextOptions,
+    merge,
+    pad_rows,
+    read_images,
+    read_texts,
+    sort_inputs,
+    tensors_of,
+)
+from dynamic_llava.processing.messages import Message, chat_prompt, named_images, read_chats
 from dynamic_llava.processing.prompts import (
     IMAGE_PLACE,
     EncodedConversation,
+    PromptFormat,
     Turn,
     conversation_prompt,
     encode_conversation,
     encode_prompt,
-    image_places,
 )
-
-Images = ImageInput | Sequence[ImageInput] | Sequence[Sequence[ImageInput]]
-PADDING_SIDES = ("left", "right")
 
 
 class DynamicLlavaProcessor(ProcessorMixin):
@@ -131,36 +138,72 @@ class DynamicLlavaProcessor(ProcessorMixin):
         """Return the names of what a call makes."""
         return ["input_ids", "attention_mask", "pixel_values"]
 
-    def __call__(
-        self,
-        text: str | Sequence[str] | None = None,
-        images: Images | None = None,
-        padding_side: str = "left",
-        return_tensors: str = "pt",
-        padding: bool = True,
-    ) -> BatchFeature:
+    @property
+    def vision_feature_select_strategy(self) -> str:
+        """Return `feature_select`, by the name that transformers' LlavaProcessor has for it."""
+        return self.feature_select
+
+    @property
+    def num_additional_image_tokens(self) -> int:
+        """Return 1: CLIP's class token, which feature_select "default" takes away again."""
+        return 1
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        """Return the names of the parts, as ProcessorMixin reads them from other constructors than ours."""
+        return ["image_processor", "tokenizer"]
+
+    def __call__(self, *inputs: Any, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
         """Return `input_ids` and `attention_mask` (B, N) int64 and `pixel_values` (I, 3, S, S) float32.
 
-        text: one finished prompt or several; each `<image>` becomes `tokens_per_image` image tokens. images: Pillow
-        images or paths, one, a flat list in row order, or one list per row. Keys of what is not given are absent.
-        padding: False refuses rows of unequal length instead of padding them.
-        Raises ValueError when the images do not match the `<image>` places.
+        Args:
+            inputs: images and text by place, in either order; a single text alone, too.
+            images: one, a flat list in row order, or one list per row, of Pillow images, paths, arrays or tensors of 8
+                bits, or bytes of files.
+            text: one finished prompt or several; each `<image>` becomes `tokens_per_image` image tokens.
+            kwargs: those of transformers' LlavaProcessor, by name or in `text_kwargs` and `images_kwargs`: padding
+                (True unless said otherwise), padding_side (the tokenizer's), max_length, truncation,
+                pad_to_multiple_of, add_special_tokens, return_attention_mask, return_mm_token_type_ids, and
+                return_tensors ("pt" unless said otherwise, "np", or None for lists).
+        Keys of what is not given are absent. Raises ValueError when the images do not match the `<image>` places, for
+        an argument that is unknown or asks for what is not made here, and where truncation would cut an image.
         """
+        images, text = sort_inputs(inputs, images, text)
         if text is None and images is None:
             raise ValueError("neither text nor images were given; give at least one of them")
-        if return_tensors != "pt":
-            raise ValueError(f"return_tensors={return_tensors!r} is not offered; use 'pt'")
-        texts = None if text is None else [text] if isinstance(text, str) else list(text)
-        flat = _check_images(texts, images)
-        features: dict[str, Tensor] = {}
+        options, settings = merge(self, kwargs)
+        texts = read_texts(text)
+        self.image_processor.check_fixed(settings)
+        flat = read_images(texts, images)
+        rows = None
         if texts is not None:
-            rows = [self.encode_prompt(row) for row in texts]
-            lengths = sorted({len(row) for row in rows})
-            if not padding and len(lengths) > 1:
-                raise ValueError(f"padding=False, but the rows have {lengths} tokens; leave it out to pad them")
-            features.update(self.pad(rows, padding_side))
-        if flat:
-            features["pixel_values"] = self.preprocess_images(flat)
+            rows = [encode_prompt(*self._encoding(row), options.add_special_tokens) for row in texts]
+        return self._features(rows, flat, options)
+
+    def _features(
+        self,
+        rows: list[list[int]] | None,
+        images: Sequence[ImageInput],
+        options: TextOptions,
+        masks: Sequence[Sequence[int]] | None = None,
+    ) -> BatchFeature:
+        """Return what a call makes of rows of ids, images, and of one mask per row (`assistant_masks`), if any."""
+        features: dict[str, Any] = {}
+        if rows is not None:
+            rows = [options.cut(row, self.image_token_id) for row in rows]
+            columns = {"input_ids": rows}
+            if options.return_attention_mask:
+                columns["attention_mask"] = [[1] * len(row) for row in rows]
+            if options.return_mm_token_type_ids:
+                columns["mm_token_type_ids"] = [[int(token == self.image_token_id) for token in row] for row in rows]
+            if masks is not None:
+                columns["assistant_masks"] = [options.cut(list(mask), -1) for mask in masks]
+            width = options.width([len(row) for row in rows])
+            for name, column in columns.items():
+                filler = self.pad_token_id if name == "input_ids" else 0
+                features[name] = tensors_of(pad_rows(column, filler, options, width), options)
+        if images:
+            features["pixel_values"] = as_tensors(self.preprocess_images(images), options.return_tensors)
         return BatchFeature(features)
 
     def apply_chat_template(
@@ -172,37 +215,44 @@ class DynamicLlavaProcessor(ProcessorMixin):
         continue_final_message: bool = False,
         tokenize: bool = False,
         return_dict: bool = False,
-        return_tensors: str | None = "pt",
-        padding_side: str = "left",
+        return_assistant_tokens_mask: bool = False,
         processor_kwargs: Mapping[str, Any] | None = None,
-    ) -> str | list[str] | Tensor | BatchFeature:
+        **kwargs: Any,
+    ) -> Any:
         """Return the text of one conversation or several, or with tokenize=True the model's inputs.
 
         The text is vicuna_v1's for LLaVA-1.5, and what its own chat template writes for another base.
 
         A conversation is a list of messages: an optional "system", then "user" and "assistant" by turns. A message's
         content is a text, or a list of {"type": "text", "text": ...} and {"type": "image", "image": ...}, the image
-        being a Pillow image or a path (which "path" and "url" may hold too). Parts stand on lines of their own.
+        being any that `__call__` takes (which "path" and "url" may hold too). Parts stand on lines of their own.
 
         Args:
             conversation: the messages, or a list of such lists, which become the rows of a batch.
-            chat_template: not offered; the checkpoint was trained on one format alone.
+            chat_template: no other than the checkpoint's own, which it was trained on.
             add_generation_prompt: ask for an answer (vicuna_v1: end in `ASSISTANT:`).
             continue_final_message: leave the last answer open for the model to go on with.
             tokenize: return model inputs instead of text; images are read then.
             return_dict: with tokenize=True, all inputs as `__call__` returns them; False gives `input_ids` alone.
-            return_tensors: "pt".
-            padding_side: as in `__call__`.
-            processor_kwargs: more arguments of `__call__`.
+            return_assistant_tokens_mask: with both, `assistant_masks` (B, N) as well: 1 at answers and end tokens.
+            processor_kwargs, kwargs: arguments of `__call__`.
         Raises ValueError for messages that the format has no place for, and for images that are named nowhere.
         """
-        if chat_template is not None:
+        if chat_template not in (None, self.chat_template):
             raise ValueError(
                 "chat_template is fixed: a checkpoint is asked as it was trained (LLaVA-1.5: vicuna_v1); leave it out, "
                 "or write another text yourself"
             )
-        batched = bool(conversation) and not isinstance(conversation[0], Mapping)
-        chats = [read_chat(messages) for messages in (conversation if batched else [conversation])]
+        options = {**(processor_kwargs or {}), **kwargs}
+        for name in ("tools", "documents", "load_audio_from_video", "sanitize_control_tokens"):
+            if options.pop(name, None):
+                raise ValueError(f"{name} has no place in a LLaVA conversation; leave it out")
+        if return_assistant_tokens_mask and (continue_final_message or not (tokenize and return_dict)):
+            raise ValueError(
+                "return_assistant_tokens_mask needs tokenize=True and return_dict=True, and a whole last message "
+                "(continue_final_message=False)"
+            )
+        batched, chats = read_chats(conversation)
         texts = [
             chat_prompt(
                 chat,
@@ -215,12 +265,20 @@ class DynamicLlavaProcessor(ProcessorMixin):
         for chat in chats:
             self.conversation_prompt(chat.turns, chat.system)
         if not tokenize:
-            if return_dict or processor_kwargs:
-                raise ValueError("return_dict and processor_kwargs have no use without tokenize=True; set it")
+            options.pop("return_tensors", None)  # which transformers' own tools give always
+            if return_dict or options:
+                named = ", ".join(["return_dict"] * return_dict + list(options))
+                raise ValueError(f"{named} have no use without tokenize=True; set it")
             return texts if batched else texts[0]
-        images = [_named_images(chat, row) for row, chat in enumerate(chats)]
-        options = {"padding_side": padding_side, "return_tensors": return_tensors or "pt", **(processor_kwargs or {})}
-        inputs = self(text=texts, images=images, **options)
+        text_options, settings = merge(self, options)
+        self.image_processor.check_fixed(settings)
+        images = read_images(texts, [named_images(chat, row) for row, chat in enumerate(chats)])
+        rows = [encode_prompt(*self._encoding(text), text_options.add_special_tokens) for text in texts]
+        masks = None
+        if return_assistant_tokens_mask:
+            encoded = [self.encode_conversation(chat.turns, system=chat.system) for chat in chats]
+            masks = [one.answer_mask(len(row)) for one, row in zip(encoded, rows, strict=True)]
+        inputs = self._features(rows, images, text_options, masks)
         return inputs if return_dict else inputs["input_ids"]
 
     def encode_conversation(
@@ -253,7 +311,20 @@ class DynamicLlavaProcessor(ProcessorMixin):
 
     def encode_prompt(self, text: str) -> list[int]:
         """Return the ids of a finished prompt text, images as all of their tokens (see `prompts.encode_prompt`)."""
-        return encode_prompt(self.tokenizer, text, self.tokens_per_image, self.image_token_id, form=self.prompt_format)
+        return encode_prompt(*self._encoding(text))
+
+    def _encoding(self, text: str) -> tuple[Any, str, int, int, PromptFormat]:
+        return self.tokenizer, text, self.tokens_per_image, self.image_token_id, self.prompt_format
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs: Any
+    ) -> MultiModalData:
+        """Return how many tokens each image of `image_sizes` becomes, one whole image each; servers ask for it."""
+        if image_sizes is None:
+            return MultiModalData()
+        merge(self, kwargs)
+        images = len(image_sizes)
+        return MultiModalData(num_image_tokens=[self.tokens_per_image] * images, num_image_patches=[1] * images)
 
     def preprocess_images(self, images: Sequence[ImageInput]) -> Tensor:
         """Return (I, 3, S, S) float32 pixel values of Pillow images or image files."""
@@ -265,14 +336,7 @@ class DynamicLlavaProcessor(ProcessorMixin):
             raise ValueError(f"padding_side={padding_side!r} is not known; choose 'left' or 'right'")
         if not rows:
             raise ValueError("an empty list of texts was given; give at least one")
-        length = max(len(row) for row in rows)
-        input_ids = torch.full((len(rows), length), self.pad_token_id, dtype=torch.int64)
-        attention_mask = torch.zeros_like(input_ids)
-        for number, row in enumerate(rows):
-            place = slice(0, len(row)) if padding_side == "right" else slice(length - len(row), length)
-            input_ids[number, place] = torch.tensor(row, dtype=torch.int64)
-            attention_mask[number, place] = 1
-        return {"input_ids": input_ids, "attention_mask": attention_mask}
+        return dict(self._features([list(row) for row in rows], (), TextOptions(padding_side=padding_side)))
 
     def decode(self, ids: Any, skip_special_tokens: bool = True, **kwargs: Any) -> str:
         """Return the text of one row of token ids (a tensor or a list); image tokens are left out."""
@@ -329,43 +393,6 @@ class DynamicLlavaProcessor(ProcessorMixin):
             "patch_size": self.patch_size,
             "vision_feature_select_strategy": self.feature_select,
         }
-
-
-def _named_images(chat: Chat, row: int) -> list[ImageInput]:
-    """Return a conversation's images; ValueError where a part marks a place and names none."""
-    missing = sum(image is None for image in chat.images)
-    if missing:
-        raise ValueError(
-            f"{missing} images of conversation {row} are named nowhere; write {{'type': 'image', 'image': picture}}, "
-            "or make the text with tokenize=False and give it to the processor with images=..."
-        )
-    return [image for image in chat.images if image is not None]
-
-
-def _check_images(texts: list[str] | None, images: Images | None) -> list[ImageInput]:
-    """Return the images as one flat list after comparing them with the `<image>` places."""
-    if images is None:
-        images = []
-    elif isinstance(images, ImageInput):
-        images = [images]
-    nested = any(not isinstance(image, ImageInput) for image in images)
-    if texts is None:
-        return [image for row in images for image in row] if nested else list(images)
-    wanted = [image_places(text) for text in texts]
-    if nested:
-        given = [len(row) for row in images]
-        if given != wanted:
-            raise ValueError(
-                f"images per row {given} do not match the {IMAGE_PLACE} places per text {wanted}; "
-                "give one list of images per text, as long as the text has places"
-            )
-        return [image for row in images for image in row]
-    if len(images) != sum(wanted):
-        raise ValueError(
-            f"{len(images)} images were given for {sum(wanted)} {IMAGE_PLACE} places (per text: {wanted}); "
-            f"write one {IMAGE_PLACE} per image into the texts"
-        )
-    return list(images)
 
 
 def _as_list(ids: Any) -> list[int]:

@@ -143,6 +143,11 @@ class EncodedConversation(NamedTuple):
     output_spans: list[tuple[int, int]]
     shortened: bool = False
 
+    def answer_mask(self, length: int) -> list[int]:
+        """Return 1 at the tokens of answers and their end tokens, 0 at the others of the first `length`."""
+        learned = {place for start, end in self.output_spans for place in range(start, end)}
+        return [int(place in learned) for place in range(length)]
+
 
 class RenderingError(ValueError):
     """A base's chat template writes a conversation otherwise than its `PromptFormat` says, because of words in it."""
@@ -167,14 +172,20 @@ def image_places(text: str) -> int:
 
 
 def encode_prompt(
-    tokenizer: Any, text: str, tokens_per_image: int, image_token_id: int, form: PromptFormat = VICUNA_V1
+    tokenizer: Any,
+    text: str,
+    tokens_per_image: int,
+    image_token_id: int,
+    form: PromptFormat = VICUNA_V1,
+    add_start: bool = True,
 ) -> list[int]:
     """Return the token ids of a finished prompt text, each `<image>` as `tokens_per_image` times `image_token_id`.
 
     The pieces between images are tokenised separately and the start token comes once, as in LLaVA's
     `tokenizer_image_token`; tokenised in one go, a tokenizer with `legacy=False` would lose a word-start piece.
+    add_start: False adds no start token to a text that does not write one itself.
     """
-    return _encode(tokenizer, text, tokens_per_image, image_token_id, form.start)[0]
+    return _encode(tokenizer, text, tokens_per_image, image_token_id, form.start, add_start)[0]
 
 
 def encode_conversation(
@@ -238,7 +249,7 @@ def _text(turns: Sequence[Turn], system: str | None, form: PromptFormat) -> tupl
 
 
 def _encode(
-    tokenizer: Any, text: str, tokens_per_image: int, image_token_id: int, start: str
+    tokenizer: Any, text: str, tokens_per_image: int, image_token_id: int, start: str, add_start: bool = True
 ) -> tuple[list[int], list[int]]:
     """Return token ids and, for each, the character of `text` where it starts (-1 for image and start tokens)."""
     if not getattr(tokenizer, "is_fast", False):
@@ -248,7 +259,7 @@ def _encode(
         )
     ids, starts = [], []
     first = tokenizer("").input_ids[:1]
-    if tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]:
+    if add_start and tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]:
         ids, starts = list(first), [-1]
     offset = 0
     if start and text.startswith(start):  # the text writes the start token itself, and it comes once all the same
@@ -259,7 +270,12 @@ def _encode(
             starts += [-1] * tokens_per_image
         if piece:
             doubled = _swallowed_spaces(tokenizer, piece)
-            encoded = tokenizer(_insert_spaces(piece, doubled), add_special_tokens=False, return_offsets_mapping=True)
+            try:
+                encoded = tokenizer(
+                    _insert_spaces(piece, doubled), add_special_tokens=False, return_offsets_mapping=True
+                )
+            except TypeError as error:  # the tokenizers library says no more of half a surrogate pair
+                raise ValueError(f"a text cannot be encoded ({error}): {piece[:200]!r}; correct its letters") from None
             ids += encoded.input_ids
             shifts = np.array(doubled) + np.arange(len(doubled))  # where the inserted spaces lie now
             starts += [offset + place - int((shifts < place).sum()) for place, _ in encoded.offset_mapping]

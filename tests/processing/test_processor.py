@@ -66,8 +66,8 @@ def test_a_wrong_number_of_images_is_named(processor, images, message):
 def test_wrong_settings_are_named(processor):
     with pytest.raises(ValueError, match="padding_side='top'"):
         processor("a", padding_side="top")
-    with pytest.raises(ValueError, match="return_tensors='np'"):
-        processor("a", return_tensors="np")
+    with pytest.raises(ValueError, match="return_tensors='tf'"):
+        processor("a", return_tensors="tf")
     with pytest.raises(ValueError, match="empty list of texts"):
         processor([])
     with pytest.raises(ValueError, match="image_size=50 is not a positive multiple of patch_size=14"):
