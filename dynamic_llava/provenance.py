@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
+from dynamic_llava.files import file_digest
+
 PACKAGE = Path(__file__).resolve().parent
 
 
 def fingerprint(settings: Mapping[str, Any], weights: Path) -> str:
-    """Return a short digest of settings (JSON-able), a base checkpoint's tensors and the library versions.
+    """Return a short digest of settings (JSON-able), a base checkpoint's tensors and JSON files, and library versions.
 
     FileNotFoundError when the folder holds no safetensors file.
     """
@@ -24,8 +26,8 @@ def fingerprint(settings: Mapping[str, Any], weights: Path) -> str:
     if not files:
         raise FileNotFoundError(f"{weights} holds no *.safetensors; give the folder of a checkpoint")
     digest = hashlib.sha256(json.dumps([settings, versions()], sort_keys=True, default=str).encode())
-    for file in files:
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    for file in [*files, *sorted(weights.glob("*.json"))]:  # configuration, tokenizer and image settings
+        digest.update(file_digest(file).encode())
     return digest.hexdigest()[:16]
 
 

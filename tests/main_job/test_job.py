@@ -125,6 +125,16 @@ def test_a_training_of_other_settings_leaves_a_finished_job_as_it_is(config, tra
         main(config)
 
 
+def test_every_file_of_the_base_belongs_to_the_results(config, tmp_path):
+    seed = job.SeedJob(config, tmp_path / "seed4", tmp_path / "world", tmp_path / "base")
+    known = {seed.fingerprint()}
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        file = tmp_path / "base" / name
+        file.write_bytes(file.read_bytes() + b" ")
+        assert seed.fingerprint() not in known, name
+        known.add(seed.fingerprint())
+
+
 def test_full_adds_the_untrained_base(config, trained, tmp_path):
     folder = main(replace(config, tiny=replace(TINY, untrained_base=True)))
     assert trained[-1][:3] == ("untrained", "both", 4)
