@@ -58,7 +58,7 @@ def load_tokenizer(name: str | Path, **arguments: Any) -> Any:
     refuse_code(name, arguments)
     try:
         return AutoTokenizer.from_pretrained(str(name), trust_remote_code=False, **arguments)
-    except (ValueError, OSError, ImportError):
+    except (OSError, ImportError):
         raise
     except Exception as error:  # transformers and tokenizers raise what they like for a damaged file
         reason = " ".join(str(error).split()) or type(error).__name__
