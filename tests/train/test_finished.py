@@ -149,8 +149,8 @@ VARIANTS = [
     {"train": TrainConfig(sparsity_mode="none")},
     {"train": TrainConfig(tune="lora")},
     {"train": TrainConfig(tune="lora"), "lora": LoraConfig(rank=8)},
-    {"tiny": TinyJobConfig()},
-    {"tiny": TinyJobConfig(questions=100)},
+    {"data": DataConfig(), "tiny": TinyJobConfig()},
+    {"data": DataConfig(), "tiny": TinyJobConfig(questions=100)},
 ]
 
 
@@ -158,7 +158,7 @@ def test_runs_without_a_name_never_share_a_folder():
     unnamed = RunConfig(data=DataConfig(json="a/data.json"))
     names = [replace(unnamed, **variant).run_name for variant in VARIANTS]
     assert len(set(names)) == len(VARIANTS)
-    assert all(name.startswith("data-") and len(name) == len("data-") + 8 for name in names)
+    assert all(re.fullmatch(r"(data|run)-\w{8}", name) for name in names), names
     same = [TrainConfig(resume=False), TrainConfig(batch_size=2), TrainConfig(log_every=1), TrainConfig(save_every=5)]
     assert {replace(unnamed, train=train).run_name for train in same} == {unnamed.run_name}
     assert RunConfig().run_name.startswith("run-") and replace(unnamed, name="mine").run_name == "mine"

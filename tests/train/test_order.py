@@ -1,6 +1,7 @@
 """An epoch through the Trainer: every sample once, and what fills up its last step changes no number."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -90,12 +91,13 @@ def test_one_sample_in_a_step_of_many(tmp_path, base, data):
 @pytest.mark.parametrize("grouped", [False, True])
 def test_a_run_resumed_within_its_second_epoch_goes_on_there(tmp_path, base, data, grouped, monkeypatch):
     """Three steps make an epoch; the checkpoint is written after the fourth of six."""
-    fetched, original = [], SftDataset.__getitem__
-    monkeypatch.setattr(SftDataset, "__getitem__", lambda self, n: fetched.append(n) or original(self, n))
+    fetched, original = [], SftDataset.__getitems__
+    monkeypatch.setattr(SftDataset, "__getitems__", lambda self, ns: fetched.extend(ns) or original(self, ns))
     config = config_of(tmp_path, base, data, batch_size=4, max_steps=6, save_every=4, group_by_length=grouped)
     whole = run(config).history
     seen = fetched.copy()
     fetched.clear()
+    shutil.rmtree(config.folder / "model")  # a finished run would not go on
     again = run(config).history
     assert len(seen) == 24 and fetched == seen[16:], "the second run fetches what the first one did after step 4"
     assert [line["step"] for line in again[-2:]] == [line["step"] for line in whole[-2:]] == [5, 6]
