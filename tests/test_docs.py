@@ -131,9 +131,9 @@ def test_paper_map_rows_name_code_and_test():
         assert "`dynamic_llava/" in cells[1] and "`tests/" in cells[2], f"row {cells[0].strip()!r} lacks code or test"
 
 
-def test_every_test_named_in_the_paper_map_exists():
-    text = (ROOT / "docs/paper-map.md").read_text(encoding="utf-8")
-    for path, test in re.findall(r"`(tests/[\w./]+\.py)::(\w+)`", text):
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_test_that_is_named_exists(page):
+    for path, test in re.findall(r"`(tests/[\w./]+\.py)::(\w+)`", page.read_text(encoding="utf-8")):
         assert f"def {test}(" in (ROOT / path).read_text(encoding="utf-8"), f"{path} has no {test}"
 
 

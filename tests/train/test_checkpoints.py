@@ -17,7 +17,14 @@ import dynamic_llava.train.run as run_module
 from dynamic_llava.config import DataConfig, ModelConfig, TrainConfig
 from dynamic_llava.train import checkpoints as module
 from dynamic_llava.train.__main__ import main
-from dynamic_llava.train.checkpoints import MARKER, Checkpoints, compared_settings, is_complete, published
+from dynamic_llava.train.checkpoints import (
+    MARKER,
+    Checkpoints,
+    check_pickles,
+    compared_settings,
+    is_complete,
+    published,
+)
 from dynamic_llava.train.config import RunConfig
 from dynamic_llava.train.run import run, write_config
 from dynamic_llava.train.stopping import EXIT_SAVE_FAILED, EXIT_STOPPED, SaveError, Stopped
@@ -310,6 +317,25 @@ def test_what_a_checkpoint_holds(start, whole):
     assert pickles == {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
     for name in pickles - {"rng_state.pth"}:
         torch.load(checkpoint / name, weights_only=True)
+
+
+class Attack:
+    """Runs a function when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("it ran",)
+
+
+def test_a_pickle_that_is_not_deepspeeds_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    step = tmp_path / "checkpoint-1" / "global_step1"
+    step.mkdir(parents=True)
+    torch.save({"weights": torch.ones(2)}, step / "states.pt")
+    check_pickles(tmp_path / "checkpoint-1")
+    torch.save({"weights": torch.ones(2), "more": Attack()}, step / "states.pt")
+    with pytest.raises(ValueError, match=r"states\.pt would run .*mkdir"):
+        check_pickles(tmp_path / "checkpoint-1")
+    assert not (tmp_path / "it ran").exists()
 
 
 def command_line(config, folder):
