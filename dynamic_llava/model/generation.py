@@ -165,6 +165,9 @@ class SparseGeneration:
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+        if generation is None:
+            # A checkpoint's generation_config.json may hold an entry of this name, which swallows the argument.
+            prepared["sparsity"] = "none"
         places_images = is_first_iteration or not kwargs.get("use_cache", True)
         if output_mask is not None and (generation is not None or places_images):
             drafted = input_ids.shape[1] - output_mask.shape[1]  # tokens that an assistant has proposed

@@ -195,7 +195,10 @@ def check_folder(folder: Path, needs_config: bool = True) -> dict[str, Head]:
 
 def _saved_without_head(config: dict[str, Any]) -> bool:
     tied = any((part or {}).get("tie_word_embeddings") for part in (config, config.get("text_config")))
-    return not tied and set(config.get("architectures") or ()) & {"LlavaModel", "DynamicLlavaModel"} != set()
+    named = config.get("architectures")
+    return (
+        not tied and isinstance(named, list) and bool({"LlavaModel", "DynamicLlavaModel"}.intersection(map(str, named)))
+    )
 
 
 def check_loaded(source: str, info: dict[str, Any]) -> None:
