@@ -54,6 +54,17 @@ class DynamicLlavaImageProcessor(ImageProcessingMixin):
         labels = ("image_processor_type", "processor_class", "feature_extractor_type", "_valid_processor_keys")
         self.check_fixed({name: value for name, value in settings.items() if name not in labels})
 
+    @classmethod
+    def get_image_processor_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read preprocessor_config.json as transformers does; ValueError where it holds no JSON object."""
+        values, rest = super().get_image_processor_dict(*args, **kwargs)
+        if not isinstance(values, dict):
+            raise ValueError(
+                f"{args[0] if args else 'the folder'}: preprocessor_config.json holds a {type(values).__name__}; it "
+                "has to hold an object of settings"
+            )
+        return values, rest
+
     @property
     def size(self) -> dict[str, int]:
         """Return what an image's shorter side becomes."""
