@@ -56,6 +56,9 @@ class CheckedLoading:
             *args, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **kwargs
         )
         check_loaded(source, info)
+        # transformers copies the arguments of loading into it, and would save them as defaults of generate.
+        if getattr(model, "generation_config", None) is not None:
+            vars(model.generation_config).pop("sparsity", None)
         return (model, info) if wants_info else model
 
     @classmethod

@@ -461,3 +461,16 @@ def test_generating_past_the_positions_of_the_model_is_told_once(sparsity, embed
         model.generate(**call)
         model.generate(**call)
     assert caplog.text.count("max_position_embeddings") == 1
+
+
+@torch.no_grad()
+def test_no_entry_of_a_generation_config_takes_the_switch_away(tmp_path):
+    """Checkpoints of earlier versions hold one that transformers had copied from the arguments of loading."""
+    model, inputs = build_model(), prompts(fixed_rows(seed=1, output=0))
+    call = {"max_new_tokens": 4, "do_sample": False}
+    expected = dense_twin(model).generate(**inputs, **call)
+    model.generation_config.sparsity = {"image_keep_rate": 0.2}
+    assert torch.equal(model.generate(**inputs, **call, sparsity="none"), expected)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, sparsity={"image_keep_rate": 0.5})
+    assert not hasattr(loaded.generation_config, "sparsity")
