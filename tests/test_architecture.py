@@ -50,7 +50,7 @@ PUBLIC_TRANSFORMERS = {"transformers", "transformers.utils"}
 """Everything below these is an internal that may change between releases."""
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_NESTING = 400, 80, 4
-PROTOCOL_NAMES = {"ImageTokens", "Method", "OutputTokens", "Predictors"}
+PROTOCOL_NAMES = {"Choice", "Cut", "Evidence", "ImageTokens", "Method", "OutputTokens"}
 METHOD_PROTOCOL = {"base", "registry"}
 """Modules of methods/ that concrete methods share; every other module there is one method."""
 

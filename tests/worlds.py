@@ -169,9 +169,9 @@ class WatchedFastV(FastV):
 
     images: list = field(default_factory=list, compare=False)
 
-    def keep_image(self, images, predictors):
-        self.images.extend(images.attention)
-        return super().keep_image(images, predictors)
+    def keep_image(self, cut, images, learned):
+        self.images.extend(images.seen["question_row"])
+        return super().keep_image(cut, images, learned)
 
 
 def has_tie(images, outputs, shape):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dynamic_llava.config import SparsityConfig
 from dynamic_llava.methods import Dynamic, FastV, Random, Structure
-from dynamic_llava.methods.base import ImageTokens, Method, OutputTokens, Predictors
+from dynamic_llava.methods.base import Choice, Cut, Evidence, ImageTokens, Method, OneCut, OutputTokens
 from dynamic_llava.sparsity.predictors import keep_margin
 
 ModelKey = Literal["base", "control", "image", "both"]
@@ -28,7 +28,7 @@ REFERENCE = "dynamic"
 
 
 @dataclass(frozen=True)
-class Mixed(Method):
+class Mixed(OneCut):
     """Image tokens by one method, output tokens by another (not registered: a tool of these rows)."""
 
     name: ClassVar[str] = "mixed"
@@ -38,13 +38,18 @@ class Mixed(Method):
     output_by: Method = field(default_factory=Dynamic)
     """Decides on output tokens."""
 
-    def keep_image(self, images: ImageTokens, predictors: Predictors) -> Tensor:
-        """Return the decision of `image_by`, (I, n) bool."""
-        return self.image_by.keep_image(images, predictors)
+    def cuts(self, layers: int) -> tuple[Cut, ...]:
+        """One cut, at `layer`, which sees what that of `image_by` sees."""
+        sees = frozenset[Evidence]().union(*(cut.sees for cut in self.image_by.cuts(layers)))
+        return (Cut(self.layer, sees, output=True),)
 
-    def keep_output(self, outputs: OutputTokens, predictors: Predictors) -> Tensor:
+    def keep_image(self, cut: Cut, images: ImageTokens, learned: Any) -> Tensor | Choice:
+        """Return the decision of `image_by`, (I, n) bool."""
+        return self.image_by.keep_image(cut, images, learned)
+
+    def keep_output(self, outputs: OutputTokens, learned: Any) -> Tensor:
         """Return the decision of `output_by`, one bool per output token."""
-        return self.output_by.keep_output(outputs, predictors)
+        return self.output_by.keep_output(outputs, learned)
 
 
 @dataclass(frozen=True)
@@ -59,12 +64,12 @@ class TopKOutput(Dynamic):
     output_keep_rate: float = 0.5
     """Share of each answer's tokens that stays, rounded down."""
 
-    def keep_output(self, outputs: OutputTokens, predictors: Predictors) -> Tensor:
+    def keep_output(self, outputs: OutputTokens, learned: Any) -> Tensor:
         """Return (T,) bool, ties to the earlier token; ValueError where `outputs` are no whole answers."""
         starts_T = outputs.rank == 0
         if not bool(starts_T[0]) or bool(starts_T.all()):
             raise ValueError("top-k ranks over whole answers; while decoding, select by threshold instead")
-        margin_T = keep_margin(predictors.output(outputs.hidden))
+        margin_T = keep_margin(learned.output_predictor(outputs.hidden))
         answer_T = starts_T.cumsum(0) - 1
         by_margin_T = margin_T.argsort(descending=True, stable=True)
         order_T = by_margin_T[answer_T[by_margin_T].argsort(stable=True)]  # by answer, within it by margin

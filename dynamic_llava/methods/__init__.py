@@ -1,8 +1,8 @@
-"""Methods behind the same two hooks (base.py): Dynamic-LLaVA and its rivals. A new one is one file and one row here."""
+"""Methods behind the same hooks (base.py): Dynamic-LLaVA and its rivals. A new one is one file and one row here."""
 
 from typing import Any
 
-from dynamic_llava.methods.base import ImageTokens, Method, OutputTokens, Predictors
+from dynamic_llava.methods.base import Choice, Cut, Evidence, ImageTokens, Method, OneCut, OutputTokens
 from dynamic_llava.methods.dense import Dense
 from dynamic_llava.methods.dynamic import Dynamic
 from dynamic_llava.methods.fastv import FastV
@@ -28,13 +28,16 @@ def get_method(name: str, **settings: Any) -> Method:
 
 __all__ = [
     "METHODS",
+    "Choice",
+    "Cut",
     "Dense",
     "Dynamic",
+    "Evidence",
     "FastV",
     "ImageTokens",
     "Method",
+    "OneCut",
     "OutputTokens",
-    "Predictors",
     "Random",
     "Structure",
     "get_method",

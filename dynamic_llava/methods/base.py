@@ -1,38 +1,56 @@
-"""What a sparsification method is: two decisions on the hidden states that enter one decoder layer.
+"""What a sparsification method is: decisions on image and output tokens, taken where hidden states enter a layer.
 
-The engine (model/decoder.py) owns padding, positions, masks, packing and the cache; a method only answers which tokens
-stay. `keep_image` decides on image tokens, `keep_output` on output tokens, one token at a time or many at once.
-Shape suffixes: I images, n tokens of one image, T output tokens of the batch, D hidden size.
+A method says at which layers it decides (its cuts) and answers there which tokens stay. The engine (`model/`) owns
+padding, positions, masks, packing and the cache. `keep_image` decides on image tokens, `keep_output` on output tokens,
+one at a time or many at once. `learned` is the method's own weights: for Dynamic-LLaVA, a module with the children
+`image_predictor` and `output_predictor`, functions from hidden states (..., D) to logits (..., 2): drop, keep.
+Shape suffixes: I images, n tokens of the longest image, T output tokens of the batch, D hidden size.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+Evidence = Literal["question_row"]
+"""What a cut may be shown beside the hidden states. question_row: (I, n) head-mean attention, in the layer before the
+cut, of the last token before the row's first answer to each image token."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A place where a method decides: that layer and all later ones see only what it keeps."""
+
+    layer: int
+    """Decoder layer whose input is decided on; 0 is before the language model."""
+    sees: frozenset[Evidence] = frozenset()
+    """What `keep_image` is shown here in `ImageTokens.seen`; computed only where it is asked for."""
+    output: bool = False
+    """Whether output tokens are decided on here, by `keep_output`; at one cut of a method at most."""
+
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """What `keep_image` sees: every image of the batch, one entry per image, independent of its row mates."""
+    """What `keep_image` is shown: every image of the batch, one entry per image, independent of its row mates."""
 
     hidden: Tensor
-    """(I, n, D): hidden states that enter the sparse layer."""
+    """(I, n, D): hidden states that enter the cut's layer."""
+    valid: Tensor
+    """(I, n) bool: tokens of the image; False at the filler behind an image shorter than the longest."""
     key: Tensor
     """(I,) int64: noise key of the image's sample and place."""
-    attention: Tensor | None
-    """(I, n) head-mean attention, in the layer before, of the last token before the row's first answer; given if the
-    method `needs_attention`."""
+    seen: Mapping[Evidence, Tensor] = field(default_factory=dict)
+    """What the cut `sees`."""
 
 
 @dataclass(frozen=True)
 class OutputTokens:
-    """What `keep_output` sees: the output tokens of the batch, flattened; each is judged alone."""
+    """What `keep_output` is shown: the output tokens of the batch, flattened; each is judged alone."""
 
     hidden: Tensor
-    """(T, D): hidden states that enter the sparse layer."""
+    """(T, D): hidden states that enter the cut's layer."""
     rank: Tensor
     """(T,) int64: index of the token among its row's output tokens."""
     key: Tensor
@@ -40,39 +58,57 @@ class OutputTokens:
 
 
 @dataclass(frozen=True)
-class Predictors:
-    """The two learned scorers, as functions from hidden states (..., D) to logits (..., 2): drop, keep."""
+class Choice:
+    """What becomes of image tokens where some are merged; a plain keep mask is a choice without heirs."""
 
-    image: Callable[[Tensor], Tensor]
-    output: Callable[[Tensor], Tensor]
+    keep: Tensor
+    """(I, n) bool: tokens that stay."""
+    into: Tensor | None = None
+    """(I, n) int64: for each dropped token the index, in its image, of the kept token that takes it over."""
+    weight: Tensor | None = None
+    """(I, n) float: share of each token in what its heir becomes."""
 
 
 @dataclass(frozen=True)
-class Method(ABC):
+class Method:
     """Base of all methods: a frozen bag of settings, no state. Registered under `name` in methods.METHODS."""
 
     name: ClassVar[str]
-    needs_attention: ClassVar[bool] = False
-    """Whether `keep_image` wants one row of attention, recomputed from the layer before the sparse one."""
     training_free: ClassVar[bool] = False
     """Whether nothing of the method is learned. In training mode it then decides as at inference: the model is tuned
     under its fixed rule. The class that defines the hooks declares it; inherited, it says nothing about new hooks."""
-
-    layer: int = 2
-    """The sparse layer: this one and all later ones see only kept tokens."""
 
     @property
     def is_dense(self) -> bool:
         """Whether nothing is ever dropped, so that the plain decoder may run."""
         return False
 
-    @abstractmethod
-    def keep_image(self, images: ImageTokens, predictors: Predictors) -> Tensor:
-        """(I, n) bool, True where an image token stays."""
+    def cuts(self, layers: int) -> tuple[Cut, ...]:
+        """Return where the method decides in a language model of so many layers, in ascending order; default: never."""
+        return ()
 
-    @abstractmethod
-    def keep_output(self, outputs: OutputTokens, predictors: Predictors) -> Tensor:
-        """(T,) bool, True where an output token stays (its keys and values are admitted)."""
+    def keep_image(self, cut: Cut, images: ImageTokens, learned: Any) -> Tensor | Choice:
+        """(I, n) bool, True where an image token stays, whatever at filler; default: all stay."""
+        return keep_all_image(images)
+
+    def keep_output(self, outputs: OutputTokens, learned: Any) -> Tensor:
+        """(T,) bool, True where an output token stays (its keys and values are admitted); default: all stay."""
+        return torch.ones_like(outputs.rank, dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class OneCut(Method):
+    """A method that decides once, at one layer; on output tokens too if it defines `keep_output`."""
+
+    sees: ClassVar[frozenset[Evidence]] = frozenset()
+    """What its cut sees."""
+
+    layer: int = 2
+    """The sparse layer: this one and all later ones see only kept tokens."""
+
+    def cuts(self, layers: int) -> tuple[Cut, ...]:
+        """One cut, at `layer`."""
+        return (Cut(self.layer, self.sees, output=type(self).keep_output is not Method.keep_output),)
 
 
 def check_rate_or_none(name: str, value: float | None) -> None:
@@ -83,9 +119,4 @@ def check_rate_or_none(name: str, value: float | None) -> None:
 
 def keep_all_image(images: ImageTokens) -> Tensor:
     """(I, n) bool, all True."""
-    return torch.ones(images.hidden.shape[:2], dtype=torch.bool, device=images.hidden.device)
-
-
-def keep_all_output(outputs: OutputTokens) -> Tensor:
-    """(T,) bool, all True."""
-    return torch.ones_like(outputs.rank, dtype=torch.bool)
+    return torch.ones_like(images.valid)

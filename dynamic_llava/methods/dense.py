@@ -3,21 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from dynamic_llava.methods.base import (
-    ImageTokens,
-    Method,
-    OutputTokens,
-    Predictors,
-    keep_all_image,
-    keep_all_output,
-)
+from dynamic_llava.methods.base import OneCut
 
 
 @dataclass(frozen=True)
-class Dense(Method):
-    """Keep everything; the decoder then runs exactly as transformers' own."""
+class Dense(OneCut):
+    """Keep everything; the decoder then runs exactly as transformers' own. `layer` is where a given keep mask acts."""
 
     name: ClassVar[str] = "dense"
     training_free: ClassVar[bool] = True
@@ -26,11 +17,3 @@ class Dense(Method):
     def is_dense(self) -> bool:
         """Always True."""
         return True
-
-    def keep_image(self, images: ImageTokens, predictors: Predictors) -> Tensor:
-        """(I, n) bool, all True."""
-        return keep_all_image(images)
-
-    def keep_output(self, outputs: OutputTokens, predictors: Predictors) -> Tensor:
-        """(T,) bool, all True."""
-        return keep_all_output(outputs)

@@ -1,25 +1,18 @@
 """Dynamic-LLaVA: two learned predictors decide (Sec. 3.2, 3.3; Eq. 5, 6, 11)."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from dynamic_llava.config import SparsityConfig, SparsityMode, check_keep_rate, check_sparsity_mode
-from dynamic_llava.methods.base import (
-    ImageTokens,
-    Method,
-    OutputTokens,
-    Predictors,
-    keep_all_image,
-    keep_all_output,
-)
-from dynamic_llava.sparsity.decisions import budget, threshold_keep, top_k_keep
+from dynamic_llava.methods.base import Cut, ImageTokens, OneCut, OutputTokens, keep_all_image
+from dynamic_llava.sparsity.decisions import threshold_keep, top_k_keep
 from dynamic_llava.sparsity.predictors import keep_margin
 
 
 @dataclass(frozen=True)
-class Dynamic(Method):
+class Dynamic(OneCut):
     """Image tokens: the floor(r_I * n) highest keep margins of each image. Output tokens: margin above a threshold."""
 
     name: ClassVar[str] = "dynamic"
@@ -53,6 +46,10 @@ class Dynamic(Method):
         """True when neither context is sparsified."""
         return self.sparsity == "none"
 
+    def cuts(self, layers: int) -> tuple[Cut, ...]:
+        """One cut, at `layer`; output tokens are decided on where they are sparsified."""
+        return (Cut(self.layer, output=self.sparsifies_output),)
+
     @property
     def sparsifies_image(self) -> bool:
         """Whether image tokens may be dropped."""
@@ -63,17 +60,17 @@ class Dynamic(Method):
         """Whether output tokens may be dropped."""
         return self.sparsity in ("both", "output")
 
-    def keep_image(self, images: ImageTokens, predictors: Predictors) -> Tensor:
+    def keep_image(self, cut: Cut, images: ImageTokens, learned: Any) -> Tensor:
         """(I, n) bool from the image predictor."""
         if not self.sparsifies_image:
             return keep_all_image(images)
-        margin_In = keep_margin(predictors.image(images.hidden))
+        margin_In = keep_margin(learned.image_predictor(images.hidden))
         if self.image_selection == "threshold":
             return threshold_keep(margin_In)
-        return top_k_keep(margin_In, budget(self.image_keep_rate, margin_In.shape[1]))
+        return top_k_keep(margin_In, rate=self.image_keep_rate, valid=images.valid)
 
-    def keep_output(self, outputs: OutputTokens, predictors: Predictors) -> Tensor:
+    def keep_output(self, outputs: OutputTokens, learned: Any) -> Tensor:
         """(T,) bool from the output predictor."""
         if not self.sparsifies_output:
-            return keep_all_output(outputs)
-        return threshold_keep(keep_margin(predictors.output(outputs.hidden)), self.output_threshold)
+            return super().keep_output(outputs, learned)
+        return threshold_keep(keep_margin(learned.output_predictor(outputs.hidden)), self.output_threshold)

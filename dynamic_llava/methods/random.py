@@ -4,26 +4,18 @@ Draws depend on (seed, sample key, place of the token) alone: the same in any ba
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from dynamic_llava.methods.base import (
-    ImageTokens,
-    Method,
-    OutputTokens,
-    Predictors,
-    check_rate_or_none,
-    keep_all_image,
-    keep_all_output,
-)
-from dynamic_llava.sparsity.decisions import budget, top_k_keep
+from dynamic_llava.methods.base import Cut, ImageTokens, OneCut, OutputTokens, check_rate_or_none, keep_all_image
+from dynamic_llava.sparsity.decisions import top_k_keep
 from dynamic_llava.sparsity.noise import fold_key, uniform_noise
 
 
 @dataclass(frozen=True)
-class Random(Method):
+class Random(OneCut):
     """Keep a random set of floor(rate * n) tokens of each image, and each output token with probability rate."""
 
     name: ClassVar[str] = "random"
@@ -40,20 +32,20 @@ class Random(Method):
         check_rate_or_none("image_keep_rate", self.image_keep_rate)
         check_rate_or_none("output_keep_rate", self.output_keep_rate)
 
-    def keep_image(self, images: ImageTokens, predictors: Predictors) -> Tensor:
+    def keep_image(self, cut: Cut, images: ImageTokens, learned: Any) -> Tensor:
         """(I, n) bool, floor(rate * n) True in each row (at least one unless the rate is 0)."""
         keep_In = keep_all_image(images)
         if self.image_keep_rate is None:
             return keep_In
         if self.image_keep_rate == 0:
             return ~keep_In
-        count = keep_In.shape[1]
-        place_n = torch.arange(count, device=keep_In.device)
-        return top_k_keep(uniform_noise(fold_key(self.seed, images.key), place_n), budget(self.image_keep_rate, count))
+        place_n = torch.arange(keep_In.shape[1], device=keep_In.device)
+        draw_In = uniform_noise(fold_key(self.seed, images.key), place_n)
+        return top_k_keep(draw_In, rate=self.image_keep_rate, valid=images.valid)
 
-    def keep_output(self, outputs: OutputTokens, predictors: Predictors) -> Tensor:
+    def keep_output(self, outputs: OutputTokens, learned: Any) -> Tensor:
         """(T,) bool, independent draws."""
         if self.output_keep_rate is None:
-            return keep_all_output(outputs)
+            return super().keep_output(outputs, learned)
         draw_T1 = uniform_noise(fold_key(self.seed, outputs.key), outputs.rank[:, None], stream=1)
         return draw_T1[:, 0] < self.output_keep_rate

@@ -2,24 +2,16 @@
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from dynamic_llava.methods.base import (
-    ImageTokens,
-    Method,
-    OutputTokens,
-    Predictors,
-    check_rate_or_none,
-    keep_all_image,
-    keep_all_output,
-)
+from dynamic_llava.methods.base import Cut, ImageTokens, OneCut, OutputTokens, check_rate_or_none, keep_all_image
 
 
 @dataclass(frozen=True)
-class Structure(Method):
+class Structure(OneCut):
     """Keep token t where floor((t + 1) * rate) > floor(t * rate), counted within the image or the row's output."""
 
     name: ClassVar[str] = "structure"
@@ -34,7 +26,7 @@ class Structure(Method):
         check_rate_or_none("image_keep_rate", self.image_keep_rate)
         check_rate_or_none("output_keep_rate", self.output_keep_rate)
 
-    def keep_image(self, images: ImageTokens, predictors: Predictors) -> Tensor:
+    def keep_image(self, cut: Cut, images: ImageTokens, learned: Any) -> Tensor:
         """(I, n) bool, the same for every image."""
         keep_In = keep_all_image(images)
         if self.image_keep_rate is None:
@@ -42,10 +34,10 @@ class Structure(Method):
         place_n = torch.arange(keep_In.shape[1], device=keep_In.device)
         return evenly_spaced(place_n, self.image_keep_rate).expand_as(keep_In)
 
-    def keep_output(self, outputs: OutputTokens, predictors: Predictors) -> Tensor:
+    def keep_output(self, outputs: OutputTokens, learned: Any) -> Tensor:
         """(T,) bool from the token's rank alone."""
         if self.output_keep_rate is None:
-            return keep_all_output(outputs)
+            return super().keep_output(outputs, learned)
         return evenly_spaced(outputs.rank, self.output_keep_rate)
 
 

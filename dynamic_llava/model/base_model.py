@@ -25,7 +25,7 @@ from dynamic_llava.model.decoder import DynamicLlamaModel
 from dynamic_llava.model.images import ImageInputs, Inputs, features_of
 from dynamic_llava.model.initialization import initialize_predictor
 from dynamic_llava.model.outputs import DynamicModelOutput
-from dynamic_llava.model.plan import Plan
+from dynamic_llava.model.plan import Plan, one_cut
 from dynamic_llava.model.switches import choose_method
 from dynamic_llava.sparsity.predictors import ImagePredictor, OutputPredictor
 
@@ -135,9 +135,10 @@ class DynamicLlavaModel(ImageInputs, DynamicLlavaPreTrainedModel, LlavaModel):
             settings["output_keep_rate"] = self.config.sparsity.output_keep_rate
         if settings["keep_mask"] is not None:
             settings["keep_mask"] = _decisions(chunk_of("keep_mask", settings["keep_mask"], image, seen))
+        layers = self.config.text_config.num_hidden_layers
         outputs = self.language_model(
             inputs_embeds=self.embed(inputs, images, layout.image),
-            plan=Plan(layout=layout, **settings),
+            plan=Plan(cut=one_cut(settings["method"], layers), layout=layout, **settings),
             **given,
             **kwargs,
         )

@@ -7,14 +7,15 @@ the longest answer, D hidden size.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from dynamic_llava.config import SparsityConfig
 from dynamic_llava.layout import TokenLayout
-from dynamic_llava.methods import Dynamic, ImageTokens, Method, OutputTokens, Predictors
+from dynamic_llava.methods import Choice, Dynamic, Evidence, ImageTokens, Method, OutputTokens
+from dynamic_llava.model.plan import Plan
 from dynamic_llava.sparsity.noise import fold_key, gumbel_noise
 from dynamic_llava.sparsity.relaxations import RELAXATIONS
 
@@ -45,45 +46,59 @@ def check_question(method: Method, late_BN: Tensor) -> None:
 
 
 def hard_keep_mask(
-    method: Method,
-    predictors: Predictors,
-    hidden_BND: Tensor,
-    layout: TokenLayout,
-    sample_key_B: Tensor,
-    attention_BN: Tensor | None = None,
-    past: Past | None = None,
+    plan: Plan, learned: Any, hidden_BND: Tensor, question_row_BN: Tensor | None = None, past: Past | None = None
 ) -> Tensor:
     """Decide at inference (Eq. 5, 11); returns (B, N) bool, True at kept tokens and False at padding.
 
-    attention_BN is the row of `model.attention.attention_row` for methods that need it. Prompt tokens always stay.
+    `learned` holds the method's own weights. question_row_BN is the row of `model.attention.attention_row` for a cut
+    that sees it. Prompt tokens always stay. ValueError for a method that merges tokens.
     """
-    past = past or Past()
+    method, layout, sample_key_B, past = plan.method, plan.layout, plan.sample_key, past or Past()
     keep_BN = layout.valid.clone()
     if bool(layout.image.any()):
+        hidden_InD = layout.gather_images(hidden_BND)
+        seen: dict[Evidence, Tensor] = {}
+        if question_row_BN is not None:
+            seen["question_row"] = layout.gather_images(question_row_BN)
         images = ImageTokens(
-            hidden=layout.gather_images(hidden_BND),
+            hidden=hidden_InD,
+            valid=torch.ones(hidden_InD.shape[:2], dtype=torch.bool, device=hidden_InD.device),
             key=_image_keys(layout, sample_key_B, past.images),
-            attention=None if attention_BN is None else layout.gather_images(attention_BN),
+            seen=seen,
         )
-        keep_BN = layout.scatter_images(method.keep_image(images, predictors), keep_BN)
-    if bool(layout.output.any()):
+        keep_BN = layout.scatter_images(_kept(method, method.keep_image(plan.cut, images, learned)), keep_BN)
+    if plan.cut.output and bool(layout.output.any()):
         rank_BN = layout.output_rank() if past.outputs is None else layout.output_rank() + past.outputs[:, None]
         outputs = OutputTokens(
             hidden=hidden_BND[layout.output],
             rank=rank_BN[layout.output],
             key=sample_key_B[:, None].expand_as(rank_BN)[layout.output],
         )
-        keep_BN = keep_BN.masked_scatter(layout.output, method.keep_output(outputs, predictors))
+        keep_BN = keep_BN.masked_scatter(layout.output, method.keep_output(outputs, learned))
     return keep_BN
 
 
-def admit_token(
-    method: Method, predictors: Predictors, hidden_B1D: Tensor, layout: TokenLayout, key_B: Tensor, seen_B: Tensor
-) -> Tensor:
-    """Decide on the single new token of each row (Eq. 6); returns (B,) bool. No host read."""
-    outputs = OutputTokens(hidden=hidden_B1D[:, 0], rank=seen_B, key=key_B)
-    admitted_B = method.keep_output(outputs, predictors) | ~layout.output[:, 0]
-    return admitted_B & layout.valid[:, 0]
+def admit_token(plan: Plan, learned: Any, hidden_B1D: Tensor, seen_B: Tensor) -> Tensor:
+    """Decide on the single new token of each row (Eq. 6), the seen_B-th of its output; returns (B,) bool. No host read.
+
+    A method without a decision on output tokens admits every token.
+    """
+    valid_B, output_B = plan.layout.valid[:, 0], plan.layout.output[:, 0]
+    if not plan.cut.output:
+        return valid_B
+    outputs = OutputTokens(hidden=hidden_B1D[:, 0], rank=seen_B, key=plan.sample_key)
+    return (plan.method.keep_output(outputs, learned) | ~output_B) & valid_B
+
+
+def _kept(method: Method, answer: Tensor | Choice) -> Tensor:
+    if isinstance(answer, Tensor):
+        return answer
+    if answer.into is not None or answer.weight is not None:
+        raise ValueError(
+            f"method {method.name!r} merges image tokens, which the engine does not do: let keep_image return a keep "
+            "mask, or a Choice without `into` and `weight`"
+        )
+    return answer.keep
 
 
 def is_trainable(method: Method) -> TypeGuard[Dynamic]:
@@ -114,7 +129,7 @@ def _definer(method: Method, name: str) -> type:
 def sampled_keep_mask(
     method: Dynamic,
     config: SparsityConfig,
-    predictors: Predictors,
+    learned: Any,
     hidden_BND: Tensor,
     layout: TokenLayout,
     sample_key_B: Tensor,
@@ -133,34 +148,34 @@ def sampled_keep_mask(
     if method.sparsifies_image:
         if bool(layout.image.any()):
             relax_images = partial(relax, keep_rate=method.image_keep_rate)
-            keep_In = _sample_images(relax_images, predictors, hidden_BND, layout, sample_key_B)
+            keep_In = _sample_images(relax_images, learned, hidden_BND, layout, sample_key_B)
             keep_BN = layout.scatter_images(keep_In, keep_BN)
         else:
-            keep_BN = keep_BN + 0.0 * predictors.image(hidden_BND[:1]).float().sum()
+            keep_BN = keep_BN + 0.0 * learned.image_predictor(hidden_BND[:1]).float().sum()
     decided_BN = layout.output & (layout.answer_lengths() >= config.output_min_length)
     if not method.sparsifies_output:
         return keep_BN, torch.zeros_like(decided_BN)
     if not bool(layout.output.any()):
-        return keep_BN + 0.0 * predictors.output(hidden_BND[:1, 0]).float().sum(), decided_BN
+        return keep_BN + 0.0 * learned.output_predictor(hidden_BND[:1, 0]).float().sum(), decided_BN
     relax_outputs = partial(relax, keep_rate=output_keep_rate)
-    keep_T = _sample_outputs(relax_outputs, predictors, hidden_BND, layout, sample_key_B)
+    keep_T = _sample_outputs(relax_outputs, learned, hidden_BND, layout, sample_key_B)
     sampled_BN = keep_BN.masked_scatter(layout.output, keep_T.to(keep_BN.dtype))
     return torch.where(decided_BN, sampled_BN, keep_BN), decided_BN
 
 
 def _sample_images(
-    relax: Callable[..., Tensor], predictors: Predictors, hidden_BND: Tensor, layout: TokenLayout, sample_key_B: Tensor
+    relax: Callable[..., Tensor], learned: Any, hidden_BND: Tensor, layout: TokenLayout, sample_key_B: Tensor
 ) -> Tensor:
-    logits_In2 = predictors.image(layout.gather_images(hidden_BND))
+    logits_In2 = learned.image_predictor(layout.gather_images(hidden_BND))
     place_n = torch.arange(layout.tokens_per_image, device=hidden_BND.device)
     noise_In2 = gumbel_noise(_image_keys(layout, sample_key_B, None), place_n)
     return relax(logits_In2, noise_In2, valid_SN=torch.ones_like(logits_In2[..., 0], dtype=torch.bool))
 
 
 def _sample_outputs(
-    relax: Callable[..., Tensor], predictors: Predictors, hidden_BND: Tensor, layout: TokenLayout, sample_key_B: Tensor
+    relax: Callable[..., Tensor], learned: Any, hidden_BND: Tensor, layout: TokenLayout, sample_key_B: Tensor
 ) -> Tensor:
-    logits_T2 = predictors.output(hidden_BND[layout.output])
+    logits_T2 = learned.output_predictor(hidden_BND[layout.output])
     noise_T2 = gumbel_noise(fold_key(sample_key_B, -1), layout.output_rank())[layout.output]
     place = layout.answer_places()
     answers, longest = (int(index_T.max()) + 1 for index_T in place)

@@ -25,7 +25,6 @@ from transformers.utils.output_capturing import capture_outputs
 
 from dynamic_llava.config import SparsityConfig, check_sparse_layer
 from dynamic_llava.layout import Packing
-from dynamic_llava.methods import Predictors
 from dynamic_llava.model.attention import DynamicLlamaAttention, attention_row, cache_mask
 from dynamic_llava.model.cache import AdmissionCache, check_attention, check_cache
 from dynamic_llava.model.cache_names import CACHE
@@ -83,7 +82,7 @@ class DynamicLlamaModel(LlamaModel):
             seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen)[None]
         if not plan.method.is_dense or plan.keep_mask is not None:
-            check_sparse_layer(plan.method.layer, self.config.num_hidden_layers)
+            check_sparse_layer(plan.cut.layer, self.config.num_hidden_layers)
         if self.training and plan.keep_mask is None and (plan.masked or torch.is_grad_enabled()):
             check_training(plan.method)
         if plan.answers_only:
@@ -92,9 +91,9 @@ class DynamicLlamaModel(LlamaModel):
             return self._masked_pass(inputs_embeds, plan, attention_mask, position_ids, kwargs)
         position_ids = position_ids.expand(inputs_embeds.shape[:2])
         if cache is None and use_cache:
-            cache = AdmissionCache(self.config.num_hidden_layers, plan.method.layer, self.sparsity.cache_block)
+            cache = AdmissionCache(self.config.num_hidden_layers, plan.cut.layer, self.sparsity.cache_block)
         if cache is not None:
-            check_cache(cache, plan.method.layer, inputs_embeds.shape[0], self.config._attn_implementation)
+            check_cache(cache, plan.cut.layer, inputs_embeds.shape[0], self.config._attn_implementation)
         if cache is None or not cache.is_live:
             return self._drop_pass(inputs_embeds, plan, attention_mask, position_ids, cache, kwargs)
         if inputs_embeds.shape[1] == 1 and not (plan.layout.tokens_per_image == 1 and bool(plan.layout.image.any())):
@@ -134,7 +133,7 @@ class DynamicLlamaModel(LlamaModel):
         kwargs: dict[str, Any],
     ) -> Tensor:
         """Run layers l.. on every token; MaskedSoftmax (Eq. 7) hides a dropped one from all others."""
-        for layer in self.layers[plan.method.layer :]:
+        for layer in self.layers[plan.cut.layer :]:
             hidden_BND = layer(
                 hidden_BND,
                 keep_BN,
@@ -167,7 +166,7 @@ class DynamicLlamaModel(LlamaModel):
         RMSNorm at zero, where the slope is 1 / sqrt(eps) whatever the size of h.
         """
         keep_BN1 = keep_BN[..., None].to(hidden_BND.dtype)
-        for layer in self.layers[plan.method.layer :]:
+        for layer in self.layers[plan.cut.layer :]:
             hidden_BND = layer(hidden_BND * keep_BN1, attention_mask=mask, position_embeddings=rotation, **kwargs)
         return hidden_BND
 
@@ -178,15 +177,14 @@ class DynamicLlamaModel(LlamaModel):
             return sampled_keep_mask(
                 plan.method,
                 self.sparsity,
-                self._predictors(),
+                self,
                 hidden_BND,
                 plan.layout,
                 plan.sample_key,
                 plan.tau,
                 plan.output_keep_rate,
             )
-        keep_BN = hard_keep_mask(plan.method, self._predictors(), hidden_BND, plan.layout, plan.sample_key, row_BN)
-        return keep_BN, plan.layout.output
+        return hard_keep_mask(plan, self, hidden_BND, row_BN), plan.layout.output
 
     def _score_pass(
         self,
@@ -260,7 +258,7 @@ class DynamicLlamaModel(LlamaModel):
             check_question(plan.method, layout.image)
         rotation = self.rotary_emb(hidden_BQD, position_ids=position_ids)
         mask = self._cache_mask(cache.dense.place_chunk(layout.valid, layout.valid), hidden_BQD.dtype)
-        for layer in self.layers[: plan.method.layer]:
+        for layer in self.layers[: plan.cut.layer]:
             hidden_BQD = layer(
                 hidden_BQD, attention_mask=mask, position_embeddings=rotation, **{CACHE: cache}, **kwargs
             )
@@ -292,8 +290,8 @@ class DynamicLlamaModel(LlamaModel):
         row_BN = None
         if plan.reads_attention:
             check_question(plan.method, plan.layout.late_images())
-        for index, layer in enumerate(self.layers[: plan.method.layer]):
-            if plan.reads_attention and index == plan.method.layer - 1:
+        for index, layer in enumerate(self.layers[: plan.cut.layer]):
+            if plan.reads_attention and index == plan.cut.layer - 1:
                 row_BN = attention_row(layer, hidden_BND, rotation, plan.layout.question_end(), plan.layout.valid)
             hidden_BND = layer(
                 hidden_BND, attention_mask=mask, position_embeddings=rotation, **{CACHE: cache}, **kwargs
@@ -310,7 +308,7 @@ class DynamicLlamaModel(LlamaModel):
         kwargs: dict[str, Any],
     ) -> Tensor:
         # No position_ids here: with gaps in them, attention back ends would take one row for several packed sequences.
-        for layer in self.layers[plan.method.layer :]:
+        for layer in self.layers[plan.cut.layer :]:
             hidden_BKD = layer(
                 hidden_BKD, attention_mask=mask, position_embeddings=rotation, **{CACHE: cache}, **kwargs
             )
@@ -319,10 +317,7 @@ class DynamicLlamaModel(LlamaModel):
     def _hard_decision(self, hidden_BND: Tensor, plan: Plan, row_BN: Tensor | None, past: Past) -> Tensor:
         if plan.keep_mask is not None:
             return plan.keep_mask.bool() & plan.layout.valid
-        return hard_keep_mask(plan.method, self._predictors(), hidden_BND, plan.layout, plan.sample_key, row_BN, past)
-
-    def _predictors(self) -> Predictors:
-        return Predictors(image=self.image_predictor, output=self.output_predictor)
+        return hard_keep_mask(plan, self, hidden_BND, row_BN, past)
 
     def _cache_mask(self, visible_BQW: Tensor, dtype: torch.dtype) -> Tensor:
         return cache_mask(visible_BQW, self.config._attn_implementation, dtype)

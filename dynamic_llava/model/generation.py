@@ -21,6 +21,7 @@ from dynamic_llava.model.cache import AdmissionCache, check_dense_cache
 from dynamic_llava.model.cache_names import CACHE, cache_of, rename_cache
 from dynamic_llava.model.images import Inputs, features_of
 from dynamic_llava.model.outputs import SparsityRecord
+from dynamic_llava.model.plan import one_cut
 from dynamic_llava.model.switches import check_compile, check_output_keep_rate, choose_method
 from dynamic_llava.model.untrained import warn_untrained
 
@@ -256,9 +257,8 @@ class SparseGeneration:
         if generation is not None:
             generation.end_ids = generation_config._eos_token_tensor
             if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
-                model_kwargs[CACHE] = AdmissionCache(
-                    self.config.text_config.num_hidden_layers, generation.method.layer, self.config.sparsity.cache_block
-                )
+                layers, block = self.config.text_config.num_hidden_layers, self.config.sparsity.cache_block
+                model_kwargs[CACHE] = AdmissionCache(layers, one_cut(generation.method, layers).layer, block)
                 return None
         return super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, *args, **kwargs

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dynamic_llava.layout import TokenLayout
-from dynamic_llava.methods import Method
+from dynamic_llava.methods import Cut, Method
 
 
 @dataclass(frozen=True)
@@ -13,6 +13,8 @@ class Plan:
     """Everything a pass needs to know besides the hidden states; made once per call, changed by none."""
 
     method: Method
+    cut: Cut
+    """Where the method decides."""
     layout: TokenLayout
     sample_key: Tensor
     """(B,) int64: noise key of each sample."""
@@ -32,4 +34,16 @@ class Plan:
     @property
     def reads_attention(self) -> bool:
         """Whether the method is asked, and wants a row of attention to decide by."""
-        return self.method.needs_attention and self.keep_mask is None
+        return "question_row" in self.cut.sees and self.keep_mask is None
+
+
+def one_cut(method: Method, layers: int) -> Cut:
+    """Return the one cut of a method in a language model of so many layers. ValueError for any other number of cuts."""
+    cuts = method.cuts(layers)
+    if len(cuts) != 1:
+        where = f"at layers {', '.join(str(cut.layer) for cut in cuts)}" if cuts else "at no layer"
+        raise ValueError(
+            f"method {method.name!r} decides {where}; the engine serves methods that decide at exactly one: choose "
+            "such a one, or let `cuts` return one cut"
+        )
+    return cuts[0]

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynamic_llava.methods import Predictors
 from dynamic_llava.model.attention import cache_mask
 from dynamic_llava.model.cache import StepCache
 from dynamic_llava.model.cache_names import CACHE
@@ -39,14 +38,13 @@ def decode_step(
     Returns the normed hidden states (B, 1, D) and the decisions (B,) bool; keys, values and lengths of the cache change
     in place. Nothing is read on the host, and nothing is concatenated along the cache.
     """
-    layout, sparse_layer = plan.layout, plan.method.layer
+    layout, sparse_layer = plan.layout, plan.cut.layer
     rotation = decoder.rotary_emb(hidden_B1D, position_ids=position_ids)
     hidden_B1D = _layers(decoder, hidden_B1D, 0, sparse_layer, rotation, step, kwargs)
     if plan.keep_mask is not None:
         admit_B = plan.keep_mask[:, -1].bool() & layout.valid[:, 0]
     else:
-        predictors = Predictors(image=decoder.image_predictor, output=decoder.output_predictor)
-        admit_B = admit_token(plan.method, predictors, hidden_B1D, layout, plan.sample_key, seen_outputs_B)
+        admit_B = admit_token(plan, decoder, hidden_B1D, seen_outputs_B)
     hidden_B1D = _layers(decoder, hidden_B1D, sparse_layer, len(decoder.layers), rotation, step, kwargs)
     step.dense.admit(layout.valid[:, 0])
     step.sparse.admit(admit_B)

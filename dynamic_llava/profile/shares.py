@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dynamic_llava.layout import Packing
-from dynamic_llava.methods import ImageTokens, OutputTokens, Predictors
+from dynamic_llava.methods import Cut, ImageTokens, OutputTokens
 from dynamic_llava.profile.presets import Preset, small_shape
 from dynamic_llava.profile.report import Column, Report
 from dynamic_llava.profile.timing import time_in_turn
@@ -81,7 +81,7 @@ def _prefill_calls(model: Any, preset: Preset) -> dict[str, Any]:
     decoder, n = model.model.language_model, preset.shape.tokens_per_image
     hidden_BND = torch.randn(1, preset.prompt, decoder.config.hidden_size, device=model.device, dtype=model.dtype)
     kept_BKD = hidden_BND[:, : preset.kept_prompt].contiguous()
-    method, predictors = method_of(preset, "both"), _predictors(model)
+    method, learned = method_of(preset, "both"), model.model.language_model
     image = slice(BEFORE_IMAGE, BEFORE_IMAGE + n)
 
     def layer(hidden: torch.Tensor) -> Any:
@@ -90,7 +90,9 @@ def _prefill_calls(model: Any, preset: Preset) -> dict[str, Any]:
 
     def select() -> torch.Tensor:
         key = torch.zeros(1, dtype=torch.int64, device=model.device)
-        keep_In = method.keep_image(ImageTokens(hidden_BND[:, image], key, None), predictors)
+        hidden_InD = hidden_BND[:, image]
+        images = ImageTokens(hidden_InD, torch.ones_like(hidden_InD[..., 0], dtype=torch.bool), key)
+        keep_In = method.keep_image(Cut(method.layer), images, learned)
         keep_BN = torch.ones(hidden_BND.shape[:2], dtype=torch.bool, device=model.device)
         keep_BN[:, image] = keep_In
         return Packing.of(keep_BN).take(hidden_BND)
@@ -100,14 +102,9 @@ def _prefill_calls(model: Any, preset: Preset) -> dict[str, Any]:
 
 def _step_calls(model: Any, preset: Preset, outputs: int) -> dict[str, Any]:
     hidden_TD = torch.randn(1, model.config.text_config.hidden_size, device=model.device, dtype=model.dtype)
-    method, predictors = method_of(preset, "both"), _predictors(model)
+    method, learned = method_of(preset, "both"), model.model.language_model
     zero_T = torch.zeros(1, dtype=torch.int64, device=model.device)
     return {
         "step": sparse_decoding(model, preset, "both", outputs).step,
-        "output predictor": lambda: method.keep_output(OutputTokens(hidden_TD, zero_T, zero_T), predictors),
+        "output predictor": lambda: method.keep_output(OutputTokens(hidden_TD, zero_T, zero_T), learned),
     }
-
-
-def _predictors(model: Any) -> Predictors:
-    decoder = model.model.language_model
-    return Predictors(image=decoder.image_predictor, output=decoder.output_predictor)

@@ -17,8 +17,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from dynamic_llava.layout import TokenLayout
-from dynamic_llava.methods import Dynamic, OutputTokens, Predictors
-from dynamic_llava.methods.base import keep_all_output
+from dynamic_llava.methods import Dynamic, OutputTokens
 from dynamic_llava.model import AdmissionCache, DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
 from dynamic_llava.model.cache_names import CACHE
 from dynamic_llava.model.step import compile_options
@@ -45,11 +44,11 @@ class StatedRate(Dynamic):
     output_keep_rate: float = 0.5
     """Share of the output tokens that stays."""
 
-    def keep_output(self, outputs: OutputTokens, predictors: Predictors) -> Tensor:
+    def keep_output(self, outputs: OutputTokens, learned: Any) -> Tensor:
         """(T,) bool: of the first k output tokens of a row floor(rate * k) stay."""
         if not self.sparsifies_output:
-            return keep_all_output(outputs)
-        margin_T = keep_margin(predictors.output(outputs.hidden))
+            return super().keep_output(outputs, learned)
+        margin_T = keep_margin(learned.output_predictor(outputs.hidden))
         before_T, after_T = ((outputs.rank.double() + step) * self.output_keep_rate for step in (0, 1))
         forced_T = torch.where(after_T.floor() > before_T.floor(), math.inf, -math.inf)
         return margin_T + forced_T > 0  # not forced_T alone: the predictor's work must not be optimised away

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dynamic_llava import METHODS, get_method
-from dynamic_llava.methods import Dynamic, FastV, Method
+from dynamic_llava.methods import Choice, Cut, Dynamic, FastV, Method, OneCut
 from dynamic_llava.sparsity import budget, gumbel_keep
 from tests.builders import (
     LAYERS,
@@ -166,19 +166,82 @@ def test_every_registered_method_trains(name):
     assert learns != METHODS[name].training_free
 
 
+@dataclasses.dataclass(frozen=True)
+class Elsewhere(Method):
+    """A method with any cuts."""
+
+    name: ClassVar[str] = "elsewhere"
+    training_free: ClassVar[bool] = True
+
+    where: tuple[Cut, ...] = ()
+
+    def cuts(self, layers):
+        return self.where
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [((), "no layer"), ((1, 2), "layers 1, 2"), ((0,), "=0 is outside 1"), ((LAYERS,), "outside 1")],
+)
+@torch.no_grad()
+def test_methods_that_the_engine_does_not_serve_are_refused(layers, words, batch):
+    method = Elsewhere(tuple(Cut(layer) for layer in layers))
+    for call in (shared_model(), shared_model().generate):
+        with pytest.raises(ValueError, match=words):
+            call(**prompts(batch), method=method)
+
+
+@dataclasses.dataclass(frozen=True)
+class Merging(OneCut):
+    """A method that merges every dropped token into the first of its image."""
+
+    name: ClassVar[str] = "merging"
+
+    def keep_image(self, cut, images, learned):
+        keep_In = torch.zeros_like(images.valid).index_fill(1, torch.tensor([0]), True)
+        return Choice(keep_In, into=torch.zeros_like(keep_In, dtype=torch.int64))
+
+
+def test_merging_is_refused(batch):
+    with torch.no_grad(), pytest.raises(ValueError, match=r"'merging' merges image tokens"):
+        shared_model()(**prompts(batch), method=Merging())
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagesAlone(FastV):
+    """A method whose cut has no decision on output tokens, so that it is never asked for one."""
+
+    name: ClassVar[str] = "images_alone"
+
+    def cuts(self, layers):
+        return (Cut(self.layer, self.sees, output=False),)
+
+    def keep_output(self, outputs, learned):
+        raise AssertionError("asked about output tokens")
+
+
+@torch.no_grad()
+def test_a_cut_without_output_keeps_every_output_token(batch):
+    model = shared_model()
+    out = model.generate(**prompts(batch), **CALL, method=ImagesAlone())
+    uncached = model.generate(**prompts(batch), **CALL, method=ImagesAlone(), use_cache=False)
+    assert torch.equal(out.sequences, uncached.sequences)
+    assert all(row.all() and len(row) == STEPS - 1 for row in out.sparsity.output_decisions)
+
+
 SCORER = torch.nn.Linear(64, 1)
 
 
 @dataclasses.dataclass(frozen=True)
-class Learned(Method):
+class Learned(OneCut):
     """A method of one's own with something to learn."""
 
     name: ClassVar[str] = "learned"
 
-    def keep_image(self, images, predictors):
+    def keep_image(self, cut, images, learned):
         return SCORER(images.hidden)[..., 0] > 0
 
-    def keep_output(self, outputs, predictors):
+    def keep_output(self, outputs, learned):
         return SCORER(outputs.hidden)[..., 0] > 0
 
 

@@ -1,14 +1,17 @@
 """The rows as data, and the selections composed for them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from dynamic_llava.config import SparsityConfig
 from dynamic_llava.eval.rows import REFERENCE, Mixed, TopKOutput, equal_keep_rows, first_rows
-from dynamic_llava.methods import Dense, Random, Structure
-from dynamic_llava.methods.base import ImageTokens, OutputTokens, Predictors
+from dynamic_llava.methods import Cut, Dense, FastV, ImageTokens, OutputTokens, Random, Structure
 
-PREDICTORS = Predictors(image=lambda hidden: hidden[..., :2], output=lambda hidden: hidden[..., :2])
+LEARNED = SimpleNamespace(
+    image_predictor=lambda hidden: hidden[..., :2], output_predictor=lambda hidden: hidden[..., :2]
+)
 
 
 def outputs_of(*margins):
@@ -21,12 +24,12 @@ def outputs_of(*margins):
 
 def test_top_k_keeps_the_same_share_of_every_answer():
     method = TopKOutput(output_keep_rate=0.5)
-    kept = method.keep_output(outputs_of([0.1, 0.9, 0.5, 0.2], [-3.0, -1.0, -2.0, -4.0, -5.0]), PREDICTORS)
+    kept = method.keep_output(outputs_of([0.1, 0.9, 0.5, 0.2], [-3.0, -1.0, -2.0, -4.0, -5.0]), LEARNED)
     assert kept.tolist() == [False, True, True, False, False, True, True, False, False]
 
 
 def test_top_k_gives_ties_to_the_earlier_token():
-    assert TopKOutput(output_keep_rate=0.5).keep_output(outputs_of([1.0, 1.0, 1.0, 1.0]), PREDICTORS).tolist() == [
+    assert TopKOutput(output_keep_rate=0.5).keep_output(outputs_of([1.0, 1.0, 1.0, 1.0]), LEARNED).tolist() == [
         True, True, False, False,
     ]  # fmt: skip
 
@@ -34,17 +37,19 @@ def test_top_k_gives_ties_to_the_earlier_token():
 def test_top_k_refuses_single_tokens():
     tokens = OutputTokens(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long), torch.zeros(3, dtype=torch.long))
     with pytest.raises(ValueError, match="whole answers"):
-        TopKOutput().keep_output(tokens, PREDICTORS)
+        TopKOutput().keep_output(tokens, LEARNED)
 
 
 def test_mixed_takes_each_decision_from_its_method():
     mixed = Mixed(image_by=Random(image_keep_rate=0.5), output_by=Structure(output_keep_rate=0.5))
-    images = ImageTokens(torch.zeros(2, 8, 4), torch.arange(2), None)
+    images = ImageTokens(torch.zeros(2, 8, 4), torch.ones(2, 8, dtype=torch.bool), torch.arange(2))
+    cut = Cut(2)
     outputs = outputs_of([0.0] * 6)
-    assert torch.equal(mixed.keep_image(images, PREDICTORS), mixed.image_by.keep_image(images, PREDICTORS))
-    assert torch.equal(mixed.keep_output(outputs, PREDICTORS), mixed.output_by.keep_output(outputs, PREDICTORS))
-    assert mixed.keep_image(images, PREDICTORS).sum(1).tolist() == [4, 4]
+    assert torch.equal(mixed.keep_image(cut, images, LEARNED), mixed.image_by.keep_image(cut, images, LEARNED))
+    assert torch.equal(mixed.keep_output(outputs, LEARNED), mixed.output_by.keep_output(outputs, LEARNED))
+    assert mixed.keep_image(cut, images, LEARNED).sum(1).tolist() == [4, 4]
     assert not mixed.is_dense
+    assert Mixed(layer=3, image_by=FastV()).cuts(6) == (Cut(3, frozenset({"question_row"}), output=True),)
 
 
 def test_rows_are_distinct_and_hold_the_settings():

@@ -1,11 +1,12 @@
 """What is measured is what runs: caches opened pre-filled equal generated ones, the baseline equals the model."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from dynamic_llava.methods import OutputTokens, Predictors
+from dynamic_llava.methods import OutputTokens
 from dynamic_llava.model import cache_of
 from dynamic_llava.profile.inference_memory import cache_bytes, inference_memory, measured_memory
 from dynamic_llava.profile.presets import Preset, small_shape
@@ -107,15 +108,15 @@ def test_the_stated_rate_is_exact_and_the_predictor_is_asked(rate):
         asked.append(len(hidden_TD))
         return torch.randn(len(hidden_TD), 2) * 50
 
-    method = StatedRate(output_keep_rate=rate)
+    method, learned = StatedRate(output_keep_rate=rate), SimpleNamespace(output_predictor=predictor)
     rank_T = torch.arange(200)
     tokens = OutputTokens(torch.zeros(200, 4), rank_T, torch.zeros(200, dtype=torch.int64))
-    keep_T = method.keep_output(tokens, Predictors(predictor, predictor))
+    keep_T = method.keep_output(tokens, learned)
     expected = torch.tensor([int(count * rate + 1e-9) for count in range(1, 201)])
     assert (keep_T.cumsum(0) - expected).abs().max() <= 1 and abs(int(keep_T.sum()) - 200 * rate) <= 1
     assert asked == [200]
-    again_T = torch.cat([method.keep_output(OutputTokens(torch.zeros(1, 4), rank_T[i : i + 1], tokens.key[:1]),
-                                            Predictors(predictor, predictor)) for i in range(200)])  # fmt: skip
+    alone = [OutputTokens(torch.zeros(1, 4), rank_T[i : i + 1], tokens.key[:1]) for i in range(200)]
+    again_T = torch.cat([method.keep_output(token, learned) for token in alone])
     assert torch.equal(keep_T, again_T), "token by token as all at once"
 
 
