@@ -30,7 +30,7 @@ HELP = {
         "part", "summary",
     ],
     "sweep.__main__": [""],
-    "tiny.train_base.__main__": [""],
+    "tiny.train_base": [""],
     "train.__main__": [""],
     "train.launch.__main__": [""],
 }  # fmt: skip
@@ -38,7 +38,7 @@ HELP = {
 PAGES = [(module, page) for module, pages in HELP.items() for page in pages]
 EXTRA_OF = {
     "chat": None, "checkpoints.__main__": "convert", "data.__main__": "train", "eval.__main__": "eval",
-    "profile.__main__": "train", "sweep.__main__": "train", "tiny.train_base.__main__": "train",
+    "profile.__main__": "train", "sweep.__main__": "train", "tiny.train_base": "train",
     "train.__main__": "train", "train.launch.__main__": "train",
 }  # fmt: skip
 TWINS = [{"--output-folder", "--output-dir"}, {"--batch-size", "--batch"}, {"--output", "--out"}]
@@ -68,10 +68,8 @@ def options_of(text):
 
 
 def test_every_entry_point_is_here():
-    found = {path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("__main__.py")}
-    found |= {
-        path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.glob("*.py") if "__main__" in path.read_text()
-    }
+    files = [path for path in PACKAGE.rglob("*.py") if 'if __name__ == "__main__":' in path.read_text()]
+    found = {path.relative_to(PACKAGE).with_suffix("") for path in files}
     assert {".".join(path.parts) for path in found} == set(HELP) == set(EXTRA_OF)
 
 
@@ -228,9 +226,9 @@ def test_a_run_says_what_is_ours_logs_its_last_step_and_leaves_files_that_others
 
 def test_whatever_is_saved_can_be_read_like_other_files(tmp_path):
     from dynamic_llava.checkpoints.convert import convert
-    from dynamic_llava.eval.untrained import write_untrained_base
     from dynamic_llava.tiny import BASE_WEIGHTS
-    from dynamic_llava.tiny.dataset import build_world
+    from dynamic_llava.tiny.job.job import write_untrained_base
+    from dynamic_llava.tiny.world.dataset import build_world
     from tests.builders import build_model
 
     before = os.umask(0o027)

@@ -147,7 +147,7 @@ def _run(given: argparse.Namespace) -> int:
 def _page(given: argparse.Namespace) -> None:
     """Write the results page, and the README's table where one is asked for."""
     from dynamic_llava.cli import read_yaml
-    from dynamic_llava.eval.page import write_readme_table, write_results_page
+    from dynamic_llava.tiny.job.page import write_readme_table, write_results_page
     from dynamic_llava.train.config import RunConfig
 
     config = read_yaml(RunConfig, given.run / "config.yaml")
@@ -159,10 +159,10 @@ def _page(given: argparse.Namespace) -> None:
 def _budgets(given: argparse.Namespace) -> None:
     """Write budgets.json, budgets.md and budgets.png into the job's folder, from all of its finished seeds."""
     from dynamic_llava.cli import read_yaml
-    from dynamic_llava.eval.budgets import accuracy_by_budget, budget_table, mean_by_budget
-    from dynamic_llava.eval.tiny_data import read_test_set
     from dynamic_llava.model import DynamicLlavaConfig
-    from dynamic_llava.tiny.dataset import build_world
+    from dynamic_llava.tiny.job.budgets import accuracy_by_budget, budget_table, mean_by_budget
+    from dynamic_llava.tiny.job.testset import read_test_set
+    from dynamic_llava.tiny.world.dataset import build_world
     from dynamic_llava.train.config import RunConfig
     from dynamic_llava.viz.curves import draw_budget_curves
 
@@ -190,8 +190,8 @@ def _budgets(given: argparse.Namespace) -> None:
 def _tiny_model(given: argparse.Namespace) -> None:
     """Measure one checkpoint on a built world's test set."""
     from dynamic_llava.eval.predict import hide_library_progress
-    from dynamic_llava.eval.tiny_data import read_test_set
-    from dynamic_llava.eval.tiny_model import write_measures
+    from dynamic_llava.tiny.job.measure import write_measures
+    from dynamic_llava.tiny.job.testset import read_test_set
 
     hide_library_progress()
     test = read_test_set(given.world, given.questions, given.descriptions)

@@ -1,144 +1,12 @@
-"""Tables from measured rows: aligned markdown, mean and 95 % interval over seeds (standard library only).
-
-A *result* is what one seed writes to results.json: {"seed", "rows": [{"key", "title", "note", "metrics": {...}}],
-"overlap": [...], ...}; metrics are plain numbers, a missing one is printed as "-".
-"""
+"""Markdown from any text: aligned tables and code spans (standard library only)."""
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
-from dynamic_llava.eval.metrics.intervals import mean_and_interval
 from dynamic_llava.eval.writing import decodable
 
 MISSING = "-"
-
-
-@dataclass(frozen=True)
-class Column:
-    """One column of a table."""
-
-    key: str
-    """Name of the metric."""
-    header: str
-    """What the table's head says."""
-    digits: int = 1
-    """Digits after the point."""
-    scale: float = 1.0
-    """Factor from the stored unit to the printed one (100 for shares printed in percent)."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """Mean over seeds and half-width of its 95 % interval (None for a single seed)."""
-
-    mean: float
-    half: float | None
-    values: tuple[float, ...]
-
-
-ANSWER_TAIL = (Column("accuracy/all", "all", 1, 100), Column("pope_f1", "F1 (POPE)", 1, 100))
-DESCRIPTION_COLUMNS = (
-    Column("ppl", "PPL", 3),
-    Column("attribute_recall", "recall", 1, 100),
-    Column("description_tokens", "tokens", 1),
-    Column("keep_image", "image kept", 1, 100),
-    Column("keep_output_forced", "output kept, forced", 1, 100),
-    Column("keep_output_generated", "generating", 1, 100),
-)
-COST_COLUMNS = (
-    Column("image_tokens_per_layer", "image tokens/layer"),
-    Column("prefill_gflop_exact", "GFLOP, exact", 3),
-    Column("prefill_gflop_paper", "Eq. 13", 3),
-    Column("kv_kib", "KV KiB, filled"),
-    Column("kv_allocated_kib", "allocated"),
-    Column("prefill_ms", "prefill ms", 1),
-    Column("decode_ms", "decode ms/token", 2),
-)
-README_COLUMNS = (
-    Column("accuracy/all", "short answers, %", 1, 100),
-    Column("ppl", "description PPL", 3),
-    Column("attribute_recall", "recall, %", 1, 100),
-    Column("image_tokens_per_layer", "image tokens/layer"),
-    Column("keep_output_generated", "output kept, %", 1, 100),
-    Column("kv_kib", "KV KiB"),
-)
-OVERLAP_COLUMNS = (
-    Column("precision", "precision", 1, 100),
-    Column("recall", "recall", 1, 100),
-    Column("iou", "IoU", 1, 100),
-    Column("objects_hit", "objects hit", 1, 100),
-    Column("kept_share", "patches kept", 1, 100),
-    Column("object_share", "patches with an object", 1, 100),
-)
-
-
-def answer_columns(rows: Sequence[dict[str, Any]]) -> tuple[Column, ...]:
-    """Columns of the short answers: one per kind of question found in the rows, then all kinds and F1."""
-    kinds: list[str] = []
-    for row in rows:
-        for key in row["metrics"]:
-            kind = key.removeprefix("accuracy/")
-            if kind != key and kind != "all" and kind not in kinds:
-                kinds.append(kind)
-    heads = tuple(Column(f"accuracy/{kind}", kind.replace("_", " "), 1, 100) for kind in kinds)
-    return heads + ANSWER_TAIL
-
-
-def aggregate(results: Sequence[dict[str, Any]], part: str = "rows") -> list[dict[str, Any]]:
-    """Rows of several seeds as one: the metrics become Cells over the seeds that have the value.
-
-    Order, titles and notes are those of the first seed that has the row. ValueError when nothing is given.
-    """
-    if not results:
-        raise ValueError("no results were given; give the results.json of at least one seed")
-    merged: dict[str, dict[str, Any]] = {}
-    for result in results:
-        for row in result.get(part, []):
-            entry = merged.setdefault(
-                row["key"], {"key": row["key"], "title": row["title"], "note": row.get("note", ""), "metrics": {}}
-            )
-            for name, value in row["metrics"].items():
-                if value is not None:
-                    entry["metrics"].setdefault(name, []).append(float(value))
-    for entry in merged.values():
-        entry["metrics"] = {name: _cell(values) for name, values in entry["metrics"].items()}
-    return list(merged.values())
-
-
-def _cell(values: list[float]) -> Cell:
-    mean, half = mean_and_interval(values)
-    return Cell(mean, half, tuple(values))
-
-
-def table(rows: Sequence[dict[str, Any]], columns: Sequence[Column], *, first: str = "row", escape: bool = True) -> str:
-    """Markdown table of aggregated rows; columns that no row fills, and rows without any of the columns, are left out.
-
-    `escape=False` leaves the bar of "I|T" as it is: for reading on a terminal.
-    """
-    filled = [column for column in columns if any(column.key in row["metrics"] for row in rows)]
-    lines = [[first, *(column.header for column in filled)]]
-    for row in rows:
-        cells = [_text(row["metrics"].get(column.key), column) for column in filled]
-        if any(cell != MISSING for cell in cells):
-            lines.append([row["title"].replace("|", r"\|") if escape else row["title"], *cells])
-    return markdown(lines)
-
-
-def code(value: object) -> str:
-    """Return any text as a markdown code span of one line, in which nothing is a link, HTML or an end of the span."""
-    text = " ".join("".join(one if one.isprintable() else " " for one in decodable(str(value))).split())
-    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    pad = " " if text.startswith("`") or text.endswith("`") else ""
-    return f"{fence}{pad}{text}{pad}{fence}" if text else ""
-
-
-def _text(cell: Cell | None, column: Column) -> str:
-    if cell is None:
-        return MISSING
-    text = f"{cell.mean * column.scale:.{column.digits}f}"
-    return text if cell.half is None else f"{text} ± {cell.half * column.scale:.{column.digits}f}"
+"""What a cell without a value shows."""
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
@@ -154,6 +22,9 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([join(lines[0]), "|" + "|".join(marks) + "|", *(join(line) for line in lines[1:])])
 
 
-def notes(rows: Sequence[dict[str, Any]]) -> str:
-    """One line of explanation per row that has one, as a markdown list."""
-    return "\n".join(f"- **{row['title']}**: {row['note']}" for row in rows if row["note"])
+def code(value: object) -> str:
+    """Return any text as a markdown code span of one line, in which nothing is a link, HTML or an end of the span."""
+    text = " ".join("".join(one if one.isprintable() else " " for one in decodable(str(value))).split())
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{pad}{text}{pad}{fence}" if text else ""

@@ -13,7 +13,7 @@ from dynamic_llava.eval.tasks import get_task
 from dynamic_llava.sweep.config import TINY, SweepConfig, SweepRow
 from dynamic_llava.sweep.steps import Evaluation, Step, Training
 from dynamic_llava.tiny import BASE_WEIGHTS
-from dynamic_llava.tiny.dataset import build_world
+from dynamic_llava.tiny.world.dataset import build_world
 from dynamic_llava.train.config import RunConfig, compared_settings
 
 TRAIN = (sys.executable, "-m", "dynamic_llava.train.launch")

@@ -62,7 +62,7 @@ def _train(config: RunConfig) -> int:
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # in a log file its bars are noise; the run prints lines
     if config.tiny is not None:
-        from dynamic_llava.main_job import main as main_job
+        from dynamic_llava.tiny.job.job import main as main_job
 
         main_job(config)
         return 0

@@ -11,7 +11,7 @@ from dynamic_llava import DynamicLlavaForConditionalGeneration, DynamicLlavaProc
 from dynamic_llava.apps import Conversation
 from dynamic_llava.processing.prompts import conversation_prompt
 from dynamic_llava.tiny import BASE_WEIGHTS
-from dynamic_llava.tiny.world import sample_pictures
+from dynamic_llava.tiny.world.scenes import sample_pictures
 
 DOC = Path(__file__).resolve().parents[2] / "docs" / "chat.md"
 SPARSITIES = ("both", "image", "output", "none")

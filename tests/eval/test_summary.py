@@ -9,6 +9,7 @@ import pytest
 
 from dynamic_llava.costs import LLAVA_7B, LLAVA_13B, flops_paper
 from dynamic_llava.eval.folder import write_tables
+from dynamic_llava.eval.report import markdown
 from dynamic_llava.eval.summary import PAPER_COSTS, SIZES, Row, Summary, page
 from dynamic_llava.eval.tasks import Submission, get_task
 
@@ -136,3 +137,13 @@ def test_the_papers_costs_are_those_of_its_formula():
         assert costs["none"] == pytest.approx(flops_paper(576, shape.hidden, shape.layers), abs=0.05e12)
         sparse = flops_paper(576, shape.hidden, shape.layers, kept=kept, sparse_layer=2)
         assert costs["image"] == costs["both"] == pytest.approx(sparse, abs=0.05e12)
+
+
+def test_a_markdown_table_is_aligned():
+    text = markdown([["row", "x"], ["long name", "1.0"], ["b", "12.5"]])
+    assert text.splitlines() == [
+        "| row       |    x |",
+        "|:----------|-----:|",
+        "| long name |  1.0 |",
+        "| b         | 12.5 |",
+    ]

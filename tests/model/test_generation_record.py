@@ -12,7 +12,7 @@ from dynamic_llava.layout import after_end
 from dynamic_llava.model import AdmissionCache
 from dynamic_llava.processing.prompts import conversation_prompt
 from dynamic_llava.tiny import BASE_WEIGHTS
-from dynamic_llava.tiny.world import sample_pictures
+from dynamic_llava.tiny.world.scenes import sample_pictures
 from tests.builders import IMAGE_TOKEN, LAYERS, TOKENS_PER_IMAGE, collate, fixed_rows, prompts, shared_model
 
 CALL = {"max_new_tokens": 9, "do_sample": False, "return_dict_in_generate": True}

@@ -1,0 +1,287 @@
+"""The tiny world's main job: train I|T, I and the dense control, evaluate every row, draw, report.
+
+    runs/<name>/                 config.yaml, metrics.jsonl, results.json, table.md and pictures/ of the whole job
+    runs/<name>/seed<k>/         the same of one seed, and a folder per training (both, image, control, untrained)
+
+A finished seed is taken from its results.json, if its fingerprint (settings, base weights, library versions) is that of
+this job, and a finished training from its folder: an interrupted job goes on where it stopped, and the same command
+again trains nothing. Trainings of other settings are refused; an evaluation of other settings is made anew, and what
+it would replace is moved aside. train.overwrite makes everything anew.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlavaForConditionalGeneration
+
+from dynamic_llava.config import DataConfig, SparsityMode
+from dynamic_llava.eval.predict import hide_library_progress
+from dynamic_llava.files import Lock, give_usual_modes, replace_file, writing
+from dynamic_llava.processing import DynamicLlavaProcessor
+from dynamic_llava.provenance import environment, fingerprint, source_digest
+from dynamic_llava.tiny import BASE_WEIGHTS
+from dynamic_llava.tiny.config import TinyJobConfig
+from dynamic_llava.tiny.job.evaluation import UNTRAINED, Evaluation, Evaluator
+from dynamic_llava.tiny.job.page import report_text
+from dynamic_llava.tiny.job.pictures import draw_pictures
+from dynamic_llava.tiny.job.testset import TestSet, read_test_set
+from dynamic_llava.tiny.world.dataset import build_world
+from dynamic_llava.train.config import RunConfig
+from dynamic_llava.train.run import TINY_BASE, RunResult, run, write_config
+
+log = logging.getLogger(__name__)
+
+TRAININGS: dict[str, tuple[str, SparsityMode]] = {
+    "both": ("Dynamic I|T", "both"),
+    "image": ("Dynamic I", "image"),
+    "control": ("dense control", "none"),
+}
+"""Folder of a training -> its title and what it sparsifies."""
+END_OF_TRAINING = 0.2
+"""Share of a training's log, from its end, over which realised keep rates are averaged."""
+
+
+@dataclass(frozen=True)
+class SeedJob:
+    """One seed of the job: its settings and where its files lie."""
+
+    config: RunConfig
+    folder: Path
+    world: Path
+    base: Path
+
+    @property
+    def tiny(self) -> TinyJobConfig:
+        """The job's own settings."""
+        assert self.config.tiny is not None
+        return self.config.tiny
+
+    @property
+    def data(self) -> DataConfig:
+        """The data of its trainings: the job's settings on the world it has generated."""
+        return replace(self.config.data, json=str(self.world / "train.json"), image_folder=str(self.world))
+
+    @property
+    def results(self) -> Path:
+        """Where the seed's numbers go."""
+        return self.folder / "results.json"
+
+    def fingerprint(self) -> str:
+        """Digest of everything the numbers depend on, the source code apart."""
+        settings = asdict(self.config) | {"data": asdict(self.data)}
+        for key in ("name", "output_folder"):
+            del settings[key]
+        for key in ("seeds", "picture_scenes", "picture_answers"):
+            del settings["tiny"][key]
+        for key in ("overwrite", "accept_changed_inputs"):
+            del settings["train"][key]
+        return fingerprint(settings, self.base)
+
+
+def main(config: RunConfig) -> Path:
+    """Run the job that `config` (with its `tiny` section) describes; returns the folder of its files.
+
+    Raises ValueError when there is no `tiny` section or the settings do not fit the world.
+    """
+    if config.tiny is None:
+        raise ValueError("the main job needs a `tiny` section in its configuration file; see configs/tiny.yaml")
+    hide_library_progress()
+    with Lock(config.folder / "job.lock", f"the main job in {config.folder}"):
+        return _main(config, config.tiny, config.folder)
+
+
+def _main(config: RunConfig, tiny: TinyJobConfig, folder: Path) -> Path:
+    begun = time.perf_counter()
+    print(f"building the tiny world: {tiny.train_images} training and {tiny.test_images} test images", flush=True)
+    world = build_world(train=tiny.train_images, test=tiny.test_images, seed=tiny.data_seed)
+    base = BASE_WEIGHTS if config.model.base == TINY_BASE else Path(config.model.base)
+    seeds = range(config.train.seed, config.train.seed + tiny.seeds)
+    jobs = [
+        SeedJob(replace(config, train=replace(config.train, seed=seed)), folder / f"seed{seed}", world, base)
+        for seed in seeds
+    ]
+    with _new_predictors_expected():
+        results = [_seed_result(job) for job in jobs]
+    _write_job(folder, config, jobs, results)
+    print("\n" + report_text(results, config.sparsity, escape=False))
+    seconds = time.perf_counter() - begun
+    print(f"\n{seconds:.0f} s in all; table: {folder / 'table.md'}; numbers: {folder / 'results.json'}")
+    print("pictures: " + ", ".join(str(path) for path in sorted((jobs[0].folder / "pictures").glob("*.png"))))
+    return folder
+
+
+@contextmanager
+def _new_predictors_expected() -> Iterator[None]:
+    """Every training of this job starts from a dense base: that predictors are new is no surprise to warn of."""
+    loading = logging.getLogger("dynamic_llava.model.loading")
+    before = loading.level
+    loading.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        loading.setLevel(before)
+
+
+def _seed_result(job: SeedJob) -> dict[str, Any]:
+    """The seed's results: read, if they are there and not to be made anew, else made."""
+    seed = job.config.train.seed
+    found = None if job.config.train.overwrite else _read_results(job.results)
+    if found is None or found["fingerprint"] != job.fingerprint():
+        return _run_seed(job)
+    print(f"seed {seed}: taken from {job.results}: finished already, nothing to do", flush=True)
+    if found["environment"]["source"] != source_digest():
+        log.warning("%s was made by other source code than this; --train.overwrite measures anew", job.results)
+    return found
+
+
+def _read_results(file: Path) -> dict[str, Any] | None:
+    """A seed's results.json; None where there is none that is whole."""
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return found
+
+
+def _move_aside(job: SeedJob) -> None:
+    """Rename results and table of other settings, so that this job's do not replace them."""
+    former = _read_results(job.results)
+    if former is None or former["fingerprint"] == job.fingerprint():
+        return
+    for file in (job.results, job.folder / "table.md"):
+        if file.is_file():
+            aside = file.with_name(f"{file.stem}.{former['fingerprint']}{file.suffix}")
+            file.rename(aside)
+            print(f"{file} belongs to other settings or weights and is moved to {aside}", flush=True)
+
+
+def _run_seed(job: SeedJob) -> dict[str, Any]:
+    begun, seed = time.perf_counter(), job.config.train.seed
+    with writing(job.folder):
+        job.folder.mkdir(parents=True, exist_ok=True)
+    test = read_test_set(job.world, job.tiny.questions, job.tiny.descriptions)
+    trained = {
+        key: _train(job, key, mode, title)
+        for key, (title, mode) in TRAININGS.items()
+        if key != "image" or job.tiny.dynamic_image
+    }
+    _move_aside(job)  # not before: a training of other settings is refused and leaves everything as it is
+    amount = f"{len(test.questions)} questions and {len(test.descriptions)} descriptions"
+    print(f"seed {seed}: evaluation, {amount} per row", flush=True)
+    checkpoints = {"base": job.base, **{key: result.folder for key, result in trained.items()}}
+    evaluator = Evaluator(checkpoints, test, job.tiny)
+    evaluation = evaluator.run()
+    if job.tiny.untrained_base:
+        _add_untrained(job, evaluator, evaluation)
+    result = {
+        "seed": seed,
+        "fingerprint": job.fingerprint(),
+        "seconds": round(time.perf_counter() - begun, 1),
+        "questions": len(test.questions),
+        "descriptions": len(test.descriptions),
+        "timing_batch": job.tiny.timing_batch,
+        "rows": evaluation.rows,
+        "overlap": evaluation.overlap,
+        "agreement": evaluation.agreement,
+        "training": _end_of_training(trained["both"].history),
+        "trainings": {key: one.metrics for key, one in trained.items()},
+        "environment": environment(),
+    }
+    _write_seed(job, test, evaluation, trained, result)
+    return result
+
+
+def _train(job: SeedJob, key: str, mode: SparsityMode, title: str, base: Path | None = None) -> RunResult:
+    """One training of the seed, in its own folder below the seed's."""
+    print(f"seed {job.config.train.seed}: training {title}", flush=True)
+    config = replace(
+        job.config,
+        name=key,
+        output_folder=str(job.folder),
+        data=job.data,
+        model=job.config.model if base is None else replace(job.config.model, base=str(base)),
+        train=replace(job.config.train, sparsity_mode=mode),
+        tiny=None,
+    )
+    return run(config)
+
+
+def _add_untrained(job: SeedJob, evaluator: Evaluator, evaluation: Evaluation) -> None:
+    """Train I|T from a random language model and add its overlap: how much of it needs no trained base at all."""
+    base = write_untrained_base(job.base, job.folder / UNTRAINED / "base", job.config.train.seed)
+    trained = _train(job, UNTRAINED, "both", "the untrained-base control", base)
+    evaluator.add_untrained(evaluation, trained.folder)
+
+
+def write_untrained_base(base: Path, folder: Path, seed: int) -> Path:
+    """Write `base` with a newly initialised language model and head to `folder`, in llava-hf layout; returns it.
+
+    Vision tower and projector stay as trained. The global random state is left as it was.
+    """
+    trained = LlavaForConditionalGeneration.from_pretrained(str(base), trust_remote_code=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = LlavaForConditionalGeneration(trained.config)
+    fresh.model.vision_tower.load_state_dict(trained.model.vision_tower.state_dict())
+    fresh.model.multi_modal_projector.load_state_dict(trained.model.multi_modal_projector.state_dict())
+    fresh.generation_config = trained.generation_config
+    fresh.save_pretrained(str(folder))
+    DynamicLlavaProcessor.from_pretrained(base).save_pretrained(folder)
+    give_usual_modes(folder)
+    return folder
+
+
+def _end_of_training(history: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Realised keep rates, averaged over the last part of the log."""
+    last = history[-max(1, round(END_OF_TRAINING * len(history))) :]
+    rates = {}
+    for name in ("image", "output"):
+        values = [line[f"{name}_keep_rate"] for line in last if f"{name}_keep_rate" in line]
+        if values:
+            rates[name] = sum(values) / len(values)
+    return rates
+
+
+def _write_seed(
+    job: SeedJob, test: TestSet, evaluation: Evaluation, trained: dict[str, RunResult], result: dict[str, Any]
+) -> None:
+    """Write a seed's metrics, outputs, pictures, table, and last results.json, which marks it as finished."""
+    write_config(job.config, job.folder / "config.yaml")
+    lines = [json.dumps({"training": key, **line}) for key, one in trained.items() for line in one.history]
+    replace_file(job.folder / "metrics.jsonl", "".join(f"{line}\n" for line in lines))
+    with writing(job.folder):
+        evaluation.write_outputs(job.folder / "outputs", test)
+        _draw(job, test, evaluation, trained)
+    replace_file(job.folder / "table.md", report_text([result], job.config.sparsity) + "\n")
+    replace_file(job.results, json.dumps(result, indent=1) + "\n")
+
+
+def _draw(job: SeedJob, test: TestSet, evaluation: Evaluation, trained: dict[str, RunResult]) -> None:
+    draw_pictures(
+        job.folder / "pictures",
+        test,
+        evaluation,
+        DynamicLlavaProcessor.from_pretrained(job.base),
+        job.tiny,
+        {TRAININGS[key][0]: one.history for key, one in trained.items()},
+        job.config.sparsity,
+    )
+
+
+def _write_job(folder: Path, config: RunConfig, jobs: Sequence[SeedJob], results: Sequence[dict[str, Any]]) -> None:
+    """Write the files of the whole job beside those of its seeds."""
+    write_config(config, folder / "config.yaml")
+    lines = []
+    for job in jobs:
+        for line in (job.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            lines.append(json.dumps({"seed": job.config.train.seed, **json.loads(line)}))
+    replace_file(folder / "metrics.jsonl", "".join(f"{line}\n" for line in lines))
+    replace_file(folder / "results.json", json.dumps({"seeds": results}, indent=1) + "\n")
+    replace_file(folder / "table.md", report_text(results, config.sparsity) + "\n")

@@ -1,0 +1,179 @@
+"""Tables from measured rows: aligned markdown, mean and 95 % interval over seeds (standard library only).
+
+A *result* is what one seed writes to results.json: {"seed", "rows": [{"key", "title", "note", "metrics": {...}}],
+"overlap": [...], ...}; metrics are plain numbers, a missing one is printed as "-".
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dynamic_llava.eval.report import MISSING, markdown
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table."""
+
+    key: str
+    """Name of the metric."""
+    header: str
+    """What the table's head says."""
+    digits: int = 1
+    """Digits after the point."""
+    scale: float = 1.0
+    """Factor from the stored unit to the printed one (100 for shares printed in percent)."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Mean over seeds and half-width of its 95 % interval (None for a single seed)."""
+
+    mean: float
+    half: float | None
+    values: tuple[float, ...]
+
+
+ANSWER_TAIL = (Column("accuracy/all", "all", 1, 100), Column("pope_f1", "F1 (POPE)", 1, 100))
+DESCRIPTION_COLUMNS = (
+    Column("ppl", "PPL", 3),
+    Column("attribute_recall", "recall", 1, 100),
+    Column("description_tokens", "tokens", 1),
+    Column("keep_image", "image kept", 1, 100),
+    Column("keep_output_forced", "output kept, forced", 1, 100),
+    Column("keep_output_generated", "generating", 1, 100),
+)
+COST_COLUMNS = (
+    Column("image_tokens_per_layer", "image tokens/layer"),
+    Column("prefill_gflop_exact", "GFLOP, exact", 3),
+    Column("prefill_gflop_paper", "Eq. 13", 3),
+    Column("kv_kib", "KV KiB, filled"),
+    Column("kv_allocated_kib", "allocated"),
+    Column("prefill_ms", "prefill ms", 1),
+    Column("decode_ms", "decode ms/token", 2),
+)
+README_COLUMNS = (
+    Column("accuracy/all", "short answers, %", 1, 100),
+    Column("ppl", "description PPL", 3),
+    Column("attribute_recall", "recall, %", 1, 100),
+    Column("image_tokens_per_layer", "image tokens/layer"),
+    Column("keep_output_generated", "output kept, %", 1, 100),
+    Column("kv_kib", "KV KiB"),
+)
+OVERLAP_COLUMNS = (
+    Column("precision", "precision", 1, 100),
+    Column("recall", "recall", 1, 100),
+    Column("iou", "IoU", 1, 100),
+    Column("objects_hit", "objects hit", 1, 100),
+    Column("kept_share", "patches kept", 1, 100),
+    Column("object_share", "patches with an object", 1, 100),
+)
+
+
+def answer_columns(rows: Sequence[dict[str, Any]]) -> tuple[Column, ...]:
+    """Columns of the short answers: one per kind of question found in the rows, then all kinds and F1."""
+    kinds: list[str] = []
+    for row in rows:
+        for key in row["metrics"]:
+            kind = key.removeprefix("accuracy/")
+            if kind != key and kind != "all" and kind not in kinds:
+                kinds.append(kind)
+    heads = tuple(Column(f"accuracy/{kind}", kind.replace("_", " "), 1, 100) for kind in kinds)
+    return heads + ANSWER_TAIL
+
+
+def aggregate(results: Sequence[dict[str, Any]], part: str = "rows") -> list[dict[str, Any]]:
+    """Rows of several seeds as one: the metrics become Cells over the seeds that have the value.
+
+    Order, titles and notes are those of the first seed that has the row. ValueError when nothing is given.
+    """
+    if not results:
+        raise ValueError("no results were given; give the results.json of at least one seed")
+    merged: dict[str, dict[str, Any]] = {}
+    for result in results:
+        for row in result.get(part, []):
+            entry = merged.setdefault(
+                row["key"], {"key": row["key"], "title": row["title"], "note": row.get("note", ""), "metrics": {}}
+            )
+            for name, value in row["metrics"].items():
+                if value is not None:
+                    entry["metrics"].setdefault(name, []).append(float(value))
+    for entry in merged.values():
+        entry["metrics"] = {name: _cell(values) for name, values in entry["metrics"].items()}
+    return list(merged.values())
+
+
+def _cell(values: list[float]) -> Cell:
+    mean, half = mean_and_interval(values)
+    return Cell(mean, half, tuple(values))
+
+
+def table(rows: Sequence[dict[str, Any]], columns: Sequence[Column], *, first: str = "row", escape: bool = True) -> str:
+    """Markdown table of aggregated rows; columns that no row fills, and rows without any of the columns, are left out.
+
+    `escape=False` leaves the bar of "I|T" as it is: for reading on a terminal.
+    """
+    filled = [column for column in columns if any(column.key in row["metrics"] for row in rows)]
+    lines = [[first, *(column.header for column in filled)]]
+    for row in rows:
+        cells = [_text(row["metrics"].get(column.key), column) for column in filled]
+        if any(cell != MISSING for cell in cells):
+            lines.append([row["title"].replace("|", r"\|") if escape else row["title"], *cells])
+    return markdown(lines)
+
+
+def _text(cell: Cell | None, column: Column) -> str:
+    if cell is None:
+        return MISSING
+    text = f"{cell.mean * column.scale:.{column.digits}f}"
+    return text if cell.half is None else f"{text} ± {cell.half * column.scale:.{column.digits}f}"
+
+
+def notes(rows: Sequence[dict[str, Any]]) -> str:
+    """One line of explanation per row that has one, as a markdown list."""
+    return "\n".join(f"- **{row['title']}**: {row['note']}" for row in rows if row["note"])
+
+
+def student_t_probability(t: float, degrees: int) -> float:
+    """P(-t <= T <= t) for Student's t with a whole number of degrees of freedom (Abramowitz & Stegun 26.7.3-4)."""
+    theta = math.atan(t / math.sqrt(degrees))
+    cos_squared = math.cos(theta) ** 2
+    if degrees % 2:
+        term = series = math.cos(theta) if degrees > 1 else 0.0
+        for k in range(2, degrees - 2, 2):
+            term *= cos_squared * k / (k + 1)
+            series += term
+        return 2 / math.pi * (theta + math.sin(theta) * series)
+    term = series = 1.0
+    for k in range(1, degrees - 2, 2):
+        term *= cos_squared * k / (k + 1)
+        series += term
+    return math.sin(theta) * series
+
+
+def student_t_quantile(level: float, degrees: int) -> float:
+    """The t with P(-t <= T <= t) = level, by bisection; ValueError outside 0 < level < 1 or degrees < 1."""
+    if not 0 < level < 1 or degrees < 1:
+        raise ValueError(f"level={level}, degrees={degrees}: give a level in (0, 1) and at least one degree of freedom")
+    low, high = 0.0, 1.0
+    while student_t_probability(high, degrees) < level:
+        high *= 2
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if student_t_probability(middle, degrees) < level else (low, middle)
+    return (low + high) / 2
+
+
+def mean_and_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float | None]:
+    """Mean and half-width of the two-sided t-interval of the mean; the half-width is None for a single value.
+
+    ValueError when no value is given.
+    """
+    if not values:
+        raise ValueError("no values were given; a mean needs at least one")
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return mean, None
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, student_t_quantile(level, len(values) - 1) * math.sqrt(variance / len(values))

@@ -1,0 +1,249 @@
+"""The tiny world as real files in LLaVA's format: images/*.png, train.json, test.json, and scenes.json with the truth.
+
+    folder = build_world()                  # in the cache, seconds; a finished world is found again
+    train.json, test.json                   # [{"id", "image": "images/...", "conversations": [...], "kind", ...}]
+    scenes.json                             # objects and patch owners per image; for evaluation only, never an input
+
+Training and evaluation read these files like any other LLaVA data. Image names are relative to the world's folder.
+"""
+
+import glob
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dynamic_llava.files import Lock, writing
+from dynamic_llava.tiny.world.descriptions import describe, sample_request
+from dynamic_llava.tiny.world.questions import KINDS, NEGATIVES, Question, ask
+from dynamic_llava.tiny.world.scenes import GRID, PATCH_SIZE, Picture, Scene, SceneObject, render_scene, sample_scene
+
+FORMAT_VERSION = 1
+MARKER = "world.json"
+CACHE_VARIABLE = "DYNAMIC_LLAVA_CACHE"
+_SPLIT_KEYS = {"train": 101, "test": 102}  # first part of each picture's seed: the splits share no scene
+_MULTI_TURN_EVERY = 6
+_QUESTIONS_PER_IMAGE = 0.45
+_IMAGES_PER_DESCRIPTION = 4
+
+Sample = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What is in one picture.
+
+    patch_object: 64 ints in row-major order, index of the owning object or -1; patch_coverage: its share of the patch.
+    """
+
+    scene: Scene
+    patch_object: tuple[int, ...]
+    patch_coverage: tuple[float, ...]
+
+
+def default_cache() -> Path:
+    """The folder under which worlds are kept: $DYNAMIC_LLAVA_CACHE, else ~/.cache/dynamic_llava."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    return Path(chosen) if chosen else Path.home() / ".cache" / "dynamic_llava"
+
+
+def build_world(root: Path | None = None, train: int = 5000, test: int = 800, seed: int = 0) -> Path:
+    """Writes a world of `train` and `test` images and returns its folder; a finished one is returned as it is.
+
+    Without `root` the folder lies in the cache and its name states the arguments. Per training image there is one short
+    question and one description, for every sixth also a conversation of several turns. The test split has 0.45 short
+    questions per image and kind (existence: 0.54, as POPE's three balanced subsets) and a description for every fourth
+    image: 2,232 questions and 200 descriptions at the default size.
+
+    The folder appears as a whole or not at all; of processes that want the same world at once one builds it. Raises
+    ValueError for sizes that are not positive, and where `root` holds something else; WriteError for a full disk.
+    """
+    if train < 1 or test < _IMAGES_PER_DESCRIPTION:
+        raise ValueError(f"got train={train}, test={test} images; need train >= 1, test >= {_IMAGES_PER_DESCRIPTION}")
+    arguments = {"format": FORMAT_VERSION, "train": train, "test": test, "seed": seed}
+    folder = default_cache() / f"tiny_world_v{FORMAT_VERSION}_{train}_{test}_{seed}" if root is None else Path(root)
+    if _finished(folder, arguments):
+        return folder
+    lock = Lock(folder.with_name(f"{folder.name}.lock"), f"building the tiny world {folder}").take(wait=True)
+    try:
+        if not _finished(folder, arguments):
+            _build(folder, train, test, seed, arguments)
+    finally:
+        lock.release()
+    return folder
+
+
+def _build(folder: Path, train: int, test: int, seed: int, arguments: dict[str, int]) -> None:
+    """Write a world under its name as a whole; what killed builds have left beside it goes first."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    with writing(folder):
+        for left in folder.parent.glob(f"{glob.escape(folder.name)}.partial*"):
+            shutil.rmtree(left)
+        try:
+            partial.mkdir()
+            _write_world(partial, train, test, seed)
+            _dump(partial / MARKER, arguments)
+            os.replace(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def image_path(folder: Path, name: str) -> Path:
+    """The file of an image named in train.json or test.json; ValueError where the name leads out of the folder."""
+    base = Path(folder).resolve()
+    path = (base / name).resolve()
+    if not path.is_relative_to(base):
+        raise ValueError(f"image name {name!r} leads out of {base}; names are relative to the world's folder")
+    return path
+
+
+def load_truth(folder: Path) -> dict[str, Truth]:
+    """Truth by image name, for evaluation; FileNotFoundError where `folder` is no finished world."""
+    path = Path(folder) / "scenes.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no scenes.json in {folder}; build the world with build_world() and give its folder")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return {name: _truth(entry) for name, entry in content["images"].items()}
+
+
+def _truth(entry: dict[str, Any]) -> Truth:
+    fields = ("color", "shape", "size", "x", "y", "radius")
+    objects = tuple(SceneObject(**{name: o[name] for name in fields}) for o in entry["objects"])
+    scene = Scene(objects, entry["background"])
+    return Truth(scene, tuple(entry["patch_object"]), tuple(entry["patch_coverage"]))
+
+
+def _finished(folder: Path, arguments: dict[str, int]) -> bool:
+    """Whether this very world lies there; ValueError where something else does."""
+    if not folder.exists():
+        return False
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give the path of a folder that does not exist yet")
+    marker = folder / MARKER
+    if marker.is_file():
+        found = json.loads(marker.read_text(encoding="utf-8"))
+        if found == arguments:
+            return True
+        raise ValueError(f"{folder} holds another world ({found}) than asked for ({arguments}); give another folder")
+    if any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no finished world; give an empty or new folder")
+    return False
+
+
+def _write_world(folder: Path, train: int, test: int, seed: int) -> None:
+    (folder / "images").mkdir()
+    truths: dict[str, Any] = {}
+    for split, count in (("train", train), ("test", test)):
+        scenes: dict[str, Scene] = {}
+        for name, scene, picture in _pictures(split, count, seed):
+            Image.fromarray(picture.pixels).save(folder / name, compress_level=1)
+            scenes[name] = scene
+            truths[name] = {
+                **scene.to_dict(),
+                "patch_object": picture.patch_object.tolist(),
+                "patch_coverage": [round(float(c), 3) for c in picture.patch_coverage],
+            }
+        rng = np.random.default_rng((_SPLIT_KEYS[split], seed))
+        samples = _train_samples(scenes, rng) if split == "train" else _test_samples(scenes, rng)
+        _dump(folder / f"{split}.json", samples)
+    _dump(folder / "scenes.json", {"grid": GRID, "patch_size": PATCH_SIZE, "images": truths})
+
+
+def _pictures(split: str, count: int, seed: int) -> Iterator[tuple[str, Scene, Picture]]:
+    for i in range(count):
+        rng = np.random.default_rng((_SPLIT_KEYS[split], seed, i))
+        scene = sample_scene(rng)
+        yield f"images/{split}_{i:06d}.png", scene, render_scene(scene, rng)
+
+
+def _train_samples(scenes: dict[str, Scene], rng: np.random.Generator) -> list[Sample]:
+    """Shuffled, so that any first part of the file is a fair sample."""
+    samples = []
+    for i, (name, scene) in enumerate(scenes.items()):
+        question = _ask_first(scene, i, rng)
+        samples.append(_sample(name, question.kind, [(question.text, question.answer)]))
+        style, request = sample_request(rng)
+        samples.append(_sample(name, "description", [(request, describe(scene, style).text)], style=style))
+        if i % _MULTI_TURN_EVERY == 0:
+            samples.append(_sample(name, "turns", _several_turns(scene, rng)))
+    return [samples[i] for i in rng.permutation(len(samples))]
+
+
+def _ask_first(scene: Scene, number: int, rng: np.random.Generator) -> Question:
+    """A question of the kind whose turn it is, or of the next kind that the scene allows (size always does)."""
+    asked = (ask(scene, KINDS[(number + shift) % len(KINDS)], rng) for shift in range(len(KINDS)))
+    return next(question for question in asked if question is not None)
+
+
+def _several_turns(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Two or three turns about one picture; half of the conversations close with a description."""
+    questions: dict[str, str] = {}
+    closing = rng.random() < 0.5
+    wanted = int(rng.integers(1, 3)) if closing else int(rng.integers(2, 4))
+    for kind in rng.permutation(len(KINDS)):
+        question = ask(scene, KINDS[int(kind)], rng)
+        if question is not None and len(questions) < wanted:
+            questions[question.text] = question.answer
+    turns = list(questions.items())
+    if closing:
+        style, request = sample_request(rng)
+        turns.append((request, describe(scene, style).text))
+    return turns
+
+
+def _test_samples(scenes: dict[str, Scene], rng: np.random.Generator) -> list[Sample]:
+    names = list(scenes)
+    per_kind = max(1, int(_QUESTIONS_PER_IMAGE * len(names)))
+    samples = []
+    for kind in (k for k in KINDS if k != "exist"):
+        samples += [_test_question(*pair) for pair in _spread(scenes, kind, per_kind, rng)]
+    for negative in NEGATIVES:
+        for present in (True, False):
+            chosen = _spread(scenes, "exist", max(1, per_kind // 5), rng, present=present, negative=negative)
+            samples += [_test_question(name, question, subset=negative) for name, question in chosen]
+    for name in names[::_IMAGES_PER_DESCRIPTION]:
+        style, request = sample_request(rng)
+        samples.append(_sample(name, "description", [(request, describe(scenes[name], style).text)], style=style))
+    for number, sample in enumerate(samples):
+        sample["id"] = f"test_{number:05d}_{sample['kind']}"
+    return samples
+
+
+def _spread(
+    scenes: dict[str, Scene], kind: str, count: int, rng: np.random.Generator, **how: Any
+) -> list[tuple[str, Question]]:
+    """`count` questions of one kind, on different images as long as there are enough that allow it."""
+    names, found = list(scenes), []
+    for _ in range(20):
+        for i in rng.permutation(len(names)):
+            question = ask(scenes[names[int(i)]], kind, rng, **how)
+            if question is not None:
+                found.append((names[int(i)], question))
+            if len(found) == count:
+                return found
+    raise ValueError(f"{len(names)} test images give too few questions of kind {kind!r}; ask for more test images")
+
+
+def _test_question(name: str, question: Question, subset: str | None = None) -> Sample:
+    extra: dict[str, Any] = {"answer": question.answer, "referents": list(question.referents)}
+    if subset is not None:
+        extra["pope"] = subset
+    return _sample(name, question.kind, [(question.text, question.answer)], **extra)
+
+
+def _sample(name: str, kind: str, turns: list[tuple[str, str]], **extra: Any) -> Sample:
+    conversations = []
+    for number, (question, answer) in enumerate(turns):
+        value = question if number else f"<image>\n{question}"
+        conversations += [{"from": "human", "value": value}, {"from": "gpt", "value": answer}]
+    return {"id": f"{Path(name).stem}_{kind}", "image": name, "conversations": conversations, "kind": kind, **extra}
+
+
+def _dump(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content), encoding="utf-8")

@@ -1,0 +1,153 @@
+"""The main job's course with trainings that only copy a random checkpoint: files, several seeds, resuming."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from dynamic_llava.config import ModelConfig, SparsityConfig, TrainConfig
+from dynamic_llava.files import Lock
+from dynamic_llava.model import DynamicLlavaForConditionalGeneration
+from dynamic_llava.tiny.config import TinyJobConfig
+from dynamic_llava.tiny.job import job
+from dynamic_llava.tiny.job.job import main
+from dynamic_llava.train.config import RunConfig
+from dynamic_llava.train.run import RunResult, write_config
+from tests.tiny_pipeline import SPARSITY, write_checkpoint
+
+TINY = TinyJobConfig(
+    train_images=2, test_images=16, questions=12, descriptions=3, uncached_questions=3, uncached_descriptions=1,
+    batch_size=12, description_tokens=6, timing_batch=1, timing_tokens=1, timing_repeats=1, dynamic_image=False,
+    picture_scenes=2, picture_answers=1,
+)  # fmt: skip
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """Replace training; returns the list of (name, mode, seed, base) that were asked for."""
+    monkeypatch.setenv("DYNAMIC_LLAVA_CACHE", str(tmp_path / "cache"))
+    asked = []
+
+    def copy(config):
+        asked.append((config.name, config.train.sparsity_mode, config.train.seed, config.model.base))
+        folder = config.folder / "model"
+        shutil.copytree(tmp_path / "base", folder, dirs_exist_ok=True)
+        write_config(config, config.folder / "config.yaml")
+        history = [
+            {"step": step, "lm_loss": 1.0, "image_keep_rate": 0.2, "output_keep_rate": 0.1 * step} for step in range(10)
+        ]
+        return RunResult(folder, config.folder, {"lm_loss": 1.0}, history)
+
+    monkeypatch.setattr(job, "run", copy)
+    return asked
+
+
+@pytest.fixture
+def config(tmp_path):
+    write_checkpoint(tmp_path / "base", 0)
+    return RunConfig(
+        name="job",
+        output_folder=str(tmp_path / "runs"),
+        model=ModelConfig(base=str(tmp_path / "base")),
+        sparsity=SparsityConfig(**SPARSITY),
+        train=TrainConfig(seed=4),
+        tiny=TINY,
+    )
+
+
+def test_one_seed_writes_everything_and_says_where(config, trained, capsys):
+    folder = main(config)
+    assert [entry[:3] for entry in trained] == [("both", "both", 4), ("control", "none", 4)]
+    for name in ("config.yaml", "metrics.jsonl", "results.json", "table.md"):
+        assert (folder / name).is_file() and (folder / "seed4" / name).is_file()
+    pictures = {path.name for path in (folder / "seed4" / "pictures").iterdir()}
+    assert pictures == {"kept_patches.png", "greyed_answers.png", "keep_rate_by_word.png", "training_curves.png"}
+    result = json.loads((folder / "results.json").read_text())["seeds"][0]
+    assert result["seed"] == 4 and result["training"] == {"image": pytest.approx(0.2), "output": pytest.approx(0.85)}
+    assert result["environment"]["torch"] and len(result["rows"]) == 13
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {(line["seed"], line["training"]) for line in lines} == {(4, "both"), (4, "control")}
+    printed = capsys.readouterr().out
+    assert "Dynamic I|T, no cache" in printed and str(folder / "table.md") in printed
+    assert "kept_patches.png" in printed
+    assert r"Dynamic I\|T" in (folder / "table.md").read_text()
+
+
+def test_several_seeds_resume_what_is_finished(config, trained, capsys, caplog):
+    two = replace(config, tiny=replace(TINY, seeds=2))
+    folder = main(two)
+    assert [entry[2] for entry in trained] == [4, 4, 5, 5]
+    assert "±" in (folder / "table.md").read_text()
+    (folder / "seed5" / "results.json").unlink()
+    trained.clear()
+    main(two)
+    assert [entry[2] for entry in trained] == [5, 5]
+    assert "seed 4: taken from" in capsys.readouterr().out
+    path = folder / "seed4" / "results.json"
+    result = json.loads(path.read_text())
+    result["environment"]["source"] = "other"
+    path.write_text(json.dumps(result))
+    trained.clear()
+    main(two)
+    assert not trained and "made by other source code" in caplog.text
+    main(replace(two, tiny=replace(two.tiny, questions=11)))
+    assert [entry[2] for entry in trained] == [4, 4, 5, 5]
+    assert "belongs to other settings or weights and is moved to" in capsys.readouterr().out
+    (aside,) = (folder / "seed4").glob("results.*.json")
+    assert json.loads(aside.read_text()) == result and (folder / "seed4" / "results.json").is_file()
+    assert len(list((folder / "seed4").glob("table.*.md"))) == 1
+
+
+def test_the_same_job_again_trains_and_measures_nothing(config, trained, capsys):
+    folder = main(config)
+    written = {path: path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
+    trained.clear()
+    capsys.readouterr()
+    main(config)
+    assert not trained and "finished already, nothing to do" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in written} == written
+    main(replace(config, train=replace(config.train, overwrite=True)))
+    assert [entry[:3] for entry in trained] == [("both", "both", 4), ("control", "none", 4)]
+
+
+def test_a_training_of_other_settings_leaves_a_finished_job_as_it_is(config, trained, monkeypatch):
+    folder = main(config)
+    written = {path: path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
+
+    def refuse(run_config):
+        raise ValueError(f"{run_config.folder} holds a finished model of another run")
+
+    monkeypatch.setattr(job, "run", refuse)
+    with pytest.raises(ValueError, match=r"seed4/both holds a finished model of another run"):
+        main(replace(config, train=replace(config.train, learning_rate=1e-3)))
+    assert {path: path.read_bytes() for path in folder.rglob("*.*") if path.is_file()} == written
+    with Lock(folder / "job.lock", "x"), pytest.raises(ValueError, match=r"the main job in .*: process"):
+        main(config)
+
+
+def test_every_file_of_the_base_belongs_to_the_results(config, tmp_path):
+    seed = job.SeedJob(config, tmp_path / "seed4", tmp_path / "world", tmp_path / "base")
+    known = {seed.fingerprint()}
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        file = tmp_path / "base" / name
+        file.write_bytes(file.read_bytes() + b" ")
+        assert seed.fingerprint() not in known, name
+        known.add(seed.fingerprint())
+
+
+def test_full_adds_the_untrained_base(config, trained, tmp_path):
+    folder = main(replace(config, tiny=replace(TINY, untrained_base=True)))
+    assert trained[-1][:3] == ("untrained", "both", 4)
+    result = json.loads((folder / "results.json").read_text())["seeds"][0]
+    assert result["overlap"][-1]["key"] == "untrained"
+    load = DynamicLlavaForConditionalGeneration.from_pretrained
+    fresh, base = load(trained[-1][3], sparsity=SPARSITY), load(tmp_path / "base")
+    compare = {name: (value == base.state_dict()[name]).all() for name, value in fresh.state_dict().items()}
+    assert all(same for name, same in compare.items() if "vision_tower" in name or "projector" in name)
+    assert not compare["lm_head.weight"] and not compare["model.language_model.layers.0.mlp.up_proj.weight"]
+
+
+def test_a_configuration_without_a_tiny_section_is_refused(config):
+    with pytest.raises(ValueError, match="`tiny` section"):
+        main(replace(config, tiny=None))

@@ -1,0 +1,90 @@
+"""Answers recomputed from the question's text alone by code that shares nothing with the generator."""
+
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from dynamic_llava.tiny.world.questions import KINDS, ask
+from dynamic_llava.tiny.world.scenes import COLORS, SHAPES, SIZES, sample_scene
+
+NUMBERS = {0: "zero", 1: "one", 2: "two", 3: "three", 4: "four"}
+SCENES = [sample_scene(np.random.default_rng((3, i))) for i in range(150)]
+
+
+def named(text):
+    """The attribute words of a question."""
+    words = set(re.findall(r"[a-z]+", text.lower()))
+    return {
+        "color": [c for c in COLORS if c in words],
+        "shape": [s for s in SHAPES if s in words],
+        "size": [s for s in SIZES if s in words],
+    }
+
+
+def matching(scene, text):
+    wanted = {name: values for name, values in named(text).items() if values}
+    return [o for o in scene.objects if all(getattr(o, name) in values for name, values in wanted.items())]
+
+
+def truth(scene, text):
+    found = matching(scene, text)
+    if text.startswith("How many"):
+        return NUMBERS[len(found)]
+    if text.startswith(("Is there", "Do you see")):
+        return "Yes" if found else "No"
+    assert len(found) == 1, f"{text!r} is ambiguous"
+    if "color" in text:
+        return found[0].color
+    return found[0].shape if "hape" in text else found[0].size
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_are_true_and_referents_match(kind):
+    rng, asked = np.random.default_rng(1), 0
+    for scene in SCENES * 3:
+        question = ask(scene, kind, rng)
+        if question is None:
+            continue
+        asked += 1
+        assert question.kind == kind
+        assert question.answer == truth(scene, question.text), question
+        assert [scene.objects[i] for i in question.referents] == matching(scene, question.text)
+    assert asked > 300
+
+
+def test_existence_is_balanced_and_negatives_are_what_they_say():
+    rng, answers = np.random.default_rng(2), Counter()
+    for scene in SCENES * 4:
+        question = ask(scene, "exist", rng)
+        answers[question.answer] += 1
+        absent = named(question.text)
+        if question.negative == "adversarial":
+            assert any(o.color in absent["color"] or o.shape in absent["shape"] for o in scene.objects)
+        assert (question.negative is None) == (question.answer == "Yes")
+    assert 0.42 < answers["Yes"] / answers.total() < 0.58
+
+
+@pytest.mark.parametrize("negative", ["random", "popular", "adversarial"])
+def test_existence_can_be_fixed(negative):
+    rng = np.random.default_rng(3)
+    for scene in SCENES[:40]:
+        assert ask(scene, "exist", rng, present=True, negative=negative).answer == "Yes"
+        question = ask(scene, "exist", rng, present=False, negative=negative)
+        assert (question.answer, question.negative) == ("No", negative)
+        assert truth(scene, question.text) == "No"
+
+
+def test_popular_negatives_are_frequent_objects():
+    rng, counts = np.random.default_rng(4), Counter()
+    for scene in SCENES:
+        counts[tuple(named(ask(scene, "exist", rng, present=False, negative="popular").text)["color"])] += 1
+    assert set(counts) <= {(c,) for c in ("red", "green", "blue", "yellow")}
+
+
+def test_unknown_kinds_are_refused():
+    with pytest.raises(ValueError, match=r"relation.*count_by"):
+        ask(SCENES[0], "relation", np.random.default_rng(0))
+    with pytest.raises(ValueError, match=r"hard.*adversarial"):
+        ask(SCENES[0], "exist", np.random.default_rng(0), negative="hard")
