@@ -1,4 +1,4 @@
-"""Shared by every test: one thread, fixed seeds, no network, and uninitialised memory filled with NaN."""
+"""Shared by every test: one thread, fixed seeds, no network, loggers as new ones, and new memory filled with NaN."""
 
 import os
 
@@ -13,6 +13,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests.isolation import forget_what_was_said, loggers_of_its_own
+
 torch.set_num_threads(1)
 settings.register_profile("laws", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("laws")
@@ -24,6 +26,14 @@ def fixed_seeds():
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def loggers():
+    """Let every test see what is logged, whatever earlier ones have been told, and have set."""
+    forget_what_was_said()
+    with loggers_of_its_own():
+        yield
 
 
 @pytest.fixture(autouse=True)

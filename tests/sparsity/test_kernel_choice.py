@@ -8,7 +8,7 @@ import torch
 
 from dynamic_llava.sparsity import masked_softmax_attention
 from dynamic_llava.sparsity.kernels import choice
-from dynamic_llava.sparsity.kernels.choice import choose, log_once
+from dynamic_llava.sparsity.kernels.choice import choose
 from dynamic_llava.sparsity.ragged_attention import ragged_attention
 from tests.sparsity.implementations import RUNS_TRITON
 
@@ -17,7 +17,6 @@ GPU = torch.device("meta")  # stands in for a GPU where the question is only wha
 
 @pytest.mark.parametrize("device", [torch.device("cpu"), torch.device("meta")], ids=str)
 def test_auto_says_what_it_chose_and_why_once(caplog, device):
-    log_once.cache_clear()
     caplog.set_level("INFO")
     chosen = [choose("MaskedSoftmax", "auto", "chunked", device, torch.float32, 64) for _ in range(2)]
     assert chosen == ["chunked"] * 2
@@ -48,7 +47,6 @@ def test_triton_refuses_what_it_has_no_blocks_for(dtype, size, message):
 def test_auto_takes_triton_on_nvidia_gpus_of_a_new_enough_generation(monkeypatch, caplog, capability, chosen, reason):
     pytest.importorskip("triton")
     monkeypatch.setattr(choice, "nvidia_capability", lambda device: capability)
-    log_once.cache_clear()
     caplog.set_level("INFO")
     assert choose("MaskedSoftmax", "auto", "chunked", GPU, torch.bfloat16, 64) == chosen
     assert reason in caplog.messages[0]
@@ -59,7 +57,6 @@ def test_auto_takes_triton_on_nvidia_gpus_of_a_new_enough_generation(monkeypatch
 
 def test_auto_without_triton_says_so(monkeypatch, caplog):
     monkeypatch.setattr(choice, "installed", lambda: False)
-    log_once.cache_clear()
     caplog.set_level("INFO")
     assert choose("ragged attention", "auto", "sdpa", GPU, torch.bfloat16, 64) == "sdpa"
     assert "triton is not installed" in caplog.messages[0]
