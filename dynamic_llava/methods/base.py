@@ -14,6 +14,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from dynamic_llava.config import SparsityConfig
+
 Evidence = Literal["question_row"]
 """What a cut may be shown beside the hidden states. question_row: (I, n) head-mean attention, in the layer before the
 cut, of the last token before the row's first answer to each image token."""
@@ -78,6 +80,11 @@ class Method:
     """Whether nothing of the method is learned. In training mode it then decides as at inference: the model is tuned
     under its fixed rule. The class that defines the hooks declares it; inherited, it says nothing about new hooks."""
 
+    @classmethod
+    def settings_from(cls, config: SparsityConfig) -> dict[str, Any]:
+        """Return what a checkpoint's settings say of this method's own; they hold where a user says nothing else."""
+        return {}
+
     @property
     def is_dense(self) -> bool:
         """Whether nothing is ever dropped, so that the plain decoder may run."""
@@ -105,6 +112,12 @@ class OneCut(Method):
 
     layer: int = 2
     """The sparse layer: this one and all later ones see only kept tokens."""
+
+    @classmethod
+    def settings_from(cls, config: SparsityConfig) -> dict[str, Any]:
+        """Return the checkpoint's sparse layer, unless the class has a default layer of its own."""
+        inherited = cls.__dataclass_fields__["layer"] is OneCut.__dataclass_fields__["layer"]
+        return {"layer": config.sparse_layer} if inherited else {}
 
     def cuts(self, layers: int) -> tuple[Cut, ...]:
         """One cut, at `layer`."""

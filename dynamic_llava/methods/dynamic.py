@@ -31,15 +31,19 @@ class Dynamic(OneCut):
         check_keep_rate("image_keep_rate", self.image_keep_rate)
 
     @classmethod
+    def settings_from(cls, config: SparsityConfig) -> dict[str, Any]:
+        """Return what a checkpoint's settings say: all but which context is sparsified."""
+        return {
+            "layer": config.sparse_layer,
+            "image_keep_rate": config.image_keep_rate,
+            "image_selection": config.image_selection,
+            "output_threshold": config.output_threshold,
+        }
+
+    @classmethod
     def from_config(cls, config: SparsityConfig, sparsity: SparsityMode = "both") -> "Dynamic":
         """Return the method as a checkpoint's settings describe it."""
-        return cls(
-            layer=config.sparse_layer,
-            sparsity=sparsity,
-            image_keep_rate=config.image_keep_rate,
-            image_selection=config.image_selection,
-            output_threshold=config.output_threshold,
-        )
+        return cls(**cls.settings_from(config), sparsity=sparsity)
 
     @property
     def is_dense(self) -> bool:

@@ -16,7 +16,7 @@ from transformers.models.llava.modeling_llava import LlavaModel, LlavaMultiModal
 from transformers.utils.generic import can_return_tuple
 
 from dynamic_llava.layout import TokenLayout, chunk_of
-from dynamic_llava.methods import Method
+from dynamic_llava.methods import Spelling
 from dynamic_llava.model.arguments import check_names, check_served, check_shapes, names_of
 from dynamic_llava.model.cache import check_dense_cache
 from dynamic_llava.model.cache_names import CACHE, is_live, one_cache
@@ -76,7 +76,7 @@ class DynamicLlavaModel(ImageInputs, DynamicLlavaPreTrainedModel, LlavaModel):
         output_mask: Tensor | None = None,
         keep_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
-        method: Method | None = None,
+        method: Spelling | None = None,
         masked: bool = False,
         answers_only: bool = False,
         sample_key: Tensor | None = None,
@@ -89,7 +89,7 @@ class DynamicLlavaModel(ImageInputs, DynamicLlavaPreTrainedModel, LlavaModel):
         cache = one_cache(cache, past_key_values)
         check_names(kwargs, FORWARD_NAMES, "forward")
         self.check_feature_layer(vision_feature_layer)
-        method = method if method is not None else choose_method(self.config.sparsity)
+        method = choose_method(self.config.sparsity, method=method)
         dense = method.is_dense and keep_mask is None and not (masked or answers_only)
         encoded = mm_encoder_outputs.get("image") if mm_encoder_outputs else None
         if encoded is not None and not (dense and TAKES_ENCODED):

@@ -14,7 +14,7 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 from transformers.utils.generic import can_return_tuple
 
 from dynamic_llava.config import SparsityMode
-from dynamic_llava.methods import Method
+from dynamic_llava.methods import Method, Spelling
 from dynamic_llava.model.arguments import check_names, check_shapes, names_of
 from dynamic_llava.model.base_model import DynamicLlavaModel, DynamicLlavaPreTrainedModel
 from dynamic_llava.model.cache_names import CACHE, is_live, one_cache
@@ -58,7 +58,8 @@ class DynamicLlavaForConditionalGeneration(
             forward runs, and everything that transformers' LLaVA can do is done as there.
         image_keep_rate, output_threshold: override the checkpoint's settings for this call.
         output_keep_rate: override r_OT (of the regulariser, and of a relaxation with a budget), training only.
-        method: a Method or its registered name, instead of Dynamic-LLaVA's own decisions.
+        method: what decides instead of Dynamic-LLaVA: a Method, a name (registered, or package.module:Class), or a
+            mapping {"name": ..., setting: ...}; settings that are not said are the checkpoint's or the method's own.
         tau: temperature of the relaxation in training mode, 1.0 by default.
         sample_key: (B,) int64 noise keys; a sample with the same key gets the same noise in any batch. Default: in
             training drawn from torch's generator, otherwise 0.
@@ -105,7 +106,7 @@ class DynamicLlavaForConditionalGeneration(
         image_keep_rate: float | None = None,
         output_keep_rate: float | None = None,
         output_threshold: float | None = None,
-        method: Method | str | None = None,
+        method: Spelling | None = None,
         tau: float | None = None,
         sample_key: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,

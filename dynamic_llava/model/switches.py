@@ -4,20 +4,22 @@ from dataclasses import replace
 from typing import Any
 
 from dynamic_llava.config import SparsityConfig, SparsityMode, check_keep_rate
-from dynamic_llava.methods import Dynamic, Method, get_method
+from dynamic_llava.methods import Dynamic, Method, Spelling, method_class, read_method, said_settings, settings_of
 
 
 def choose_method(
     config: SparsityConfig,
     *,
     sparsity: SparsityMode | None = None,
-    method: Method | str | None = None,
+    method: Spelling | None = None,
     image_keep_rate: float | None = None,
     output_threshold: float | None = None,
 ) -> Method:
     """Return the method that a call asks for; by default Dynamic-LLaVA with the checkpoint's settings.
 
-    Raises ValueError for an unknown switch, a rate outside (0, 1], or switches that exclude each other.
+    `method` is spelled as in methods/registry.py; `sparsity` and `output_threshold` are short for settings of
+    Dynamic-LLaVA, `image_keep_rate` for that of any method which has it. Raises ValueError for an unknown method,
+    setting or value, and for switches that contradict one another.
     """
     switches = {"sparsity": sparsity, "image_keep_rate": image_keep_rate, "output_threshold": output_threshold}
     given = {name: value for name, value in switches.items() if value is not None}
@@ -27,19 +29,29 @@ def choose_method(
                 f"{sorted(given)} were given together with the method object {method}; set them on the object instead"
             )
         return method
-    if method is not None and not isinstance(method, str):
-        raise ValueError(f"method={method!r} is neither a registered name nor a Method object")
-    if method is None or method == Dynamic.name:
-        chosen = replace(Dynamic.from_config(config), **given)
-        _refuse_idle_switches(chosen, given)
-        return chosen
-    settings = {name: value for name, value in given.items() if name == "image_keep_rate"}
-    if len(settings) < len(given):
+    said = said_settings(Dynamic.name if method is None else method)
+    kind = method_class(said["name"])
+    short = sorted(set(given) & {"sparsity", "output_threshold"})
+    if short and not issubclass(kind, Dynamic):
         raise ValueError(
-            f"{sorted(set(given) - set(settings))} are switches of Dynamic-LLaVA and mean nothing to method "
-            f"{method!r}; leave them out, or build the method object with its own settings"
+            f"{', '.join(f'{name}={given[name]!r}' for name in short)} and method {said['name']!r} contradict each "
+            f"other: {' and '.join(short)} are short for settings of Dynamic-LLaVA. Leave one of them out; a method's "
+            "own settings are given with it"
         )
-    return get_method(method, layer=config.sparse_layer, **settings)
+    for name in sorted(set(given) & set(said)):
+        raise ValueError(
+            f"{name}={given[name]!r} and method {said!r} both say {name}; leave one of them out, whatever the values"
+        )
+    chosen = read_method(said, config)
+    if unknown := sorted(set(given) - set(settings_of(chosen))):
+        raise ValueError(
+            f"{unknown[0]}={given[unknown[0]]!r} means nothing to method {said['name']!r}, whose settings are "
+            f"{', '.join(settings_of(chosen))}; leave it out"
+        )
+    chosen = replace(chosen, **given)
+    if isinstance(chosen, Dynamic):
+        _refuse_idle_switches(chosen, given)
+    return chosen
 
 
 def check_output_keep_rate(output_keep_rate: float | None, *, trains: bool) -> None:
