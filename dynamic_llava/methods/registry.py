@@ -85,8 +85,8 @@ def said_settings(spelling: str | Mapping[str, Any]) -> dict[str, Any]:
         return {NAME: spelling}
     if not isinstance(spelling, Mapping):
         raise ValueError(
-            f"method={spelling!r} is neither a registered name nor a Method object; give a name ({', '.join(METHODS)}), "
-            "package.module:Class, a mapping {name: ..., setting: ...}, or a Method object"
+            f"method={spelling!r} is neither a registered name nor a Method object; give a name "
+            f"({', '.join(METHODS)}), package.module:Class, a mapping of name and settings, or a Method object"
         )
     if not isinstance(spelling.get(NAME), str):
         raise ValueError(f"method={dict(spelling)!r} does not say its name; add name: one of {', '.join(METHODS)}")

@@ -48,9 +48,9 @@ def read_value(value: Any, kind: Any, read_method: Callable[[Any], Method]) -> A
 
 def _read_union(value: Any, kinds: tuple[Any, ...], read_method: Callable[[Any], Method]) -> Any:
     """The first type that takes the value: words that are allowed, then None, then the others, free text last."""
-    order = {str: 3, type(None): 1}
+    order = {Literal: 0, type(None): 1, str: 3}
     refusal = ""
-    for kind in sorted(kinds, key=lambda kind: 0 if get_origin(kind) is Literal else order.get(kind, 2)):
+    for kind in sorted(kinds, key=lambda kind: order.get(get_origin(kind) or kind, 2)):
         try:
             return read_value(value, kind, read_method)
         except UnreadableValue as error:
