@@ -1,15 +1,16 @@
 """Dynamic-LLaVA: learned sparsification of image and output tokens, on transformers 5.
 
 The public names below are loaded when they are first used. Importing the package loads neither torch nor transformers;
-it leaves a note for transformers' Auto classes (`integrations/auto_classes.py`), so that they know our checkpoints.
+it leaves a note for transformers' Auto classes (`auto_classes.py`), so that they know our checkpoints.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .integrations.auto_classes import register_auto_classes as _register_auto_classes
+from .auto_classes import register_auto_classes as _register_auto_classes
 
 if TYPE_CHECKING:
+    from .chat.conversation import Conversation
     from .config import SparsityConfig
     from .layout import Packing, TokenLayout
     from .methods import METHODS, Method, get_method
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
+    "Conversation",
     "DynamicLlavaConfig",
     "DynamicLlavaForConditionalGeneration",
     "DynamicLlavaProcessor",
@@ -49,6 +51,7 @@ _HOME_OF = {
     "DynamicLlavaForConditionalGeneration": "model",
     "SparsityRecord": "model",
     "DynamicLlavaProcessor": "processing",
+    "Conversation": "chat.conversation",
 }
 
 

@@ -14,4 +14,4 @@ python="$VENV/bin/python"
 bash scripts/setup.sh
 "$python" -m pip install -q --no-deps --disable-pip-version-check lmms-eval==0.7.3
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-exec "$python" -m pytest -q --durations 5 "$@" tests/integrations
+exec "$python" -m pytest -q --durations 5 "$@" tests/eval/lmms

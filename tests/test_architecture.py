@@ -20,7 +20,7 @@ LAYER = {
     "processing": 4, "tiny": 4, "tiny/world": 4,
     "checkpoints": 5, "data": 5, "tiny/base": 5,
     "train": 6, "eval": 6, "profile": 6, "viz": 6,
-    "commands": 7, "cli": 7, "apps": 7, "chat": 7, "integrations": 7, "sweep": 7, "tiny/job": 7, "tiny/train_base": 7,
+    "commands": 7, "cli": 7, "apps": 7, "auto_classes": 7, "chat": 7, "sweep": 7, "tiny/job": 7, "tiny/train_base": 7,
 }  # fmt: skip
 ENTRY_LAYER = 7
 
@@ -28,21 +28,20 @@ ENTRY_LAYER = 7
 UPPER = {room for room, layer in LAYER.items() if layer >= 3}
 ROOMS = {
     "torch": set(LAYER),
-    "transformers": {"model", "processing", "checkpoints", "tiny", "train", "eval", "profile", "integrations"},
+    "transformers": {"model", "processing", "checkpoints", "tiny", "train", "eval", "profile", "auto_classes"},
     "safetensors": {"model", "checkpoints", "tiny", "train"},
     "huggingface_hub": {"checkpoints"},
     "tokenizers": {"processing", "data", "tiny"},
     "numpy": UPPER,
-    "tqdm": {"data", "tiny", "train", "eval", "profile", "apps", "cli"},
-    "accelerate": {"train", "integrations"}, "deepspeed": {"train"}, "peft": {"train"}, "wandb": {"train"},
+    "tqdm": {"data", "tiny", "train", "eval", "profile", "cli"},
+    "accelerate": {"train", "eval"}, "deepspeed": {"train"}, "peft": {"train"}, "wandb": {"train"},
     "omegaconf": {"cli"}, "tyro": {"cli"},
     "yaml": {"cli", "train"},
-    "PIL": {"processing", "viz", "tiny", "data", "integrations"},
+    "PIL": {"processing", "viz", "tiny", "data", "eval"},
     "datasets": {"data", "eval"}, "filelock": {"data"},
     "matplotlib": {"viz"},
     "nltk": {"eval"}, "openpyxl": {"eval"},
-    "gradio": {"apps"},
-    "lmms_eval": {"integrations"},
+    "lmms_eval": {"eval"},
     "triton": {"sparsity"},
 }  # fmt: skip
 

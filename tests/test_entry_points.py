@@ -19,7 +19,7 @@ from dynamic_llava.commands import EXTRAS
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "dynamic_llava"
 HELP = {
-    "chat": [""],
+    "chat.__main__": [""],
     "checkpoints.__main__": ["", "convert", "check"],
     "data.__main__": ["", "check", "first-batch", "benchmark"],
     "eval.__main__": [
@@ -37,7 +37,7 @@ HELP = {
 """Every module that `python -m` runs, with its commands."""
 PAGES = [(module, page) for module, pages in HELP.items() for page in pages]
 EXTRA_OF = {
-    "chat": None, "checkpoints.__main__": "convert", "data.__main__": "train", "eval.__main__": "eval",
+    "chat.__main__": None, "checkpoints.__main__": "convert", "data.__main__": "train", "eval.__main__": "eval",
     "profile.__main__": "train", "sweep.__main__": "train", "tiny.train_base": "train",
     "train.__main__": "train", "train.launch.__main__": "train",
 }  # fmt: skip
@@ -107,7 +107,7 @@ def test_places_of_a_conversion_are_named(capsys):
         ("profile.__main__", ["latency", "--batch", "2"], "--batch-size"),
         ("train.__main__", ["--output-dir", "y"], "--output-folder"),
         ("checkpoints.__main__", ["convert", "a", "b", "--visiontower", "c"], "--vision-tower"),
-        ("chat", ["--model", "tiny", "--max-tokens", "3"], "--max-new-tokens"),
+        ("chat.__main__", ["--model", "tiny", "--max-tokens", "3"], "--max-new-tokens"),
     ],
 )
 def test_a_mistyped_or_former_option_names_the_one_that_is_meant(module, arguments, meant, capsys):

@@ -69,7 +69,7 @@ assert [value.__name__ for value in PROCESSOR_MAPPING._extra_content.values()] =
 assert not MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING._extra_content
 assert not any("gated" in name or "dynamic" in name for name in AttentionInterface._global_mapping)
 own = {name for name in sys.modules if name.startswith("dynamic_llava.")}
-assert own == {"dynamic_llava.integrations", "dynamic_llava.integrations.auto_classes"}, own
+assert own == {"dynamic_llava.auto_classes"}, own
 """
     loaded_after(code)
 

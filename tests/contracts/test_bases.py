@@ -10,8 +10,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from dynamic_llava import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration, DynamicLlavaProcessor
-from dynamic_llava.apps import Conversation
+from dynamic_llava import Conversation, DynamicLlavaConfig, DynamicLlavaForConditionalGeneration, DynamicLlavaProcessor
 from dynamic_llava.eval.answering import Asked, prompt_inputs
 from dynamic_llava.eval.tasks.base import Question
 from dynamic_llava.model.supported import check_architecture

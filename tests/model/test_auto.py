@@ -45,13 +45,13 @@ def test_the_auto_classes_are_found_where_the_registration_waits_for_them():
     """A later transformers that moves them would otherwise leave us unregistered without a word."""
     from transformers import AutoConfig, AutoProcessor
 
-    from dynamic_llava.integrations.auto_classes import _REGISTRATIONS
+    from dynamic_llava.auto_classes import _REGISTRATIONS
 
     assert {AutoConfig.__module__, AutoProcessor.__module__} == set(_REGISTRATIONS)
 
 
 def test_the_finder_finds_nothing_else():
-    from dynamic_llava.integrations.auto_classes import _AfterLoading
+    from dynamic_llava.auto_classes import _AfterLoading
 
     (finder,) = [finder for finder in sys.meta_path if isinstance(finder, _AfterLoading)]
     assert finder.find_spec("transformers", None) is None

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamic_llava.integrations.lmms_requests import (
+from dynamic_llava.eval.lmms.requests import (
     MAX_NEW_TOKENS,
     cut_answer,
     plan_batches,
@@ -14,7 +14,7 @@ from dynamic_llava.integrations.lmms_requests import (
     request_prompt,
 )
 from dynamic_llava.processing.prompts import conversation_prompt, image_places
-from tests.integrations.toy_data import QUESTIONS
+from tests.eval.lmms.toy_data import QUESTIONS
 
 GREEDY = {"do_sample": False, "max_new_tokens": MAX_NEW_TOKENS, "num_beams": 1, "repetition_penalty": 1.0}
 

@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Chat; return 0 at the end of the input, 2 for a user's mistake, 130 after Ctrl-C."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     given = vars(_parser().parse_args(arguments))
-    from dynamic_llava.apps.chat import ChatOptions, chat  # here, so that --help answers at once
+    from dynamic_llava.chat.session import ChatOptions, chat  # here, so that --help answers at once
 
     try:
         chat(ChatOptions(images=tuple(given.pop("image")), **given))

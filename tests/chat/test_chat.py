@@ -13,11 +13,10 @@ import time
 import pytest
 import torch
 
-from dynamic_llava import DynamicLlavaForConditionalGeneration, DynamicLlavaProcessor
-from dynamic_llava.apps import Conversation
-from dynamic_llava.apps.chat import Chat, LineFeed
-from dynamic_llava.apps.terminal import GREY, Stream
-from dynamic_llava.chat import main
+from dynamic_llava import Conversation, DynamicLlavaForConditionalGeneration, DynamicLlavaProcessor
+from dynamic_llava.chat.__main__ import main
+from dynamic_llava.chat.session import Chat, LineFeed
+from dynamic_llava.chat.terminal import GREY, Stream
 from dynamic_llava.tiny import BASE_WEIGHTS
 from tests.tiny_pipeline import write_checkpoint, write_test_set
 
@@ -197,7 +196,7 @@ def heard_interrupts():
 
 
 def test_ctrl_c_ends_a_pipe(checkpoint, monkeypatch, capsys, heard_interrupts):
-    monkeypatch.setattr("dynamic_llava.apps.chat.Stream", lambda *streams, color: Interrupting(1))
+    monkeypatch.setattr("dynamic_llava.chat.session.Stream", lambda *streams, color: Interrupting(1))
     code, _, _ = piped(monkeypatch, capsys, QUESTIONS, "--model", checkpoint[0], "--image", checkpoint[1])
     assert code == 130
 

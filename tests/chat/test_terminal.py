@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamic_llava.apps.terminal import GREY, AnswerText, Piece, Screen, Stream, wants_color
+from dynamic_llava.chat.terminal import GREY, AnswerText, Piece, Screen, Stream, wants_color
 
 TOKENS = ["The", " red", " circle", ".", " and", "\n", " 猫", "a" * 14, "  ", " é", ""]
 ANSWERS = st.lists(st.tuples(st.sampled_from(TOKENS), st.booleans()), min_size=1, max_size=30)

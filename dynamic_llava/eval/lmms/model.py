@@ -13,8 +13,8 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from transformers import GenerationConfig
 
+from dynamic_llava.eval.lmms.requests import cut_answer, plan_batches, read_generation, request_prompt
 from dynamic_llava.eval.predict import progress, to_device
-from dynamic_llava.integrations.lmms_requests import cut_answer, plan_batches, read_generation, request_prompt
 from dynamic_llava.model import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
 from dynamic_llava.model.switches import choose_method
 from dynamic_llava.processing import DynamicLlavaProcessor

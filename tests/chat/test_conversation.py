@@ -7,8 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dynamic_llava import DynamicLlavaForConditionalGeneration, DynamicLlavaProcessor
-from dynamic_llava.apps import Conversation
+from dynamic_llava import Conversation, DynamicLlavaForConditionalGeneration, DynamicLlavaProcessor
 from dynamic_llava.processing.prompts import conversation_prompt
 from dynamic_llava.tiny import BASE_WEIGHTS
 from dynamic_llava.tiny.world.scenes import sample_pictures

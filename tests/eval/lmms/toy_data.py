@@ -1,4 +1,4 @@
-"""The documents of tests/integrations/toy, and what the model itself answers to them, one by one."""
+"""The documents of tests/eval/lmms/toy, and what the model itself answers to them, one by one."""
 
 import json
 

@@ -17,9 +17,9 @@ pytest.importorskip("lmms_eval", reason="lmms-eval has an environment of its own
 from lmms_eval.api.instance import Instance, unwrap_generation_output
 from lmms_eval.models import get_model
 
-from dynamic_llava.integrations import lmms_eval_model
-from dynamic_llava.integrations.lmms_eval_model import DynamicLlavaLMM
-from tests.integrations.toy_data import MAX_NEW_TOKENS, own_answers, pictures, write_toy
+from dynamic_llava.eval.lmms import model as plugin
+from dynamic_llava.eval.lmms.model import DynamicLlavaLMM
+from tests.eval.lmms.toy_data import MAX_NEW_TOKENS, own_answers, pictures, write_toy
 from tests.sft_builders import write_checkpoint
 
 TOY = Path(__file__).parent / "toy"
@@ -79,7 +79,7 @@ def test_lmms_eval_finds_the_model_by_its_entry_point():
 
 
 def test_the_plug_in_needs_no_training_package():
-    code = "import sys, dynamic_llava.integrations.lmms_eval_model\nprint(*sys.modules)"
+    code = "import sys, dynamic_llava.eval.lmms.model\nprint(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
     assert not {"peft", "omegaconf", "tyro", "matplotlib", "deepspeed", "wandb"} & set(loaded.stdout.split())
 
@@ -190,14 +190,14 @@ def test_without_requests_there_are_no_answers(world):
     ],
 )
 def test_bad_arguments_are_refused_before_any_weight_is_read(world, arguments, message, monkeypatch):
-    monkeypatch.setattr(lmms_eval_model, "DynamicLlavaForConditionalGeneration", None)
+    monkeypatch.setattr(plugin, "DynamicLlavaForConditionalGeneration", None)
     with pytest.raises(ValueError, match=message):
         build(world, **arguments)
 
 
 def test_one_device_for_several_processes_is_refused(world, monkeypatch):
     several = SimpleNamespace(process_index=1, num_processes=2)
-    monkeypatch.setattr(lmms_eval_model, "Accelerator", lambda: several)
+    monkeypatch.setattr(plugin, "Accelerator", lambda: several)
     with pytest.raises(ValueError, match="device='cpu' was given to 2 processes"):
         build(world, device="cpu")
 

@@ -15,8 +15,8 @@ from typing import Any, TextIO
 
 import torch
 
-from dynamic_llava.apps.conversation import Conversation, Step, check_settings
-from dynamic_llava.apps.terminal import AnswerText, ColorMode, Screen, Stream, Writer, wants_color
+from dynamic_llava.chat.conversation import Conversation, Step, check_settings
+from dynamic_llava.chat.terminal import AnswerText, ColorMode, Screen, Stream, Writer, wants_color
 from dynamic_llava.config import SparsityMode
 from dynamic_llava.eval.shard import own_device
 from dynamic_llava.model import DynamicLlavaForConditionalGeneration
