@@ -5,7 +5,10 @@ slot `length` of its row, so it can attend to itself; admitting it advances the 
 slot to be overwritten by the next token. All layers of a group share one `AdmissionSlots`; each has its own storage.
 A chunk of several tokens goes through `place_chunk` and `commit_chunk`; a single token through a `TokenSlots`, which is
 nothing but tensors, so that a decoding step can be compiled into one graph.
-Shape suffixes: B rows, W slots (capacity), Q new tokens, H key-value heads, D head dimension.
+Where stored tokens are evicted later on, each key head of each layer keeps tokens of its own: then a layer has
+`AdmissionSlots` of its own, whose lengths are (B, K) instead of (B,). `evict` closes the gaps, in the tokens' order.
+Shape suffixes: B rows, W slots (capacity), Q new tokens, H or K key-value heads, D head dimension, X rows (B,) or rows
+and heads (B, K).
 """
 
 from collections.abc import Callable
@@ -20,16 +23,17 @@ from dynamic_llava.layout import Packing, TokenLayout
 class AdmissionSlots:
     """The bookkeeping of one group of layers: how many slots each row has filled, and where new tokens are written."""
 
-    def __init__(self, block: int) -> None:
-        self.block = block
+    def __init__(self, block: int, heads: int | None = None) -> None:
+        """Create it empty; heads K makes it one of lengths per key head, for one layer whose tokens are evicted."""
+        self.block, self.heads = block, heads
         self.capacity = 0
         """W: slots per row of every storage of the group."""
         self.lengths: Tensor | None = None
-        """(B,) int64: filled slots of each row; None until the cache is opened."""
+        """(X) int64: filled slots of each row, or of each key head of each row; None until the cache is opened."""
         self.packing: Packing | None = None
         """How the tokens of the opening chunk are gathered into slots; None when they already are in order."""
         self.write: Tensor | None = None
-        """(B, Q) int64: slots of the chunk in flight."""
+        """(X, Q) int64: slots of the chunk in flight."""
         self._bound = 0  # host-side upper bound of the longest row, so that lengths need not be read at every step
 
     @property
@@ -40,7 +44,7 @@ class AdmissionSlots:
     def open(self, lengths_B: Tensor, tokens: int, packing: Packing | None = None) -> None:
         """Begin with a chunk of `tokens` columns that fills lengths_B slots of each row, gathered by `packing`."""
         self.packing = packing
-        self.lengths = lengths_B
+        self.lengths = self._each(lengths_B).contiguous()  # changed in place later on
         self._bound = tokens if packing is None else packing.index.shape[1]
         self.capacity = self._bound
 
@@ -48,50 +52,79 @@ class AdmissionSlots:
         """Make room for `count` more tokens in every row; the storages grow when they are next asked for their data."""
         if self._bound + count > self.capacity:
             self._bound = int(self.open_lengths().max())  # the one host read, only when a block is used up
-            blocks = -(-(self._bound + count) // self.block)
+            # After evictions the longest row may end just below the capacity; a free block puts the next read off.
+            free = count if self.heads is None else count + self.block
+            blocks = -(-(self._bound + free) // self.block)
             self.capacity = max(self.capacity, blocks * self.block)
         self._bound += count
 
     def place_chunk(self, valid_BQ: Tensor, admit_BQ: Tensor) -> Tensor:
-        """Reserve slots for a chunk; returns what each of its tokens sees, (B, Q, W) bool.
+        """Reserve slots for a chunk; returns what each of its tokens sees, (X, Q, W) bool.
 
         A token sees the filled slots, the admitted tokens before it in the chunk, and itself. Padding goes to a spare
         last slot that no valid token sees.
         """
         count = valid_BQ.shape[1]
         self.reserve(count + 1)
-        lengths_B = self.open_lengths()
-        rank_BQ = valid_BQ.cumsum(1) - 1
-        self.write = torch.where(valid_BQ, lengths_B[:, None] + rank_BQ, self.capacity - 1)
-        past_BW = torch.arange(self.capacity, device=lengths_B.device) < lengths_B[:, None]
+        lengths_X, valid_XQ = self.open_lengths(), self._each(valid_BQ)
+        rank_XQ = valid_XQ.cumsum(-1) - 1
+        self.write = torch.where(valid_XQ, lengths_X[..., None] + rank_XQ, self.capacity - 1)
+        past_XW = self.filled()
         itself_QQ = torch.eye(count, dtype=torch.bool, device=valid_BQ.device)
         earlier_QQ = torch.ones_like(itself_QQ).tril(-1)
-        seen_BQQ = (admit_BQ & valid_BQ)[:, None, :] & earlier_QQ | itself_QQ
-        among_BQW = past_BW.new_zeros(past_BW.shape[0], count, self.capacity)
+        seen_XQQ = self._each(admit_BQ & valid_BQ)[..., None, :] & earlier_QQ | itself_QQ
+        among_XQW = past_XW.new_zeros(*past_XW.shape[:-1], count, self.capacity)
         # Several padding tokens share the spare slot: a sum, not a write, so that none of them hides another.
-        among_BQW = among_BQW.to(torch.uint8).scatter_add(
-            2, self.write[:, None, :].expand_as(seen_BQQ), seen_BQQ.to(torch.uint8)
+        among_XQW = among_XQW.to(torch.uint8).scatter_add(
+            -1, self.write[..., None, :].expand_as(seen_XQQ), seen_XQQ.to(torch.uint8)
         )
-        return past_BW[:, None, :] | (among_BQW > 0)
+        return past_XW[..., None, :] | (among_XQW > 0)
 
     def commit_chunk(self, admit_BQ: Tensor) -> tuple[Tensor, Tensor]:
-        """Admit the chosen tokens of the chunk in flight; returns (from, to) slots (B, Q) for the storages to move."""
+        """Admit the chosen tokens of the chunk in flight; returns (from, to) slots (X, Q) for the storages to move."""
         if self.write is None:
             raise RuntimeError("commit_chunk needs a chunk in flight; call place_chunk first")
-        lengths_B = self.open_lengths()
-        order_BQ = (~admit_BQ).to(torch.uint8).argsort(dim=1, stable=True)
-        source_BQ = self.write.gather(1, order_BQ)
+        lengths_X, admit_XQ = self.open_lengths(), self._each(admit_BQ)
+        order_XQ = (~admit_XQ).to(torch.uint8).argsort(dim=-1, stable=True)
+        source_XQ = self.write.gather(-1, order_XQ)
         place_Q = torch.arange(admit_BQ.shape[1], device=admit_BQ.device)
-        target_BQ = torch.where(
-            place_Q < admit_BQ.sum(1, keepdim=True), lengths_B[:, None] + place_Q, self.capacity - 1
+        target_XQ = torch.where(
+            place_Q < admit_XQ.sum(-1, keepdim=True), lengths_X[..., None] + place_Q, self.capacity - 1
         )
-        self.lengths = lengths_B + admit_BQ.sum(1)
+        self.lengths = lengths_X + admit_XQ.sum(-1)
         self.write = None
-        return source_BQ, target_BQ
+        return source_XQ, target_XQ
+
+    def filled(self) -> Tensor:
+        """(X, W) bool: slots that hold a token."""
+        lengths_X = self.open_lengths()
+        return torch.arange(self.capacity, device=lengths_X.device) < lengths_X[..., None]
+
+    def evict(self, stay_BKW: Tensor, *, shrink: bool) -> Tensor:
+        """Give up the filled slots where stay_BKW, bool, is False; returns the stable order for `SlotStorage.take`.
+
+        The order is (B, K, W') int64: slots that stay come first, from the oldest token to the newest. `shrink` reads
+        the longest head on the host and cuts W' to it, for after a prefill; without it nothing is read and W' is W.
+        ValueError unless the lengths are per head and stay_BKW has the shape of the slots.
+        """
+        filled_BKW = self.filled()
+        if self.heads is None or stay_BKW.shape != filled_BKW.shape or stay_BKW.dtype != torch.bool:
+            raise ValueError(
+                f"slots of shape {tuple(filled_BKW.shape)} cannot be evicted by a mask of {stay_BKW.dtype} and shape "
+                f"{tuple(stay_BKW.shape)}; give bool of shape (B, K, W), and create the slots with heads=K"
+            )
+        stay_BKW = stay_BKW & filled_BKW
+        self.lengths = stay_BKW.sum(-1)
+        order_BKW = (~stay_BKW).to(torch.uint8).argsort(dim=-1, stable=True)
+        if not shrink:
+            return order_BKW
+        self._bound = int(self.lengths.max())
+        self.capacity = max(self._bound, 1)
+        return order_BKW[..., : self.capacity]
 
     def retract_last(self, drop_B: Tensor) -> None:
         """Give up each chosen row's last filled slot: an opening chunk that ended in a token that was not admitted."""
-        self.lengths = self.open_lengths() - drop_B.to(torch.int64)
+        self.lengths = self.open_lengths() - self._each(drop_B.to(torch.int64))
 
     def select_rows(self, choose: Callable[[Tensor], Tensor]) -> None:
         """Apply a choice of rows (reorder, repeat, select) to the bookkeeping."""
@@ -99,10 +132,14 @@ class AdmissionSlots:
             self.lengths = choose(self.lengths)
 
     def open_lengths(self) -> Tensor:
-        """Return the lengths (B,). RuntimeError before a first chunk has been stored."""
+        """Return the lengths (X). RuntimeError before a first chunk has been stored."""
         if self.lengths is None:
             raise RuntimeError("the cache is empty; open it with a first chunk")
         return self.lengths
+
+    def _each(self, values: Tensor) -> Tensor:
+        """(B, ...) for every row, as (X, ...)."""
+        return values if self.heads is None else values.unsqueeze(1).expand(-1, self.heads, *values.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -110,23 +147,23 @@ class TokenSlots:
     """One new token per row in one group of layers: it is written behind the filled slots, and stays if admitted."""
 
     lengths: Tensor
-    """(B,) int64: filled slots of each row, changed in place by `admit`."""
+    """(X) int64: filled slots of each row, or of each key head of each row, changed in place by `admit`."""
 
     def visible(self, capacity: int) -> Tensor:
-        """(B, 1, W) bool: the filled slots and the token's own."""
+        """(X, 1, W) bool: the filled slots and the token's own."""
         slots = torch.arange(capacity, device=self.lengths.device)
-        return (slots <= self.lengths[:, None])[:, None]
+        return (slots <= self.lengths[..., None])[..., None, :]
 
     def write(self, storage_BHWD: Tensor, new_BH1D: Tensor) -> Tensor:
         """Put the token's keys or values into its slot, in place; returns the storage."""
         rows_B, heads_H = (torch.arange(size, device=new_BH1D.device) for size in new_BH1D.shape[:2])
         # The compiler keeps an index_put_ in place; for a scatter_ it would copy the whole storage twice a step.
-        places = rows_B[:, None], heads_H, self.lengths[:, None]
+        places = rows_B[:, None], heads_H, self.lengths if self.lengths.dim() == 2 else self.lengths[:, None]
         return storage_BHWD.index_put_(places, new_BH1D[:, :, 0].to(storage_BHWD.dtype))
 
     def admit(self, admit_B: Tensor) -> None:
         """Admit or drop the token (Eq. 6), after the last layer has used it; admit_B (B,) bool."""
-        self.lengths.add_(admit_B)
+        self.lengths.add_(admit_B if self.lengths.dim() == 1 else admit_B[:, None])
 
 
 class DecisionLog:
@@ -202,14 +239,17 @@ class SlotStorage:
         """Store the new tokens in the slots reserved for them; returns the whole storage (B, H, W, D)."""
         if self.slots.write is None:
             raise RuntimeError("no slots are reserved; call place_chunk first")
-        index = self.slots.write[:, None, :, None].expand_as(new_BHQD)
+        index = _per_number(self.slots.write, new_BHQD)
         return self.grown().scatter_(2, index, new_BHQD.to(self.data.dtype))
 
-    def move(self, source_BQ: Tensor, target_BQ: Tensor) -> None:
+    def move(self, source_XQ: Tensor, target_XQ: Tensor) -> None:
         """Move admitted tokens of a chunk to the front of its slots."""
-        shape = (self.data.shape[0], self.data.shape[1], source_BQ.shape[1], self.data.shape[3])
-        moved = self.data.gather(2, source_BQ[:, None, :, None].expand(shape))
-        self.data.scatter_(2, target_BQ[:, None, :, None].expand(shape), moved)
+        moved = self.data.gather(2, _per_number(source_XQ, self.data))
+        self.data.scatter_(2, _per_number(target_XQ, self.data), moved)
+
+    def take(self, order_BHW: Tensor) -> None:
+        """Put the slots into the order that `AdmissionSlots.evict` returned."""
+        self.data = self.grown().gather(2, _per_number(order_BHW, self.data))
 
     def select_rows(self, choose: Callable[[Tensor], Tensor]) -> None:
         """Apply a choice of rows to the storage."""
@@ -220,3 +260,9 @@ class SlotStorage:
         grown = self.data.new_zeros(batch, heads, self.slots.capacity, width)
         grown[:, :, :filled] = self.data
         self.data = grown
+
+
+def _per_number(slots_XQ: Tensor, like_BHWD: Tensor) -> Tensor:
+    """(B, H, Q, D) int64: the slots of rows or of heads, repeated for every head and number of a storage."""
+    slots_BHQ = slots_XQ if slots_XQ.dim() == 3 else slots_XQ[:, None]
+    return slots_BHQ[..., None].expand(-1, like_BHWD.shape[1], -1, like_BHWD.shape[3])

@@ -1,7 +1,8 @@
 """Attention of one new token per row over a cache whose rows are filled to different lengths (Sec. 3.3.2).
 
-Row b sees slots 0 .. lengths[b] inclusive: the token itself lies in slot lengths[b]. Nothing here is read on the host,
-so that a decoding step can be compiled into one graph and replayed.
+Row b sees slots 0 .. lengths[b] inclusive: the token itself lies in slot lengths[b]. Where tokens are evicted per key
+head, head k of row b sees slots 0 .. lengths[b, k]. Nothing here is read on the host, so that a decoding step can be
+compiled into one graph and replayed.
 Shape suffixes: B rows, H query heads, K key heads, W slots (capacity), D head size.
 """
 
@@ -29,7 +30,8 @@ def ragged_attention(
     """Attend from one query per row to the filled slots of that row; returns (B, H, 1, D) in the query's dtype.
 
     query (B, H, 1, D); keys, values (B, K, W, D), one float dtype, K dividing H (grouped-query attention); lengths
-    (B,) int64, from 0 to W - 1, on the same device: row b sees slots 0 .. lengths[b]. scale: 1 / sqrt(D) by default.
+    (B,) or (B, K) int64, from 0 to W - 1, on the same device: row b sees slots 0 .. lengths[b], or the query heads of
+    key head k in row b slots 0 .. lengths[b, k]. scale: 1 / sqrt(D) by default.
     implementation: `sdpa` is torch's attention under a mask; it reads every slot, so that unfilled ones must be
     finite. `triton` (NVIDIA GPUs, or the CPU in Triton's interpreter) never reads an unfilled slot; `auto` takes
     `triton` where it can run on a GPU. Serves inference: `triton` has no gradient, and
@@ -47,10 +49,11 @@ def ragged_attention(
 
 def _masked_sdpa(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float) -> Tensor:
     slots = torch.arange(keys.shape[2], device=lengths.device)
-    visible_B11W = (slots <= lengths[:, None])[:, None, None]
+    visible = slots <= lengths[..., None]
+    visible_BK1W = visible[:, :, None] if lengths.dim() == 2 else visible[:, None, None]  # K is 1 for all heads alike
     # The query heads of a key head stand in the place of queries: keys and values are neither repeated nor read twice.
     query_BKGD = query.view(query.shape[0], keys.shape[1], -1, query.shape[3])
-    out_BKGD = F.scaled_dot_product_attention(query_BKGD, keys, values, attn_mask=visible_B11W, scale=scale)
+    out_BKGD = F.scaled_dot_product_attention(query_BKGD, keys, values, attn_mask=visible_BK1W, scale=scale)
     return out_BKGD.reshape(query.shape)
 
 
@@ -68,7 +71,8 @@ def _check(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, impleme
         )
     if not query.dtype == keys.dtype == values.dtype or not query.is_floating_point():
         raise ValueError(f"query, keys, values are {query.dtype}, {keys.dtype}, {values.dtype}; give one float dtype")
-    if lengths.shape != query.shape[:1] or lengths.dtype != torch.int64:
+    if lengths.shape not in (keys.shape[:1], keys.shape[:2]) or lengths.dtype != torch.int64:
         raise ValueError(
-            f"lengths is {lengths.dtype} of shape {tuple(lengths.shape)}; give int64 of shape ({query.shape[0]},)"
+            f"lengths is {lengths.dtype} of shape {tuple(lengths.shape)}; give int64 of shape ({query.shape[0]},), or "
+            f"{tuple(keys.shape[:2])} for a length of each key head"
         )

@@ -75,6 +75,29 @@ def test_triton_never_reads_an_unfilled_slot(shape):
 
 
 @every
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_key_heads_may_have_lengths_of_their_own(implementation, shape):
+    """Each key head with its query heads is what a batch of one key head gives; a full, an empty and a strided one."""
+    query, keys, values, _ = make(*shape)
+    batch, key_heads, slots = keys.shape[:3]
+    lengths = torch.randint(0, slots, (key_heads, batch)).t()
+    lengths[0, 0], lengths[-1, -1] = slots - 1, 0
+    if implementation == "triton":
+        unfilled = (torch.arange(slots) > lengths[..., None])[..., None]
+        keys, values = (x.masked_fill(unfilled, torch.nan) for x in (keys, values))
+    actual = attend(implementation, query, keys, values, lengths)
+    groups = query.shape[1] // key_heads
+    for head in range(key_heads):
+        alone = query[:, head * groups : (head + 1) * groups], keys[:, head : head + 1], values[:, head : head + 1]
+        expected = by_definition(*alone, lengths[:, head])
+        found = actual[:, head * groups : (head + 1) * groups].double()
+        torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-6)
+    if key_heads > 1:
+        with pytest.raises(ValueError, match="of each key head"):
+            attend(implementation, query, keys, values, lengths[:, :1])
+
+
+@every
 def test_a_row_alone_gives_what_it_gives_in_a_batch(implementation):
     query, keys, values, lengths = make(4, 4, 2, 150, 32)
     together = attend(implementation, query, keys, values, lengths)

@@ -2,7 +2,8 @@
 
 The slots are cut into splits, each the work of one program per row and key head, so that a single row keeps the whole
 GPU busy; a second kernel combines them. The number of splits follows from shapes and device, never from lengths:
-nothing is read on the host, and a replayed graph stays right. A program reads no slot behind its row's length.
+nothing is read on the host, and a replayed graph stays right. A program reads no slot behind the length of its row, or
+of its key head where heads have lengths of their own.
 Shape suffixes: B rows, H query heads, K key heads, G query heads per key head, W slots, S splits, D head size.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -33,7 +34,8 @@ PROGRAMS_PER_PROCESSOR = 2
 @triton.jit(do_not_specialize=["slots_each", "splits"])
 def split_kernel(
     query, keys, values, lengths, mean, highest, total,
-    query_b, query_h, keys_b, keys_h, keys_w, values_b, values_h, values_w, slots_each, splits, scale,
+    query_b, query_h, keys_b, keys_h, keys_w, values_b, values_h, values_w, lengths_b, lengths_h,
+    slots_each, splits, scale,
     GROUPS: tl.constexpr, GROUPS_PADDED: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """One split of the slots of one row, for the query heads of one key head: (mean, highest score, sum of weights)."""
@@ -44,7 +46,7 @@ def split_kernel(
     live = heads < GROUPS
     q = load_rows(query + row * query_b + key_head * GROUPS * query_h, heads, query_h, live, SIZE, WIDTH)
     begin = split * slots_each
-    end = tl.minimum(begin + slots_each, (tl.load(lengths + row) + 1).to(tl.int32))
+    end = tl.minimum(begin + slots_each, (tl.load(lengths + row * lengths_b + key_head * lengths_h) + 1).to(tl.int32))
     top = tl.full([GROUPS_PADDED], -float("inf"), tl.float32)
     weights = tl.zeros([GROUPS_PADDED], tl.float32)
     sums = tl.zeros([GROUPS_PADDED, WIDTH], tl.float32)
@@ -109,6 +111,7 @@ def ragged_decode(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, 
 def _ragged_decode(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float) -> Tensor:
     """One opaque operation for torch.compile, so that its graph holds no trace of shapes that the kernels ignore."""
     query, keys, values = (with_dense_rows(x) for x in (query, keys, values))
+    lengths = lengths[:, None].expand(-1, keys.shape[1]) if lengths.dim() == 1 else lengths
     batch, heads, _, size = query.shape
     key_heads, slots = keys.shape[1:3]
     groups = heads // key_heads
@@ -118,8 +121,8 @@ def _ragged_decode(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor,
     highest, total = (mean.new_empty(mean.shape[:-1]) for _ in range(2))
     out = query.new_empty(query.shape)
     split_kernel[(splits, key_heads, batch)](
-        query, keys, values, lengths.contiguous(), mean, highest, total,
-        *query.stride()[:2], *keys.stride()[:3], *values.stride()[:3], slots_each, splits, scale * LOG2_E,
+        query, keys, values, lengths, mean, highest, total, *query.stride()[:2], *keys.stride()[:3],
+        *values.stride()[:3], *lengths.stride()[:2], slots_each, splits, scale * LOG2_E,
         GROUPS=groups, GROUPS_PADDED=padded(groups), SIZE=size, WIDTH=padded(size), SLOTS=block,
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
