@@ -3,7 +3,7 @@
 The rows stand in registry.py, which also reads a method from what a user writes, and prints it back.
 """
 
-from dynamic_llava.methods.base import Choice, Cut, Evidence, ImageTokens, Method, OneCut, OutputTokens
+from dynamic_llava.methods.base import Choice, Cut, Draw, Evidence, ImageTokens, Method, OneCut, OutputTokens
 from dynamic_llava.methods.dense import Dense
 from dynamic_llava.methods.dynamic import Dynamic
 from dynamic_llava.methods.fastv import FastV
@@ -26,6 +26,7 @@ __all__ = [
     "Choice",
     "Cut",
     "Dense",
+    "Draw",
     "Dynamic",
     "Evidence",
     "FastV",

@@ -9,12 +9,13 @@ Shape suffixes: I images, n tokens of the longest image, T output tokens of the 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from dynamic_llava.config import SparsityConfig
+from dynamic_llava.layout import TokenLayout
 
 Evidence = Literal["question_row"]
 """What a cut may be shown beside the hidden states. question_row: (I, n) head-mean attention, in the layer before the
@@ -72,13 +73,38 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Draw:
+    """What training tells a method that samples its decisions, beside the tokens and their noise keys."""
+
+    tau: float
+    """Temperature of the relaxation."""
+    settings: SparsityConfig
+    """The checkpoint's settings, with what the call has overridden."""
+    answer: Tensor | None = None
+    """(T,) int64, with output tokens: which answer of the batch each belongs to."""
+    place: Tensor | None = None
+    """(T,) int64, with output tokens: index of each in its answer."""
+
+
+class Record(Protocol):
+    """What `losses` reads of a pass; the model's SparsityRecord."""
+
+    layout: TokenLayout
+    keep_mask: Tensor
+    """(B, N) float: the decisions with their gradient; 1 at prompt tokens, 0 at padding."""
+    sparsified_output: Tensor
+    """(B, N) bool: output tokens that were decided on."""
+
+
+@dataclass(frozen=True)
 class Method:
     """Base of all methods: a frozen bag of settings, no state. Registered under `name` in methods.METHODS."""
 
     name: ClassVar[str]
     training_free: ClassVar[bool] = False
-    """Whether nothing of the method is learned. In training mode it then decides as at inference: the model is tuned
-    under its fixed rule. The class that defines the hooks declares it; inherited, it says nothing about new hooks."""
+    """Whether training mode decides as inference does, by 0 or 1: nothing of the method is learned, the model is tuned
+    under its fixed rule. The class that defines the hooks declares it; inherited, it says nothing about new hooks. A
+    method that learns defines `sample` beside `keep_image`, `sample_output` beside `keep_output`."""
 
     @classmethod
     def settings_from(cls, config: SparsityConfig) -> dict[str, Any]:
@@ -101,6 +127,37 @@ class Method:
     def keep_output(self, outputs: OutputTokens, learned: Any) -> Tensor:
         """(T,) bool, True where an output token stays (its keys and values are admitted); default: all stay."""
         return torch.ones_like(outputs.rank, dtype=torch.bool)
+
+    def sample(self, cut: Cut, images: ImageTokens, learned: Any, draw: Draw) -> Tensor | Choice:
+        """(I, n) float, 0 or 1, with a gradient to the method's weights: `keep_image` in training; default: the same.
+
+        It is asked in every training pass, about a part of the text where there is no image, so that in each process
+        of a run all weights take part; such an answer counts for nothing.
+        """
+        return self.keep_image(cut, images, learned)
+
+    def sample_output(self, outputs: OutputTokens, learned: Any, draw: Draw) -> Tensor:
+        """(T,) float, 0 or 1, with a gradient: `keep_output` in training, about whole answers; default: the same.
+
+        Answers below `output_min_length` are asked about and kept whatever is said. As `sample`, it is always asked.
+        """
+        return self.keep_output(outputs, learned)
+
+    def loss_samples(self, layout: TokenLayout, decided: Tensor, settings: SparsityConfig) -> dict[str, Tensor]:
+        """Return the method's own losses by name, with (B,) bool: the samples that each is a mean over.
+
+        `decided` (B, N) bool are the output tokens that training decides on. Known before a pass, so that a loss is
+        divided by its samples in the global batch: all processes and accumulation steps.
+        """
+        return {}
+
+    def losses(self, record: Record, counts: Mapping[str, Tensor], settings: SparsityConfig) -> dict[str, Tensor]:
+        """Return, under the names of `loss_samples`, () float each: the batch's sum divided by `counts` of the name."""
+        return {}
+
+    def loss_weight(self, settings: SparsityConfig) -> float:
+        """Return what the sum of `losses` is multiplied by before it joins the language model's loss."""
+        return 1.0
 
 
 @dataclass(frozen=True)

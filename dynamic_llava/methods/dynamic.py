@@ -1,14 +1,20 @@
 """Dynamic-LLaVA: two learned predictors decide (Sec. 3.2, 3.3; Eq. 5, 6, 11)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from dynamic_llava.config import SparsityConfig, SparsityMode, check_keep_rate, check_sparsity_mode
-from dynamic_llava.methods.base import Cut, ImageTokens, OneCut, OutputTokens, keep_all_image
+from dynamic_llava.layout import TokenLayout
+from dynamic_llava.methods.base import Cut, Draw, ImageTokens, OneCut, OutputTokens, Record, keep_all_image
 from dynamic_llava.sparsity.decisions import threshold_keep, top_k_keep
+from dynamic_llava.sparsity.losses import keep_rate_loss
+from dynamic_llava.sparsity.noise import fold_key, gumbel_noise
 from dynamic_llava.sparsity.predictors import keep_margin
+from dynamic_llava.sparsity.relaxations import RELAXATIONS
 
 
 @dataclass(frozen=True)
@@ -73,8 +79,60 @@ class Dynamic(OneCut):
             return threshold_keep(margin_In)
         return top_k_keep(margin_In, rate=self.image_keep_rate, valid=images.valid)
 
+    def sample(self, cut: Cut, images: ImageTokens, learned: Any, draw: Draw) -> Tensor:
+        """(I, n) float: the configured relaxation at r_I, image by image (Sec. 3.3.3: Gumbel, straight-through)."""
+        if not self.sparsifies_image:
+            return keep_all_image(images)
+        logits_In2 = learned.image_predictor(images.hidden)
+        noise_In2 = gumbel_noise(images.key, torch.arange(logits_In2.shape[1], device=logits_In2.device))
+        relax = RELAXATIONS[draw.settings.relaxation]
+        return relax(logits_In2, noise_In2, draw.tau, self.image_keep_rate, images.valid)
+
     def keep_output(self, outputs: OutputTokens, learned: Any) -> Tensor:
         """(T,) bool from the output predictor."""
         if not self.sparsifies_output:
             return super().keep_output(outputs, learned)
         return threshold_keep(keep_margin(learned.output_predictor(outputs.hidden)), self.output_threshold)
+
+    def sample_output(self, outputs: OutputTokens, learned: Any, draw: Draw) -> Tensor:
+        """(T,) float: the configured relaxation at r_OT, answer by answer."""
+        if not self.sparsifies_output:
+            return super().keep_output(outputs, learned)
+        assert draw.answer is not None and draw.place is not None
+        logits_T2 = learned.output_predictor(outputs.hidden)
+        noise_T2 = gumbel_noise(fold_key(outputs.key, -1), outputs.rank[:, None])[:, 0]
+        place = draw.answer, draw.place
+        answers, longest = (int(index_T.max()) + 1 for index_T in place)
+
+        def by_answer(values_T: Tensor) -> Tensor:
+            """Gather (T, ...) into (A, a, ...), one row per answer, filled up with zeros."""
+            return values_T.new_zeros(answers, longest, *values_T.shape[1:]).index_put(place, values_T)
+
+        valid_Aa = by_answer(torch.ones_like(logits_T2[..., 0], dtype=torch.bool))
+        relax, rate = RELAXATIONS[draw.settings.relaxation], draw.settings.output_keep_rate
+        return relax(by_answer(logits_T2), by_answer(noise_T2), draw.tau, rate, valid_Aa)[place]
+
+    def loss_samples(self, layout: TokenLayout, decided: Tensor, settings: SparsityConfig) -> dict[str, Tensor]:
+        """The two keep-rate terms of Eq. 10: means over all samples, or over those that a term applies to."""
+        if settings.keep_rate_reduction == "batch":
+            every_B = torch.ones_like(decided[:, 0])
+            return {"image_keep_loss": every_B, "output_keep_loss": every_B}
+        return {"image_keep_loss": layout.image.any(1), "output_keep_loss": decided.any(1)}
+
+    def losses(self, record: Record, counts: Mapping[str, Tensor], settings: SparsityConfig) -> dict[str, Tensor]:
+        """The keep-rate regulariser (Eq. 10), unweighted; a context that is not sparsified costs 0."""
+        mask = record.keep_mask.float()
+        nothing = torch.zeros((), device=mask.device)
+        image, output = nothing, nothing
+        distance = settings.keep_rate_distance
+        if self.sparsifies_image:
+            many = counts["image_keep_loss"]
+            image = keep_rate_loss(mask, record.layout.image, self.image_keep_rate, distance=distance, denominator=many)
+        if self.sparsifies_output:
+            where, rate, many = record.sparsified_output, settings.output_keep_rate, counts["output_keep_loss"]
+            output = keep_rate_loss(mask, where, rate, distance=distance, denominator=many)
+        return {"image_keep_loss": image, "output_keep_loss": output}
+
+    def loss_weight(self, settings: SparsityConfig) -> float:
+        """Lambda of Eq. 10."""
+        return settings.keep_rate_weight

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.models.llava.modeling_llava import LlavaModel, LlavaMultiModalProjector, LlavaPreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
+from dynamic_llava.config import SparsityConfig
 from dynamic_llava.layout import TokenLayout, chunk_of
 from dynamic_llava.methods import Spelling
 from dynamic_llava.model.arguments import check_names, check_served, check_shapes, names_of
@@ -39,6 +40,11 @@ class DynamicLlavaPreTrainedModel(LlavaPreTrainedModel):
     config_class = DynamicLlavaConfig
     config: DynamicLlavaConfig
     _no_split_modules = ["LlamaDecoderLayer", "ImagePredictor", "OutputPredictor"]  # noqa: RUF012
+
+    def settings_of_call(self, output_keep_rate: float | None) -> SparsityConfig:
+        """Return the checkpoint's settings, with the rate r_OT that a training call may give instead."""
+        own: SparsityConfig = self.config.sparsity
+        return own if output_keep_rate is None else replace(own, output_keep_rate=output_keep_rate)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -82,6 +88,7 @@ class DynamicLlavaModel(ImageInputs, DynamicLlavaPreTrainedModel, LlavaModel):
         sample_key: Tensor | None = None,
         tau: float = 1.0,
         output_keep_rate: float | None = None,
+        loss_scale: float = 1.0,
         compile: bool = False,
         **kwargs: Any,
     ) -> DynamicModelOutput:
@@ -110,17 +117,18 @@ class DynamicLlavaModel(ImageInputs, DynamicLlavaPreTrainedModel, LlavaModel):
                 kwargs["mm_encoder_outputs"] = mm_encoder_outputs
             return self._dense_forward(inputs, tokens, output_mask, image_sizes=image_sizes, **kwargs)
         check_served({**kwargs, "image_sizes": image_sizes})
-        settings = {"method": method, "masked": masked, "answers_only": answers_only, "tau": tau, "compile": compile}
-        settings |= {"keep_mask": keep_mask, "sample_key": sample_key, "output_keep_rate": output_keep_rate}
-        return self._sparse_forward(inputs, tokens, output_mask, settings, **kwargs)
+        plan = {"method": method, "masked": masked, "answers_only": answers_only, "tau": tau, "compile": compile}
+        plan |= {"keep_mask": keep_mask, "sample_key": sample_key, "loss_scale": loss_scale}
+        plan["settings"] = self.settings_of_call(output_keep_rate)
+        return self._sparse_forward(inputs, tokens, output_mask, plan, **kwargs)
 
     def _sparse_forward(
-        self, inputs: Inputs, given: dict[str, Any], output_mask: Tensor | None, settings: dict[str, Any], **kwargs: Any
+        self, inputs: Inputs, given: dict[str, Any], output_mask: Tensor | None, plan: dict[str, Any], **kwargs: Any
     ) -> DynamicModelOutput:
-        """Run the language model as `settings`, those of a Plan, say; `given` is its mask, positions and cache."""
+        """Run the language model as `plan`, the values of a Plan, says; `given` is its mask, positions and cache."""
         image, live = self.image_places(inputs), is_live(given["cache"])
         (batch, tokens), seen = image.shape, given["cache"].get_seq_length() if live else 0
-        check_shapes(batch, tokens, **given, **settings)
+        check_shapes(batch, tokens, **given, **plan)
         if output_mask is None and tokens == 1 and live:
             # A single token on a live cache continues the answer, unless it is an image of one token.
             output_mask = torch.ones_like(image) if not inputs.has_images else ~image
@@ -129,16 +137,14 @@ class DynamicLlavaModel(ImageInputs, DynamicLlavaPreTrainedModel, LlavaModel):
         images = self.images_of_call(inputs, layout.image, **kwargs)
         if images is None and inputs.input_ids is not None and not (live and tokens == 1):
             _refuse_places_without_images(layout.image)
-        if settings["sample_key"] is None:
-            settings["sample_key"] = torch.zeros(batch, dtype=torch.int64, device=image.device)
-        if settings["output_keep_rate"] is None:
-            settings["output_keep_rate"] = self.config.sparsity.output_keep_rate
-        if settings["keep_mask"] is not None:
-            settings["keep_mask"] = _decisions(chunk_of("keep_mask", settings["keep_mask"], image, seen))
+        if plan["sample_key"] is None:
+            plan["sample_key"] = torch.zeros(batch, dtype=torch.int64, device=image.device)
+        if plan["keep_mask"] is not None:
+            plan["keep_mask"] = _decisions(chunk_of("keep_mask", plan["keep_mask"], image, seen))
         layers = self.config.text_config.num_hidden_layers
         outputs = self.language_model(
             inputs_embeds=self.embed(inputs, images, layout.image),
-            plan=Plan(cut=one_cut(settings["method"], layers), layout=layout, **settings),
+            plan=Plan(cut=one_cut(plan["method"], layers), layout=layout, **plan),
             **given,
             **kwargs,
         )

@@ -22,7 +22,8 @@ class DynamicLlavaConfig(LlavaConfig):
     model_type = "dynamic_llava"
     # What a Trainer's evaluation leaves out of the predictions that it collects.
     keys_to_ignore_at_inference = [  # noqa: RUF012  # as in transformers' configurations
-        *("cache", "past_key_values", "image_outputs", "sparsity", "lm_loss", "image_keep_loss", "output_keep_loss")
+        *("cache", "past_key_values", "image_outputs", "sparsity"),
+        *("lm_loss", "method_losses", "image_keep_loss", "output_keep_loss"),
     ]
     sparsity: Any = None
     """SparsityConfig, or a dict of some of its fields, or None for the paper's values."""

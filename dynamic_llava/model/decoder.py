@@ -33,13 +33,13 @@ from dynamic_llava.model.decide import (
     check_question,
     check_training,
     hard_keep_mask,
-    is_trainable,
     sampled_keep_mask,
+    samples,
 )
 from dynamic_llava.model.outputs import DynamicModelOutput, SparsityRecord
 from dynamic_llava.model.plan import Plan
 from dynamic_llava.model.step import compiled_step, decode_step
-from dynamic_llava.sparsity.decisions import clip_mask_gradient
+from dynamic_llava.sparsity.decisions import entering_mask
 from dynamic_llava.sparsity.predictors import ImagePredictor, OutputPredictor
 
 
@@ -113,9 +113,8 @@ class DynamicLlamaModel(LlamaModel):
         hidden_BND, row_BN = self._early_layers(hidden_BND, plan, mask, rotation, None, kwargs)
         keep_BN, decided_BN = self._masked_decision(hidden_BND, plan, row_BN)
         record = SparsityRecord(layout=plan.layout, keep_mask=keep_BN, sparsified_output=decided_BN)
-        entering_BN = record.mask_gradient.rescale(keep_BN.float())
-        entering_BN = clip_mask_gradient(entering_BN, self.sparsity.mask_grad_clip)
-        entering_BN = record.mask_gradient.watch(entering_BN)
+        entering_BN = entering_mask(keep_BN, self.sparsity.mask_grad_clip, plan.loss_scale)
+        record.entering_mask = entering_BN
         if self.training and self.sparsity.dropped_tokens == "zero_vectors":
             hidden_BND = self._zeroing_layers(hidden_BND, plan, entering_BN, mask, rotation, kwargs)
         else:
@@ -173,17 +172,8 @@ class DynamicLlamaModel(LlamaModel):
     def _masked_decision(self, hidden_BND: Tensor, plan: Plan, row_BN: Tensor | None) -> tuple[Tensor, Tensor]:
         if plan.keep_mask is not None:
             return torch.where(plan.layout.valid, plan.keep_mask, 0).to(plan.keep_mask.dtype), plan.layout.output
-        if self.training and is_trainable(plan.method):
-            return sampled_keep_mask(
-                plan.method,
-                self.sparsity,
-                self,
-                hidden_BND,
-                plan.layout,
-                plan.sample_key,
-                plan.tau,
-                plan.output_keep_rate,
-            )
+        if self.training and samples(plan.method):
+            return sampled_keep_mask(plan, self, hidden_BND, row_BN)
         return hard_keep_mask(plan, self, hidden_BND, row_BN), plan.layout.output
 
     def _score_pass(

@@ -5,6 +5,7 @@ Shape suffixes: B rows, N tokens, I images of the batch in row order, n tokens o
 """
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from dynamic_llava.model.configuration import DynamicLlavaConfig
 from dynamic_llava.model.generation import SparseGeneration
 from dynamic_llava.model.images import Inputs
 from dynamic_llava.model.loading import CheckedLoading
-from dynamic_llava.model.losses import language_model_loss, regularisers
+from dynamic_llava.model.losses import language_model_loss, method_losses, total_loss
 from dynamic_llava.model.outputs import DynamicLlavaOutput, DynamicModelOutput
 from dynamic_llava.model.switches import check_compile, check_output_keep_rate, check_temperature, choose_method
 from dynamic_llava.model.untrained import warn_untrained
@@ -64,7 +65,9 @@ class DynamicLlavaForConditionalGeneration(
         sample_key: (B,) int64 noise keys; a sample with the same key gets the same noise in any batch. Default: in
             training drawn from torch's generator, otherwise 0.
         num_items_in_batch, num_samples_in_batch: global denominators of the LM loss (labelled tokens) and of the
-            regularisers (samples), across ranks and accumulation; default: this batch.
+            method's own losses (samples; one number, or one for each name in the output's `method_losses`), across
+            ranks and accumulation; default: this batch.
+        loss_scale: what the caller multiplies the loss by before the backward pass; mask_grad_clip is meant without it.
         logits_to_keep: make logits of the last so many tokens only (0: all), or of the indices given.
         compile: run a single new token on a live sparse cache as one compiled graph (model/step.py); other passes run
             as ever.
@@ -110,7 +113,8 @@ class DynamicLlavaForConditionalGeneration(
         tau: float | None = None,
         sample_key: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        num_samples_in_batch: Tensor | int | None = None,
+        num_samples_in_batch: Mapping[str, Tensor] | Tensor | int | None = None,
+        loss_scale: float = 1.0,
         compile: bool = False,
         **kwargs: Any,
     ) -> DynamicLlavaOutput:
@@ -149,6 +153,7 @@ class DynamicLlavaForConditionalGeneration(
             return self._dense_forward(**kwargs, **loss, logits_to_keep=logits_to_keep)
         kwargs |= {"keep_mask": keep_mask, "tau": 1.0 if tau is None else tau, "compile": compile}
         kwargs |= {"output_keep_rate": output_keep_rate, "sample_key": self._sample_key(sample_key, labels)}
+        kwargs["loss_scale"] = loss_scale
         if not (self.training or keep_mask is not None or isinstance(method, Method) or is_live(kwargs[CACHE])):
             warn_untrained(self.config, chosen)  # generate has warned, and hands over the object it has chosen
         if labels is not None:
@@ -164,9 +169,9 @@ class DynamicLlavaForConditionalGeneration(
         return DynamicLlavaOutput.of(outputs, lm_loss=outputs.loss)
 
     def _learning_forward(
-        self, inputs: dict[str, Any], loss: dict[str, Any], logits_to_keep: int | Tensor, samples: Tensor | int | None
+        self, inputs: dict[str, Any], loss: dict[str, Any], logits_to_keep: int | Tensor, samples: Any
     ) -> DynamicLlavaOutput:
-        """The masked forward, the LM loss and the keep-rate terms (Eq. 10)."""
+        """The masked forward, the LM loss and the method's own losses (Eq. 10)."""
         method, labels = inputs["method"], loss["labels"]
         if inputs[CACHE] is not None:
             raise ValueError("labels need the whole sequence: leave the cache out")
@@ -177,11 +182,12 @@ class DynamicLlavaForConditionalGeneration(
         outputs = self.model(**{**inputs, "use_cache": False}, masked=True, return_dict=True)
         logits = self._logits(outputs, 0)
         lm_loss = self.loss_function(logits=logits, vocab_size=self.config.text_config.vocab_size, **loss)
-        settings = self.config.sparsity
-        image, output = regularisers(outputs.sparsity, method, settings, inputs["output_keep_rate"], samples)
-        terms = {"lm_loss": lm_loss, "image_keep_loss": image, "output_keep_loss": output}
-        total = lm_loss + settings.keep_rate_weight * (image + output)
-        return DynamicLlavaOutput.of(outputs, loss=total, logits=logits, **terms)
+        settings = self.settings_of_call(inputs["output_keep_rate"])
+        terms = method_losses(method, outputs.sparsity, settings, samples)
+        total = total_loss(lm_loss, terms, method, settings)
+        own_fields = {name: term for name, term in terms.items() if name in DynamicLlavaOutput.__dataclass_fields__}
+        parts = {"lm_loss": lm_loss, "method_losses": terms, **own_fields}
+        return DynamicLlavaOutput.of(outputs, loss=total, logits=logits, **parts)
 
     def _logits(self, outputs: DynamicModelOutput, logits_to_keep: int | Tensor) -> Tensor:
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -191,7 +197,7 @@ class DynamicLlavaForConditionalGeneration(
         names = ("input_ids", "inputs_embeds", "pixel_values", "image_features", "image_mask")
         return self.model.image_places(Inputs(*(inputs[name] for name in names), None, None))
 
-    def _refuse_lost_losses(self, loss: dict[str, Any], samples: Tensor | int | None) -> None:
+    def _refuse_lost_losses(self, loss: dict[str, Any], samples: Any) -> None:
         """Refuse what belongs to a loss in a call without labels, and say what a training pass without them lacks."""
         for name, value in {**loss, "num_samples_in_batch": samples}.items():
             if value is not None:

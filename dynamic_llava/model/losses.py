@@ -1,14 +1,14 @@
-"""The training objective: cross entropy of the labelled tokens plus the keep-rate regularisers (Eq. 10)."""
+"""The training objective: cross entropy of the labelled tokens plus the losses of the method itself (Eq. 10)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dynamic_llava.config import SparsityConfig
-from dynamic_llava.methods import Dynamic, Method
+from dynamic_llava.methods import Method
 from dynamic_llava.model.outputs import SparsityRecord
-from dynamic_llava.sparsity.losses import keep_rate_loss
 
 
 def language_model_loss(
@@ -36,30 +36,24 @@ def language_model_loss(
     return total / torch.as_tensor(num_items_in_batch, device=total.device)
 
 
-def regularisers(
-    record: SparsityRecord,
+def method_losses(
     method: Method,
-    config: SparsityConfig,
-    output_keep_rate: float | None = None,
-    samples: Tensor | int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Image and output keep-rate terms of Eq. 10, () float32 each; a context that is not sparsified costs 0.
+    record: SparsityRecord,
+    settings: SparsityConfig,
+    samples: Mapping[str, Tensor] | Tensor | int | None,
+) -> dict[str, Tensor]:
+    """Return the losses of the method itself by name, () float32 each.
 
-    `samples` is the number of samples to divide by (the global batch), by default by `keep_rate_reduction`.
+    `samples` is what each is divided by: counts by name, one count for all, or by default the batch's own samples.
     """
-    mask = record.keep_mask.float()
-    nothing = torch.zeros((), device=mask.device)
-    if not isinstance(method, Dynamic):
-        return nothing, nothing
-    options = {
-        "reduction": config.keep_rate_reduction,
-        "distance": config.keep_rate_distance,
-        "denominator": samples,
-    }
-    image, output = nothing, nothing
-    if method.sparsifies_image:
-        image = keep_rate_loss(mask, record.layout.image, method.image_keep_rate, **options)
-    if method.sparsifies_output:
-        target = config.output_keep_rate if output_keep_rate is None else output_keep_rate
-        output = keep_rate_loss(mask, record.sparsified_output, target, **options)
-    return image, output
+    counted = method.loss_samples(record.layout, record.sparsified_output, settings)
+    if samples is None:
+        samples = {name: where_B.sum().clamp(min=1) for name, where_B in counted.items()}
+    if not isinstance(samples, Mapping):
+        samples = dict.fromkeys(counted, torch.as_tensor(samples, device=record.keep_mask.device))
+    return method.losses(record, samples, settings)
+
+
+def total_loss(lm_loss: Tensor, terms: Mapping[str, Tensor], method: Method, settings: SparsityConfig) -> Tensor:
+    """Return what is minimised: the language model's loss and the method's own, weighted (Eq. 10); () float32."""
+    return lm_loss + method.loss_weight(settings) * sum(terms.values()) if terms else lm_loss

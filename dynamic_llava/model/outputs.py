@@ -1,7 +1,7 @@
 """What a forward pass returns: transformers' fields, the loss parts, and the record of what was kept."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,35 +11,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutpu
 
 from dynamic_llava.layout import TokenLayout
 from dynamic_llava.model.cache_names import EARLIER
-
-
-@dataclass
-class MaskGradient:
-    """Size of the task gradient that enters the keep mask (before clipping), filled in by the backward pass."""
-
-    largest: Tensor | None = None
-    """() float: largest magnitude over the batch; None before the backward pass."""
-    loss_scale: float = 1.0
-    """What the loss is multiplied by before the backward pass; between `rescale` and `watch` its gradient is not."""
-
-    def rescale(self, keep_mask: Tensor) -> Tensor:
-        """Return the keep mask unchanged; on the way back its gradient gets the loss's scale again."""
-        return self._hooked(keep_mask, lambda gradient: gradient * self.loss_scale)
-
-    def watch(self, keep_mask: Tensor) -> Tensor:
-        """Return the keep mask unchanged; on the way back its gradient loses the loss's scale and is recorded."""
-        return self._hooked(keep_mask, self._record)
-
-    def _hooked(self, keep_mask: Tensor, hook: Callable[[Tensor], Tensor]) -> Tensor:
-        hooked = keep_mask.view_as(keep_mask)
-        if hooked.requires_grad:
-            hooked.register_hook(hook)
-        return hooked
-
-    def _record(self, gradient: Tensor) -> Tensor:
-        gradient = gradient / self.loss_scale
-        self.largest = gradient.detach().abs().amax()
-        return gradient
 
 
 @dataclass(frozen=True)
@@ -75,8 +46,17 @@ class SparsityRecord:
     """(B,) int64: tokens in the cache of each sparse layer; None without a cache."""
     dense_cache_lengths: Tensor | None = None
     """(B,) int64: tokens in the cache of each layer below the sparse one."""
-    mask_gradient: MaskGradient = field(default_factory=MaskGradient)
-    """Filled in by the backward pass of a training step."""
+    entering_mask: Tensor | None = None
+    """(B, N) float: `keep_mask` as it entered the attention of a masked pass with a gradient; None elsewhere."""
+
+    @property
+    def mask_gradient(self) -> Tensor | None:
+        """() float: largest magnitude, before clipping, of the gradient that entered the keep mask from the attention.
+
+        Times what the loss was multiplied by. None before a backward pass.
+        """
+        gradient = None if self.entering_mask is None else self.entering_mask.grad
+        return None if gradient is None else gradient.abs().amax()
 
     @property
     def image_keep_rate(self) -> Tensor:
@@ -236,7 +216,7 @@ class DynamicLlavaOutput(LlavaOutput):
     """Output of DynamicLlavaForConditionalGeneration: transformers' fields in their order, then ours."""
 
     loss: Tensor | None = None
-    """(): lm_loss + keep_rate_weight * (image_keep_loss + output_keep_loss)."""
+    """(): lm_loss + the method's loss weight * the sum of its own losses (for Dynamic-LLaVA: lambda, Eq. 10)."""
     logits: Tensor | None = None
     """(B, N, V) in input order; rows of dropped tokens are those of a zero hidden state and carry no prediction."""
     cache: Cache | None = None
@@ -246,6 +226,8 @@ class DynamicLlavaOutput(LlavaOutput):
     """Output of the vision tower; `pooler_output` is the projected image features, (n, D) per image."""
     lm_loss: Tensor | None = None
     """(): cross entropy of the labelled tokens."""
+    method_losses: dict[str, Tensor] | None = None
+    """Name -> () float, unweighted: what the method itself is trained by; None for a dense pass."""
     image_keep_loss: Tensor | None = None
     """(): keep-rate regulariser of the image tokens (Eq. 10), unweighted."""
     output_keep_loss: Tensor | None = None
@@ -254,4 +236,4 @@ class DynamicLlavaOutput(LlavaOutput):
     """What was kept; None for a dense pass."""
 
 
-__all__ = ["DynamicLlavaOutput", "DynamicModelOutput", "MaskGradient", "RowRecord", "SparsityRecord"]
+__all__ = ["DynamicLlavaOutput", "DynamicModelOutput", "RowRecord", "SparsityRecord"]

@@ -1,9 +1,10 @@
 """What one pass of the language model is asked to do."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from dynamic_llava.config import SparsityConfig
 from dynamic_llava.layout import TokenLayout
 from dynamic_llava.methods import Cut, Method
 
@@ -24,10 +25,12 @@ class Plan:
     """Mask as inference decides; hidden states are wanted at prompt and answer tokens only."""
     tau: float = 1.0
     """Temperature of the relaxation."""
-    output_keep_rate: float = 0.5
-    """r_OT: share of each answer that a relaxation with a budget keeps in training."""
+    settings: SparsityConfig = field(default_factory=SparsityConfig)
+    """The checkpoint's settings, with what the call has overridden."""
     keep_mask: Tensor | None = None
     """(B, N): decisions given by the caller instead of made by the method."""
+    loss_scale: float = 1.0
+    """What the caller multiplies the loss by before the backward pass."""
     compile: bool = False
     """Run a single-token step as one compiled graph."""
 

@@ -93,6 +93,19 @@ def clip_mask_gradient(keep_mask: Tensor, limit: float | None) -> Tensor:
     return cast(Callable[..., Tensor], _ClampGradient.apply)(keep_mask, limit)
 
 
+def entering_mask(keep_mask: Tensor, limit: float | None, loss_scale: float = 1.0) -> Tensor:
+    """Return the keep mask as it enters the attention of a training pass, float32 of the same shape.
+
+    After a backward pass its `grad` is the gradient of the attention alone, times `loss_scale`, by which the loss was
+    multiplied; what flows back to `keep_mask` is clamped to [-limit, limit], counted without that factor.
+    """
+    clipped = clip_mask_gradient(keep_mask.float(), None if limit is None else limit * loss_scale)
+    entering = clipped.view_as(clipped)
+    if entering.requires_grad:
+        entering.retain_grad()
+    return entering
+
+
 class _ClampGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keep_mask: Tensor, limit: float) -> Tensor:

@@ -17,7 +17,9 @@ from dynamic_llava.costs import llava_shape, training_flops
 from dynamic_llava.data import FILLER, EpochSampler, SftDataset
 from dynamic_llava.data.prepare import BROKEN
 from dynamic_llava.layout import TokenLayout
-from dynamic_llava.model.outputs import DynamicLlavaOutput, MaskGradient
+from dynamic_llava.model.decide import decided_outputs
+from dynamic_llava.model.outputs import DynamicLlavaOutput, SparsityRecord
+from dynamic_llava.model.switches import choose_method
 from dynamic_llava.sparsity.noise import fold_key
 from dynamic_llava.sparsity.schedule import temperature
 from dynamic_llava.train.checkpoints import Checkpoints, least_bytes
@@ -28,6 +30,8 @@ from dynamic_llava.train.mfu import batch_flops, peak_flops
 from dynamic_llava.train.optimizer import build_optimizer, clip_separately
 
 Batch = dict[str, Tensor]
+_NOTHING: Batch = {name: torch.zeros(0, 1) for name in ("input_ids", "attention_mask", "output_mask")}
+"""A batch without samples."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,8 @@ class Denominators:
 
     tokens: Tensor
     """Learned tokens."""
-    image_samples: Tensor
-    """Samples of the image regulariser."""
-    output_samples: Tensor
-    """Samples of the output regulariser."""
+    samples: dict[str, Tensor]
+    """Samples of each of the method's own losses, by its name."""
 
 
 class DynamicLlavaTrainer(Trainer):
@@ -64,6 +66,7 @@ class DynamicLlavaTrainer(Trainer):
         self.train_config = train_config
         config = self.accelerator.unwrap_model(self.model).config
         self.sparsity: SparsityConfig = config.sparsity
+        self.method = choose_method(self.sparsity, sparsity=train_config.sparsity_mode)
         self.flops = training_flops(llava_shape(config), self.sparsity, train_config, lora)
         self.peak = peak_flops(train_config, self.args.device)
         self.meter = Meter()
@@ -71,7 +74,7 @@ class DynamicLlavaTrainer(Trainer):
         """Where checkpoints go; a trainer that is to write any needs it."""
         self._tau = train_config.tau_start
         self._denominators: Denominators | None = None
-        self._mask_gradient: MaskGradient | None = None
+        self._record: SparsityRecord | None = None
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Build AdamW with the learning rates of `train_config`, once."""
@@ -103,10 +106,11 @@ class DynamicLlavaTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Tensor:
         """Run forward and backward on one batch and note the gradient that entered the keep mask."""
         loss = super().training_step(model, inputs, *args, **kwargs)
-        if self._mask_gradient is not None:
-            largest = self._mask_gradient.largest
-            self.meter.add_peak("mask_gradient", loss.new_zeros(()) if largest is None else largest)
-            self._mask_gradient = None
+        if self._record is not None:
+            largest = self._record.mask_gradient
+            scaled = loss.new_zeros(()) if largest is None else largest / self.accelerator.num_processes
+            self.meter.add_peak("mask_gradient", scaled)
+            self._record = None
         return loss
 
     def compute_loss(
@@ -114,8 +118,8 @@ class DynamicLlavaTrainer(Trainer):
     ) -> Any:
         """Return this batch's part of the step's loss, times the number of ranks that the gradients are averaged over.
 
-        The model returns sums: its denominators are the step's count of tokens, and 1 for the regularisers, which are
-        divided here by the count of samples that each of them applies to (Eq. 10; docs/method.md, section 3).
+        The model divides its sums by counts over the whole step: of learned tokens, and of the samples that each of the
+        method's own losses is a mean over (Eq. 10; docs/method.md, section 3).
         """
         counts = self._denominators
         if counts is None or not model.training:
@@ -126,24 +130,22 @@ class DynamicLlavaTrainer(Trainer):
         sample_key = self.sample_key(sample_ids)
         outputs: DynamicLlavaOutput = model(
             **inputs,
-            sparsity=self.train_config.sparsity_mode,
+            method=self.method,
             tau=self._tau,
             sample_key=sample_key,
             num_items_in_batch=counts.tokens,
-            num_samples_in_batch=1,
+            num_samples_in_batch=counts.samples,
+            loss_scale=self.accelerator.num_processes,
             use_cache=False,
         )
-        loss = outputs.lm_loss
-        assert loss is not None
-        self.meter.add_share("lm_loss", loss)
+        loss = outputs.loss
+        assert loss is not None and outputs.lm_loss is not None
+        self.meter.add_share("lm_loss", outputs.lm_loss)
         lengths = inputs["attention_mask"].sum(1) * (sample_ids != FILLER)
         self.meter.add_tokens(lengths.sum())
         self.meter.add_flops(batch_flops(self.flops, inputs, lengths))
-        if outputs.image_keep_loss is not None and outputs.output_keep_loss is not None:
-            image_loss = outputs.image_keep_loss / counts.image_samples
-            output_loss = outputs.output_keep_loss / counts.output_samples
-            loss = loss + self.sparsity.keep_rate_weight * (image_loss + output_loss)
-            self._note(outputs, image_loss, output_loss)
+        if outputs.method_losses is not None:
+            self._note(outputs, outputs.method_losses)
         check_finite("the loss", loss, self.state.global_step + 1)
         loss = loss.float() * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
@@ -215,36 +217,30 @@ class DynamicLlavaTrainer(Trainer):
             lengths=dataset.lengths if self.train_config.group_by_length else None,
         )
 
-    def _note(self, outputs: DynamicLlavaOutput, image_loss: Tensor, output_loss: Tensor) -> None:
+    def _note(self, outputs: DynamicLlavaOutput, terms: dict[str, Tensor]) -> None:
         record = outputs.sparsity
         assert record is not None
-        self.meter.add_share("image_keep_loss", image_loss)
-        self.meter.add_share("output_keep_loss", output_loss)
+        for name, value in terms.items():
+            self.meter.add_share(name, value)
         for name, where in (("image_keep_rate", record.layout.image), ("output_keep_rate", record.sparsified_output)):
             self.meter.add_ratio(name, (record.keep_mask * where).sum(), where.sum())
-        self._mask_gradient = record.mask_gradient
-        self._mask_gradient.loss_scale = self.accelerator.num_processes
+        self._record = record
 
     def _count(self, batches: list[Batch], device: torch.device) -> Denominators:
-        local = torch.zeros(4, dtype=torch.float64, device=device)
+        names = list(self._samples(_NOTHING))
+        local = torch.zeros(1 + len(names), dtype=torch.float64, device=device)
         for batch in batches:
-            local += self._count_batch({name: tensor.to(device) for name, tensor in batch.items()})
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            real_B = batch["sample_ids"] != FILLER
+            counts = [(where_B & real_B).sum() for where_B in self._samples(batch).values()]
+            local += torch.stack([(batch["labels"][:, 1:] != -100).sum(), *counts]).double()
         # At least 1, so that a step without any learned token or applicable sample gives 0 and not NaN.
         total = self.accelerator.reduce(local, reduction="sum").clamp(min=1).float()
-        tokens, samples, images, outputs = total
-        if self.sparsity.keep_rate_reduction == "batch":
-            return Denominators(tokens, samples, samples)
-        return Denominators(tokens, images, outputs)
+        return Denominators(total[0], dict(zip(names, total[1:], strict=True)))
 
-    def _count_batch(self, batch: Batch) -> Tensor:
-        """Return (4,) float64: learned tokens, samples, samples with an image, samples whose output is decided."""
+    def _samples(self, batch: Batch) -> dict[str, Tensor]:
+        """Return (B,) bool for each of the method's own losses: the samples of a batch that it is a mean over."""
         model = self.accelerator.unwrap_model(self.model)
         image = batch["input_ids"] == model.config.image_token_id
         layout = TokenLayout.build(image, batch["attention_mask"], batch["output_mask"], 1)
-        counts = (
-            (batch["labels"][:, 1:] != -100).sum(),
-            (batch["sample_ids"] != FILLER).sum(),
-            layout.image.any(dim=1).sum(),
-            (layout.answer_lengths() >= self.sparsity.output_min_length).logical_and(layout.output).any(dim=1).sum(),
-        )
-        return torch.stack(counts).double()
+        return self.method.loss_samples(layout, decided_outputs(layout, self.sparsity), self.sparsity)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from dynamic_llava.model import attention, decide
+from dynamic_llava.methods import dynamic
+from dynamic_llava.model import attention
 from dynamic_llava.sparsity.noise import fold_key
 from tests.golden_model import (
     OFFICIAL_IMAGE,
@@ -156,11 +157,11 @@ def replay_noise(monkeypatch, uniform_image, uniform_text, sample_key):
         rows = torch.tensor([row_of[int(one)] for one in key])
         if index.dim() == 1:  # image tokens: the place within the image
             return image[rows]
-        # Output tokens: (B, N) ranks; ranks outside the answer are never used.
+        # Output tokens: (T, 1) ranks; those of answers that are too short to be decided on are never used.
         rank = index.clamp(0, text.shape[1] - 1)
         return text[rows].gather(1, rank[..., None].expand(-1, -1, 2))
 
-    monkeypatch.setattr(decide, "gumbel_noise", recorded_noise)
+    monkeypatch.setattr(dynamic, "gumbel_noise", recorded_noise)
 
 
 def training_inputs(recorded):
