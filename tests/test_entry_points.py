@@ -27,7 +27,7 @@ HELP = {
     ],
     "profile.__main__": [
         "", "flops", "tokens", "memory", "memory x.yaml", "latency", "roofline", "training", "curve", "benchmark",
-        "part", "summary",
+        "part", "summary", "against",
     ],
     "sweep.__main__": [""],
     "tiny.train_base": [""],

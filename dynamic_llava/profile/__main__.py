@@ -107,9 +107,25 @@ def _add_benchmark(command: Callable[..., argparse.ArgumentParser]) -> None:
         "(default: the set's)",
     )
     whole.add_argument("--parts", nargs="+", default=(), help="only these parts (default: all of the set)")
+    _add_against(command)
     summary = command("summary", _summary, "write a benchmark's summary again, from its lines; or publish it")
     summary.add_argument("folder", type=Path, help="the benchmark's --output-folder")
     summary.add_argument("--publish", type=Path, metavar="DIR", help="write benchmark_<device>.md and .json there")
+
+
+def _add_against(command: Callable[..., argparse.ArgumentParser]) -> None:
+    from dynamic_llava.profile.against import COMPARED
+
+    text = "how much longer steps, prefill, training and scoring take here than in another checkout, by turns"
+    against = command("against", _against, text)
+    against.add_argument("folder", type=Path, help="the other checkout, as `git worktree add FOLDER COMMIT` makes it")
+    names = [compared.name for compared in COMPARED]
+    against.add_argument("--calls", nargs="+", choices=names, default=names, help="what is compared")
+    against.add_argument("--pairs", type=int, default=5, help="pairs of processes, one after the other, for each call")
+    against.add_argument(
+        "--limit", type=float, help="exit code 1 where a ratio is above it, its whole interval included (e.g. 1.03)"
+    )
+    against.add_argument("--json", action="store_true", help="print one line of JSON per row after the table")
 
 
 def _add_preset(parser: argparse.ArgumentParser) -> None:
@@ -250,6 +266,26 @@ def draw_curve(report: "Report", path: Path, title: str, device_gib: float | Non
     except ImportError as error:
         return f"no picture was drawn: {missing_package(error, 'train') or error}"
     return f"wrote {draw_cost_curves(path, report.rows, device_gib=device_gib, title=title)}"
+
+
+def _against(options: Any) -> int:
+    from dynamic_llava.profile.against import COMPARED, against_report, check_folder, compare
+
+    folder, rows, failed = check_folder(options.folder), [], []
+    if options.pairs < 1:
+        raise ValueError(f"--pairs {options.pairs} is too few; give 1 or more")
+    for compared in COMPARED:
+        if compared.name in options.calls:
+            try:
+                rows.append(compare(compared, folder, options.pairs))
+                print(f"{compared.name}: {rows[-1]['ratio']:.3f}", file=sys.stderr)
+            except RuntimeError as error:
+                failed.append(f"could not be compared: {error}")
+    _show(options, [against_report(rows, folder)])
+    slower = [row["call"] for row in rows if options.limit is not None and row["low"] > options.limit]
+    failed += [f"slower than {options.limit:g} times: {', '.join(slower)}"] if slower else []
+    print("\n".join(failed), end="\n" if failed else "", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _benchmark(options: Any) -> int:
