@@ -9,8 +9,8 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     MistralConfig,
+    Phi3Config,
     PreTrainedTokenizerFast,
-    Qwen2Config,
     SiglipVisionConfig,
 )
 
@@ -88,8 +88,8 @@ TOWER = {
     "image_size": IMAGE_SIZE, "patch_size": PATCH,
 }  # fmt: skip
 OTHER_PARTS = {
-    "mistral": ({"text_config": MistralConfig(**TEXT)}, "language model of type 'mistral'"),
-    "qwen2": ({"text_config": Qwen2Config(**TEXT)}, "language model of type 'qwen2'"),
+    "phi3": ({"text_config": Phi3Config(**TEXT, pad_token_id=0)}, "language model of type 'phi3'"),
+    "mistral, sliding": ({"text_config": MistralConfig(**TEXT, num_key_value_heads=4)}, "sliding window"),
     "siglip": ({"vision_config": SiglipVisionConfig(**TOWER)}, "vision tower of type 'siglip_vision_model'"),
 }
 

@@ -4,11 +4,18 @@ Decisions are mixed by construction: the last layer of the output predictor is s
 """
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from hypothesis import strategies as st
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from dynamic_llava import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration, SparsityConfig
 from dynamic_llava.sparsity import ImagePredictor, OutputPredictor, keep_margin
@@ -25,9 +32,16 @@ TINY_SPARSITY = SparsityConfig(
     predictor_mlp=64,
     cache_block=8,
 )
+TEXT_CONFIGS = {
+    "llama": LlamaConfig,
+    "mistral": partial(MistralConfig, sliding_window=None),
+    "qwen2": Qwen2Config,
+    "qwen3": partial(Qwen3Config, head_dim=24),
+}
+"""Family of decoders -> its configuration, which takes the sizes that all have."""
 
 
-def tiny_config(kv_heads=4, attention="sdpa", layers=LAYERS, **sparsity):
+def tiny_config(kv_heads=4, attention="sdpa", layers=LAYERS, family="llama", **sparsity):
     """Return a configuration of 6 layers, hidden 64, 16 tokens per image; kv_heads 4 is MHA, 2 is GQA."""
     vision = CLIPVisionConfig(
         hidden_size=32,
@@ -38,7 +52,7 @@ def tiny_config(kv_heads=4, attention="sdpa", layers=LAYERS, **sparsity):
         patch_size=PATCH,
         initializer_range=0.1,
     )
-    text = LlamaConfig(
+    text = TEXT_CONFIGS[family](
         hidden_size=HIDDEN,
         intermediate_size=128,
         num_hidden_layers=layers,
@@ -65,13 +79,14 @@ def tiny_config(kv_heads=4, attention="sdpa", layers=LAYERS, **sparsity):
     return config
 
 
-def build_model(kv_heads=4, attention="sdpa", seed=0, layers=LAYERS, **sparsity):
+def build_model(kv_heads=4, attention="sdpa", seed=0, layers=LAYERS, family="llama", **sparsity):
     """Return a random model in eval mode whose output decisions are mixed; the same seed gives the same weights."""
-    config = tiny_config(kv_heads, attention, layers, **sparsity)
+    config = tiny_config(kv_heads, attention, layers, family, **sparsity)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = DynamicLlavaForConditionalGeneration(config).eval()
         with torch.no_grad():
+            vary_biases_and_norms(model)
             for predictor in predictors(model):
                 for parameter in predictor.parameters():
                     parameter.normal_(std=0.3) if parameter.dim() > 1 else parameter.add_(0.1)
@@ -80,6 +95,13 @@ def build_model(kv_heads=4, attention="sdpa", seed=0, layers=LAYERS, **sparsity)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
     return model
+
+
+def vary_biases_and_norms(model):
+    """Make the biases and head norms of a family's attention matter, which are 0 and 1 in a new model."""
+    for name, parameter in model.model.language_model.layers.named_parameters():
+        if "self_attn" in name and parameter.dim() == 1:
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
 
 
 @lru_cache(maxsize=8)

@@ -11,12 +11,23 @@ from types import FunctionType
 
 import torch
 from hypothesis import strategies as st
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from dynamic_llava import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration, SparsityConfig
 from dynamic_llava.methods import FastV
+from dynamic_llava.model.families import FAMILIES
 from dynamic_llava.sparsity import keep_margin
-from tests.builders import BOS, EOS, FIRST_WORD, IMAGE_TOKEN, PAD, VOCABULARY, predictors
+from tests.builders import (
+    BOS,
+    EOS,
+    FIRST_WORD,
+    IMAGE_TOKEN,
+    PAD,
+    TEXT_CONFIGS,
+    VOCABULARY,
+    predictors,
+    vary_biases_and_norms,
+)
 
 PATCH = 2
 TIE = 1e-4
@@ -37,6 +48,7 @@ MODEL = {
     "image_selection": st.sampled_from(["topk", "threshold"]),
     "masked_softmax": st.sampled_from(["reference", "chunked"]),
     "attention": st.sampled_from(["sdpa", "eager"]),
+    "family": st.sampled_from(sorted(FAMILIES)),
     "seed": st.integers(0, 2**20),
 }
 """What a model is made of; a dimension may depend on what was drawn before it."""
@@ -99,11 +111,13 @@ def build(shape):
         hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
         image_size=PATCH * shape.grid, patch_size=PATCH, initializer_range=0.2,
     )  # fmt: skip
-    text = LlamaConfig(
+    text = TEXT_CONFIGS[shape.family](
         hidden_size=hidden, intermediate_size=24, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim, vocab_size=VOCABULARY, initializer_range=0.25,
+        num_key_value_heads=shape.kv_heads, vocab_size=VOCABULARY, initializer_range=0.25,
         pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS, tie_word_embeddings=False,
     )  # fmt: skip
+    if hasattr(text, "head_dim"):
+        text.head_dim = shape.head_dim
     sparsity = SparsityConfig(
         sparse_layer=shape.sparse_layer, image_keep_rate=shape.image_keep_rate, image_selection=shape.image_selection,
         cache_block=shape.cache_block, masked_softmax=shape.masked_softmax, output_min_length=1,
@@ -118,6 +132,7 @@ def build(shape):
     with torch.random.fork_rng():
         torch.manual_seed(shape.seed)
         model, twin = DynamicLlavaForConditionalGeneration(ours).eval(), LlavaForConditionalGeneration(plain).eval()
+        vary_biases_and_norms(model)
         for predictor in predictors(model):
             for parameter in predictor.parameters():
                 parameter.normal_(std=0.4) if parameter.dim() > 1 else parameter.add_(0.1)

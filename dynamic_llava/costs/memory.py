@@ -225,7 +225,15 @@ def _attention_bytes(run: _Run, layer: int) -> int:
         split = 3 * decoder.hidden + decoder.query_width
         inputs = run.compute * ((split if run.splits_inputs else decoder.hidden) + 4 * run.lora.rank)
         inputs += split if run.lora.dropout > 0 else 0  # the dropout's masks, a byte per value
-    return values + statistics + inputs + _norm_bytes(run)
+    return values + statistics + inputs + _norm_bytes(run) + _head_norm_bytes(run)
+
+
+def _head_norm_bytes(run: _Run) -> int:
+    """Bytes per token that the norms of queries and keys keep, where a family has them, as `_norm_bytes`."""
+    decoder = run.decoder
+    width, heads = decoder.query_width + decoder.kv_width, decoder.heads + decoder.kv_heads
+    kept = 4 * width + 4 * heads + (run.weight * width if run.full else 0)
+    return kept if decoder.head_norms else 0
 
 
 def _mlp_bytes(run: _Run) -> int:

@@ -9,7 +9,7 @@ from dynamic_llava.config import LoraConfig, SparsityConfig
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """The sizes of a Llama-type decoder that its costs follow from; ValueError where they do not fit together."""
+    """The sizes of a decoder of any family that its costs follow from; ValueError where they do not fit together."""
 
     hidden: int
     """C: hidden size."""
@@ -27,6 +27,10 @@ class DecoderShape:
     """D: width of one head; None means hidden / heads."""
     attention_bias: bool = False
     """Whether the four maps of attention have a bias."""
+    incoming_bias: bool = False
+    """Whether the three maps to queries, keys and values have a bias, as Qwen2's; follows from attention_bias."""
+    head_norms: bool = False
+    """Whether each head's queries and keys are normed, as Qwen3's."""
     mlp_bias: bool = False
     """Whether the three maps of the MLP have a bias."""
     tied_head: bool = False
@@ -68,8 +72,13 @@ class DecoderShape:
     @property
     def layer_biases(self) -> int:
         """Biases of one layer's linear maps."""
-        attention = self.query_width + 2 * self.kv_width + self.hidden
-        return self.attention_bias * attention + self.mlp_bias * (2 * self.intermediate + self.hidden)
+        incoming = (self.attention_bias or self.incoming_bias) * (self.query_width + 2 * self.kv_width)
+        return incoming + self.attention_bias * self.hidden + self.mlp_bias * (2 * self.intermediate + self.hidden)
+
+    @property
+    def layer_norms(self) -> int:
+        """Weights of one layer's norms."""
+        return 2 * self.hidden + 2 * self.head_norms * self.head_width
 
     def adapter_parameters(self, rank: int) -> int:
         """Weights of one layer's LoRA adapters: rank x (inputs + outputs) for each of its seven linear maps."""
@@ -183,6 +192,8 @@ def decoder_shape(config: Any) -> DecoderShape:
         vocab=text.vocab_size,
         head_dim=getattr(text, "head_dim", None),
         attention_bias=bool(getattr(text, "attention_bias", False)),
+        incoming_bias=text.model_type == "qwen2",
+        head_norms=text.model_type == "qwen3",
         mlp_bias=bool(getattr(text, "mlp_bias", False)),
         tied_head=bool(config.tie_word_embeddings),
     )
@@ -212,7 +223,7 @@ def llava_shape(config: Any) -> LlavaShape:
 def parameter_counts(shape: LlavaShape, sparsity: SparsityConfig, lora: LoraConfig | None = None) -> dict[str, int]:
     """Return the number of parameters of each part; the parts are those of train/optimizer.py."""
     hidden, decoder, width = shape.decoder.hidden, shape.decoder, sparsity.predictor_width
-    layer = decoder.layer_parameters + decoder.layer_biases + 2 * hidden
+    layer = decoder.layer_parameters + decoder.layer_biases + decoder.layer_norms
     half, quarter = width // 2, width // 4
     ends = (2 * hidden + hidden * width + width) + (width * half + half) + (half * quarter + quarter)
     ends += quarter * 2 + 2

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 DEBUGGING = frozenset({"debug_io", "debug_io_dir", "prune_layers"})
 """Arguments of every transformers model, read by a decorator of its forward."""
 TOKEN_KINDS = frozenset({"token_type_ids", "mm_token_type_ids"})
-"""Tensors that processors and collators of other models add; a Llama has no use for them, here as in transformers."""
+"""Tensors that processors and collators of other models add; decoders have no use for them, here as in transformers."""
 PASSED_ON = TransformersKwargs.__optional_keys__ | DEBUGGING | TOKEN_KINDS | {"return_dict", "interpolate_pos_encoding"}
 """Names that transformers' LLaVA hands on to its layers, its vision tower and its loss."""
 DENSE_ONLY = {

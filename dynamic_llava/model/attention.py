@@ -1,89 +1,148 @@
-"""Llama attention with MaskedSoftmax (Eq. 7) where a keep mask rides along, on a ragged cache where a decoding step has
-filled its rows to different lengths, and one recomputed attention row.
+"""Attention as a function: what layers of any family hand to transformers' attention interface, under names of our own.
 
-Shape suffixes: B rows, N tokens, H heads, D hidden size.
+Every layer projects, norms and rotates its queries, keys and values itself and gives them to the function that its
+configuration names; keyword arguments of ours come along from the layer's own. `serve_sparsely` lets a decoder's layers
+ask for `sparse_<name>` instead of `<name>`, and nothing else about them changes; masks are made, and users read and set
+the implementation, by the plain name. Without our keywords `sparse_<name>` is `<name>` itself.
+
+Shape suffixes: B rows, N tokens, H heads, K key-value heads, d width of a head.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, apply_rotary_pos_emb
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from dynamic_llava.model.cache_names import CACHE
 from dynamic_llava.sparsity.masked_softmax import masked_softmax_attention
 from dynamic_llava.sparsity.ragged_attention import ragged_attention
 
+PREFIX = "sparse_"
+"""Begins our name of every attention implementation."""
+READS_NAME = "flash"
+"""Part of the names of implementations that look up a kernel by the name in the configuration of the module."""
+_REGISTERED: set[str] = set()
 
-class DynamicLlamaAttention(LlamaAttention):
-    """transformers' LlamaAttention, and two attentions of ours, chosen by what is given.
 
-    With `masked_softmax`, dropped tokens are masked by Eq. 7 instead of removed; with `filled`, one new token of each
-    row attends to the filled slots of an admission cache.
+class AttentionRow:
+    """One row of a layer's attention, taken from the layer's own queries and keys while it runs; it costs O(N)."""
+
+    def __init__(self, query_B: Tensor, valid_BN: Tensor) -> None:
+        """The row of query token query_B (B,) int64, over real tokens valid_BN (B, N) bool up to the query itself."""
+        self._query_B, self._valid_BN = query_B, valid_BN
+        self.weights: Tensor | None = None
+        """(B, N) float32: the mean over heads; None until the layer has run."""
+
+    @torch.no_grad()
+    def read(self, query: Tensor, key: Tensor, scaling: float) -> None:
+        """Take the row from queries (B, H, N, d) and keys (B, K, N, d)."""
+        batch, heads, tokens, width = query.shape
+        row_BH1d = query.gather(2, self._query_B[:, None, None, None].expand(batch, heads, 1, width))
+        key = key.repeat_interleave(heads // key.shape[1], dim=1)
+        scores_BHN = (row_BH1d @ key.transpose(2, 3))[:, :, 0].float() * scaling
+        seen_BN = self._valid_BN & (torch.arange(tokens, device=query.device) <= self._query_B[:, None])
+        self.weights = scores_BHN.masked_fill(~seen_BN[:, None], -torch.inf).softmax(-1).nan_to_num(0.0).mean(1)
+
+
+def sparse_attention(
+    base: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    masked_softmax: str | None = None,
+    padding_mask: Tensor | None = None,
+    filled: Tensor | None = None,
+    row: AttentionRow | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend from queries (B, H, N, d), keys and values (B, K, N, d); returns (B, N, H, d), and weights as `base` does.
+
+    masked_softmax names an implementation of MaskedSoftmax (Eq. 7): dropped tokens are masked by it. attention_mask is
+    then the keep mask, (B, N) float, 1 = kept, its gradient is exact, and padding_mask is (B, N) bool, True = real
+    token; both belong to a whole sequence. (The keep mask is a layer's second positional argument because a reentrant
+    checkpoint gives gradients to positional arguments alone.) filled is (B,) int64: one new token of each row (N = 1)
+    attends to the slots that its row of an admission cache had filled before it, and to itself. row is read on the way.
+    With none of them this is the implementation `base` itself. ValueError for a dropout with one of the first two.
+    """
+    scaling = kwargs["scaling"]
+    if row is not None:
+        row.read(query.to(value.dtype), key.to(value.dtype), scaling)
+    if masked_softmax is None and filled is None:
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager_attention_forward)
+        named = Plainly(module) if READS_NAME in base else module
+        return attend(named, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+    if kwargs.get("dropout"):
+        raise ValueError(
+            f"attention_dropout={kwargs['dropout']} is not supported with MaskedSoftmax, nor on an admission cache; "
+            "set it to 0"
+        )
+    # Under autocast the rotary embedding leaves queries and keys in float32.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    if masked_softmax is None:
+        return ragged_attention(query, key, value, filled, scale=scaling).transpose(1, 2), None
+    out_BHNd = masked_softmax_attention(
+        query,
+        key,
+        value,
+        attention_mask,
+        padding_mask=padding_mask,
+        scale=scaling,
+        implementation=masked_softmax,
+    )
+    return out_BHNd.transpose(1, 2), None
+
+
+class SparseNames:
+    """A decoder's configuration as its attention modules see it: with our name of the attention implementation.
+
+    Every other value is the configuration's own, and so is a later choice of another implementation.
     """
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        attention_mask: Tensor | None = None,
-        padding_mask: Tensor | None = None,
-        masked_softmax: str | None = None,
-        filled: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attend from (B, N, D) to (B, N, D).
+    def __init__(self, plain: Any) -> None:
+        self.plain = plain
 
-        masked_softmax names an implementation of MaskedSoftmax; attention_mask is then the keep mask, (B, N) float,
-        1 = kept, its gradient is exact, and padding_mask is (B, N) bool, True = real token; both belong to a whole
-        sequence without cache. (The keep mask is a layer's second positional argument because a reentrant checkpoint
-        gives gradients to positional arguments alone.) filled is (B,) int64, the slots that each row of the cache has
-        filled before its new token (N = 1). With neither of them this is the parent's forward.
-        """
-        if filled is not None:
-            return self._attend_to_slots(hidden_states, position_embeddings, filled, kwargs[CACHE])
-        if masked_softmax is None:
-            return super().forward(
-                hidden_states,
-                position_embeddings=position_embeddings,
-                attention_mask=attention_mask,
-                **kwargs,
-            )
-        if kwargs.get(CACHE) is not None or position_embeddings is None:
-            raise ValueError("a keep mask needs the whole sequence: no cache, and position_embeddings for every token")
-        if self.training and self.attention_dropout:
-            raise ValueError(
-                f"attention_dropout={self.attention_dropout} is not supported with MaskedSoftmax; set it to 0"
-            )
-        query, key, value = self._project(hidden_states, position_embeddings)
-        out_BHNd = masked_softmax_attention(
-            query,
-            key,
-            value,
-            attention_mask,
-            padding_mask=padding_mask,
-            scale=self.scaling,
-            implementation=masked_softmax,
-        )
-        out_BND = out_BHNd.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)
-        return self.o_proj(out_BND), None
+    @property
+    def _attn_implementation(self) -> str:
+        return PREFIX + self.plain._attn_implementation
 
-    def _attend_to_slots(
-        self, hidden_B1D: Tensor, rotation: tuple[Tensor, Tensor], filled_B: Tensor, cache: Any
-    ) -> tuple[Tensor, None]:
-        query, key, value = self._project(hidden_B1D, rotation)
-        keys, values = cache.update(key, value, self.layer_idx)
-        out_BH1d = ragged_attention(query, keys, values, filled_B, scale=self.scaling)
-        return self.o_proj(out_BH1d.flatten(1)[:, None]), None
+    def __getattr__(self, name: str) -> Any:
+        if name == "plain" or name.startswith("__"):  # while it is copied
+            raise AttributeError(name)
+        return getattr(self.plain, name)
 
-    def _project(self, hidden_BND: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        shape = (*hidden_BND.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_BND).view(shape).transpose(1, 2)
-        key = self.k_proj(hidden_BND).view(shape).transpose(1, 2)
-        value = self.v_proj(hidden_BND).view(shape).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *rotation)
-        # Under autocast the rotary embedding leaves them in float32.
-        return query.to(value.dtype), key.to(value.dtype), value
+
+class Plainly:
+    """An attention module as an implementation sees it that looks up its kernel by the plain name."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self.config = module, module.config.plain
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def serve_sparsely(layers: nn.ModuleList, config: Any) -> None:
+    """Let the attention of a decoder's layers ask for our name of what `config` names."""
+    names = SparseNames(config)
+    for layer in layers:
+        layer.self_attn.config = names
+
+
+def register(base: str) -> None:
+    """Put our name of the attention implementation `base` into transformers' interface, with the masks of `base`."""
+    if base not in _REGISTERED:
+        AttentionInterface.register(PREFIX + base, partial(sparse_attention, base))
+        masks = ALL_MASK_ATTENTION_FUNCTIONS.get(base)
+        if masks is not None:
+            AttentionMaskInterface.register(PREFIX + base, masks)
+        _REGISTERED.add(base)
 
 
 def cache_mask(visible_BQW: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
@@ -94,19 +153,5 @@ def cache_mask(visible_BQW: Tensor, implementation: str, dtype: torch.dtype) -> 
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)
 
 
-def attention_row(
-    layer: LlamaDecoderLayer, hidden_BND: Tensor, rotation: tuple[Tensor, Tensor], query_B: Tensor, valid_BN: Tensor
-) -> Tensor:
-    """Recompute the head-mean attention of one query token per row in `layer`; returns (B, N) float32.
-
-    hidden_BND is what entered the layer, query_B (B,) int64 the query's index, valid_BN (B, N) bool marks real tokens.
-    One row costs O(N), so no method ever forces attention weights out of the other layers.
-    """
-    attention = layer.self_attn
-    query, key, _ = attention._project(layer.input_layernorm(hidden_BND), rotation)
-    batch, heads, tokens, width = query.shape
-    row_BH1d = query.gather(2, query_B[:, None, None, None].expand(batch, heads, 1, width))
-    key = key.repeat_interleave(heads // key.shape[1], dim=1)
-    scores_BHN = (row_BH1d @ key.transpose(2, 3))[:, :, 0].float() * attention.scaling
-    seen_BN = valid_BN & (torch.arange(tokens, device=query_B.device) <= query_B[:, None])
-    return scores_BHN.masked_fill(~seen_BN[:, None], -torch.inf).softmax(-1).nan_to_num(0.0).mean(1)
+for _name in ("eager", "sdpa"):
+    register(_name)

@@ -22,7 +22,7 @@ from dynamic_llava.model.arguments import check_names, check_served, check_shape
 from dynamic_llava.model.cache import check_dense_cache
 from dynamic_llava.model.cache_names import CACHE, is_live, one_cache
 from dynamic_llava.model.configuration import DynamicLlavaConfig
-from dynamic_llava.model.decoder import DynamicLlamaModel
+from dynamic_llava.model.families import FAMILIES
 from dynamic_llava.model.images import ImageInputs, Inputs, features_of
 from dynamic_llava.model.initialization import initialize_predictor
 from dynamic_llava.model.outputs import DynamicModelOutput
@@ -39,7 +39,10 @@ class DynamicLlavaPreTrainedModel(LlavaPreTrainedModel):
 
     config_class = DynamicLlavaConfig
     config: DynamicLlavaConfig
-    _no_split_modules = ["LlamaDecoderLayer", "ImagePredictor", "OutputPredictor"]  # noqa: RUF012
+    _no_split_modules = [  # noqa: RUF012  # as in transformers' models
+        *(layer for family in FAMILIES.values() for layer in family._no_split_modules),
+        *("ImagePredictor", "OutputPredictor"),
+    ]
 
     def settings_of_call(self, output_keep_rate: float | None) -> SparsityConfig:
         """Return the checkpoint's settings, with the rate r_OT that a training call may give instead."""
@@ -56,11 +59,11 @@ class DynamicLlavaModel(ImageInputs, DynamicLlavaPreTrainedModel, LlavaModel):
     """Vision tower, projector and sparse language model, without the head."""
 
     def __init__(self, config: DynamicLlavaConfig) -> None:
-        # LlavaModel's own constructor would build a plain Llama.
+        # LlavaModel's own constructor would build a plain decoder.
         LlavaPreTrainedModel.__init__(self, config)
         self.vision_tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
         self.multi_modal_projector = LlavaMultiModalProjector(config)
-        self.language_model = DynamicLlamaModel(config.text_config, config.sparsity)
+        self.language_model = FAMILIES[config.text_config.model_type](config.text_config, config.sparsity)
         self.post_init()
 
     @can_return_tuple

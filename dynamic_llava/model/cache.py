@@ -163,6 +163,8 @@ class AdmissionCache(Cache):
         """(B,) int64: output tokens seen so far in each row."""
         self.seen_images: Tensor | None = None
         """(B,) int64: images seen so far in each row."""
+        self.positions_ahead: Tensor | None = None
+        """(B, 1) int64: how far a row's positions are ahead of its columns, as in the opening chunk; None: 0."""
         groups = [self.dense] * sparse_layer + [self.sparse] * (num_layers - sparse_layer)
         super().__init__(layers=[AdmissionLayer(slots, self) for slots in groups])
 
@@ -240,7 +242,8 @@ class AdmissionCache(Cache):
         self.dense, self.sparse = AdmissionSlots(self.dense.block), AdmissionSlots(self.sparse.block)
         for index, layer in enumerate(self.layers):
             layer.slots = self.dense if index < self.sparse_layer else self.sparse
-        self.decisions, self.seen_outputs, self.seen_images = DecisionLog(self.dense.block), None, None
+        self.decisions = DecisionLog(self.dense.block)
+        self.seen_outputs = self.seen_images = self.positions_ahead = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Choose rows, for beam search."""
@@ -262,6 +265,8 @@ class AdmissionCache(Cache):
             part.select_rows(choose)
         if self.seen_outputs is not None and self.seen_images is not None:
             self.seen_outputs, self.seen_images = choose(self.seen_outputs), choose(self.seen_images)
+        if self.positions_ahead is not None:
+            self.positions_ahead = choose(self.positions_ahead)
 
     def allocated_bytes(self) -> int:
         """Bytes of key and value storage, all layers."""

@@ -47,7 +47,7 @@ def hard_keep_mask(
 ) -> Tensor:
     """Decide at inference (Eq. 5, 11); returns (B, N) bool, True at kept tokens and False at padding.
 
-    `learned` holds the method's own weights. question_row_BN is the row of `model.attention.attention_row` for a cut
+    `learned` holds the method's own weights. question_row_BN is the row of `model.attention.AttentionRow` for a cut
     that sees it. Prompt tokens always stay. ValueError for a method that merges tokens.
     """
     method, layout, past = plan.method, plan.layout, past or Past()

@@ -1,4 +1,6 @@
-"""The language model: Llama whose layers from the sparse one on see only kept tokens. Five passes, one decision.
+"""The sparse decoder, over any family of transformers': layers from the sparse one on see only kept tokens.
+
+Six passes, one decision:
 
 dense   every layer, every token: the parent's own forward, which is called without a plan
 masked  every layer, every token; from the sparse layer on MaskedSoftmax hides dropped tokens (training, scoring), or
@@ -16,16 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
-from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from dynamic_llava.config import SparsityConfig, check_sparse_layer
-from dynamic_llava.layout import Packing
-from dynamic_llava.model.attention import DynamicLlamaAttention, attention_row, cache_mask
+from dynamic_llava.layout import Packing, TokenLayout
+from dynamic_llava.model.attention import AttentionRow, cache_mask, register, serve_sparsely
 from dynamic_llava.model.cache import AdmissionCache, check_attention, check_cache
 from dynamic_llava.model.cache_names import CACHE
 from dynamic_llava.model.decide import (
@@ -42,15 +42,20 @@ from dynamic_llava.model.step import compiled_step, decode_step
 from dynamic_llava.sparsity.decisions import entering_mask
 from dynamic_llava.sparsity.predictors import ImagePredictor, OutputPredictor
 
+Rotation = tuple[Tensor, Tensor]
+"""Cosines and sines of the tokens' positions, (B, N, d) each."""
 
-class DynamicLlamaModel(LlamaModel):
-    """transformers' LlamaModel with the two predictors and a loop that changes at the sparse layer."""
 
-    def __init__(self, config: LlamaConfig, sparsity: SparsityConfig) -> None:
-        super().__init__(config)
+class SparseDecoder:
+    """What a decoder of transformers' gets to be sparse: the predictors, and a loop that changes at the sparse layer.
+
+    A base of the families' classes (families.py), before transformers' own model class.
+    """
+
+    def __init__(self, config: Any, sparsity: SparsityConfig) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
         self.sparsity = sparsity
-        for index, layer in enumerate(self.layers):
-            layer.self_attn = DynamicLlamaAttention(config, index)
+        serve_sparsely(self.layers, config)
         self.image_predictor = ImagePredictor(
             config.hidden_size,
             width=sparsity.predictor_width,
@@ -63,6 +68,7 @@ class DynamicLlamaModel(LlamaModel):
 
     def forward(self, *args: Any, plan: Plan | None = None, **kwargs: Any) -> Any:
         """Run the sparse pass of `plan`, or, without one, the parent's own forward with its own arguments."""
+        register(self.config._attn_implementation)
         return super().forward(*args, **kwargs) if plan is None else self._sparse_forward(plan=plan, **kwargs)
 
     @merge_with_config_defaults
@@ -79,8 +85,9 @@ class DynamicLlamaModel(LlamaModel):
     ) -> DynamicModelOutput:
         """Run the pass that `plan` and the cache call for; (B, N, D) in, DynamicModelOutput out."""
         if position_ids is None:
-            seen = cache.get_seq_length() if cache is not None else 0
-            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen)[None]
+            position_ids = _next_positions(inputs_embeds, cache)
+        elif isinstance(cache, AdmissionCache) and not cache.is_live:
+            cache.positions_ahead = _positions_ahead(position_ids, plan.layout)
         if not plan.method.is_dense or plan.keep_mask is not None:
             check_sparse_layer(plan.cut.layer, self.config.num_hidden_layers)
         if self.training and plan.keep_mask is None and (plan.masked or torch.is_grad_enabled()):
@@ -89,7 +96,6 @@ class DynamicLlamaModel(LlamaModel):
             return self._score_pass(inputs_embeds, plan, attention_mask, position_ids, kwargs)
         if plan.masked:
             return self._masked_pass(inputs_embeds, plan, attention_mask, position_ids, kwargs)
-        position_ids = position_ids.expand(inputs_embeds.shape[:2])
         if cache is None and use_cache:
             cache = AdmissionCache(self.config.num_hidden_layers, plan.cut.layer, self.sparsity.cache_block)
         if cache is not None:
@@ -128,7 +134,7 @@ class DynamicLlamaModel(LlamaModel):
         plan: Plan,
         keep_BN: Tensor,
         padding_mask: Tensor | None,
-        rotation: tuple[Tensor, Tensor],
+        rotation: Rotation,
         kwargs: dict[str, Any],
     ) -> Tensor:
         """Run layers l.. on every token; MaskedSoftmax (Eq. 7) hides a dropped one from all others."""
@@ -149,7 +155,7 @@ class DynamicLlamaModel(LlamaModel):
         plan: Plan,
         keep_BN: Tensor,
         mask: Tensor | None,
-        rotation: tuple[Tensor, Tensor],
+        rotation: Rotation,
         kwargs: dict[str, Any],
     ) -> Tensor:
         """Run layers l.. as a dense model does, a dropped token being a zero vector on entering each of them.
@@ -185,14 +191,14 @@ class DynamicLlamaModel(LlamaModel):
         kwargs: dict[str, Any],
     ) -> DynamicModelOutput:
         check_attention(self.config._attn_implementation)
-        layout, position_ids = plan.layout, position_ids.expand(plan.layout.valid.shape)
+        layout = plan.layout
         mask = create_causal_mask(self.config, hidden_BND, attention_mask, None, position_ids)
         rotation = self.rotary_emb(hidden_BND, position_ids=position_ids)
         hidden_BND, row_BN = self._early_layers(hidden_BND, plan, mask, rotation, None, kwargs)
         keep_BN = self._hard_decision(hidden_BND, plan, row_BN, Past())
         packing = Packing.of(layout.computed(keep_BN, every_step=True))
         hidden_BKD, keep_BK = packing.take(hidden_BND), packing.take(keep_BN) & packing.valid
-        rotation = self.rotary_emb(hidden_BKD, position_ids=packing.take(position_ids))
+        rotation = _packed(packing, rotation)
         itself_KK = torch.eye(keep_BK.shape[1], dtype=torch.bool, device=keep_BK.device)
         mask = self._cache_mask((keep_BK[:, None] | itself_KK).tril(), hidden_BKD.dtype)
         hidden_BKD = self._late_layers(hidden_BKD, plan, mask, rotation, None, kwargs)
@@ -218,7 +224,7 @@ class DynamicLlamaModel(LlamaModel):
         keep_BN = self._hard_decision(hidden_BND, plan, row_BN, Past())
         packing = Packing.of(layout.computed(keep_BN))
         hidden_BKD = packing.take(hidden_BND)
-        rotation = self.rotary_emb(hidden_BKD, position_ids=packing.take(position_ids))
+        rotation = _packed(packing, rotation)
         mask = create_causal_mask(self.config, hidden_BKD, None, None)  # filler lies behind every kept token
         if cache is not None:
             cache.sparse.open(packing.valid.sum(1), hidden_BKD.shape[1])
@@ -256,7 +262,7 @@ class DynamicLlamaModel(LlamaModel):
         keep_BQ = self._hard_decision(hidden_BQD, plan, None, past)
         packing = Packing.of(layout.computed(keep_BQ, every_step=True))
         hidden_BKD, admit_BK = packing.take(hidden_BQD), packing.take(keep_BQ) & packing.valid
-        rotation = self.rotary_emb(hidden_BKD, position_ids=packing.take(position_ids))
+        rotation = _packed(packing, rotation)
         mask = self._cache_mask(cache.sparse.place_chunk(packing.valid, admit_BK), hidden_BKD.dtype)
         hidden_BKD = self._late_layers(hidden_BKD, plan, mask, rotation, cache, kwargs)
         cache.commit_chunk(layout.valid, admit_BK)
@@ -272,28 +278,29 @@ class DynamicLlamaModel(LlamaModel):
         hidden_BND: Tensor,
         plan: Plan,
         mask: Tensor | None,
-        rotation: tuple[Tensor, Tensor],
+        rotation: Rotation,
         cache: AdmissionCache | None,
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None]:
         """Run layers 0..l-1 on a whole sequence; also return the attention row (B, N) if the method wants one."""
-        row_BN = None
+        row = None
         if plan.reads_attention:
             check_question(plan.method, plan.layout.late_images())
         for index, layer in enumerate(self.layers[: plan.cut.layer]):
             if plan.reads_attention and index == plan.cut.layer - 1:
-                row_BN = attention_row(layer, hidden_BND, rotation, plan.layout.question_end(), plan.layout.valid)
+                row = AttentionRow(plan.layout.question_end(), plan.layout.valid)
+                kwargs = {**kwargs, "row": row}
             hidden_BND = layer(
                 hidden_BND, attention_mask=mask, position_embeddings=rotation, **{CACHE: cache}, **kwargs
             )
-        return hidden_BND, row_BN
+        return hidden_BND, None if row is None else row.weights
 
     def _late_layers(
         self,
         hidden_BKD: Tensor,
         plan: Plan,
         mask: Tensor | None,
-        rotation: tuple[Tensor, Tensor],
+        rotation: Rotation,
         cache: AdmissionCache | None,
         kwargs: dict[str, Any],
     ) -> Tensor:
@@ -311,6 +318,27 @@ class DynamicLlamaModel(LlamaModel):
 
     def _cache_mask(self, visible_BQW: Tensor, dtype: torch.dtype) -> Tensor:
         return cache_mask(visible_BQW, self.config._attn_implementation, dtype)
+
+
+def _packed(packing: Packing, rotation: Rotation) -> Rotation:
+    """Return the rotations of the packed tokens. Positions are never packed: a family may make anything of them."""
+    rows = packing.index.shape[0]
+    cos, sin = (packing.take(part_BNd.expand(rows, -1, -1)) for part_BNd in rotation)
+    return cos, sin
+
+
+def _next_positions(hidden_BND: Tensor, cache: Cache | None) -> Tensor:
+    """(1 or B, N) int64: positions of tokens that come with none: their columns, and what the cache's row is ahead."""
+    seen = cache.get_seq_length() if cache is not None else 0
+    columns_1N = (torch.arange(hidden_BND.shape[1], device=hidden_BND.device) + seen)[None]
+    ahead_B1 = cache.positions_ahead if isinstance(cache, AdmissionCache) else None
+    return columns_1N if ahead_B1 is None else columns_1N + ahead_B1
+
+
+def _positions_ahead(position_ids: Tensor, layout: TokenLayout) -> Tensor:
+    """(B, 1) int64: how far the position behind each row's last real token is ahead of the column behind the chunk."""
+    last_B1 = torch.where(layout.newest(), position_ids, -1).amax(1, keepdim=True)
+    return last_B1 + 1 - layout.valid.shape[1]
 
 
 def _noted(record: SparsityRecord, cache: AdmissionCache) -> SparsityRecord:

@@ -33,7 +33,7 @@ def decode_step(
     step: StepCache,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Run one token of each row through `decoder`, a DynamicLlamaModel, on a live cache.
+    """Run one token of each row through `decoder`, a SparseDecoder, on a live cache.
 
     Returns the normed hidden states (B, 1, D) and the decisions (B,) bool; keys, values and lengths of the cache change
     in place. Nothing is read on the host, and nothing is concatenated along the cache.

@@ -13,6 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import cached_file
 
 from dynamic_llava.costs import llava_shape, parameter_counts
+from dynamic_llava.model.families import FAMILIES
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 """Arguments of a `from_pretrained` that say where the files of a hub name are."""
@@ -98,12 +99,15 @@ _SIZES = (
     "head_dim", "max_position_embeddings", "image_size", "patch_size",
 )  # fmt: skip
 _OPTIONAL = ("num_key_value_heads", "head_dim")
-_PARTS = {"text_config": ("language model", "llama"), "vision_config": ("vision tower", "clip_vision_model")}
-"""What the two parts of config.json are called, and the model_type that this library's engine carries."""
+_PARTS = {
+    "text_config": ("language model", tuple(FAMILIES)),
+    "vision_config": ("vision tower", ("clip_vision_model",)),
+}
+"""What the two parts of config.json are called, and the model_types that are carried; the first is LLaVA-1.5's."""
 
 
 def check_architecture(source: str | Path, values: Mapping[str, Any]) -> None:
-    """Raise ValueError unless config.json describes what is carried here: Llama behind a CLIP tower, as LLaVA-1.5.
+    """Raise ValueError unless config.json describes what is carried here: a decoder of FAMILIES behind a CLIP tower.
 
     `values` is config.json in llava-hf's or this library's layout; a part that is missing is LLaVA-1.5's.
     """
@@ -117,14 +121,31 @@ def check_architecture(source: str | Path, values: Mapping[str, Any]) -> None:
         settings = values.get(part)
         if not isinstance(settings, Mapping | None):
             raise ValueError(f"config.json of {source} has {part} {settings!r}, where settings (an object) belong")
-        kind = (settings or {}).get("model_type", carried)
-        if kind != carried:
+        kind = (settings or {}).get("model_type", carried[0])
+        if kind not in carried:
             raise ValueError(
-                f"{source} has a {words} of type {kind!r} ({part}.model_type in config.json), and only {carried!r}, "
-                "LLaVA-1.5's, is carried here; transformers' own LlavaForConditionalGeneration runs it without sparsity"
+                f"{source} has a {words} of type {kind!r} ({part}.model_type in config.json), and only "
+                f"{', '.join(map(repr, carried))} can be sparse here; transformers' own "
+                "LlavaForConditionalGeneration runs it without sparsity"
             )
         _check_sizes(source, part, settings or {})
+    _check_window(source, values.get("text_config") or {})
     _check_tower(source, values, values.get("vision_config") or {})
+
+
+def _check_window(source: str | Path, text: Mapping[str, Any]) -> None:
+    """Raise ValueError where a layer sees a window of the last tokens only.
+
+    What a window counts changes when tokens are dropped, so masking and removing would part.
+    """
+    slides = text.get("model_type") == "mistral" and text.get("sliding_window") is not None
+    if slides or "sliding_attention" in (text.get("layer_types") or ()):
+        raise ValueError(
+            f"{source} has a language model with a sliding window (text_config.sliding_window "
+            f"{text.get('sliding_window')}), which would count dropped tokens; for sequences that are shorter than the "
+            "window it changes nothing: set text_config.sliding_window to null, and leave out use_sliding_window and "
+            "layer_types"
+        )
 
 
 def _check_sizes(source: str | Path, part: str, settings: Mapping[str, Any]) -> None:

@@ -57,7 +57,7 @@ def test_bytes_and_flops_of_inference(name):
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert kv_bytes(shape.decoder, 40, batch=2, bytes_per_value=4) == held
     read = [*model.model.language_model.layers.parameters(), model.lm_head.weight]
-    norms = LAYERS * 2 * HIDDEN
+    norms = LAYERS * shape.decoder.layer_norms
     assert weight_bytes(shape.decoder, 4) == sum(p.nbytes for p in read) - 4 * norms
     assert decode_step_bytes(shape.decoder, 40, batch=2, bytes_per_value=4) == held + weight_bytes(shape.decoder, 4)
     embeds = torch.randn(2, 40, HIDDEN)
