@@ -8,10 +8,12 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
+
+from dynamic_llava.commands import METHOD, take_method
 
 Config = TypeVar("Config")
 
@@ -24,6 +26,8 @@ EXTENDS = "extends"
 def load_config(config_class: type[Config], arguments: Sequence[str], program: str, description: str) -> Config:
     """Return the configuration of `arguments`: an optional YAML file first, then overrides such as --train.seed 1.
 
+    The class's field `method`, if it has one, takes `--method NAME --method.SETTING VALUE`: another name replaces the
+    file's method, the same or none changes its settings; `--method none` removes it.
     `--help` prints every field and ends the process, and so does a mistake on the command line (tyro's message, with
     suggestions). Raises FileNotFoundError for a missing file and ValueError for one with an unknown key (with a
     suggestion), a value of the wrong type, or a value that the configuration refuses.
@@ -34,6 +38,9 @@ def load_config(config_class: type[Config], arguments: Sequence[str], program: s
         default = read_yaml(config_class, rest.pop(0))
     short = {name: flag for name, flag in SHORT_FLAGS.items() if _has_field(config_class, flag)}
     rest = [short.get(argument, argument) for argument in rest]
+    if _has_field(config_class, METHOD):
+        rest, method = take_method(rest)
+        default = _with_method(config_class() if default is None else default, method)
     if short:
         description += "\n\nShort forms: " + ", ".join(f"{name} = {flag}" for name, flag in short.items())
     import tyro  # not above: a command of another kind needs neither tyro nor OmegaConf
@@ -49,6 +56,19 @@ def load_config(config_class: type[Config], arguments: Sequence[str], program: s
         )
 
 
+def _with_method(config: Any, method: dict[str, Any]) -> Any:
+    """Return the configuration with what the command line says of its method."""
+    if not method:
+        return config
+    before = {"name": config.method} if isinstance(config.method, str) else dict(config.method or {})
+    if method.get("name", before.get("name")) == before.get("name"):
+        method = before | method
+    removed = str(method.get("name")).lower() == "none"
+    if removed and len(method) > 1:
+        raise ValueError(f"--method none has no settings; leave --method.{next(n for n in method if n != 'name')} out")
+    return replace(config, method=None if removed else method)
+
+
 def read_yaml(config_class: type[Config], path: str | Path) -> Config:
     """Return the configuration that a YAML file describes; what it leaves out keeps its default.
 
@@ -61,6 +81,8 @@ def read_yaml(config_class: type[Config], path: str | Path) -> Config:
     merged = OmegaConf.structured(config_class, flags={"readonly": False})
     for file, values in _chain(config_class, Path(path)):
         with _naming(file):
+            if "name" in (values.get("method") or ()):  # another method: the settings of the extended file's go with it
+                OmegaConf.update(merged, "method", None)
             merged = OmegaConf.merge(merged, values)
     with _naming(path):
         return OmegaConf.to_object(merged)  # type: ignore[return-value]

@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -141,6 +141,108 @@ class Help(argparse.RawDescriptionHelpFormatter):
         return f"{text} (default: {default})".replace("%", "%%")
 
 
+METHOD = "--method"
+"""Option that names what decides; `--method.SETTING VALUE` sets its settings."""
+METHOD_HELP = (
+    "what decides, instead of Dynamic-LLaVA: a method's name, such as fastv, or package.module:Class for a class of "
+    "your own; --method.SETTING VALUE, e.g. --method.layer 3, sets its settings (default: None)"
+)
+
+
+def method_words(method: Mapping[str, Any]) -> list[str]:
+    """Return the words of a command line that spell a method; its printed mapping (methods/registry.py) as options."""
+    words: list[str] = []
+
+    def add(flag: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            add(flag, value["name"])
+            for name, inner in value.items():
+                if name != "name":
+                    add(f"{flag}.{name.replace('_', '-')}", inner)
+        else:
+            text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+            words.append(f"{flag}={text}")
+
+    add(METHOD, method)
+    return words
+
+
+def take_method(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Return a command line without the words that spell a method, and the mapping that they make; empty without any.
+
+    ValueError for an option without its value.
+    """
+    method: dict[str, Any] = {}
+    rest = []
+    for word in _joined(words):
+        if word.startswith(f"{METHOD}="):
+            _put(method, word.removeprefix(f"{METHOD}="))
+        else:
+            rest.append(word)
+    return rest, method
+
+
+def nested_method(method: Any, settings: Mapping[str, Any]) -> Any:
+    """Return a method's name with settings by dotted name ("output_by.layer") as the mapping that spells it."""
+    found = {} if method is None else {"name": method}
+    for name, value in settings.items():
+        _put_at(found, name.replace("-", "_").split("."), value)
+    return found or None
+
+
+def _joined(words: Sequence[str]) -> list[str]:
+    """Return a command line in which each option that spells a method is one word: --method=PATH=VALUE."""
+    joined, left = [], list(words)
+    while left:
+        word = left.pop(0)
+        flag, equals, value = word.partition("=")
+        if word == "--":
+            return [*joined, word, *left]
+        if flag != METHOD and not flag.startswith(f"{METHOD}."):
+            joined.append(word)
+            continue
+        if not equals:
+            if not left:
+                raise ValueError(f"{flag} needs a value behind it")
+            value = left.pop(0)
+        path = flag.removeprefix(METHOD).removeprefix(".").replace("-", "_") or "name"
+        joined.append(f"{METHOD}={path}={value}")
+    return joined
+
+
+def _put(method: dict[str, Any], setting: str) -> None:
+    path, _, value = setting.partition("=")
+    _put_at(method, path.split("."), value)
+
+
+def _put_at(method: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    """Write a value where a dotted name points to; a setting that is a method itself has its name and settings."""
+    *outer, last = path
+    for name in outer:
+        inner = method.setdefault(name, {})
+        if not isinstance(inner, dict):
+            method[name] = inner = {"name": inner}
+        method = inner
+    if isinstance(method.get(last), dict):
+        method[last]["name"] = value
+    else:
+        method[last] = value
+
+
+class _TakeMethod(argparse.Action):
+    """Collects `--method=PATH=VALUE` (see `_joined`) into the mapping that spells the method."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        method = dict(getattr(namespace, self.dest) or {})
+        _put(method, values)
+        setattr(namespace, self.dest, method)
+
+
+def add_method(parser: argparse.ArgumentParser) -> None:
+    """Add `--method` to a command; its value is the mapping that spells the method, None where none is named."""
+    parser.add_argument(METHOD, action=_TakeMethod, metavar="NAME", help=METHOD_HELP)
+
+
 class Parser(argparse.ArgumentParser):
     """A command line without abbreviations, whose mistakes name the option that was meant."""
 
@@ -151,6 +253,11 @@ class Parser(argparse.ArgumentParser):
         """Parse; an option that no command here has ends the process, before its value is taken for a command."""
         given = list(sys.argv[1:] if args is None else args)
         known = self._flags()
+        if METHOD in known:
+            try:
+                given = _joined(given)
+            except ValueError as error:
+                self.error(str(error))
         for word in given[: given.index("--") if "--" in given else None]:
             flag = word.split("=")[0]
             if flag.startswith("--") and flag not in known:

@@ -18,6 +18,8 @@ from transformers import (
 )
 
 from dynamic_llava import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration, SparsityConfig
+from dynamic_llava.config import SPARSITY_MODES
+from dynamic_llava.model.switches import choose_method
 from dynamic_llava.sparsity import ImagePredictor, OutputPredictor, keep_margin
 
 VOCABULARY, IMAGE_TOKEN, PAD, BOS, EOS = 128, 3, 0, 1, 2
@@ -108,6 +110,11 @@ def vary_biases_and_norms(model):
 def shared_model(kv_heads=4, attention="sdpa", seed=0):
     """Return a model that several tests share; nothing may write to it."""
     return build_model(kv_heads, attention, seed)
+
+
+def deciding(how, config=TINY_SPARSITY):
+    """Return the method that a sparsity mode or a registered name stands for."""
+    return choose_method(config, **({"sparsity": how} if how in SPARSITY_MODES else {"method": how}))
 
 
 def predictors(model):

@@ -20,7 +20,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dynamic_llava.commands import Parser, entry_point, exit_on_mistake
+from dynamic_llava.commands import Parser, add_method, entry_point, exit_on_mistake
+from dynamic_llava.config import SPARSITY_MODES
 from dynamic_llava.eval import score
 from dynamic_llava.eval.generation.commands import add_commands
 from dynamic_llava.eval.tasks import GROUPS, TASKS
@@ -65,9 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--model", type=Path, required=True, help="folder of the checkpoint")
     one.add_argument("--world", type=Path, required=True, help="folder of a built world")
     one.add_argument("--output-folder", type=Path, required=True, help="where summary.json goes")
-    one.add_argument(
-        "--sparsity", choices=("both", "image", "output", "none"), default="both", help="what is sparsified"
-    )
+    _add_deciding(one)
     one.add_argument("--questions", type=int, default=700, help="short questions, spread evenly over the kinds")
     one.add_argument("--descriptions", type=int, default=64, help="descriptions")
     one.set_defaults(execute=_tiny_model)
@@ -88,9 +87,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output-folder", type=Path, help="answers, summary.json and table.md go here; required (default: None)"
     )
-    parser.add_argument(
-        "--sparsity", choices=("both", "image", "output", "none"), default="both", help="what is sparsified"
-    )
+    _add_deciding(parser)
     parser.add_argument("--batch-size", type=int, default=16, help="questions at once; changes no answer in float32")
     parser.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="auto: the checkpoint's"
@@ -121,6 +118,12 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_deciding(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say what decides."""
+    parser.add_argument("--sparsity", choices=SPARSITY_MODES, help="what Dynamic-LLaVA sparsifies (default: both)")
+    add_method(parser)
+
+
 def _run(given: argparse.Namespace) -> int:
     """Evaluate a model, or list the benchmarks."""
     if given.tasks == "list":
@@ -139,7 +142,7 @@ def _run(given: argparse.Namespace) -> int:
         datasets[task] = dataset
     from dynamic_llava.eval.run import RunOptions, evaluate
 
-    names = ("model", "tasks", "data_root", "output_folder", "sparsity", "batch_size")
+    names = ("model", "tasks", "data_root", "output_folder", "sparsity", "method", "batch_size")
     names += ("dtype", "limit", "max_new_tokens", "source", "round_separator")
     return evaluate(RunOptions(**{name: getattr(given, name) for name in names}, datasets=datasets))
 
@@ -195,7 +198,7 @@ def _tiny_model(given: argparse.Namespace) -> None:
 
     hide_library_progress()
     test = read_test_set(given.world, given.questions, given.descriptions)
-    print(write_measures(given.model, test, given.sparsity, given.output_folder))
+    print(write_measures(given.model, test, given.output_folder, sparsity=given.sparsity, method=given.method))
 
 
 if __name__ == "__main__":

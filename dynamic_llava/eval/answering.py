@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, GenerationConfig
 
-from dynamic_llava.config import SparsityMode
 from dynamic_llava.eval.identity import image_digest
 from dynamic_llava.eval.predict import Batch, NotFinite, Prediction, generate_answers
 from dynamic_llava.eval.reading import shown
 from dynamic_llava.eval.tasks import Question
 from dynamic_llava.eval.tasks.base import Said
+from dynamic_llava.methods import Method
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.processing.prompts import IMAGE_PLACE
 
@@ -35,7 +35,7 @@ class ModelRun:
 
     model: Any
     processor: DynamicLlavaProcessor
-    sparsity: SparsityMode
+    method: Method
     batch_size: int
     max_new_tokens: int
 
@@ -153,12 +153,15 @@ def prompt_inputs(processor: DynamicLlavaProcessor, asked: Sequence[Asked]) -> B
 
 def answer(run: ModelRun, asked: Sequence[Asked]) -> list[Said]:
     """Return the greedy answer to each question of a batch, stripped, and what was kept of it."""
+    inputs = prompt_inputs(run.processor, asked)
+    # Methods that draw do so by the question, whatever its batch.
+    inputs["sample_key"] = torch.tensor([one.place for one in asked])
     predictions = generate_answers(
         run.model,
         run.processor,
-        [Batch(tuple(range(len(asked))), prompt_inputs(run.processor, asked))],
+        [Batch(tuple(range(len(asked))), inputs)],
         max_new_tokens=run.max_new_tokens,
-        switches={"sparsity": run.sparsity},
+        switches={"method": run.method},
     )
     return [Said(prediction.text, facts(prediction)) for prediction in predictions]
 

@@ -18,6 +18,7 @@ from dynamic_llava.costs import (
     prefill_flops,
 )
 from dynamic_llava.eval.predict import Batch, to_device
+from dynamic_llava.methods import Dynamic, Method
 
 
 class Prefilled(Protocol):
@@ -44,20 +45,37 @@ class Counted:
     """Those kept of all but the last, which is never fed back."""
 
 
+def sparse_layer(method: Method, layers: int) -> int:
+    """Return the layer from which on a method's decision holds; 0 for a method that decides nowhere.
+
+    ValueError for a method of several cuts: counts of an answer line hold for two groups of layers.
+    """
+    cuts = method.cuts(layers)
+    if len(cuts) > 1:
+        raise ValueError(f"method {method.name!r} decides at {len(cuts)} layers; its costs cannot be counted")
+    return cuts[0].layer if cuts else 0
+
+
+def runs_image_predictor(method: Method) -> bool:
+    """Whether Dynamic-LLaVA's image predictor is part of a prefill, in a method that lets another decide too."""
+    deciding = getattr(method, "image_by", method)
+    return isinstance(deciding, Dynamic) and deciding.sparsifies_image
+
+
 def prefill_costs(
     shape: DecoderShape,
     settings: SparsityConfig,
     predictions: Sequence[Prefilled],
     tokens_per_image: int,
     *,
-    predictor: bool,
+    method: Method,
 ) -> dict[str, float]:
     """Average image tokens per layer and prefill FLOPs of the prompts that were answered, means over the rows.
 
     `prefill_gflop_exact` counts the real module shapes on the whole prompt (causal attention, the head on one token,
-    and with `predictor` the image predictor); `prefill_gflop_paper` is Eq. 13 on the image tokens alone.
+    and the image predictor if `method` has one); `prefill_gflop_paper` is Eq. 13 on the image tokens alone.
     """
-    layer = settings.sparse_layer
+    layer, predictor = sparse_layer(method, shape.layers), runs_image_predictor(method)
     average, exact, paper = [], [], []
     for prediction in predictions:
         images = len(prediction.image_kept)
@@ -85,13 +103,13 @@ def prefill_costs(
 
 def mean_kv_bytes(
     shape: DecoderShape,
-    settings: SparsityConfig,
+    method: Method,
     answers: Sequence[Counted],
     tokens_per_image: int,
     bytes_per_value: int,
 ) -> float:
     """Return the mean over answers of the keys and values that a cache holds of each when its last token is said."""
-    sizes = []
+    sizes, layer = [], sparse_layer(method, shape.layers)
     for said in answers:
         fed = said.prompt_tokens + said.output_tokens - 1
         dropped = sum(tokens_per_image - len(kept) for kept in said.image_kept)
@@ -101,7 +119,7 @@ def mean_kv_bytes(
                 shape,
                 fed,
                 kept=fed - dropped,
-                sparse_layer=settings.sparse_layer,
+                sparse_layer=layer,
                 bytes_per_value=bytes_per_value,
             )
         )

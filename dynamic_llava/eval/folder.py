@@ -1,6 +1,6 @@
 """What lies in an evaluation's output folder: whose it is, and tables of everything in it. No torch here.
 
-All answers of a folder are those of one model and one sparsity. A command adds its tasks to what earlier ones found.
+All answers of a folder are those of one model and one method. A command adds its tasks to what earlier ones found.
 """
 
 import json
@@ -10,22 +10,29 @@ from typing import Any
 
 from dynamic_llava.eval.reading import TEXT, Kind, fields_of, optional, read_json
 from dynamic_llava.eval.store import RECORD, differences, identity_of
-from dynamic_llava.eval.summary import Summary, page
+from dynamic_llava.eval.summary import Summary, named, page
 from dynamic_llava.eval.tasks import TASKS
 from dynamic_llava.eval.writing import write_text
 from dynamic_llava.files import Lock
 
 SUMMARY, TABLE, ANSWERS = "summary.json", "table.md", "answers"
-_SHARED = ("model", "sparsity")
+_SHARED = ("model", "sparsity", "method")
 """Settings that all answers of a folder have in common."""
 _ANY = Kind("an object", lambda value: isinstance(value, dict))
-_SUMMARY = {"model": TEXT, "sparsity": TEXT, "identity": optional(TEXT), "tasks": _ANY, "settings": _ANY}
+_SUMMARY = {
+    "model": TEXT,
+    "sparsity": optional(TEXT),
+    "method": optional(TEXT),
+    "identity": optional(TEXT),
+    "tasks": _ANY,
+    "settings": _ANY,
+}
 
 
 def check_folder(folder: Path, settings: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Return the folder's summary, None where it has none; nothing is written.
 
-    ValueError when it holds answers or a summary of another model or sparsity than `settings` says (None: no model was
+    ValueError when it holds answers or a summary of another model or method than `settings` says (None: no model was
     loaded), with what differs, or files that are broken.
     """
     for record in sorted((folder / ANSWERS).glob(f"*{RECORD}")) if settings is not None else ():
@@ -41,8 +48,8 @@ def check_folder(folder: Path, settings: Mapping[str, Any] | None) -> dict[str, 
         return summary
     if summary.get("identity") and summary["identity"] != identity_of(settings):
         raise ValueError(
-            f"{folder / SUMMARY} is that of {summary['model']}, sparsity {summary['sparsity']}, and this model or its "
-            "settings are others; nothing was written: choose another output folder, or move this one away"
+            f"{folder / SUMMARY} is that of {summary['model']}, {named(summary)}, and this model, its settings or "
+            "its method are others; nothing was written: choose another output folder, or move this one away"
         )
     return summary
 

@@ -1,15 +1,19 @@
 """What a model's answers depend on, as settings that two runs can be compared by, key by key: contents, not names."""
 
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+from dynamic_llava.config import SparsityConfig
 from dynamic_llava.eval.answers import Answer
 from dynamic_llava.eval.reading import shown
 from dynamic_llava.eval.tasks import Question
 from dynamic_llava.files import file_digest
+from dynamic_llava.methods import METHODS, Dynamic, Method, print_method
 from dynamic_llava.model.loading import checkpoint_files
 from dynamic_llava.processing import DynamicLlavaProcessor
 
@@ -42,6 +46,22 @@ def model_settings(model: Any, processor: DynamicLlavaProcessor, source: str) ->
         },
         "weights": {path.name: file_digest(path)[:DIGITS] for path in checkpoint_files(source)},
     }
+
+
+def method_settings(method: Method, config: SparsityConfig) -> dict[str, Any]:
+    """Return what decides: `sparsity` where a checkpoint's own settings do, else `method` with all of its settings.
+
+    Of a class that is not this library's, the content of its file belongs to it.
+    """
+    if method.is_dense:
+        return {"sparsity": "none"}
+    if isinstance(method, Dynamic) and method == Dynamic.from_config(config, method.sparsity):
+        return {"sparsity": method.sparsity}
+    found: dict[str, Any] = {"method": print_method(method)}
+    source = inspect.getsourcefile(type(method))
+    if found["method"]["name"] not in METHODS and source is not None:
+        found["method"] |= {"file": file_digest(Path(source))[:DIGITS]}
+    return found
 
 
 def question_settings(questions: Sequence[Question]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dynamic_llava.config import SparsityMode
 from dynamic_llava.eval.tasks import TASKS, HubData, Task, get_tasks
@@ -21,7 +21,10 @@ class RunOptions:
     data_root: Path
     """LLaVA's playground/data/eval."""
     output_folder: Path
-    sparsity: SparsityMode = "both"
+    sparsity: SparsityMode | None = None
+    """Short for this setting of Dynamic-LLaVA; None is both, unless `method` says otherwise."""
+    method: Mapping[str, Any] | None = None
+    """What decides, as methods/registry.py reads it; None is Dynamic-LLaVA with the checkpoint's settings."""
     batch_size: int = 16
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the weights; auto is the checkpoint's."""

@@ -32,7 +32,7 @@ from dynamic_llava.eval.answering import (
 from dynamic_llava.eval.answers import Answer, read_answers
 from dynamic_llava.eval.efficiency import Counted, mean_kv_bytes, measure_speed, prefill_costs
 from dynamic_llava.eval.folder import check_folder, write_tables
-from dynamic_llava.eval.identity import IMAGE, check_images, model_settings, question_settings
+from dynamic_llava.eval.identity import IMAGE, check_images, method_settings, model_settings, question_settings
 from dynamic_llava.eval.options import RunOptions
 from dynamic_llava.eval.predict import Batch, hide_library_progress
 from dynamic_llava.eval.reading import SHOWN, shown
@@ -44,8 +44,10 @@ from dynamic_llava.eval.task_list import missing_files, task_label
 from dynamic_llava.eval.tasks import Question, Task
 from dynamic_llava.eval.tasks.base import SKIPPED, ImageFile, naming
 from dynamic_llava.files import EXIT_WRITE_FAILED, WriteError
-from dynamic_llava.model import DynamicLlavaForConditionalGeneration
-from dynamic_llava.model.loading import tensor_shapes
+from dynamic_llava.methods import Method, describe_method
+from dynamic_llava.model import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
+from dynamic_llava.model.loading import check_learned
+from dynamic_llava.model.switches import choose_method
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.provenance import environment
 
@@ -68,11 +70,13 @@ class Evaluation:
 
     def __init__(self, options: RunOptions, shard: Shard) -> None:
         self.options, self.shard = options, shard
+        settings = DynamicLlavaConfig.from_pretrained(options.model).sparsity
+        self.method = choose_method(settings, sparsity=options.sparsity, method=options.method)
         self.processor = DynamicLlavaProcessor.from_pretrained(options.model)
-        self.model = _load(options, self.processor)
+        self.model = _load(options, self.method, self.processor)
         self.settings = {
             "model": model_settings(self.model, self.processor, options.model),
-            "sparsity": options.sparsity,
+            **method_settings(self.method, self.model.config.sparsity),
         }
         """What every answer depends on."""
 
@@ -103,7 +107,7 @@ class Evaluation:
         run = ModelRun(
             self.model,
             self.processor,
-            self.options.sparsity,
+            self.method,
             self.options.batch_size,
             self.options.max_new_tokens or task.max_new_tokens,
         )
@@ -200,8 +204,7 @@ class Evaluation:
             return {}
         every, config = list(counted.values()), self.model.config
         shape, per_image = decoder_shape(config), self.processor.tokens_per_image
-        learned = self.options.sparsity in ("both", "image")
-        prefill = prefill_costs(shape, config.sparsity, every, per_image, predictor=learned)
+        prefill = prefill_costs(shape, config.sparsity, every, per_image, method=self.method)
         with_image = [sum(map(len, one.image_kept)) for one in every if one.image_kept]
         kept = {"image_tokens_kept": statistics.fmean(with_image)} if with_image else {}
         first = list(counted)[: self.options.batch_size]
@@ -209,7 +212,7 @@ class Evaluation:
         speed = measure_speed(
             self.model,
             Batch((), prompt_inputs(self.processor, timed)),
-            switches={"sparsity": self.options.sparsity},
+            switches={"method": self.method},
             use_cache=True,
             tokens=TIMED_TOKENS,
             repeats=TIMED_REPEATS,
@@ -219,7 +222,7 @@ class Evaluation:
             "image_tokens_per_layer": prefill["image_tokens_per_layer"],
             "prefill_flop_exact": 1e9 * prefill["prefill_gflop_exact"],
             "prefill_flop_paper": 1e9 * prefill["prefill_gflop_paper"],
-            "kv_bytes": mean_kv_bytes(shape, config.sparsity, every, per_image, self.model.dtype.itemsize),
+            "kv_bytes": mean_kv_bytes(shape, self.method, every, per_image, self.model.dtype.itemsize),
             **speed,
             "speed_batch": len(timed),
         }
@@ -228,7 +231,7 @@ class Evaluation:
 def evaluate(options: RunOptions) -> int:
     """Evaluate, print each task's result, and write summary.json and table.md after each.
 
-    Rows of earlier commands for the same model and sparsity stay in the tables. Returns the exit code: 0, 1 when a task
+    Rows of earlier commands for the same model and method stay in the tables. Returns the exit code: 0, 1 when a task
     failed, or 74 when a file could not be written: what was computed is printed then, and whole files stay. Raises
     ValueError and OSError, before anything is written, when the model cannot be loaded or the folder holds another's.
     """
@@ -281,15 +284,10 @@ def _say_end(rows: Sequence[Row], summary: Summary, folder: Path) -> None:
             print(f"error: {row.error}", file=sys.stderr)
 
 
-def _load(options: RunOptions, processor: DynamicLlavaProcessor) -> Any:
+def _load(options: RunOptions, method: Method, processor: DynamicLlavaProcessor) -> Any:
     """Return the model on this process's device, set to decode greedily."""
     hide_library_progress()
-    dense = not any("_predictor." in name for name in tensor_shapes(options.model))
-    if dense and options.sparsity != "none":
-        raise ValueError(
-            f"{options.model} is a dense checkpoint without predictors, so sparsity={options.sparsity!r} would be "
-            "decided at random; give --sparsity none"
-        )
+    check_learned(options.model, method)
     model = DynamicLlavaForConditionalGeneration.from_pretrained(options.model, dtype=options.dtype)
     model.generation_config = greedy(model, processor)
     return model.to(own_device()).eval()
@@ -321,12 +319,16 @@ def _described(options: RunOptions, shard: Shard, evaluation: Evaluation | None)
     settings |= {name: getattr(options, name) for name in ("limit", "max_new_tokens", "source", "round_separator")}
     settings["datasets"] = dict(options.datasets) or None
     if evaluation is None:
-        return Summary(options.model, options.sparsity, None, settings, environment(), ())
+        method = None if options.method is None else str(options.method.get("name"))
+        sparsity = (options.sparsity or "both") if method is None else None
+        return Summary(options.model, sparsity, None, settings, environment(), (), method=method)
     text, device = evaluation.model.config.text_config, evaluation.model.device
     settings |= {"dtype": str(evaluation.model.dtype).removeprefix("torch."), "device": _device_name(device)}
     size = SIZES.get((text.hidden_size, text.num_hidden_layers))
     identity = identity_of(evaluation.settings)
-    return Summary(options.model, options.sparsity, size, settings, environment(), (), identity)
+    sparsity = evaluation.settings.get("sparsity")
+    method = describe_method(evaluation.method) if sparsity is None else None
+    return Summary(options.model, sparsity, size, settings, environment(), (), identity, method)
 
 
 def _report(row: Row) -> str:

@@ -39,8 +39,9 @@ PAPER_COSTS: Mapping[str, Mapping[str, Mapping[str, float]]] = {
     },
 }
 """Size -> cost -> sparsity -> what the paper prints: Table 1, and Table 14 for times (one A100, batch 1)."""
+OURS = "ours"
 HEAD = (
-    "benchmark", "metric", "ours", *SPARSITIES.values(), "difference", "tokens/layer", "TFLOP", "Eq. 13", "KV MiB",
+    "benchmark", "metric", OURS, *SPARSITIES.values(), "difference", "tokens/layer", "TFLOP", "Eq. 13", "KV MiB",
     "prefill ms", "decode ms", "unreadable",
 )  # fmt: skip
 
@@ -70,7 +71,8 @@ class Summary:
     """A run: which model, how it was asked, and a row for each task."""
 
     model: str
-    sparsity: str
+    sparsity: str | None
+    """Which context was sparsified, by Dynamic-LLaVA as the checkpoint's settings have it; None for another method."""
     size: str | None
     """The paper's name of the model's size; None for another."""
     settings: Mapping[str, Any]
@@ -78,13 +80,16 @@ class Summary:
     environment: Mapping[str, Any]
     rows: Sequence[Row]
     identity: str = ""
-    """A digest of what all answers depend on: model and sparsity; empty when no model was loaded."""
+    """A digest of what all answers depend on: model and method; empty when no model was loaded."""
+    method: str | None = None
+    """What decided, in a line, where `sparsity` does not say it."""
 
     def to_json(self) -> dict[str, Any]:
         """Return it as a JSON object."""
         return {
             "model": self.model,
             "sparsity": self.sparsity,
+            "method": self.method,
             "size": self.size,
             "identity": self.identity,
             "settings": dict(self.settings),
@@ -130,7 +135,7 @@ class Summary:
 
     def _difference(self, task: Task, score: Score, metric: str) -> float | None:
         """Return ours less the paper's for the same size and sparsity; None where it prints none, and with a limit."""
-        paper = self._paper(task, metric).get(self.sparsity)
+        paper = self._paper(task, metric).get(self.sparsity or "")
         if paper is None or self.settings.get("limit") is not None:
             return None
         return score.metrics[metric].value - paper
@@ -139,9 +144,10 @@ class Summary:
 def page(summary: Mapping[str, Any]) -> str:
     """Return table.md of a summary.json: scores and costs beside the paper's, then what to know about each task."""
     tasks: Mapping[str, Mapping[str, Any]] = summary["tasks"]
-    lines = [f"# {code(summary['model'])}, {_named(summary['sparsity'])}", "", *_listed(summary["settings"]), ""]
+    lines = [f"# {code(summary['model'])}, {named(summary)}", "", *_listed(summary["settings"]), ""]
     table = [line for row in tasks.values() for line in _lines(row)]
-    lines += [markdown([[_cell(text) for text in line] for line in (HEAD, *table)]), ""]
+    head = [f"ours, {named(summary)}" if text == OURS and summary.get("method") else text for text in HEAD]
+    lines += [markdown([[_cell(text) for text in line] for line in (head, *table)]), ""]
     lines += [
         "Means over the answers: image tokens that a layer sees; a prefill's FLOP by real module shapes, and by "
         "the paper's Eq. 13 on image tokens alone; the filled key-value cache when an answer ends. Times: medians "
@@ -158,8 +164,11 @@ def _listed(values: Mapping[str, Any]) -> list[str]:
     return [", ".join(f"{name} {code(value)}" for name, value in values.items() if value is not None)]
 
 
-def _named(sparsity: str) -> str:
-    return SPARSITIES.get(sparsity) or f"sparsity {code(sparsity)}"
+def named(summary: Mapping[str, Any]) -> str:
+    """Return what decided in a run, as tables name it, from its summary.json."""
+    if summary.get("method"):
+        return f"method {code(summary['method'])}"
+    return SPARSITIES.get(summary["sparsity"]) or f"sparsity {code(summary['sparsity'])}"
 
 
 def _lines(row: Mapping[str, Any]) -> list[list[str]]:

@@ -3,17 +3,19 @@
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from dynamic_llava.files import give_usual_modes
+from dynamic_llava.methods import Dynamic, Method
 from dynamic_llava.model.card import replace_generic_card, write_card
 from dynamic_llava.model.places import CONVERT, check_place, refuse_adapter
 from dynamic_llava.model.quantization import spare_predictors
 from dynamic_llava.model.supported import check_architecture, check_size, refuse_code
-from dynamic_llava.model.untrained import PREDICTORS
+from dynamic_llava.model.untrained import PREDICTORS, untrained_in
 from dynamic_llava.model.weight_files import Head, WeightFiles, all_weight_files, holds_model
 
 logger = logging.getLogger(__name__)
@@ -148,6 +150,21 @@ def checkpoint_files(source: str | Path) -> list[Path]:
 def tensor_shapes(source: str | Path) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of a checkpoint folder or hub name, from the heads of its safetensors files."""
     return {name: head.shape for name, head in WeightFiles(checkpoint_files(source)).heads.items()}
+
+
+def check_learned(source: str | Path, method: Method) -> None:
+    """Raise ValueError where a method decides by weights that a checkpoint (a folder or hub name) does not hold.
+
+    Read from the heads of its files, before any weight is loaded. OSError where there are none.
+    """
+    if any("_predictor." in name for name in tensor_shapes(source)):
+        return
+    if untrained_in(SimpleNamespace(untrained_predictors=PREDICTORS), method):
+        what = f"sparsity={method.sparsity!r}" if isinstance(method, Dynamic) else f"method {method.name!r}"
+        raise ValueError(
+            f"{source} is a dense checkpoint without predictors, so {what} would be decided at random; train it first, "
+            "give --sparsity none, or a method that learns nothing, such as --method fastv"
+        )
 
 
 def check_folder(folder: Path, needs_config: bool = True) -> dict[str, Head]:

@@ -6,6 +6,8 @@ import shutil
 import pytest
 import torch
 
+from dynamic_llava import METHODS
+from dynamic_llava.config import SPARSITY_MODES
 from dynamic_llava.costs import decoder_shape
 from dynamic_llava.eval import identity
 from dynamic_llava.eval.answering import Asked, by_length, facts, prompt_inputs, read_ahead
@@ -15,7 +17,7 @@ from dynamic_llava.eval.shard import Shard, joined_processes, own_device
 from dynamic_llava.eval.tasks import Question
 from dynamic_llava.model import DynamicLlavaForConditionalGeneration
 from dynamic_llava.processing import DynamicLlavaProcessor
-from tests.builders import TOKENS_PER_IMAGE, shared_model
+from tests.builders import TOKENS_PER_IMAGE, deciding, shared_model
 from tests.eval.run_builders import ragged_checkpoint
 from tests.sft_builders import picture, tiny_processor
 
@@ -38,14 +40,14 @@ class Picture:
 QUESTIONS = [Question(i, "What is it? " * (i % 3) + "?", None if i == 4 else Picture(i)) for i in range(7)]
 
 
-@pytest.mark.parametrize("sparsity", ["both", "image", "output", "none"])
-def test_bytes_by_arithmetic_are_those_in_the_cache(sparsity):
+@pytest.mark.parametrize("how", [*SPARSITY_MODES, *sorted(METHODS)])
+def test_bytes_by_arithmetic_are_those_in_the_cache(how):
     """The counts on a line give what one row's cache holds when its answer ends."""
     model, processor = shared_model(), tiny_processor()
     for question in QUESTIONS[2:5]:
         (asked, _), *_ = read_ahead([question], [0], 1, processor)
         batch = Batch((0,), prompt_inputs(processor, asked))
-        (said,) = generate_answers(model, processor, [batch], max_new_tokens=6, switches={"sparsity": sparsity})
+        (said,) = generate_answers(model, processor, [batch], max_new_tokens=6, switches={"method": deciding(how)})
         recorded = facts(said)
         counted = Counted(
             recorded["prompt_tokens"],
@@ -53,8 +55,8 @@ def test_bytes_by_arithmetic_are_those_in_the_cache(sparsity):
             recorded["output_tokens"],
             recorded["output_kept"],
         )
-        shape, settings = decoder_shape(model.config), model.config.sparsity
-        assert mean_kv_bytes(shape, settings, [counted], TOKENS_PER_IMAGE, 4) == said.cache_bytes
+        shape, method = decoder_shape(model.config), deciding(how)
+        assert mean_kv_bytes(shape, method, [counted], TOKENS_PER_IMAGE, 4) == said.cache_bytes
 
 
 def test_questions_are_read_in_order_with_what_is_wrong_beside_them():

@@ -9,17 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynamic_llava.config import SparsityMode
 from dynamic_llava.eval.predict import NOT_FINITE, NotFinite
+from dynamic_llava.methods import Method
 from dynamic_llava.model import cache_of
 
 
 class LiveDialogues:
     """The state of B dialogues: their cache, and what was kept of them. Nothing of it is left on the model."""
 
-    def __init__(self, model: Any, pixel_values: Tensor, sparsity: SparsityMode) -> None:
-        """Begin; pixel_values (B, 3, S, S) holds each row's image, whose places lie in the row's first chunk."""
-        self.model, self.sparsity = model, sparsity
+    def __init__(self, model: Any, pixel_values: Tensor, method: Method, sample_key: Tensor | None = None) -> None:
+        """Begin; pixel_values (B, 3, S, S) holds each row's image, whose places lie in the row's first chunk.
+
+        sample_key (B,) int64 are the noise keys of a method that draws; 0 by default.
+        """
+        self.model, self.method = model, method
+        self._key_B = None if sample_key is None else sample_key.to(model.device)
         batch, device = pixel_values.shape[0], model.device
         self._pixels: Tensor | None = pixel_values.to(device, model.dtype)
         self._cache: Any = None
@@ -53,7 +57,8 @@ class LiveDialogues:
             position_ids=position_BN[:, -width:],
             cache=self._cache,
             use_cache=True,
-            sparsity=self.sparsity,
+            method=self.method,
+            sample_key=self._key_B,
             logits_to_keep=1,
         )
         self._count(result.sparsity, ids_BQ, valid_BQ & output)

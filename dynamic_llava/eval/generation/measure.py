@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from dynamic_llava.config import SparsityConfig
 from dynamic_llava.costs import DecoderShape, decoder_shape, flops_paper, kv_bytes
+from dynamic_llava.eval.efficiency import sparse_layer
 from dynamic_llava.eval.generation.dialogues import EncodedRound, RoundSeparator, encode_dialogue
 from dynamic_llava.eval.generation.live import LiveDialogues, answer_dialogues
 from dynamic_llava.eval.generation.teacher_forcing import Scored, score_dialogues
@@ -35,16 +35,13 @@ class Lengths:
     output_kept: int
     """Those that stay in the cache of the sparse layers."""
 
-    def fields(
-        self, shape: DecoderShape, settings: SparsityConfig, bytes_per_value: int, *, several: bool
-    ) -> dict[str, int]:
+    def fields(self, shape: DecoderShape, layer: int, bytes_per_value: int, *, several: bool) -> dict[str, int]:
         """Return lengths, memory and decode FLOPs by the names that answer lines give them.
 
         `decode_flop` is Table 3's: Eq. 13 on the output tokens in one pass. `decode_kv_bytes` is what the keys and
         values of these tokens fill; `max_prefill_memory` and `max_decode_memory` are what all tokens fill after the
         first prompt and at the end (the scripts read the device's allocation there, which is no property of a method).
         """
-        layer = settings.sparse_layer
 
         def filled(tokens: int, kept: int) -> int:
             return kv_bytes(shape, tokens, kept=kept, sparse_layer=layer, bytes_per_value=bytes_per_value)
@@ -87,11 +84,16 @@ class Measured:
 
 
 def measure_dialogues(
-    run: Any, dialogues: Sequence[Sequence[Sequence[str]]], pixels: torch.Tensor, separator: RoundSeparator | None
+    run: Any,
+    dialogues: Sequence[Sequence[Sequence[str]]],
+    pixels: torch.Tensor,
+    separator: RoundSeparator | None,
+    sample_key: torch.Tensor | None = None,
 ) -> list[Measured]:
     """Measure (question, reference) rounds about one image each, (B, 3, S, S); separator=None says one round each.
 
-    `run` is the ModelRun of eval/answering.py. Raises ValueError, before anything is computed, where NLTK's data lack.
+    `run` is the ModelRun of eval/answering.py; sample_key (B,) int64 are the noise keys of methods that draw. Raises
+    ValueError, before anything is computed, where NLTK's data lack.
     """
     meteor = nltk_meteor()
     model, processor = run.model, run.processor
@@ -106,8 +108,8 @@ def measure_dialogues(
         )
         for rounds in dialogues
     ]
-    scored = score_dialogues(model, rows, pixels, run.sparsity, processor.pad_token_id)
-    generated = _generate(run, rows, pixels)
+    scored = score_dialogues(model, rows, pixels, run.method, processor.pad_token_id, sample_key)
+    generated = _generate(run, rows, pixels, sample_key)
     measured = []
     for rounds, row, one, said in zip(dialogues, rows, scored, generated, strict=True):
         texts = [processor.decode(tokens).strip() for tokens in said.tokens]
@@ -116,9 +118,11 @@ def measure_dialogues(
     return measured
 
 
-def _generate(run: Any, rows: Sequence[Sequence[EncodedRound]], pixels: torch.Tensor) -> list[Generated]:
+def _generate(
+    run: Any, rows: Sequence[Sequence[EncodedRound]], pixels: torch.Tensor, sample_key: torch.Tensor | None
+) -> list[Generated]:
     ends = run.model.generation_config.eos_token_id
-    live = LiveDialogues(run.model, pixels, run.sparsity)
+    live = LiveDialogues(run.model, pixels, run.method, sample_key)
     prompts = [[one.prompt for one in row] for row in rows]
     said = answer_dialogues(live, prompts, run.max_new_tokens, set(ends if isinstance(ends, list) else [ends]))
     kept = zip(live.image_kept.tolist(), live.output_kept.tolist(), strict=True)
@@ -137,11 +141,12 @@ def _line(
 ) -> Measured:
     image = run.processor.tokens_per_image
     text, first = sum(len(one.prompt) for one in row) - image, len(row[0].prompt) - image
-    shape, settings, size = decoder_shape(run.model.config), run.model.config.sparsity, run.model.dtype.itemsize
+    shape, size = decoder_shape(run.model.config), run.model.dtype.itemsize
+    layer = sparse_layer(run.method, shape.layers)
     forced = Lengths(image, scored.image_kept, first, text, sum(len(one.answer) - 1 for one in row), scored.output_kept)
     free = Lengths(image, said.image_kept, first, text, sum(len(one) - 1 for one in said.tokens), said.output_kept)
-    extra: dict[str, Any] = dict(forced.fields(shape, settings, size, several=several))
-    own = free.fields(shape, settings, size, several=several)
+    extra: dict[str, Any] = dict(forced.fields(shape, layer, size, several=several))
+    own = free.fields(shape, layer, size, several=several)
     extra |= {f"meteor_{name}": value for name, value in own.items()}
     perplexities = list(scored.perplexities)
     if several:

@@ -15,6 +15,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from dynamic_llava.eval.generation.dialogues import EncodedRound
 from dynamic_llava.eval.generation.teacher_forcing import score_dialogues, score_step_by_step
 from dynamic_llava.eval.writing import write_text
+from dynamic_llava.methods import Dynamic
 from dynamic_llava.model import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
 from dynamic_llava.provenance import environment
 
@@ -70,12 +71,13 @@ def measure_ppl_speed(seed: int = 0, repeats: int = 5) -> PplSpeed:
         pixels = torch.randn(1, 3, 336, 336)
     prompt = [*words[:4], *[IMAGE_ID] * IMAGE_TOKENS, *words[4:PROMPT_TOKENS]]
     rows = [[EncodedRound(prompt, [*words[PROMPT_TOKENS:], END_ID])]]
+    method = Dynamic.from_config(model.config.sparsity)
     ways = {"one_pass": score_dialogues, "loop": score_step_by_step}
-    values = {name: way(model, rows, pixels, "both")[0].perplexities[0] for name, way in ways.items()}
+    values = {name: way(model, rows, pixels, method)[0].perplexities[0] for name, way in ways.items()}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, way in ways.items():
-            seconds[name].append(_seconds(lambda way=way: way(model, rows, pixels, "both")))
+            seconds[name].append(_seconds(lambda way=way: way(model, rows, pixels, method)))
     return PplSpeed(
         one_pass_s=statistics.median(seconds["one_pass"]),
         loop_s=statistics.median(seconds["loop"]),

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynamic_llava.config import SparsityMode
 from dynamic_llava.eval.generation.dialogues import EncodedRound
 from dynamic_llava.eval.generation.live import LiveDialogues
 from dynamic_llava.eval.predict import NOT_FINITE, NotFinite
-from dynamic_llava.model.switches import choose_method
+from dynamic_llava.methods import Method
 
 LARGEST = 700.0
 """A mean cross entropy beyond it is no finite perplexity in float64; NaN is not below it."""
@@ -36,20 +35,29 @@ class Scored:
 
 @torch.no_grad()
 def score_dialogues(
-    model: Any, rows: Sequence[Sequence[EncodedRound]], pixel_values: Tensor, sparsity: SparsityMode, filler: int = 0
+    model: Any,
+    rows: Sequence[Sequence[EncodedRound]],
+    pixel_values: Tensor,
+    method: Method,
+    filler: int = 0,
+    sample_key: Tensor | None = None,
 ) -> list[Scored]:
     """Score every round of each row in ONE forward pass over right-padded rows, filled up with the id `filler`.
 
-    pixel_values is (B, 3, S, S), one image a row. The head runs only where a token is predicted.
+    pixel_values is (B, 3, S, S), one image a row; sample_key (B,) int64 as in `LiveDialogues`. The head runs only where
+    a token is predicted. A method that looks at the question's attention is asked round by round where a first answer
+    feeds no token: in one pass such a question has no end.
     """
     model.eval()
     device = model.device
+    looks = any(cut.sees for cut in method.cuts(model.config.text_config.num_hidden_layers))
+    if looks and any(len(row) > 1 and len(row[0].answer) == 1 for row in rows):
+        return score_step_by_step(model, rows, pixel_values, method, sample_key)
     fed = [_fed(row) for row in rows]
     width = max(len(ids) for ids, _, _ in fed)
     ids_BN = torch.tensor([ids + [filler] * (width - len(ids)) for ids, _, _ in fed], device=device)
     valid_BN = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _, _ in fed], device=device)
     output_BN = torch.tensor([out + [False] * (width - len(out)) for _, out, _ in fed], device=device)
-    method = choose_method(model.config.sparsity, sparsity=sparsity)
     result = model.model(
         input_ids=ids_BN,
         pixel_values=pixel_values.to(device, model.dtype),
@@ -57,6 +65,7 @@ def score_dialogues(
         output_mask=output_BN,
         method=method,
         answers_only=not method.is_dense,
+        sample_key=None if sample_key is None else sample_key.to(device),
         use_cache=False,
     )
     image_B, output_B = _kept(result.sparsity, ids_BN == model.config.image_token_id, output_BN)
@@ -74,14 +83,18 @@ def score_dialogues(
 
 @torch.no_grad()
 def score_step_by_step(
-    model: Any, rows: Sequence[Sequence[EncodedRound]], pixel_values: Tensor, sparsity: SparsityMode
+    model: Any,
+    rows: Sequence[Sequence[EncodedRound]],
+    pixel_values: Tensor,
+    method: Method,
+    sample_key: Tensor | None = None,
 ) -> list[Scored]:
     """Score as the paper's scripts do: a call per prompt, then a call per answer token, on one live cache.
 
     The reference for `score_dialogues`, and what its speed is measured against.
     """
     model.eval()
-    live = LiveDialogues(model, pixel_values, sparsity)
+    live = LiveDialogues(model, pixel_values, method, sample_key)
     nll: list[list[list[Tensor]]] = [[[] for _ in row] for row in rows]
     for number in range(max(map(len, rows))):
         now = [row[number] if number < len(row) else EncodedRound([], []) for row in rows]

@@ -109,7 +109,9 @@ class GenerationTask(Task):
 
         rounds = [one.question.extra["rounds"] for one in asked]
         pixels = torch.cat([one.pixels for one in asked])
-        measured = measure_dialogues(run, rounds, pixels, self.round_separator if self.several else None)
+        separator = self.round_separator if self.several else None
+        keys = torch.tensor([one.place for one in asked])
+        measured = measure_dialogues(run, rounds, pixels, separator, keys)
         return [Said(one.text, one.metadata, one.extra) for one in measured]
 
     def can_score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None) -> bool:

@@ -15,6 +15,7 @@ from dynamic_llava.eval.efficiency import measure_speed, prefill_costs
 from dynamic_llava.eval.metrics.perplexity import perplexity
 from dynamic_llava.eval.metrics.yes_no import yes_no_scores
 from dynamic_llava.model import DynamicLlavaForConditionalGeneration
+from dynamic_llava.model.switches import choose_method
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.tiny.config import TinyJobConfig
 from dynamic_llava.tiny.job.rows import CACHED_SUBSET, REFERENCE, UNCACHED, Row, equal_keep_rows, first_rows
@@ -196,7 +197,7 @@ class Evaluator:
             self.settings,
             output.descriptions,
             self.processor.tokens_per_image,
-            predictor=row.learned,
+            method=choose_method(self.settings, **row.switches),
         )
         metrics["kv_kib"] = statistics.fmean(said.cache_bytes for said in output.descriptions) / 1024
         metrics["kv_allocated_kib"] = statistics.fmean(said.allocated_bytes for said in output.descriptions) / 1024

@@ -3,14 +3,18 @@
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
-from dynamic_llava.config import SparsityMode
 from dynamic_llava.costs import decoder_shape
 from dynamic_llava.eval import predict
 from dynamic_llava.eval.efficiency import prefill_costs
+from dynamic_llava.eval.identity import method_settings
 from dynamic_llava.eval.metrics.perplexity import perplexity
 from dynamic_llava.eval.writing import write_text
-from dynamic_llava.model import DynamicLlavaForConditionalGeneration
+from dynamic_llava.methods import Method
+from dynamic_llava.model import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
+from dynamic_llava.model.loading import check_learned
+from dynamic_llava.model.switches import choose_method
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.provenance import environment
 from dynamic_llava.tiny.config import TinyJobConfig
@@ -18,11 +22,11 @@ from dynamic_llava.tiny.job.evaluation import RowOutput, quality
 from dynamic_llava.tiny.job.testset import TestSet
 
 
-def measure(checkpoint: Path, test: TestSet, sparsity: SparsityMode) -> dict[str, float]:
+def measure(checkpoint: Path, test: TestSet, method: Method) -> dict[str, float]:
     """Return accuracy, perplexity, recall, realised keep rates and costs of a checkpoint, by the main job's names."""
     model = DynamicLlavaForConditionalGeneration.from_pretrained(str(checkpoint))
     processor = DynamicLlavaProcessor.from_pretrained(checkpoint)
-    settings, switches = TinyJobConfig(), {"sparsity": sparsity}
+    settings, switches = TinyJobConfig(), {"method": method}
     forced = predict.likelihood(
         model,
         predict.answer_batches(processor, test.descriptions, settings.batch_size),
@@ -50,7 +54,7 @@ def measure(checkpoint: Path, test: TestSet, sparsity: SparsityMode) -> dict[str
         model.config.sparsity,
         output.descriptions,
         processor.tokens_per_image,
-        predictor=sparsity in ("both", "image"),
+        method=method,
     )
     return {
         "ppl": perplexity(forced.nll, forced.tokens),
@@ -62,14 +66,21 @@ def measure(checkpoint: Path, test: TestSet, sparsity: SparsityMode) -> dict[str
     }
 
 
-def write_measures(checkpoint: Path, test: TestSet, sparsity: SparsityMode, folder: Path) -> Path:
-    """Measure a checkpoint and write <folder>/summary.json, whole or not at all; returns its path."""
+def write_measures(checkpoint: Path, test: TestSet, folder: Path, **switches: Any) -> Path:
+    """Measure a checkpoint and write <folder>/summary.json, whole or not at all; returns its path.
+
+    `switches` are `sparsity` and `method` as `choose_method` takes them. ValueError, before anything is measured, for
+    a method that is not known, or one that decides by weights which the checkpoint lacks.
+    """
+    config = DynamicLlavaConfig.from_pretrained(checkpoint).sparsity
+    method = choose_method(config, **switches)
+    check_learned(checkpoint, method)
     summary = {
         "model": str(checkpoint),
-        "sparsity": sparsity,
+        **method_settings(method, config),
         "questions": len(test.questions),
         "descriptions": len(test.descriptions),
-        "metrics": measure(checkpoint, test, sparsity),
+        "metrics": measure(checkpoint, test, method),
         "environment": environment(),
     }
     return write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dynamic_llava.eval.generation.live import LiveDialogues, answer_dialogues
-from tests.builders import BOS, IMAGE_SIZE, IMAGE_TOKEN, TOKENS_PER_IMAGE, shared_model, words
+from tests.builders import BOS, IMAGE_SIZE, IMAGE_TOKEN, TOKENS_PER_IMAGE, deciding, shared_model, words
 
 SPARSITIES = ("both", "image", "output", "none")
 
@@ -19,7 +19,7 @@ def questions(*rows, seed=0):
 
 
 def answers(prompts, pixels, sparsity, ends=frozenset(), limit=9):
-    live = LiveDialogues(shared_model(), pixels, sparsity)
+    live = LiveDialogues(shared_model(), pixels, deciding(sparsity))
     return answer_dialogues(live, prompts, limit, set(ends)), live
 
 

@@ -5,13 +5,26 @@ import math
 import pytest
 import torch
 
+from dynamic_llava.config import SPARSITY_MODES
 from dynamic_llava.eval.generation.dialogues import EncodedRound, encode_dialogue
 from dynamic_llava.eval.generation.teacher_forcing import score_dialogues, score_step_by_step
 from dynamic_llava.processing.prompts import SYSTEM
-from tests.builders import BOS, EOS, IMAGE_SIZE, IMAGE_TOKEN, TOKENS_PER_IMAGE, build_model, shared_model, words
+from tests.builders import (
+    BOS,
+    EOS,
+    IMAGE_SIZE,
+    IMAGE_TOKEN,
+    TOKENS_PER_IMAGE,
+    build_model,
+    deciding,
+    shared_model,
+    words,
+)
 from tests.sft_builders import character_tokenizer
 
-SPARSITIES = ("both", "image", "output", "none")
+HOW = (*SPARSITY_MODES, "fastv", "random", "structure")
+IMAGE_KEPT = {"both": 4, "image": 4, "fastv": 8, "random": 3, "structure": 3}
+"""Image tokens that the settings of the tests' model, and the defaults of the others, leave of 16."""
 SINGLE = [[(5, 30)], [(2, 1)], [(9, 12)]]
 SEVERAL = [[(4, 9), (3, 20), (6, 1)], [(7, 25)], [(2, 3), (5, 14)], [(3, 1), (2, 1), (2, 6), (4, 8)]]
 """Text tokens of a question and tokens of its answer, `</s>` included, by row and round."""
@@ -37,20 +50,19 @@ def assert_same(one_pass, loop):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("shape", [SINGLE, SEVERAL], ids=["single", "several rounds"])
-def test_one_pass_equals_the_cached_loop(shape, sparsity, attention):
+def test_one_pass_equals_the_cached_loop(shape, how, attention):
     model = shared_model(attention=attention)
     rows, pixels = dialogues(shape)
-    one_pass = score_dialogues(model, rows, pixels, sparsity)
-    assert_same(one_pass, score_step_by_step(model, rows, pixels, sparsity))
+    one_pass = score_dialogues(model, rows, pixels, deciding(how))
+    assert_same(one_pass, score_step_by_step(model, rows, pixels, deciding(how)))
     fed = [sum(len(one.answer) - 1 for one in row) for row in rows]
-    if sparsity in ("both", "output"):
+    if how in ("both", "output", "random", "structure"):
         assert 0 < sum(one.output_kept for one in one_pass) < sum(fed)
     else:
         assert [one.output_kept for one in one_pass] == fed
-    kept = 4 if sparsity in ("both", "image") else TOKENS_PER_IMAGE
-    assert {one.image_kept for one in one_pass} == {kept}
+    assert {one.image_kept for one in one_pass} == {IMAGE_KEPT.get(how, TOKENS_PER_IMAGE)}
 
 
 @pytest.mark.slow
@@ -64,15 +76,17 @@ def test_one_pass_equals_the_cached_loop_on_random_dialogues(seed):
     shape = [[(draw(2, 12), draw(1, 40)) for _ in range(draw(1, 6))] for _ in range(draw(1, 5))]
     rows, pixels = dialogues(shape, seed)
     model = shared_model(kv_heads=(2, 4)[seed % 2])
-    for sparsity in SPARSITIES:
-        assert_same(score_dialogues(model, rows, pixels, sparsity), score_step_by_step(model, rows, pixels, sparsity))
+    for how in HOW:
+        asked = model, rows, pixels, deciding(how)
+        assert_same(score_dialogues(*asked), score_step_by_step(*asked))
 
 
-@pytest.mark.parametrize("sparsity", SPARSITIES)
-def test_a_row_does_not_depend_on_its_batch(sparsity):
+@pytest.mark.parametrize("how", HOW)
+def test_a_row_does_not_depend_on_its_batch(how):
     rows, pixels = dialogues(SEVERAL)
-    together = score_dialogues(shared_model(), rows, pixels, sparsity)
-    alone = [score_dialogues(shared_model(), [row], pixels[i : i + 1], sparsity)[0] for i, row in enumerate(rows)]
+    model, method = shared_model(), deciding(how)
+    together = score_dialogues(model, rows, pixels, method)
+    alone = [score_dialogues(model, [row], pixels[i : i + 1], method)[0] for i, row in enumerate(rows)]
     assert_same(together, alone)
 
 
@@ -84,10 +98,10 @@ def test_the_perplexity_is_that_of_the_training_loss():
     ids = torch.tensor([one.prompt + one.answer])
     labels = ids.clone()
     labels[:, : len(one.prompt)] = -100
-    for sparsity in SPARSITIES:
+    for how in HOW:
         with torch.no_grad():
-            loss = model(input_ids=ids, pixel_values=pixels, labels=labels, sparsity=sparsity).lm_loss
-        scored = score_dialogues(model, rows, pixels, sparsity)
+            loss = model(input_ids=ids, pixel_values=pixels, labels=labels, method=deciding(how)).lm_loss
+        scored = score_dialogues(model, rows, pixels, deciding(how))
         assert scored[0].perplexities == pytest.approx([math.exp(loss)], rel=1e-5)
 
 
@@ -95,12 +109,13 @@ def test_the_end_token_is_scored_and_never_fed():
     """Another last label changes the perplexity of its own round alone; a token that is fed changes later rounds."""
     rows, pixels = dialogues([[(4, 6), (3, 8)]])
     first, second = rows[0]
-    before = score_dialogues(shared_model(), rows, pixels, "none")[0].perplexities
+    before = score_dialogues(shared_model(), rows, pixels, deciding("none"))[0].perplexities
     other_end = [[EncodedRound(first.prompt, [*first.answer[:-1], 7]), second]]
-    after = score_dialogues(shared_model(), other_end, pixels, "none")[0].perplexities
+    after = score_dialogues(shared_model(), other_end, pixels, deciding("none"))[0].perplexities
     assert after[0] != pytest.approx(before[0]) and after[1] == pytest.approx(before[1])
     other_token = [[EncodedRound(first.prompt, [*first.answer[:-2], 7, EOS]), second]]
-    assert score_dialogues(shared_model(), other_token, pixels, "none")[0].perplexities[1] != pytest.approx(before[1])
+    fed_other = score_dialogues(shared_model(), other_token, pixels, deciding("none"))[0].perplexities
+    assert fed_other[1] != pytest.approx(before[1])
 
 
 def test_separators():
@@ -132,4 +147,4 @@ def test_an_attention_without_masks_of_its_own_is_refused():
     rows, pixels = dialogues([[(2, 3)]])
     model.model.language_model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="'flash_attention_2' cannot decode on an admission cache, nor score answers"):
-        score_dialogues(model, rows, pixels, "both")
+        score_dialogues(model, rows, pixels, deciding("both"))
