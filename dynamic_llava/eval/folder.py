@@ -37,7 +37,7 @@ def check_folder(folder: Path, settings: Mapping[str, Any] | None) -> dict[str, 
     """
     for record in sorted((folder / ANSWERS).glob(f"*{RECORD}")) if settings is not None else ():
         before = fields_of(read_json(record), {}, str(record))
-        shared = [{name: of.get(name) for name in _SHARED} for of in (before, _plain(settings))]
+        shared = [{name: of[name] for name in _SHARED if name in of} for of in (before, _plain(settings))]
         if shared[0] != shared[1]:
             raise ValueError(
                 f"{folder} holds answers of another run ({record.name}): {differences(*shared)}; nothing was written: "

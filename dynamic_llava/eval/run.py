@@ -46,7 +46,6 @@ from dynamic_llava.eval.tasks.base import SKIPPED, ImageFile, naming
 from dynamic_llava.files import EXIT_WRITE_FAILED, WriteError
 from dynamic_llava.methods import Method, describe_method
 from dynamic_llava.model import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
-from dynamic_llava.model.loading import check_learned
 from dynamic_llava.model.switches import choose_method
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.provenance import environment
@@ -287,8 +286,7 @@ def _say_end(rows: Sequence[Row], summary: Summary, folder: Path) -> None:
 def _load(options: RunOptions, method: Method, processor: DynamicLlavaProcessor) -> Any:
     """Return the model on this process's device, set to decode greedily."""
     hide_library_progress()
-    check_learned(options.model, method)
-    model = DynamicLlavaForConditionalGeneration.from_pretrained(options.model, dtype=options.dtype)
+    model = DynamicLlavaForConditionalGeneration.load_for(method, options.model, dtype=options.dtype)
     model.generation_config = greedy(model, processor)
     return model.to(own_device()).eval()
 

@@ -2,6 +2,9 @@
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +16,7 @@ from dynamic_llava.files import give_usual_modes
 from dynamic_llava.methods import Dynamic, Method
 from dynamic_llava.model.card import replace_generic_card, write_card
 from dynamic_llava.model.places import CONVERT, check_place, refuse_adapter
+from dynamic_llava.model.plan import check_cuts
 from dynamic_llava.model.quantization import spare_predictors
 from dynamic_llava.model.supported import check_architecture, check_size, refuse_code
 from dynamic_llava.model.untrained import PREDICTORS, untrained_in
@@ -23,6 +27,19 @@ logger = logging.getLogger(__name__)
 PREDICTOR_PREFIXES = {name: f"model.language_model.{name}." for name in PREDICTORS}
 _OTHER_SOURCES = ("state_dict", "subfolder", "variant", "gguf_file")
 """Arguments of from_pretrained that take the weights from elsewhere than the folder's usual files."""
+
+
+_EXPECTED = ContextVar("new weights are expected", default=False)
+
+
+@contextmanager
+def new_weights_expected() -> Iterator[None]:
+    """Load without a word about newly initialised weights, which are about to be trained, or will not be asked."""
+    before = _EXPECTED.set(True)
+    try:
+        yield
+    finally:
+        _EXPECTED.reset(before)
 
 
 class CheckedLoading:
@@ -62,6 +79,19 @@ class CheckedLoading:
         if getattr(model, "generation_config", None) is not None:
             vars(model.generation_config).pop("sparsity", None)
         return (model, info) if wants_info else model
+
+    @classmethod
+    def load_for(cls, method: Method, source: str | Path, **kwargs: Any) -> Any:
+        """Load a checkpoint for calls under `method`; kwargs are those of from_pretrained.
+
+        A dense one is enough for a method that learns nothing, and nothing is said of predictors that it never asks.
+        Raises ValueError, before any weight is read, where the method decides by weights that the checkpoint lacks.
+        """
+        layers = cls.config_class.from_pretrained(source).text_config.num_hidden_layers  # type: ignore[attr-defined]
+        check_cuts(method, layers)
+        check_learned(source, method)
+        with nullcontext() if _asked_of(method) else new_weights_expected():
+            return cls.from_pretrained(source, **kwargs)
 
     @classmethod
     def check_checkpoint(cls, source: str | Path, **kwargs: Any) -> None:
@@ -108,7 +138,7 @@ class CheckedLoading:
             kind, words = "a checkpoint with one predictor", " ".join(lost)
         names = {name for tensors in lost.values() for name in tensors}
         loading_info.missing_keys -= names
-        if names:
+        if names and not _EXPECTED.get():
             logger.warning(
                 "%s: the %d %s tensors are newly initialised; train before sparse inference", kind, len(names), words
             )
@@ -159,12 +189,17 @@ def check_learned(source: str | Path, method: Method) -> None:
     """
     if any("_predictor." in name for name in tensor_shapes(source)):
         return
-    if untrained_in(SimpleNamespace(untrained_predictors=PREDICTORS), method):
+    if _asked_of(method):
         what = f"sparsity={method.sparsity!r}" if isinstance(method, Dynamic) else f"method {method.name!r}"
         raise ValueError(
             f"{source} is a dense checkpoint without predictors, so {what} would be decided at random; train it first, "
             "give --sparsity none, or a method that learns nothing, such as --method fastv"
         )
+
+
+def _asked_of(method: Method) -> list[str]:
+    """Return the predictors that a method would let decide."""
+    return untrained_in(SimpleNamespace(untrained_predictors=PREDICTORS), method)
 
 
 def check_folder(folder: Path, needs_config: bool = True) -> dict[str, Head]:

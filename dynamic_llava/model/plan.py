@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from dynamic_llava.config import SparsityConfig
+from dynamic_llava.config import SparsityConfig, check_sparse_layer
 from dynamic_llava.layout import TokenLayout
 from dynamic_llava.methods import Cut, Method
 
@@ -38,6 +38,12 @@ class Plan:
     def reads_attention(self) -> bool:
         """Whether the method is asked, and wants a row of attention to decide by."""
         return "question_row" in self.cut.sees and self.keep_mask is None
+
+
+def check_cuts(method: Method, layers: int) -> None:
+    """Raise ValueError for a method that cannot decide in a language model of so many layers."""
+    if not method.is_dense:
+        check_sparse_layer(one_cut(method, layers).layer, layers)
 
 
 def one_cut(method: Method, layers: int) -> Cut:

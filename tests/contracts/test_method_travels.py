@@ -121,7 +121,7 @@ def test_a_dense_checkpoint_is_benchmarked_with_any_method_that_learns_nothing(
     if method.is_dense:
         assert summary["sparsity"] == "none" and summary["method"] is None
     else:
-        record = json.loads((out / "answers" / "toy.settings.json").read_text())
+        record = json.loads((out / "answers" / "toy.run.json").read_text())
         assert print_method(method).items() <= record["method"].items() and "sparsity" not in record
         assert summary["sparsity"] is None and "layer 3" in summary["method"]
         table = (out / "table.md").read_text()
@@ -161,7 +161,7 @@ def test_a_folder_of_an_earlier_version_goes_on(dense, toy, tmp_path, monkeypatc
     summary = json.loads((out / "summary.json").read_text())
     del summary["method"]
     (out / "summary.json").write_text(json.dumps(summary))
-    assert "method" not in json.loads((out / "answers" / "toy.settings.json").read_text())
+    assert "method" not in json.loads((out / "answers" / "toy.run.json").read_text())
     monkeypatch.setattr(runner, "answer", None)  # nothing is asked again
     assert asked(dense, tmp_path, out, "--sparsity", "none") == 0
 
@@ -191,5 +191,5 @@ def test_a_value_that_is_missing(capsys):
         evaluate(["--model", "m", "--method"])
     assert "--method needs a value" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        evaluate(["score", "--method", "fastv"])
+        evaluate(["score", "--task", "gqa", "--answers", "a.jsonl", "--method", "fastv"])
     assert "--method" in capsys.readouterr().err

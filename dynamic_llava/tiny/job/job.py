@@ -12,8 +12,7 @@ it would replace is moved aside. train.overwrite makes everything anew.
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from transformers import LlavaForConditionalGeneration
 from dynamic_llava.config import DataConfig, SparsityMode
 from dynamic_llava.eval.predict import hide_library_progress
 from dynamic_llava.files import Lock, give_usual_modes, replace_file, writing
+from dynamic_llava.model.loading import new_weights_expected
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.provenance import environment, fingerprint, source_digest
 from dynamic_llava.tiny import BASE_WEIGHTS
@@ -107,7 +107,7 @@ def _main(config: RunConfig, tiny: TinyJobConfig, folder: Path) -> Path:
         SeedJob(replace(config, train=replace(config.train, seed=seed)), folder / f"seed{seed}", world, base)
         for seed in seeds
     ]
-    with _new_predictors_expected():
+    with new_weights_expected():  # every training starts from a dense base
         results = [_seed_result(job) for job in jobs]
     _write_job(folder, config, jobs, results)
     print("\n" + report_text(results, config.sparsity, escape=False))
@@ -115,18 +115,6 @@ def _main(config: RunConfig, tiny: TinyJobConfig, folder: Path) -> Path:
     print(f"\n{seconds:.0f} s in all; table: {folder / 'table.md'}; numbers: {folder / 'results.json'}")
     print("pictures: " + ", ".join(str(path) for path in sorted((jobs[0].folder / "pictures").glob("*.png"))))
     return folder
-
-
-@contextmanager
-def _new_predictors_expected() -> Iterator[None]:
-    """Every training of this job starts from a dense base: that predictors are new is no surprise to warn of."""
-    loading = logging.getLogger("dynamic_llava.model.loading")
-    before = loading.level
-    loading.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        loading.setLevel(before)
 
 
 def _seed_result(job: SeedJob) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from dynamic_llava.eval.metrics.perplexity import perplexity
 from dynamic_llava.eval.writing import write_text
 from dynamic_llava.methods import Method
 from dynamic_llava.model import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
-from dynamic_llava.model.loading import check_learned
 from dynamic_llava.model.switches import choose_method
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.provenance import environment
@@ -24,7 +23,7 @@ from dynamic_llava.tiny.job.testset import TestSet
 
 def measure(checkpoint: Path, test: TestSet, method: Method) -> dict[str, float]:
     """Return accuracy, perplexity, recall, realised keep rates and costs of a checkpoint, by the main job's names."""
-    model = DynamicLlavaForConditionalGeneration.from_pretrained(str(checkpoint))
+    model = DynamicLlavaForConditionalGeneration.load_for(method, checkpoint)
     processor = DynamicLlavaProcessor.from_pretrained(checkpoint)
     settings, switches = TinyJobConfig(), {"method": method}
     forced = predict.likelihood(
@@ -69,12 +68,11 @@ def measure(checkpoint: Path, test: TestSet, method: Method) -> dict[str, float]
 def write_measures(checkpoint: Path, test: TestSet, folder: Path, **switches: Any) -> Path:
     """Measure a checkpoint and write <folder>/summary.json, whole or not at all; returns its path.
 
-    `switches` are `sparsity` and `method` as `choose_method` takes them. ValueError, before anything is measured, for
-    a method that is not known, or one that decides by weights which the checkpoint lacks.
+    `switches` are `sparsity` and `method` as `choose_method` takes them. ValueError, before any weight is read, for a
+    method that is not known, or one that decides by weights which the checkpoint lacks.
     """
     config = DynamicLlavaConfig.from_pretrained(checkpoint).sparsity
     method = choose_method(config, **switches)
-    check_learned(checkpoint, method)
     summary = {
         "model": str(checkpoint),
         **method_settings(method, config),
