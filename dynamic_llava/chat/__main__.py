@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dynamic_llava.commands import Parser, entry_point, exit_on_mistake
+from dynamic_llava.commands import Parser, add_method, entry_point, exit_on_mistake
 from dynamic_llava.config import SPARSITY_MODES
 
 EXIT_INTERRUPTED = 130
@@ -45,7 +45,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="goes with the first question; may be given more than once",
     )
-    add("--sparsity", choices=SPARSITY_MODES, default="both", help="what is dropped")
+    add("--sparsity", choices=SPARSITY_MODES, help="what Dynamic-LLaVA drops (default: both)")
+    add_method(parser)
     add("--max-new-tokens", type=int, default=512, help="most tokens of an answer")
     add("--temperature", type=float, default=0.0, help="temperature of sampling; 0 is greedy")
     add("--seed", type=int, default=0, help="seed of sampling")

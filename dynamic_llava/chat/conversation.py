@@ -10,9 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dynamic_llava.config import SparsityMode, check_sparsity_mode
+from dynamic_llava.config import SparsityMode
 from dynamic_llava.costs import decoder_shape, kv_bytes
+from dynamic_llava.methods import Spelling
 from dynamic_llava.model import AdmissionCache, SparsityRecord
+from dynamic_llava.model.plan import one_cut
+from dynamic_llava.model.switches import choose_method
 from dynamic_llava.processing.prompts import IMAGE_PLACE
 
 
@@ -72,7 +75,8 @@ class Conversation:
     Args:
         model: a DynamicLlavaForConditionalGeneration.
         processor: its DynamicLlavaProcessor.
-        sparsity: "both", "image", "output", or "none" for a dense cache.
+        sparsity: "both", "image", "output", or "none" for a dense cache; default both, unless `method` is given.
+        method: what decides instead of Dynamic-LLaVA, as `generate` takes it.
         max_new_tokens: most tokens of an answer; fewer where the model's context has no more room.
         temperature: 0 is greedy.
         options: more arguments of `generate`, such as top_p or compile.
@@ -83,14 +87,17 @@ class Conversation:
         model: Any,
         processor: Any,
         *,
-        sparsity: SparsityMode = "both",
+        sparsity: SparsityMode | None = None,
+        method: Spelling | None = None,
         max_new_tokens: int = 512,
         temperature: float = 0.0,
         **options: Any,
     ) -> None:
-        check_settings(sparsity, max_new_tokens, temperature)
+        check_settings(max_new_tokens, temperature)
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-        self.model, self.processor, self.sparsity = model, processor, sparsity
+        self.model, self.processor = model, processor
+        self.method = choose_method(model.config.sparsity, sparsity=sparsity, method=method)
+        """What decides."""
         self.max_new_tokens = max_new_tokens
         self._options = {"pad_token_id": processor.pad_token_id, **sampling, **options}
         self._shape = decoder_shape(model.config)
@@ -103,11 +110,9 @@ class Conversation:
         """Questions, their image places included, and answers."""
         self.cache: Any = None
         """The cache, between turns; an AdmissionCache unless the conversation is dense."""
-        if self.sparsity != "none":
-            sparsity = config.sparsity
-            self.cache = AdmissionCache(
-                config.text_config.num_hidden_layers, sparsity.sparse_layer, sparsity.cache_block
-            )
+        if not self.method.is_dense:
+            layers = config.text_config.num_hidden_layers
+            self.cache = AdmissionCache(layers, one_cut(self.method, layers).layer, config.sparsity.cache_block)
         self.ids = torch.zeros(1, 0, dtype=torch.int64, device=self.model.device)
         """(1, N) int64: every token so far; the last one is fed with the next turn."""
         self.output_mask = self.ids.bool()
@@ -149,7 +154,7 @@ class Conversation:
                 f"with this question the conversation has {ids.shape[1]} tokens and the model reads "
                 f"{ids.shape[1] + room} at most; begin a new one"
             )
-        steps = _Steps(self._use, ids.shape[1], self.cache if self.sparsity != "none" else None, on_step)
+        steps = _Steps(self._use, ids.shape[1], None if self.method.is_dense else self.cache, on_step)
         try:
             result = self.model.generate(
                 input_ids=ids,
@@ -157,7 +162,7 @@ class Conversation:
                 output_mask=output,
                 pixel_values=pixels,
                 cache=self.cache,
-                sparsity=self.sparsity,
+                method=self.method,
                 max_new_tokens=min(self.max_new_tokens, room),
                 streamer=steps,
                 stopping_criteria=None if stop is None else [_Stop(stop)],
@@ -203,7 +208,7 @@ class Conversation:
                 self._shape,
                 dense_tokens,
                 kept=kept,
-                sparse_layer=self.model.config.sparsity.sparse_layer,
+                sparse_layer=self.cache.sparse_layer if isinstance(self.cache, AdmissionCache) else 0,
                 bytes_per_value=self.model.dtype.itemsize,
             )
 
@@ -260,9 +265,8 @@ class _Stop:
         return torch.full((input_ids.shape[0],), self._asked(), dtype=torch.bool, device=input_ids.device)
 
 
-def check_settings(sparsity: str, max_new_tokens: int, temperature: float) -> None:
+def check_settings(max_new_tokens: int, temperature: float) -> None:
     """Raise ValueError for settings that no conversation can have."""
-    check_sparsity_mode(sparsity)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} is not possible; give 1 or more")
     if temperature < 0:

@@ -7,7 +7,7 @@ ends it at once. Nothing here knows the model's inside: it is all in `Conversati
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,10 @@ from dynamic_llava.chat.conversation import Conversation, Step, check_settings
 from dynamic_llava.chat.terminal import AnswerText, ColorMode, Screen, Stream, Writer, wants_color
 from dynamic_llava.config import SparsityMode
 from dynamic_llava.eval.shard import own_device
-from dynamic_llava.model import DynamicLlavaForConditionalGeneration
-from dynamic_llava.model.loading import tensor_shapes
+from dynamic_llava.methods import Method, describe_method
+from dynamic_llava.model import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
+from dynamic_llava.model.loading import check_learned, checkpoint_files
+from dynamic_llava.model.switches import choose_method
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.processing.images import load_image
 from dynamic_llava.tiny import BASE_WEIGHTS
@@ -39,7 +41,10 @@ class ChatOptions:
     """Checkpoint folder or hub name, or `tiny`."""
     images: tuple[Path, ...] = ()
     """Images that go with the first question."""
-    sparsity: SparsityMode = "both"
+    sparsity: SparsityMode | None = None
+    """Short for this setting of Dynamic-LLaVA; None is both, unless `method` says otherwise."""
+    method: Mapping[str, Any] | None = None
+    """What decides, as methods/registry.py reads it; None is Dynamic-LLaVA with the checkpoint's settings."""
     max_new_tokens: int = 512
     temperature: float = 0.0
     seed: int = 0
@@ -47,7 +52,7 @@ class ChatOptions:
     color: ColorMode = "auto"
 
     def __post_init__(self) -> None:
-        check_settings(self.sparsity, self.max_new_tokens, self.temperature)
+        check_settings(self.max_new_tokens, self.temperature)
 
 
 class LineFeed:
@@ -147,12 +152,12 @@ def chat(options: ChatOptions) -> None:
     """Load the model and chat on stdin and stdout. ValueError or FileNotFoundError for a mistake."""
     for image in options.images:
         load_image(image)
-    model, processor = load(options.model, options.sparsity)
+    model, processor, method = load(options)
     torch.manual_seed(options.seed)
     conversation = Conversation(
         model,
         processor,
-        sparsity=options.sparsity,
+        method=method,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
     )
@@ -163,33 +168,32 @@ def chat(options: ChatOptions) -> None:
     if interactive:
         import readline  # noqa: F401  (editing and history for `input`)
 
-        print(f"{options.model} on {model.device}, sparsity {options.sparsity}{_with_images(options.images)}")
+        print(f"{options.model} on {model.device}, {describe_method(method)}{_with_images(options.images)}")
         print(f"{COMMANDS}; Ctrl-C stops an answer, Ctrl-D ends")
     Chat(conversation, options.images, writer, interactive=interactive).run(
         LineFeed(sys.stdin, interactive=interactive)
     )
 
 
-def load(name: str, sparsity: SparsityMode) -> tuple[Any, DynamicLlavaProcessor]:
-    """Return the model on the default device, in eval mode, and its processor.
+def load(options: ChatOptions) -> tuple[Any, DynamicLlavaProcessor, Method]:
+    """Return the model on the default device, in eval mode, its processor, and what decides.
 
-    FileNotFoundError when there is none; ValueError when it is dense and was asked to decide.
+    FileNotFoundError when there is no model; ValueError when it is dense and a method needs its predictors.
     """
+    name = options.model
     source = str(BASE_WEIGHTS) if name == TINY else name
     try:
-        shapes = tensor_shapes(source)
+        checkpoint_files(source)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; {TINY} is the model that ships with the package") from None
     except OSError as error:
         raise FileNotFoundError(f"{name} holds no checkpoint that can be read: {str(error).splitlines()[0]}") from None
-    if sparsity != "none" and not any("_predictor." in tensor for tensor in shapes):
-        raise ValueError(
-            f"{name} is a dense checkpoint without predictors, so sparsity={sparsity!r} would be decided at random; "
-            "train it first, or give --sparsity none"
-        )
+    settings = DynamicLlavaConfig.from_pretrained(source).sparsity
+    method = choose_method(settings, sparsity=options.sparsity, method=options.method)
+    check_learned(source, method, name)
     processor = DynamicLlavaProcessor.from_pretrained(source)  # first: it refuses before weights are read
-    model = DynamicLlavaForConditionalGeneration.from_pretrained(source, dtype="auto")
-    return model.to(own_device()).eval(), processor
+    model = DynamicLlavaForConditionalGeneration.load_for(method, source, dtype="auto")
+    return model.to(own_device()).eval(), processor, method
 
 
 @contextmanager

@@ -182,18 +182,19 @@ def tensor_shapes(source: str | Path) -> dict[str, tuple[int, ...]]:
     return {name: head.shape for name, head in WeightFiles(checkpoint_files(source)).heads.items()}
 
 
-def check_learned(source: str | Path, method: Method) -> None:
+def check_learned(source: str | Path, method: Method, name: str | None = None) -> None:
     """Raise ValueError where a method decides by weights that a checkpoint (a folder or hub name) does not hold.
 
-    Read from the heads of its files, before any weight is loaded. OSError where there are none.
+    Read from the heads of its files, before any weight is loaded; `name`: what the message calls the checkpoint.
+    OSError where there are none.
     """
     if any("_predictor." in name for name in tensor_shapes(source)):
         return
     if _asked_of(method):
         what = f"sparsity={method.sparsity!r}" if isinstance(method, Dynamic) else f"method {method.name!r}"
         raise ValueError(
-            f"{source} is a dense checkpoint without predictors, so {what} would be decided at random; train it first, "
-            "give --sparsity none, or a method that learns nothing, such as --method fastv"
+            f"{name or source} is a dense checkpoint without predictors, so {what} would be decided at random; train "
+            "it first, give --sparsity none, or a method that learns nothing, such as --method fastv"
         )
 
 

@@ -1,5 +1,6 @@
 """`method` goes everywhere: every registered method, and a class of one's own, through every entry point, and back."""
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -7,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dynamic_llava import METHODS
+from dynamic_llava import METHODS, Conversation
+from dynamic_llava.chat.__main__ import main as chat
 from dynamic_llava.commands import method_words, take_method
 from dynamic_llava.eval import run as runner
 from dynamic_llava.eval import tasks
@@ -17,6 +19,7 @@ from dynamic_llava.model import DynamicLlavaForConditionalGeneration
 from dynamic_llava.processing.prompts import SYSTEM
 from tests.builders import build_model, dense_twin
 from tests.eval.run_builders import TOKENS, Toy, lines_of, toy_data
+from tests.eval.task_data import save_picture
 from tests.sft_builders import tiny_processor
 
 OWN_MODULE = '''
@@ -164,6 +167,31 @@ def test_a_folder_of_an_earlier_version_goes_on(dense, toy, tmp_path, monkeypatc
     assert "method" not in json.loads((out / "answers" / "toy.run.json").read_text())
     monkeypatch.setattr(runner, "answer", None)  # nothing is asked again
     assert asked(dense, tmp_path, out, "--sparsity", "none") == 0
+
+
+@pytest.mark.parametrize("name", FREE)
+@torch.no_grad()
+def test_a_chat_with_a_dense_checkpoint(name, dense, monkeypatch, capsys, tmp_path, caplog):
+    spelled = settings_of(name)
+    save_picture(tmp_path / "a.png", 1)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is it?\nAnd this?\n"))
+    words = ["--model", dense, "--image", tmp_path / "a.png", "--max-new-tokens", TOKENS, *method_words(spelled)]
+    assert chat(list(map(str, words))) == 0
+    out, err = capsys.readouterr()
+    assert "predictor" not in err + caplog.text
+    model, processor = DynamicLlavaForConditionalGeneration.from_pretrained(dense).eval(), tiny_processor()
+    talk = Conversation(model, processor, method=spelled, max_new_tokens=TOKENS)
+    answers = [talk.ask("What is it?", [tmp_path / "a.png"]), talk.ask("And this?")]
+    assert out.split() == " ".join(answer.text for answer in answers).split()
+    assert all(str(answer.use) in err for answer in answers)
+    # Two turns on one cache are one sequence, without a cache.
+    start = talk.ids.shape[1] - len(answers[1].tokens)
+    scratch = model.generate(
+        input_ids=talk.ids[:, :start], output_mask=talk.output_mask[:, :start], method=spelled, use_cache=False,
+        attention_mask=torch.ones(1, start, dtype=torch.int64), max_new_tokens=len(answers[1].tokens), do_sample=False,
+        pixel_values=processor.preprocess_images([tmp_path / "a.png"]),
+    )  # fmt: skip
+    assert scratch[0, start:].tolist() == answers[1].tokens
 
 
 WRONG = {
