@@ -4,27 +4,30 @@ Shape suffixes: B rows, N tokens of a row, K tokens of the longest packed row, I
 one image, D hidden size.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """The kind of each token (docs/method.md, section 1); every mask is (B, N) bool and rows never refer to each other.
+    """The kind of each token (docs/method.md, section 1), of every row by itself.
 
-    A valid token that is neither image nor output is a prompt token and is never dropped.
+    A valid token that is neither image nor output is a prompt token and is never dropped. The tokens of an image follow
+    one another; two images may be neighbours, and each may have a length of its own.
     """
 
     valid: Tensor
     """(B, N) bool: a real token, not padding."""
     image: Tensor
-    """(B, N) bool: an image token."""
+    """(B, N) int64: at an image token the number of its image, which counts the images of the batch row by row; -1
+    elsewhere."""
     output: Tensor
     """(B, N) bool: a token of an answer."""
-    tokens_per_image: int
-    """n: every image fills this many consecutive image tokens."""
 
     @classmethod
     def build(
@@ -32,44 +35,97 @@ class TokenLayout:
         image: Tensor,
         attention_mask: Tensor | None,
         output_mask: Tensor | None,
-        tokens_per_image: int,
+        image_lengths: int | Sequence[int] | None = None,
         past: int = 0,
     ) -> "TokenLayout":
         """Lay out a chunk of N tokens behind `past` tokens of a live cache.
 
-        `image` is (B, N) bool; the masks are (B, N), or (B, past + N). Raises ValueError for a mask of another shape.
+        `image` is (B, N) bool, the tokens that stand for images; `image_lengths` holds the tokens of each image in row
+        order, or is one number for all, or None where no token is one of an image, whatever `image` says. The masks
+        are (B, N), or (B, past + N). Raises ValueError for a mask of another shape.
         """
-        valid, output = torch.ones_like(image), torch.zeros_like(image)
+        valid = torch.ones_like(image)
         if attention_mask is not None:
-            valid = chunk_of("attention_mask", attention_mask, image, past).to(valid)
+            valid = chunk_of("attention_mask", attention_mask, image, past).to(image)
+        output = torch.zeros_like(image)
         if output_mask is not None:
-            output = chunk_of("output_mask", output_mask, image, past).to(output)
-        return cls(valid, image & ~output & valid, output & valid, tokens_per_image)
+            output = chunk_of("output_mask", output_mask, image, past).to(image) & valid
+        if image_lengths is None:
+            return cls(valid, torch.full(image.shape, -1, device=image.device), output)
+        return cls(valid, _numbered(image & ~output & valid, image_lengths), output)
+
+    @classmethod
+    def of_starts(cls, valid: Tensor, image: Tensor, starts: Tensor, output: Tensor) -> "TokenLayout":
+        """Lay out tokens given as four masks (B, N) bool; `starts` marks the first token of each image."""
+        number_BN = starts.flatten().cumsum(0).view(starts.shape) - 1
+        return cls(valid, torch.where(image, number_BN, -1), output)
+
+    @cached_property
+    def is_image(self) -> Tensor:
+        """(B, N) bool: an image token."""
+        return self.image >= 0
 
     @property
     def prompt(self) -> Tensor:
         """(B, N) bool: tokens that are never dropped."""
-        return self.valid & ~self.image & ~self.output
+        return self.valid & ~self.is_image & ~self.output
+
+    @cached_property
+    def image_starts(self) -> Tensor:
+        """(B, N) bool: the first token of each image."""
+        return self.image > F.pad(self.image, (1, 0), value=-1)[:, :-1]
+
+    def image_lengths(self) -> Tensor:
+        """(I,) int64: the tokens of each image, in row order."""
+        return torch.bincount(self.image[self.is_image])
 
     def images_before(self) -> Tensor:
         """(I,) int64: for each image of the batch in row order, how many images precede it in its own row."""
-        counts_B = self.image.sum(1) // self.tokens_per_image
+        counts_B = self.image_starts.sum(1)
         starts_B = counts_B.cumsum(0) - counts_B
         row_I = self.image_rows()
         return torch.arange(row_I.shape[0], device=row_I.device) - starts_B[row_I]
 
     def image_rows(self) -> Tensor:
         """(I,) int64: the row each image belongs to."""
-        counts_B = self.image.sum(1) // self.tokens_per_image
-        return torch.arange(counts_B.shape[0], device=counts_B.device).repeat_interleave(counts_B)
+        return self.image_starts.nonzero()[:, 0]
+
+    @cached_property
+    def image_valid(self) -> Tensor:
+        """(I, n) bool, n tokens of the longest image: False at the padding behind the tokens of a shorter one."""
+        lengths_I = self.image_lengths()
+        place_n = torch.arange(int(lengths_I.max()) if len(lengths_I) else 0, device=lengths_I.device)
+        return place_n < lengths_I[:, None]
 
     def gather_images(self, values_BN: Tensor) -> Tensor:
-        """Collect (B, N, ...) at image tokens into (I, n, ...), one entry per image in row order."""
-        return values_BN[self.image].unflatten(0, (-1, self.tokens_per_image))
+        """Collect (B, N, ...) at image tokens into (I, n, ...), one entry per image in row order.
+
+        n is the longest image's number of tokens; zeros stand behind a shorter one, as `image_valid` says.
+        """
+        values_T, valid_In = values_BN[self.is_image], self.image_valid
+        if len(values_T) == valid_In.numel():
+            return values_T.view(*valid_In.shape, *values_T.shape[1:])
+        padded = values_T.new_zeros(*valid_In.shape, *values_T.shape[1:])
+        return padded.index_put((valid_In,), values_T)
 
     def scatter_images(self, values_In: Tensor, into_BN: Tensor) -> Tensor:
-        """Return `into_BN` with its image tokens replaced by (I, n) values; differentiable in both."""
-        return into_BN.masked_scatter(self.image, values_In.to(into_BN.dtype))
+        """Return `into_BN` with its image tokens replaced by (I, n) values; differentiable in both.
+
+        Values at the padding of shorter images go nowhere.
+        """
+        values_T = values_In[self.image_valid].to(into_BN.dtype)
+        return into_BN.masked_scatter(self.is_image, values_T)
+
+    def select_rows(self, choose: Callable[[Tensor], Tensor]) -> "TokenLayout":
+        """Return the layout of a choice of rows (reordered, repeated, selected); images are numbered anew."""
+        chosen = (choose(mask) for mask in (self.valid, self.is_image, self.image_starts, self.output))
+        return TokenLayout.of_starts(*chosen)
+
+    @staticmethod
+    def joined(layouts: "Sequence[TokenLayout]") -> "TokenLayout":
+        """Return the layout of several chunks of the same rows, one behind the other; images are numbered anew."""
+        masks = zip(*((one.valid, one.is_image, one.image_starts, one.output) for one in layouts), strict=True)
+        return TokenLayout.of_starts(*(torch.cat(parts, dim=1) for parts in masks))
 
     def output_rank(self) -> Tensor:
         """(B, N) int64: the index of each output token among its row's output tokens (undefined elsewhere)."""
@@ -90,7 +146,7 @@ class TokenLayout:
         return answer_T, torch.arange(len(answer_T), device=answer_T.device) - starts_T.nonzero()[:, 0][answer_T]
 
     def _answer_starts(self) -> Tensor:
-        return self.output & ~torch.nn.functional.pad(self.output, (1, 0))[:, :-1]
+        return self.output & ~F.pad(self.output, (1, 0))[:, :-1]
 
     def newest(self) -> Tensor:
         """(B, N) bool: each row's last real token; none in a row of padding."""
@@ -106,7 +162,7 @@ class TokenLayout:
         """
         computed = keep | self.newest()
         if every_step:
-            image_ends = self.image & ~torch.nn.functional.pad(self.image, (0, 1))[:, 1:]
+            image_ends = self.is_image & ~F.pad(self.is_image, (0, 1))[:, 1:]
             computed = computed | self.output | image_ends
         return computed
 
@@ -116,7 +172,7 @@ class TokenLayout:
 
     def late_images(self) -> Tensor:
         """(B, N) bool: the image tokens behind the row's first output token."""
-        return self.image & (self.output.cumsum(1) > 0)
+        return self.is_image & (self.output.cumsum(1) > 0)
 
 
 def chunk_of(name: str, mask: Tensor, like: Tensor, past: int = 0) -> Tensor:
@@ -133,6 +189,17 @@ def chunk_of(name: str, mask: Tensor, like: Tensor, past: int = 0) -> Tensor:
             f"per token: {allowed}"
         )
     return mask[:, mask.shape[1] - tokens :]
+
+
+def _numbered(image_BN: Tensor, lengths: int | Sequence[int]) -> Tensor:
+    """(B, N) int64: which image each image token belongs to when `lengths` tokens at a time are one; -1 elsewhere."""
+    place_BN = image_BN.flatten().cumsum(0).view(image_BN.shape) - 1
+    if isinstance(lengths, int):
+        number_BN = place_BN // lengths
+    else:
+        ends_I = torch.tensor(lengths, dtype=torch.int64, device=image_BN.device).cumsum(0)
+        number_BN = torch.searchsorted(ends_I, place_BN, right=True)
+    return torch.where(image_BN, number_BN, -1)
 
 
 def _last_true(mask: Tensor) -> Tensor:
@@ -176,6 +243,6 @@ def after_end(input_ids: Tensor, output_mask: Tensor, end_ids: Tensor) -> Tensor
     """
     ends = torch.isin(input_ids, end_ids) & output_mask
     before = ends.cumsum(1) - ends.long()
-    starts = output_mask & ~torch.nn.functional.pad(output_mask, (1, 0))[:, :-1]
+    starts = output_mask & ~F.pad(output_mask, (1, 0))[:, :-1]
     at_start = torch.where(starts, before, 0).cummax(1).values
     return output_mask & (before > at_start)

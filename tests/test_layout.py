@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamic_llava import TokenLayout
+from dynamic_llava.sparsity.cache import DecisionLog
 
 
 @given(st.data())
@@ -12,7 +13,7 @@ def test_answers_are_runs_of_output_tokens(data):
     rows, tokens = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 12))
     flags = st.lists(st.lists(st.booleans(), min_size=tokens, max_size=tokens), min_size=rows, max_size=rows)
     output, valid = torch.tensor(data.draw(flags)), torch.tensor(data.draw(flags))
-    layout = TokenLayout.build(torch.zeros(rows, tokens, dtype=torch.bool), valid, output, 1)
+    layout = TokenLayout.build(torch.zeros(rows, tokens, dtype=torch.bool), valid, output)
     places, sizes = [], []
     for row in layout.output.tolist():
         for column, is_output in enumerate(row):
@@ -25,3 +26,57 @@ def test_answers_are_runs_of_output_tokens(data):
     assert list(zip(answer_T.tolist(), place_T.tolist(), strict=True)) == places
     assert layout.answer_lengths()[layout.output].tolist() == [sizes[answer] for answer, _ in places]
     assert layout.answer_lengths()[~layout.output].eq(0).all()
+
+
+def ragged(data):
+    """Draw rows of text, images and padding: the masks (B, N), and each image's tokens as (row, columns)."""
+    pieces = st.tuples(st.sampled_from(["text", "image", "image", "output", "padding"]), st.integers(1, 4))
+    rows = data.draw(st.lists(st.lists(pieces, max_size=5), min_size=1, max_size=4))
+    width = max(1, *(sum(length for _, length in row) for row in rows))
+    masks, images = {kind: torch.zeros(len(rows), width, dtype=torch.bool) for kind in ("image", "output", "valid")}, []
+    for row, its in enumerate(rows):
+        start = 0
+        for kind, length in its:
+            masks["valid"][row, start : start + length] = kind != "padding"
+            if kind in masks:
+                masks[kind][row, start : start + length] = True
+            images += [(row, range(start, start + length))] if kind == "image" else []
+            start += length
+    return masks, images
+
+
+@given(st.data())
+def test_images_of_any_lengths_are_numbered_gathered_and_put_back(data):
+    """Neighbours too; and cutting rows into chunks, joining them and choosing rows number anew."""
+    masks, images = ragged(data)
+    lengths = [len(columns) for _, columns in images]
+    layout = TokenLayout.build(masks["image"], masks["valid"], masks["output"], lengths)
+    expected = torch.full(layout.valid.shape, -1)
+    for number, (row, columns) in enumerate(images):
+        expected[row, list(columns)] = number
+    assert torch.equal(layout.image, expected)
+    assert torch.equal(layout.prompt, masks["valid"] & ~masks["image"] & ~masks["output"])
+    rows = [row for row, _ in images]
+    assert layout.image_lengths().tolist() == lengths and layout.image_rows().tolist() == rows
+    assert layout.images_before().tolist() == [rows[:number].count(row) for number, row in enumerate(rows)]
+    values = torch.rand(*expected.shape, 3)
+    gathered = layout.gather_images(values)
+    assert gathered.shape == (len(images), max(lengths, default=0), 3)
+    for number, (row, columns) in enumerate(images):
+        assert torch.equal(gathered[number][layout.image_valid[number]], values[row, list(columns)])
+        assert not gathered[number][~layout.image_valid[number]].any()
+    put = layout.scatter_images(gathered[..., 0] + 1, torch.zeros(expected.shape))
+    assert torch.equal(put, torch.where(masks["image"], values[..., 0] + 1, 0))
+    order = data.draw(st.lists(st.integers(0, len(expected) - 1), min_size=1, max_size=5))
+    chosen = layout.select_rows(lambda mask: mask[order])
+    again = [length for row in order for length, its in zip(lengths, rows, strict=True) if its == row]
+    assert chosen.image_lengths().tolist() == again
+    log = DecisionLog(block=2)
+    chunks = [layout.select_rows(lambda mask: mask[:, :0]), layout]
+    for chunk in chunks:
+        log.add(chunk, chunk.valid)
+    noted, keep = log.so_far()
+    for other in (TokenLayout.joined(chunks), noted):
+        for kind in ("valid", "image", "output"):
+            assert torch.equal(getattr(other, kind), getattr(layout, kind)), kind
+    assert torch.equal(keep, layout.valid)

@@ -197,7 +197,7 @@ def likelihood(model: Any, batches: Sequence[Batch], *, switches: Mapping[str, A
         if output.sparsity is None:
             continue
         layout, keep_BN = output.sparsity.layout, output.sparsity.keep_mask.bool()
-        for name, where_BN in (("image", layout.image), ("output", layout.output)):
+        for name, where_BN in (("image", layout.is_image), ("output", layout.output)):
             kept[name] += float((keep_BN & where_BN).sum())
             seen[name] += int(where_BN.sum())
     rates = {name: kept[name] / seen[name] if seen[name] else 1.0 for name in kept}

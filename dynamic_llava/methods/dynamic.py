@@ -74,7 +74,7 @@ class Dynamic(OneCut):
         """(I, n) bool from the image predictor."""
         if not self.sparsifies_image:
             return keep_all_image(images)
-        margin_In = keep_margin(learned.image_predictor(images.hidden))
+        margin_In = keep_margin(learned.image_predictor(images.hidden, images.valid))
         if self.image_selection == "threshold":
             return threshold_keep(margin_In)
         return top_k_keep(margin_In, rate=self.image_keep_rate, valid=images.valid)
@@ -83,7 +83,7 @@ class Dynamic(OneCut):
         """(I, n) float: the configured relaxation at r_I, image by image (Sec. 3.3.3: Gumbel, straight-through)."""
         if not self.sparsifies_image:
             return keep_all_image(images)
-        logits_In2 = learned.image_predictor(images.hidden)
+        logits_In2 = learned.image_predictor(images.hidden, images.valid)
         noise_In2 = gumbel_noise(images.key, torch.arange(logits_In2.shape[1], device=logits_In2.device))
         relax = RELAXATIONS[draw.settings.relaxation]
         return relax(logits_In2, noise_In2, draw.tau, self.image_keep_rate, images.valid)
@@ -117,7 +117,7 @@ class Dynamic(OneCut):
         if settings.keep_rate_reduction == "batch":
             every_B = torch.ones_like(decided[:, 0])
             return {"image_keep_loss": every_B, "output_keep_loss": every_B}
-        return {"image_keep_loss": layout.image.any(1), "output_keep_loss": decided.any(1)}
+        return {"image_keep_loss": layout.is_image.any(1), "output_keep_loss": decided.any(1)}
 
     def losses(self, record: Record, counts: Mapping[str, Tensor], settings: SparsityConfig) -> dict[str, Tensor]:
         """The keep-rate regulariser (Eq. 10), unweighted; a context that is not sparsified costs 0."""
@@ -126,8 +126,8 @@ class Dynamic(OneCut):
         image, output = nothing, nothing
         distance = settings.keep_rate_distance
         if self.sparsifies_image:
-            many = counts["image_keep_loss"]
-            image = keep_rate_loss(mask, record.layout.image, self.image_keep_rate, distance=distance, denominator=many)
+            where, many = record.layout.is_image, counts["image_keep_loss"]
+            image = keep_rate_loss(mask, where, self.image_keep_rate, distance=distance, denominator=many)
         if self.sparsifies_output:
             where, rate, many = record.sparsified_output, settings.output_keep_rate, counts["output_keep_loss"]
             output = keep_rate_loss(mask, where, rate, distance=distance, denominator=many)

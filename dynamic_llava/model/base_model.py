@@ -5,6 +5,7 @@ Shape suffixes: B rows, N tokens, I images of the batch in row order, n tokens o
 """
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +24,7 @@ from dynamic_llava.model.cache import check_dense_cache
 from dynamic_llava.model.cache_names import CACHE, is_live, one_cache
 from dynamic_llava.model.configuration import DynamicLlavaConfig
 from dynamic_llava.model.families import FAMILIES
-from dynamic_llava.model.images import ImageInputs, Inputs, features_of
+from dynamic_llava.model.images import ImageInputs, Inputs, check_images, features_of
 from dynamic_llava.model.initialization import initialize_predictor
 from dynamic_llava.model.outputs import DynamicModelOutput
 from dynamic_llava.model.plan import Plan, one_cut
@@ -80,7 +81,7 @@ class DynamicLlavaModel(ImageInputs, DynamicLlavaPreTrainedModel, LlavaModel):
         image_sizes: Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
         *,
-        image_features: Tensor | None = None,
+        image_features: Tensor | Sequence[Tensor] | None = None,
         image_mask: Tensor | None = None,
         output_mask: Tensor | None = None,
         keep_mask: Tensor | None = None,
@@ -132,21 +133,27 @@ class DynamicLlavaModel(ImageInputs, DynamicLlavaPreTrainedModel, LlavaModel):
         image, live = self.image_places(inputs), is_live(given["cache"])
         (batch, tokens), seen = image.shape, given["cache"].get_seq_length() if live else 0
         check_shapes(batch, tokens, **given, **plan)
+        # A single token on a live cache is no image, whatever its id, unless an image comes along or a mask says so.
+        is_step = live and tokens == 1 and not inputs.has_images and inputs.image_mask is None
         if output_mask is None and tokens == 1 and live:
-            # A single token on a live cache continues the answer, unless it is an image of one token.
-            output_mask = torch.ones_like(image) if not inputs.has_images else ~image
-        per_image = self.image_length(inputs.feature_strategy)
-        layout = TokenLayout.build(image, given["attention_mask"], output_mask, per_image, seen)
-        images = self.images_of_call(inputs, layout.image, **kwargs)
-        if images is None and inputs.input_ids is not None and not (live and tokens == 1):
-            _refuse_places_without_images(layout.image)
+            output_mask = torch.ones_like(image) if is_step else ~image  # it continues the answer
+        lengths = None if is_step else self.lengths_of(inputs)
+        layout = TokenLayout.build(image, given["attention_mask"], output_mask, lengths, seen)
+        images = None
+        if not is_step:
+            images = self.images_of_call(inputs, layout, **kwargs)
+            if images is None and inputs.input_ids is not None:
+                _refuse_places_without_images(layout.is_image)
+            elif images is None and inputs.image_mask is not None:
+                check_images(layout, lengths)
+            plan["has_images"] = bool(layout.is_image.any())
         if plan["sample_key"] is None:
             plan["sample_key"] = torch.zeros(batch, dtype=torch.int64, device=image.device)
         if plan["keep_mask"] is not None:
             plan["keep_mask"] = _decisions(chunk_of("keep_mask", plan["keep_mask"], image, seen))
         layers = self.config.text_config.num_hidden_layers
         outputs = self.language_model(
-            inputs_embeds=self.embed(inputs, images, layout.image),
+            inputs_embeds=self.embed(inputs, images, layout.is_image),
             plan=Plan(cut=one_cut(plan["method"], layers), layout=layout, **plan),
             **given,
             **kwargs,
@@ -170,7 +177,8 @@ class DynamicLlavaModel(ImageInputs, DynamicLlavaPreTrainedModel, LlavaModel):
             image = self.image_places(inputs)
             if output_mask is not None:
                 image = image & ~output_mask[:, output_mask.shape[1] - image.shape[1] :].bool()
-            images = self.images_of_call(inputs, image, **kwargs)
+            layout = TokenLayout.build(image, None, None, self.lengths_of(inputs))
+            images = self.images_of_call(inputs, layout, **kwargs)
             embeds = self.embed(inputs, images, image)
             inputs = replace(inputs, input_ids=None, inputs_embeds=embeds, pixel_values=None)
         outputs = super().forward(

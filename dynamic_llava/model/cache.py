@@ -221,7 +221,7 @@ class AdmissionCache(Cache):
     def note(self, layout: TokenLayout, keep_BN: Tensor) -> None:
         """Take note of a chunk that has been through all layers, and of its decisions (B, N) bool."""
         self.decisions.add(layout, keep_BN)
-        outputs_B, images_B = layout.output.sum(1), layout.image.sum(1) // layout.tokens_per_image
+        outputs_B, images_B = layout.output.sum(1), layout.image_starts.sum(1)
         self.seen_outputs = outputs_B if self.seen_outputs is None else self.seen_outputs + outputs_B
         self.seen_images = images_B if self.seen_images is None else self.seen_images + images_B
 

@@ -52,7 +52,7 @@ def hard_keep_mask(
     """
     method, layout, past = plan.method, plan.layout, past or Past()
     keep_BN = layout.valid.clone()
-    if bool(layout.image.any()):
+    if bool(layout.is_image.any()):
         images = _images(plan, hidden_BND, question_row_BN, past)
         keep_BN = layout.scatter_images(_kept(method, method.keep_image(plan.cut, images, learned)), keep_BN)
     if plan.cut.output and bool(layout.output.any()):
@@ -124,7 +124,7 @@ def sampled_keep_mask(
     """
     method, layout = plan.method, plan.layout
     draw = Draw(tau=plan.tau, settings=plan.settings)
-    any_image = bool(layout.image.any())
+    any_image = bool(layout.is_image.any())
     images = _images(plan, hidden_BND, question_row_BN, Past()) if any_image else _no_image(plan, hidden_BND)
     keep_In = _kept(method, method.sample(plan.cut, images, learned, draw))
     keep_BN = layout.valid.float()
@@ -146,7 +146,6 @@ def sampled_keep_mask(
 
 def _images(plan: Plan, hidden_BND: Tensor, question_row_BN: Tensor | None, past: Past) -> ImageTokens:
     layout = plan.layout
-    hidden_InD = layout.gather_images(hidden_BND)
     seen: dict[Evidence, Tensor] = {}
     if question_row_BN is not None:
         seen["question_row"] = layout.gather_images(question_row_BN)
@@ -154,8 +153,8 @@ def _images(plan: Plan, hidden_BND: Tensor, question_row_BN: Tensor | None, past
     if past.images is not None:
         place_I = place_I + past.images[rows_I]
     return ImageTokens(
-        hidden=hidden_InD,
-        valid=torch.ones(hidden_InD.shape[:2], dtype=torch.bool, device=hidden_InD.device),
+        hidden=layout.gather_images(hidden_BND),
+        valid=layout.image_valid,
         key=fold_key(plan.sample_key[rows_I], place_I),
         seen=seen,
     )

@@ -102,7 +102,7 @@ class SparseDecoder:
             check_cache(cache, plan.cut.layer, inputs_embeds.shape[0], self.config._attn_implementation)
         if cache is None or not cache.is_live:
             return self._drop_pass(inputs_embeds, plan, attention_mask, position_ids, cache, kwargs)
-        if inputs_embeds.shape[1] == 1 and not (plan.layout.tokens_per_image == 1 and bool(plan.layout.image.any())):
+        if inputs_embeds.shape[1] == 1 and not plan.has_images:
             return self._step_pass(inputs_embeds, plan, position_ids, cache, kwargs)
         return self._turn_pass(inputs_embeds, plan, position_ids, cache, kwargs)
 
@@ -251,7 +251,7 @@ class SparseDecoder:
     ) -> DynamicModelOutput:
         layout, length = plan.layout, hidden_BQD.shape[1]
         if plan.reads_attention:
-            check_question(plan.method, layout.image)
+            check_question(plan.method, layout.is_image)
         rotation = self.rotary_emb(hidden_BQD, position_ids=position_ids)
         mask = self._cache_mask(cache.dense.place_chunk(layout.valid, layout.valid), hidden_BQD.dtype)
         for layer in self.layers[: plan.cut.layer]:

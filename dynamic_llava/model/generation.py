@@ -3,6 +3,7 @@
 Shape suffixes: B rows, N tokens, I images, n tokens of one image, D hidden size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,12 +15,13 @@ from transformers.generation.logits_process import UnbatchedClassifierFreeGuidan
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
-from dynamic_llava.layout import after_end, chunk_of
+from dynamic_llava.layout import TokenLayout, after_end
 from dynamic_llava.methods import Method
 from dynamic_llava.model.arguments import check_names, names_of, warn_past_positions
 from dynamic_llava.model.cache import AdmissionCache, check_dense_cache
 from dynamic_llava.model.cache_names import CACHE, cache_of, rename_cache
-from dynamic_llava.model.images import Inputs, features_of
+from dynamic_llava.model.generation_modes import refuse_for_any_sparsity, refuse_misfits, refuse_unsupported, setting
+from dynamic_llava.model.images import Inputs, check_images, features_of
 from dynamic_llava.model.outputs import SparsityRecord
 from dynamic_llava.model.plan import one_cut
 from dynamic_llava.model.switches import check_compile, check_output_keep_rate, choose_method
@@ -31,25 +33,6 @@ GENERATION = "generation"
 """Key of a sparse generation's state among the arguments that `generate` hands from step to step."""
 ROWS_OF_IMAGES = ("pixel_values", "image_features")
 """Arguments with one entry per image, which are repeated row by row, not image by image."""
-NO_ROLL_BACK = "it rolls the cache back, and dropped tokens cannot be restored"
-REFUSED = {
-    "assistant_model": NO_ROLL_BACK,
-    "prompt_lookup_num_tokens": NO_ROLL_BACK,
-    "prefill_chunk_size": "a chunk could cut an image apart before its tokens are ranked",
-    "guidance_scale": "guidance runs a second context through a cache of its own",
-    "cache_implementation": "rows of the admission cache have lengths of their own",
-    "token_healing": "it writes the prompt anew, without its images",
-}
-"""Options of `generate` that sparse decoding cannot serve -> why; a dense call serves them as transformers does."""
-NO_LLAVA = {
-    "assistant_early_exit": "it leaves layers of a language model out by its own configuration, which LLaVA has not",
-    "use_mtp": "it drafts with heads that a LLaVA has not",
-}
-"""Options of `generate` that transformers itself serves for other models alone -> why."""
-_HARMLESS = {"guidance_scale": 1, "cache_implementation": "dynamic", "use_mtp": False, "token_healing": False}
-"""Values of these options that ask for nothing."""
-_OF_FORWARD = ("keep_mask", "tau", "num_samples_in_batch", "loss_scale")
-"""Arguments of `forward` that mean nothing to `generate` (labels, which a Seq2SeqTrainer gives it, are left alone)."""
 
 
 @dataclass
@@ -59,8 +42,8 @@ class Generation:
     method: Method
     end_ids: Tensor | None = None
     """(E,) int64: tokens that end an answer."""
-    features: Tensor | None = None
-    """(I, n, D): the new images of the call, encoded once, whatever the number of beams and steps."""
+    features: Sequence[Tensor] | None = None
+    """(n, D) of each new image of the call, encoded once, whatever the number of beams and steps."""
     record: SparsityRecord | None = None
     """Of the latest pass; without a cache that is the whole sequence's."""
 
@@ -97,8 +80,8 @@ class SparseGeneration:
             switches["sparsity"] = "none"  # a draft is checked by another model, and rolled back
         method = choose_method(self.config.sparsity, **switches)
         check_output_keep_rate(kwargs.get("output_keep_rate"), trains=False)
-        check_compile(bool(kwargs.get("compile")), method, cached=_setting(settings, kwargs, "use_cache") is not False)
-        _refuse_for_any_sparsity(settings, kwargs)
+        check_compile(bool(kwargs.get("compile")), method, cached=setting(settings, kwargs, "use_cache") is not False)
+        refuse_for_any_sparsity(settings, kwargs)
         if kwargs.get("pixel_values", 0) is None:
             del kwargs["pixel_values"]
         if method.is_dense:
@@ -106,8 +89,8 @@ class SparseGeneration:
             if not isinstance(result, Tensor):
                 result.cache, result.sparsity = cache_of(result), None
             return result
-        _refuse_unsupported(settings, kwargs)
-        _refuse_misfits(inputs if inputs is not None else kwargs.get("input_ids"), kwargs)
+        refuse_unsupported(settings, kwargs)
+        refuse_misfits(inputs if inputs is not None else kwargs.get("input_ids"), kwargs)
         warn_untrained(self.config, method)
         generation = Generation(method)
         result = super().generate(  # type: ignore[misc]
@@ -116,9 +99,9 @@ class SparseGeneration:
         if isinstance(result, Tensor):
             return result
         result.cache = cache_of(result)
-        if (_setting(settings, kwargs, "num_beams") or 1) > 1:
+        if (setting(settings, kwargs, "num_beams") or 1) > 1:
             given = {**kwargs, "input_ids": inputs if inputs is not None else kwargs.get("input_ids")}
-            ends = _setting(settings, kwargs, "eos_token_id")
+            ends = setting(settings, kwargs, "eos_token_id")
             result.sparsity = self._replay(result.sequences, generation, ends, given)
         else:
             result.sparsity = result.cache.record if isinstance(result.cache, AdmissionCache) else generation.record
@@ -148,7 +131,7 @@ class SparseGeneration:
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         output_mask: Tensor | None = None,
-        image_features: Tensor | None = None,
+        image_features: Tensor | Sequence[Tensor] | None = None,
         image_mask: Tensor | None = None,
         generation: Generation | None = None,
         is_first_iteration: bool = False,
@@ -197,9 +180,8 @@ class SparseGeneration:
         images = {name: model_kwargs.pop(name, None) for name in ROWS_OF_IMAGES}
         if expand_size > 1 and any(value is not None for value in images.values()):
             # transformers before 5.24 would repeat image by image, which mixes up rows that hold several.
-            places_B = self._new_image_places(input_ids, {**model_kwargs, **images}).sum(1)
-            images_B = places_B // self.model.image_length(model_kwargs.get("vision_feature_select_strategy"))
-            images = {name: _repeat_rows(value, images_B, expand_size) for name, value in images.items()}
+            order = self._repeated(input_ids, {**model_kwargs, **images}, expand_size)
+            images = {name: _chosen(value, order) for name, value in images.items()}
         expanded_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
@@ -217,21 +199,26 @@ class SparseGeneration:
             given["image_features"] = features_of(encoded)
         pixel_values = given.get("pixel_values")
         if pixel_values is not None:
-            places = self._new_image_places(input_ids, given)
-            self.model.check_images(pixel_values.shape[0], places, self.model.image_length(strategy))
+            check_images(self._new_images(input_ids, given), self.model.image_length(strategy), len(pixel_values))
             given["image_features"] = features_of(self.model.encode_images(pixel_values, layer, strategy))
             given["pixel_values"] = None
         generation.features = given.get("image_features")
 
-    def _new_image_places(self, input_ids: Tensor | None, given: dict[str, Any]) -> Tensor:
-        """(B, N') bool: the image tokens that the given cache, if any, has not seen yet."""
-        names = ("inputs_embeds", "pixel_values", "image_features", "image_mask")
-        embeds, *images = (given.get(name) for name in names)
-        image = self.model.image_places(Inputs(None if embeds is not None else input_ids, embeds, *images, None, None))
+    def _new_images(self, input_ids: Tensor | None, given: dict[str, Any]) -> TokenLayout:
+        """Return the layout of the tokens that the given cache, if any, has not seen yet, as far as images go."""
+        inputs = _inputs_of(input_ids, given)
+        image = self.model.image_places(inputs)
         cache, output = given.get(CACHE), given.get("output_mask")
         if output is not None:
             image = image & ~output.bool()  # an answer may contain the id of an image token: it is no image
-        return image if cache is None else image[:, cache.get_seq_length() :]
+        new = image if cache is None else image[:, cache.get_seq_length() :]
+        return TokenLayout.build(new, None, None, self.model.lengths_of(inputs))
+
+    def _repeated(self, input_ids: Tensor | None, given: dict[str, Any], times: int) -> list[int]:
+        """Return the numbers of the new images with every row's repeated `times` times, row by row."""
+        images_B = self._new_images(input_ids, given).image_starts.sum(1)
+        numbers = torch.arange(int(images_B.sum())).split(images_B.tolist())
+        return [int(number) for row in numbers for _ in range(times) for number in row]
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], is_encoder_decoder: bool = False, num_new_tokens: int = 1
@@ -305,8 +292,7 @@ class SparseGeneration:
             new = {
                 name: value for name, value in given.items() if name != CACHE
             }  # the cache was empty, if it was given
-            places_B = self._new_image_places(ids, {**new, "image_features": features}).sum(1)
-            features = _repeat_rows(features, places_B // self.model.image_length(strategy), repeats)
+            features = _chosen(features, self._repeated(ids, {**new, "image_features": features}, repeats))
         fed: dict[str, Any] = {"input_ids": sequences[:, :-1]}
         if embeds is not None:
             words = self.get_input_embeddings()(answers[:, :-1])  # type: ignore[attr-defined]
@@ -326,58 +312,6 @@ class SparseGeneration:
         return replace(record, cache_lengths=record.keep_mask.sum(1), dense_cache_lengths=record.layout.valid.sum(1))
 
 
-def _setting(settings: Any, kwargs: dict[str, Any], name: str) -> Any:
-    return kwargs[name] if kwargs.get(name) is not None else getattr(settings, name, None)
-
-
-def _refuse_for_any_sparsity(settings: Any, kwargs: dict[str, Any]) -> None:
-    for name, reason in NO_LLAVA.items():
-        if _setting(settings, kwargs, name):
-            raise ValueError(f"{name}={_setting(settings, kwargs, name)!r} cannot be served: {reason}; leave it out")
-    for name in _OF_FORWARD:
-        if kwargs.get(name) is not None:
-            raise ValueError(
-                f"{name} belongs to forward: generate feeds tokens that nobody can have decided about yet, and learns "
-                "nothing; leave it out, or feed the tokens to the model one by one"
-            )
-
-
-def _refuse_unsupported(settings: Any, kwargs: dict[str, Any]) -> None:
-    for name, reason in REFUSED.items():
-        value = _setting(settings, kwargs, name)
-        if value is not None and value != _HARMLESS.get(name):
-            shown = type(value).__name__ if isinstance(value, nn.Module) else repr(value)
-            raise ValueError(f"{name}={shown} is not supported with sparsity: {reason}. Use sparsity='none' for it")
-    cache = kwargs.get(CACHE)
-    if cache is not None and not isinstance(cache, AdmissionCache):
-        raise ValueError(
-            f"cache is a {type(cache).__name__}; continue with the cache that a sparse call returned, or use "
-            "sparsity='none'"
-        )
-    for name in ("num_beams", "num_return_sequences"):
-        copies = _setting(settings, kwargs, name) or 1
-        if cache is not None and cache.get_seq_length() and copies > 1:
-            raise ValueError(
-                f"{name}={copies} is not supported on a live cache, which holds one row per conversation; repeat its "
-                "rows with cache.batch_repeat_interleave and those of the inputs, or start a new cache"
-            )
-
-
-def _refuse_misfits(input_ids: Tensor | None, kwargs: dict[str, Any]) -> None:
-    """Refuse masks that do not fit, from which transformers would derive positions, and prompts that end in padding."""
-    embeds, cache, attention_mask = kwargs.get("inputs_embeds"), kwargs.get(CACHE), kwargs.get("attention_mask")
-    tokens = embeds[..., 0] if embeds is not None else input_ids
-    for name in ("attention_mask", "output_mask") if tokens is not None else ():
-        if kwargs.get(name) is not None:
-            chunk_of(name, kwargs[name], tokens, 0 if cache is None else cache.get_seq_length())
-    if attention_mask is not None and not bool(attention_mask[:, -1].all()):
-        rows = (attention_mask[:, -1] == 0).nonzero().flatten().tolist()
-        raise ValueError(
-            f"attention_mask ends in padding in rows {rows}; generation continues every row at its last column, so pad "
-            "prompts on the left (padding_side='left')"
-        )
-
-
 def _without_fillers(input_ids: Tensor, attention_mask: Tensor | None, output_mask: Tensor, end_ids: Tensor) -> Tensor:
     """The attention mask with the padding that ended rows were fed switched off; it must never enter a cache.
 
@@ -392,9 +326,15 @@ def _without_fillers(input_ids: Tensor, attention_mask: Tensor | None, output_ma
     return mask
 
 
-def _repeat_rows(images: Tensor | None, images_B: Tensor, times: int) -> Tensor | None:
-    """Repeat every row's images `times` times, row by row: (I, ...) -> (I * times, ...)."""
-    if times == 1 or images is None:
-        return images
-    rows = images.split(images_B.tolist())
-    return torch.cat([row for row in rows for _ in range(times)], dim=0)
+def _inputs_of(input_ids: Tensor | None, given: dict[str, Any]) -> Inputs:
+    names = ("inputs_embeds", "pixel_values", "image_features", "image_mask")
+    embeds, *images = (given.get(name) for name in names)
+    strategy = given.get("vision_feature_select_strategy")
+    return Inputs(None if embeds is not None else input_ids, embeds, *images, None, strategy)
+
+
+def _chosen(images: Tensor | Sequence[Tensor] | None, order: list[int]) -> Tensor | list[Tensor] | None:
+    """Return the images (I, ...), or the list of them, in this order."""
+    if images is None or isinstance(images, Tensor):
+        return None if images is None else images[order]
+    return [images[number] for number in order]

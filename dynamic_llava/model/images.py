@@ -3,6 +3,7 @@
 Shape suffixes: B rows, N tokens, I images of the batch in row order, n tokens of one image, D hidden size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from dynamic_llava.layout import TokenLayout
 from dynamic_llava.model.arguments import check_shapes
 
 STRATEGIES = {"default": 0, "full": 1}
@@ -26,8 +28,8 @@ class Inputs:
     """(B, N, D), or None where ids are given."""
     pixel_values: Tensor | None
     """(I, 3, S, S) float."""
-    image_features: Tensor | None
-    """(I, n, D) instead of pixels."""
+    image_features: Tensor | Sequence[Tensor] | None
+    """(I, n, D), or (n, D) for each image with an n of its own, instead of pixels."""
     image_mask: Tensor | None
     """(B, N) bool, only with embeddings: the tokens that stand for images."""
     feature_layer: int | list[int] | None
@@ -59,6 +61,31 @@ class ImageInputs:
             )
         vision = self.config.vision_config
         return int((vision.image_size // vision.patch_size) ** 2 + STRATEGIES[strategy])
+
+    def lengths_of(self, inputs: Inputs) -> int | list[int]:
+        """Return how many tokens each image of a call fills, in row order, or the one number of all.
+
+        Features given as a list say their lengths themselves. Raises ValueError for features of another shape.
+        """
+        features, per_image = inputs.image_features, self.image_length(inputs.feature_strategy)
+        width = self.config.text_config.hidden_size
+        if isinstance(features, Tensor):
+            if features.dim() != 3 or tuple(features.shape[1:]) != (per_image, width):
+                raise ValueError(
+                    f"image_features has shape {tuple(features.shape)} but an image of this model is {per_image} "
+                    f"tokens of width {width}; give shape (images, {per_image}, {width}), or a list with one (tokens, "
+                    f"{width}) per image for images of other lengths"
+                )
+        elif features is not None:
+            for number, one in enumerate(features):
+                shape = tuple(getattr(one, "shape", ()))
+                if len(shape) != 2 or shape[0] < 1 or shape[1] != width:
+                    raise ValueError(
+                        f"image_features[{number}] has shape {shape}; give each image as a tensor (tokens, {width}) of "
+                        "at least one token"
+                    )
+            return [len(one) for one in features]
+        return per_image
 
     def check_feature_layer(self, layer: int | list[int] | None) -> None:
         """Raise ValueError for a vision_feature_layer that the vision tower lacks or the projector does not take."""
@@ -118,23 +145,10 @@ class ImageInputs:
             embeds = self.get_input_embeddings()(inputs.input_ids)
         if images is None:
             return embeds
-        features = features_of(images).to(embeds.device, embeds.dtype)
-        return embeds.masked_scatter(image_BN[..., None], features)
-
-    def check_images(self, images: int, image_BN: Tensor, per_image: int | None = None) -> None:
-        """Raise ValueError unless `images` images fill the image tokens (B, N) bool, each row a whole number."""
-        per_image = per_image if per_image is not None else self.tokens_per_image
-        places_B = image_BN.sum(1)
-        if int(places_B.sum()) != images * per_image:
-            raise ValueError(
-                f"{images} images of {per_image} tokens were given for {int(places_B.sum())} image tokens "
-                f"({int(places_B.sum()) / per_image:g} images); give one image per <image> place"
-            )
-        if bool((places_B % per_image).any()):
-            raise ValueError(
-                f"a row holds part of an image: its image tokens are not a multiple of {per_image}; "
-                "truncate prompts between images, never inside one"
-            )
+        pooled = images.pooler_output
+        features_TD = pooled.flatten(0, 1) if isinstance(pooled, Tensor) else torch.cat(list(pooled))
+        features_TD = features_TD.to(embeds.device, embeds.dtype)
+        return embeds.masked_scatter(image_BN[..., None], features_TD)
 
     def check_pixels(self, pixel_values: Tensor) -> None:
         """Raise ValueError unless pixels have the shape that the vision tower takes, (I, 3, S, S)."""
@@ -168,29 +182,23 @@ class ImageInputs:
             outputs.hidden_states = None  # the projector has read them; kept, they would be memory for nothing
         return outputs
 
-    def images_of_call(self, inputs: Inputs, image_BN: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling | None:
-        """Return the images, encoded here or as features given; ValueError unless they fit `image_BN`.
+    def images_of_call(self, inputs: Inputs, layout: TokenLayout, **kwargs: Any) -> BaseModelOutputWithPooling | None:
+        """Return the images, encoded here or as features given; ValueError unless they fit the layout's image tokens.
 
         In training a batch without any passes a blank one through, which fills no token.
         """
         pixels, features = inputs.pixel_values, inputs.image_features
         if pixels is not None and features is not None:
             raise ValueError("give either pixel_values or image_features, not both")
-        per_image = self.image_length(inputs.feature_strategy)
+        lengths = self.lengths_of(inputs)
         if features is not None:
-            wanted = (per_image, self.config.text_config.hidden_size)
-            if features.dim() != 3 or tuple(features.shape[1:]) != wanted:
-                raise ValueError(
-                    f"image_features has shape {tuple(features.shape)} but an image of this model is {wanted[0]} "
-                    f"tokens of width {wanted[1]}; give shape (images, {wanted[0]}, {wanted[1]})"
-                )
-            self.check_images(features.shape[0], image_BN, per_image)
+            check_images(layout, lengths, len(features))
             return BaseModelOutputWithPooling(pooler_output=list(features))
         if pixels is not None:
             self.check_pixels(pixels)
-            self.check_images(pixels.shape[0], image_BN, per_image)
+            check_images(layout, lengths, len(pixels))
             return self.encode_images(pixels, inputs.feature_layer, inputs.feature_strategy, **kwargs)
-        if self.training and torch.is_grad_enabled() and not bool(image_BN.any()):
+        if self.training and torch.is_grad_enabled() and not bool(layout.is_image.any()):
             return self._no_images()
         return None
 
@@ -203,11 +211,42 @@ class ImageInputs:
         vision = self.config.vision_config
         like = next(self.vision_tower.parameters())
         blank = like.new_zeros(1, vision.num_channels, vision.image_size, vision.image_size)
-        features = torch.stack(list(self.encode_images(blank).pooler_output))
+        features = torch.stack(features_of(self.encode_images(blank)))
         return BaseModelOutputWithPooling(pooler_output=features[:0])
 
 
-def features_of(images: BaseModelOutputWithPooling) -> Tensor:
-    """Return the projected features, (I, n, D), of encoded images."""
-    features = images.pooler_output
-    return features if isinstance(features, Tensor) else torch.stack(list(features))
+def features_of(images: BaseModelOutputWithPooling) -> list[Tensor]:
+    """Return the projected features of encoded images, (n, D) for each."""
+    return list(images.pooler_output)
+
+
+def check_images(layout: TokenLayout, lengths: int | Sequence[int], images: int | None = None) -> None:
+    """Raise ValueError unless images of these lengths fill the layout's image tokens, each in one piece in one row.
+
+    `lengths` holds the tokens of each image, in row order, or the one number of all; `images` is their number, None
+    where no more is known of them than their tokens.
+    """
+    one = isinstance(lengths, int)
+    found, pieces = torch.stack([layout.is_image.sum(), layout.image_starts.sum()]).tolist()
+    count = images if images is not None else found // lengths
+    wanted = count * lengths if one else sum(lengths)
+    if found == wanted and pieces == count:
+        return
+    if found != wanted and images is not None:
+        size = str(lengths) if one else ", ".join(map(str, lengths))
+        as_images = f" ({found / lengths:g} images)" if one else ""
+        raise ValueError(
+            f"{images} images of {size} tokens were given for {found} image tokens{as_images}; give one image per "
+            "<image> place"
+        )
+    if one and bool((layout.is_image.sum(1) % lengths).any()):
+        raise ValueError(
+            f"a row holds part of an image: its image tokens are not a multiple of {lengths}; "
+            "truncate prompts between images, never inside one"
+        )
+    number = int((torch.bincount(layout.image[layout.image_starts]) > 1).nonzero()[0])
+    raise ValueError(
+        f"the {lengths if one else lengths[number]} tokens of image {number}, counted from 0 row by row, do not follow "
+        "one another in one row; give images in the order of their tokens, and truncate prompts between images, never "
+        "inside one"
+    )

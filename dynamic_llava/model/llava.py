@@ -5,7 +5,7 @@ Shape suffixes: B rows, N tokens, I images of the batch in row order, n tokens o
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ class DynamicLlavaForConditionalGeneration(
     Nothing about a generation is kept on the module: decisions, caches and noise keys travel with the call.
 
     Arguments of `forward`:
-        input_ids: (B, N) int64; every image is `tokens_per_image` image tokens.
+        input_ids: (B, N) int64; an image is `tokens_per_image` image tokens, or as many as its features in a list.
         pixel_values: (I, 3, S, S) float, all images of the batch in row order.
         attention_mask: (B, N) 1 = real token; padding on either side. On a live cache it covers the past too.
         inputs_embeds: (B, N, D) instead of input_ids. Images that come along fill the tokens of `image_mask`, or,
@@ -53,7 +53,8 @@ class DynamicLlavaForConditionalGeneration(
             tokens of each row's last answer (of all answers with output_segments="all"), image tokens left out, and on
             a live cache a single new token.
         keep_mask: (B, N) bool, int or float, 1 = kept and 0 = dropped: decisions given instead of made.
-        image_features: (I, n, D) projected images instead of pixel_values.
+        image_features: projected images instead of pixel_values: (I, n, D), or, where images differ in their number of
+            tokens, a list of one (n, D) per image, in row order.
         image_mask: (B, N) bool, only with inputs_embeds: the tokens that are images, to be filled or filled already.
         sparsity: "both", "image", "output" or "none"; default both. With "none", and without keep_mask, the parent's
             forward runs, and everything that transformers' LLaVA can do is done as there.
@@ -103,7 +104,7 @@ class DynamicLlavaForConditionalGeneration(
         use_cache: bool | None = None,
         output_mask: Tensor | None = None,
         keep_mask: Tensor | None = None,
-        image_features: Tensor | None = None,
+        image_features: Tensor | Sequence[Tensor] | None = None,
         image_mask: Tensor | None = None,
         sparsity: SparsityMode | None = None,
         image_keep_rate: float | None = None,

@@ -61,7 +61,7 @@ class SparsityRecord:
     @property
     def image_keep_rate(self) -> Tensor:
         """() float: share of image tokens kept; nan without images."""
-        return _mean_where(self.keep_mask, self.layout.image)
+        return _mean_where(self.keep_mask, self.layout.is_image)
 
     @property
     def output_keep_rate(self) -> Tensor:
@@ -71,9 +71,9 @@ class SparsityRecord:
     @property
     def image_indices(self) -> list[list[Tensor]]:
         """Per row, per image: the kept tokens' offsets within the image, ascending (int64)."""
-        keep_In = self.layout.gather_images(self.keep_mask).bool()
+        keep_T, lengths = self.keep_mask[self.layout.is_image].bool(), self.layout.image_lengths().tolist()
         rows: list[list[Tensor]] = [[] for _ in range(self.keep_mask.shape[0])]
-        for row, keep_n in zip(self.layout.image_rows().tolist(), keep_In, strict=True):
+        for row, keep_n in zip(self.layout.image_rows().tolist(), keep_T.split(lengths), strict=True):
             rows[row].append(keep_n.nonzero().flatten())
         return rows
 
@@ -102,27 +102,18 @@ class SparsityRecord:
         """Return one record of all tokens of several passes over one cache, as of the last; ValueError for none."""
         if not records:
             raise ValueError("there is no record to join: no pass has been run")
-        layouts = [record.layout for record in records]
         return replace(
             records[-1],
-            layout=replace(
-                layouts[-1],
-                valid=torch.cat([layout.valid for layout in layouts], dim=1),
-                image=torch.cat([layout.image for layout in layouts], dim=1),
-                output=torch.cat([layout.output for layout in layouts], dim=1),
-            ),
+            layout=TokenLayout.joined([record.layout for record in records]),
             keep_mask=torch.cat([record.keep_mask for record in records], dim=1),
             sparsified_output=torch.cat([record.sparsified_output for record in records], dim=1),
         )
 
     def select_rows(self, choose: Callable[[Tensor], Tensor]) -> "SparsityRecord":
         """Return the record of a choice of rows (reordered, repeated, selected)."""
-        layout = self.layout
         return replace(
             self,
-            layout=replace(
-                layout, valid=choose(layout.valid), image=choose(layout.image), output=choose(layout.output)
-            ),
+            layout=self.layout.select_rows(choose),
             keep_mask=choose(self.keep_mask),
             sparsified_output=choose(self.sparsified_output),
             cache_lengths=None if self.cache_lengths is None else choose(self.cache_lengths),
@@ -130,19 +121,26 @@ class SparsityRecord:
         )
 
     def __repr__(self) -> str:
-        per_image = self.layout.tokens_per_image
+        lengths = self.layout.image_lengths().tolist()
         lines = [f"SparsityRecord of {self.keep_mask.shape[0]} x {self.keep_mask.shape[1]} tokens"]
         for number, row in enumerate(self.rows):
             parts = []
             if row.image_indices:
-                counts = ", ".join(str(len(kept)) for kept in row.image_indices)
-                parts.append(f"kept {counts} of {per_image} tokens per image")
+                its, lengths = lengths[: len(row.image_indices)], lengths[len(row.image_indices) :]
+                parts.append(f"kept {_shares([*map(len, row.image_indices)], its)} tokens per image")
             if row.output_decisions:
                 parts.append(f"kept {sum(row.output_decisions)} of {len(row.output_decisions)} output tokens")
             if row.cache_length is not None:
                 parts.append(f"cache {row.cache_length} tokens, below the sparse layer {row.dense_cache_length}")
             lines.append(f"  row {number}: {'; '.join(parts) or 'prompt tokens only'}")
         return "\n".join(lines)
+
+
+def _shares(kept: Sequence[int], lengths: Sequence[int]) -> str:
+    """Write "4, 5 of 16", or, where images differ in length, "4 of 16, 2 of 9"."""
+    if len({*lengths}) == 1:
+        return f"{', '.join(map(str, kept))} of {lengths[0]}"
+    return ", ".join(f"{count} of {length}" for count, length in zip(kept, lengths, strict=True))
 
 
 def _mean_where(values: Tensor, where: Tensor) -> Tensor:
@@ -173,10 +171,16 @@ class LlavaOutput(ModelOutput):
         return tuple(value.to_tuple() if name == "image_outputs" else value for name, value in self.items())
 
     @property
-    def image_hidden_states(self) -> Tensor | None:
-        """(I, n, D) projected images, as transformers before 5.24 names them; None where no image was given."""
+    def image_hidden_states(self) -> Tensor | list[Tensor] | None:
+        """(I, n, D) projected images, as transformers before 5.24 names them; None where no image was given.
+
+        Images of different lengths are a list of one (n, D) each.
+        """
         images = self.image_outputs  # type: ignore[attr-defined]
-        return None if images is None else torch.stack(list(images.pooler_output))
+        features = None if images is None else images.pooler_output
+        if features is None or isinstance(features, Tensor) or len({len(one) for one in features}) > 1:
+            return features
+        return torch.stack(list(features))
 
     if not hasattr(ModelOutput, EARLIER):
 

@@ -19,6 +19,8 @@ class Plan:
     layout: TokenLayout
     sample_key: Tensor
     """(B,) int64: noise key of each sample."""
+    has_images: bool = False
+    """Whether the call's tokens include image tokens; known on the host."""
     masked: bool = False
     """Keep the full length and mask (training, teacher forcing) instead of removing tokens."""
     answers_only: bool = False

@@ -200,7 +200,7 @@ def _note(cache: AdmissionCache, preset: Preset, tokens: int, kept: int, image: 
         one.expand(preset.batch, -1)
         for one in (torch.ones_like(image_N), image_N, torch.full_like(image_N, not image), keep_N)
     )
-    cache.note(TokenLayout(valid_BN, image_BN, output_BN, preset.shape.tokens_per_image), keep_BN)
+    cache.note(TokenLayout.build(image_BN, valid_BN, output_BN, image or None), keep_BN)
 
 
 def dense_cache(

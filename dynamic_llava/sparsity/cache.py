@@ -176,18 +176,19 @@ class DecisionLog:
         self.block = block
         self.tokens = 0
         """N: columns so far; known on the host."""
-        self._kinds: Tensor | None = None  # (B, W, 4) bool: valid, image, output, kept
-        self._tokens_per_image = 0
+        self._kinds: Tensor | None = None  # (B, W, 4) bool: valid, image, output (or first token of an image), kept
 
     def add(self, layout: TokenLayout, keep_BN: Tensor) -> None:
         """Append a chunk and its decisions, (B, N) bool."""
-        chunk_BN4 = torch.stack([layout.valid, layout.image, layout.output, keep_BN], dim=-1)
+        # No token is both image and output, so the two together can mark where an image begins.
+        begins_BN = layout.output | layout.image_starts
+        chunk_BN4 = torch.stack([layout.valid, layout.is_image, begins_BN, keep_BN], dim=-1)
         end = self.tokens + chunk_BN4.shape[1]
         if self._kinds is None or end > self._kinds.shape[1]:
             self._grow(chunk_BN4, -(-end // self.block) * self.block)
         assert self._kinds is not None
         self._kinds[:, self.tokens : end] = chunk_BN4
-        self.tokens, self._tokens_per_image = end, layout.tokens_per_image
+        self.tokens = end
 
     def so_far(self) -> tuple[TokenLayout, Tensor]:
         """Return the layout of all tokens so far and their decisions, (B, N) bool, as copies. RuntimeError before any.
@@ -196,8 +197,8 @@ class DecisionLog:
         """
         if self._kinds is None:
             raise RuntimeError("nothing has been decided yet; add a first chunk")
-        valid, image, output, keep = self._kinds[:, : self.tokens].movedim(-1, 0).clone().unbind()
-        return TokenLayout(valid, image, output, self._tokens_per_image), keep
+        valid, image, begins, keep = self._kinds[:, : self.tokens].movedim(-1, 0).clone().unbind()
+        return TokenLayout.of_starts(valid, image, image & begins, begins & ~image), keep
 
     def latest(self) -> Tensor:
         """(B,) bool: the decisions about the newest column. RuntimeError before any."""

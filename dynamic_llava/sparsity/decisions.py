@@ -5,6 +5,7 @@ Shape suffixes: I images, N tokens of one image. A keep mask is 1 (True) where t
 
 from collections.abc import Callable
 from decimal import Decimal
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -120,6 +121,10 @@ class _ClampGradient(torch.autograd.Function):
 def _budget_per_row(rate: float, tokens: int, score_IN: Tensor, valid: Tensor | None) -> int | Tensor:
     if valid is None:
         return budget(rate, tokens)
-    # A table over every possible count keeps the exact decimal floor without reading the counts on the host.
-    table = torch.tensor([budget(rate, n) for n in range(tokens + 1)], device=score_IN.device)
-    return table[valid.sum(dim=-1)]
+    return torch.tensor(_budgets(rate, tokens), device=score_IN.device)[valid.sum(dim=-1)]
+
+
+@cache
+def _budgets(rate: float, tokens: int) -> list[int]:
+    """The budget of every count up to `tokens`: the exact decimal floor without reading counts on the host."""
+    return [budget(rate, n) for n in range(tokens + 1)]

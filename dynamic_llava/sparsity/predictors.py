@@ -54,7 +54,10 @@ class ImagePredictor(nn.Module):
                     f"valid is {valid_IN.dtype} of shape {tuple(valid_IN.shape)}; give bool of shape "
                     f"{tuple(hidden_IND.shape[:2])}, the images and tokens of hidden"
                 )
-            hidden_IND = hidden_IND.masked_fill(~valid_IN[..., None], 0)
+            if bool(valid_IN.all()):
+                valid_IN = None  # images of one length: attention needs no mask
+            else:
+                hidden_IND = hidden_IND.masked_fill(~valid_IN[..., None], 0)
         x_INW = self.down(hidden_IND)
         for block in self.blocks:
             x_INW = block(x_INW, valid_IN)

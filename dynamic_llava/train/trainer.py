@@ -222,7 +222,8 @@ class DynamicLlavaTrainer(Trainer):
         assert record is not None
         for name, value in terms.items():
             self.meter.add_share(name, value)
-        for name, where in (("image_keep_rate", record.layout.image), ("output_keep_rate", record.sparsified_output)):
+        counted = {"image_keep_rate": record.layout.is_image, "output_keep_rate": record.sparsified_output}
+        for name, where in counted.items():
             self.meter.add_ratio(name, (record.keep_mask * where).sum(), where.sum())
         self._record = record
 
@@ -242,5 +243,5 @@ class DynamicLlavaTrainer(Trainer):
         """Return (B,) bool for each of the method's own losses: the samples of a batch that it is a mean over."""
         model = self.accelerator.unwrap_model(self.model)
         image = batch["input_ids"] == model.config.image_token_id
-        layout = TokenLayout.build(image, batch["attention_mask"], batch["output_mask"], 1)
+        layout = TokenLayout.build(image, batch["attention_mask"], batch["output_mask"], image_lengths=1)
         return self.method.loss_samples(layout, decided_outputs(layout, self.sparsity), self.sparsity)

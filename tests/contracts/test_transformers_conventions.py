@@ -277,7 +277,7 @@ def test_labels_on_image_tokens_leave_images_what_they_are(segments):
     for mode in (model.eval(), model.train()):
         output = mode(**inputs, labels=inputs["input_ids"].clone(), sample_key=torch.arange(2))
         image = inputs["input_ids"] == IMAGE_TOKEN
-        assert torch.equal(output.sparsity.layout.image, image)
+        assert torch.equal(output.sparsity.layout.is_image, image)
         assert not (output.sparsity.layout.output & image).any() and output.sparsity.layout.output[:, -5:].all()
         expected = torch.nn.functional.cross_entropy(
             output.logits[:, :-1].flatten(0, 1), inputs["input_ids"][:, 1:].flatten()

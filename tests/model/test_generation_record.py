@@ -133,7 +133,7 @@ def test_the_record_follows_the_rows_of_its_cache():
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([6, 1]))
     assert torch.equal(cache.record.keep_mask, before.keep_mask[[3, 0]])
-    assert torch.equal(cache.record.layout.image, before.layout.image[[3, 0]])
+    assert torch.equal(cache.record.layout.is_image, before.layout.is_image[[3, 0]])
     assert torch.equal(cache.record.cache_lengths, cache.record.keep_mask.sum(1))
     cache.reset()
     assert cache.record is None

@@ -139,7 +139,7 @@ def test_the_keep_rate_terms_are_those_of_eq_10():
     for reduction in ("batch", "applicable"):
         out = build_model(keep_rate_reduction=reduction).train()(**call)
         mask, layout = out.sparsity.keep_mask, out.sparsity.layout
-        images = [mask[i][layout.image[i]].mean() for i in range(4) if layout.image[i].any()]
+        images = [mask[i][layout.is_image[i]].mean() for i in range(4) if layout.is_image[i].any()]
         share = len(batch) if reduction == "batch" else len(images)
         expected = sum((rate - 0.25).square() for rate in images) / share
         torch.testing.assert_close(out.image_keep_loss, expected)
@@ -226,7 +226,7 @@ def test_modes_of_training(mode):
         return
     mask, layout = out.sparsity.keep_mask, out.sparsity.layout
     assert mask[layout.prompt].eq(1).all()
-    assert (0 < mask[layout.image].mean() < 1) == (mode in ("both", "image"))
+    assert (0 < mask[layout.is_image].mean() < 1) == (mode in ("both", "image"))
     assert (0 < mask[layout.output].mean() < 1) == (mode in ("both", "output"))
     assert (out.image_keep_loss > 0) == (mode in ("both", "image"))
     assert (out.output_keep_loss > 0) == (mode in ("both", "output"))

@@ -94,7 +94,7 @@ def test_soft_topk_trains_with_the_image_tokens_of_inference():
     call.pop("tau")
     inference = build_model().eval()(**call).sparsity
     layout = inference.layout
-    assert torch.equal(decided["soft_topk"].keep_mask[layout.image].bool(), inference.keep_mask[layout.image])
+    assert torch.equal(decided["soft_topk"].keep_mask[layout.is_image].bool(), inference.keep_mask[layout.is_image])
     assert torch.equal(decided["sigmoid_st"].keep_mask[layout.output].bool(), inference.keep_mask[layout.output])
     assert decided["soft_topk"].keep_mask[layout.output].view(4, 9).sum(1).eq(budget(0.5, 9)).all()
 
@@ -107,7 +107,7 @@ def test_soft_topk_keeps_the_budget_of_every_image_and_answer():
         ({"image_keep_rate": 0.9, "output_keep_rate": 0.8}, 14, [4, 3, 4, 7]),
     ):
         record = model(**call, **rates).sparsity
-        assert record.keep_mask[record.layout.image].view(2, -1).sum(1).tolist() == [kept_image] * 2
+        assert record.keep_mask[record.layout.is_image].view(2, -1).sum(1).tolist() == [kept_image] * 2
         answer_T, _ = record.layout.answer_places()
         kept_T = record.keep_mask[record.layout.output].detach()
         assert torch.zeros(4).index_add(0, answer_T, kept_T).tolist() == kept_answers  # 3: shorter than LEN_OT

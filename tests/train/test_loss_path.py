@@ -100,7 +100,7 @@ def test_text_only_rows_leave_the_others_sparse(tmp_path, relaxation):
     mask, layout = together.sparsity.keep_mask, together.sparsity.layout
     assert mask[1][layout.valid[1]].eq(1).all()
     for row in (0, 2, 3):
-        assert 0 < mask[row][layout.image[row]].mean() < 1
+        assert 0 < mask[row][layout.is_image[row]].mean() < 1
         assert 0 < mask[row][layout.output[row]].mean() < 1
 
 

@@ -72,7 +72,7 @@ class LiveDialogues:
             self.output_kept += output_BQ.sum(1)
             return
         kept_BQ = record.keep_mask.bool()
-        self.image_kept += (kept_BQ & record.layout.image).sum(1)
+        self.image_kept += (kept_BQ & record.layout.is_image).sum(1)
         self.output_kept += (kept_BQ & record.layout.output).sum(1)
 
 

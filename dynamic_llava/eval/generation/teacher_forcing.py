@@ -132,4 +132,4 @@ def _kept(record: Any, image_BN: Tensor, output_BN: Tensor) -> tuple[list[int], 
     if record is None:
         return (image_BN & ~output_BN).sum(1).tolist(), output_BN.sum(1).tolist()
     keep_BN, layout = record.keep_mask.bool(), record.layout
-    return (keep_BN & layout.image).sum(1).tolist(), (keep_BN & layout.output).sum(1).tolist()
+    return (keep_BN & layout.is_image).sum(1).tolist(), (keep_BN & layout.output).sum(1).tolist()
