@@ -21,13 +21,13 @@ PACKAGE = ROOT / "dynamic_llava"
 HELP = {
     "chat.__main__": [""],
     "checkpoints.__main__": ["", "convert", "check"],
-    "data.__main__": ["", "check", "first-batch", "benchmark"],
+    "data.__main__": ["", "check", "first-batch"],
     "eval.__main__": [
         "", "score", "build-lvis", "build-sharegpt4v", "ppl-speed", "tiny-page", "tiny-budgets", "tiny-model",
     ],
     "profile.__main__": [
         "", "flops", "tokens", "memory", "memory x.yaml", "latency", "roofline", "training", "curve", "benchmark",
-        "part", "summary", "against",
+        "part", "summary", "against", "data",
     ],
     "sweep.__main__": [""],
     "tiny.train_base": [""],

@@ -1,14 +1,11 @@
-"""`python -m dynamic_llava.data check | first-batch | benchmark`: data looked at without training on it."""
+"""`python -m dynamic_llava.data check | first-batch`: data looked at without training on it."""
 
 import json
 import logging
-import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -41,41 +38,12 @@ class CheckConfig(RunConfig):
             raise ValueError(f"examples={self.examples} must be 0 or more")
 
 
-@dataclass(frozen=True)
-class BenchmarkConfig:
-    """The generated data and what is measured on it; the results go to `output`.md and `output`.json."""
-
-    folder: str = "runs/data_benchmark"
-    """Folder of the generated data and of what is prepared from it; about 2 GB; replaced by each run."""
-    samples: int = 665_000
-    """Samples of the JSON file."""
-    pictures: int = 400
-    """Different pictures; each sample shows one of them."""
-    throughput_samples: int = 3000
-    """Samples over which the pipeline is timed."""
-    workers: int = 0
-    """Worker processes; 0: one per core."""
-    seed: int = 0
-    """Seed of the generated data and of its order."""
-    output: str = "docs/results/data"
-    """Where the results are written."""
-
-    def __post_init__(self) -> None:
-        for name in ("samples", "pictures", "throughput_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
-
-
 @entry_point("train")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit code: 1 for data that training would fail on, 2 for a user's mistake."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     rest = list(sys.argv[1:] if arguments is None else arguments)
-    commands: dict[str, Callable[[list[str]], int]] = {
-        "check": _check,
-        "first-batch": _first_batch,
-        "benchmark": _benchmark,
-    }
+    commands: dict[str, Callable[[list[str]], int]] = {"check": _check, "first-batch": _first_batch}
     if not rest or rest[0] not in commands:
         asked = rest[:1] in (["-h"], ["--help"])
         print(_help(), file=sys.stdout if asked else sys.stderr)
@@ -94,9 +62,6 @@ def _help() -> str:
     )
     commands.add_parser(
         "first-batch", help="CONFIG.yaml [overrides]: open the data as training does; seconds and peak memory as JSON"
-    )
-    commands.add_parser(
-        "benchmark", help="generate data of the size of LLaVA's mixture, and measure check and training's reading on it"
     )
     return f"{parser.format_help()}\n{PROGRAM} COMMAND --help shows every setting."
 
@@ -118,7 +83,6 @@ def _first_batch(arguments: list[str]) -> int:
     from torch.utils.data import DataLoader
 
     from dynamic_llava.data import Collator, EpochSampler, SftDataset
-    from dynamic_llava.data.memory import peak_resident_bytes
 
     dataset = SftDataset(config.data, _processor(config))
     lengths = dataset.lengths if config.train.group_by_length else None
@@ -143,28 +107,20 @@ def _first_batch(arguments: list[str]) -> int:
     return 0
 
 
-def _benchmark(arguments: list[str]) -> int:
-    program = "python -m dynamic_llava.data benchmark"
-    config = load_config(BenchmarkConfig, arguments, program, "Measure the data pipeline on generated data.")
-    from dynamic_llava.data.benchmark import measure, page
-    from dynamic_llava.data.chunks import worker_count
-    from dynamic_llava.data.imitation import write_mixture
-    from dynamic_llava.provenance import environment
+def peak_resident_bytes() -> int:
+    """Return the largest resident memory of this process so far, memory-mapped pages that it has read included.
 
-    folder, workers = Path(config.folder), worker_count(config.workers)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.environ["DYNAMIC_LLAVA_CACHE"] = str((folder / "cache").resolve())  # nothing in it is prepared yet
-    data = write_mixture(folder.resolve(), config.samples, config.pictures, config.seed)
-    numbers = measure(folder.resolve(), data, config.throughput_samples, workers, config.seed)
-    about = {**environment(), "seed": config.seed, "date": date.today().isoformat()}
-    command = " ".join([program, *arguments])
-    output = Path(config.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    results = {"command": command, "environment": about, **numbers}
-    output.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    output.with_suffix(".md").write_text(page(numbers, command, about), encoding="utf-8")
-    print(page(numbers, command, about))
-    return 0
+    Where Linux tells it, without what its parent held before the process began, which getrusage would count.
+    """
+    import resource  # not everywhere
+
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _processor(config: RunConfig) -> "DynamicLlavaProcessor":

@@ -1,7 +1,7 @@
 """`python -m dynamic_llava.profile COMMAND ...`: what the method costs, by calculation and measured.
 
 Models have random weights, so no checkpoint is needed; nothing beyond torch and transformers is imported, except for
-`memory CONFIG.yaml`, which reads a training configuration, and for pictures, which need matplotlib.
+`memory CONFIG.yaml`, which reads a training configuration, `data`, and for pictures, which need matplotlib.
 """
 
 import argparse
@@ -108,6 +108,7 @@ def _add_benchmark(command: Callable[..., argparse.ArgumentParser]) -> None:
     )
     whole.add_argument("--parts", nargs="+", default=(), help="only these parts (default: all of the set)")
     _add_against(command)
+    _add_data(command)
     summary = command("summary", _summary, "write a benchmark's summary again, from its lines; or publish it")
     summary.add_argument("folder", type=Path, help="the benchmark's --output-folder")
     summary.add_argument("--publish", type=Path, metavar="DIR", help="write benchmark_<device>.md and .json there")
@@ -126,6 +127,23 @@ def _add_against(command: Callable[..., argparse.ArgumentParser]) -> None:
         "--limit", type=float, help="exit code 1 where a ratio is above it, its whole interval included (e.g. 1.03)"
     )
     against.add_argument("--json", action="store_true", help="print one line of JSON per row after the table")
+
+
+def _add_data(command: Callable[..., argparse.ArgumentParser]) -> None:
+    text = "generate data of the size of LLaVA's mixture, and measure training's reading on it (needs the extra train)"
+    data = command("data", _data, text)
+    data.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("runs/data_benchmark"),
+        help="folder of the generated data and of what is prepared from it; about 2 GB; replaced by each run",
+    )
+    data.add_argument("--samples", type=int, default=665_000, help="samples of the JSON file")
+    data.add_argument("--pictures", type=int, default=400, help="different pictures; each sample shows one of them")
+    data.add_argument("--throughput-samples", type=int, default=3000, help="samples over which the pipeline is timed")
+    data.add_argument("--workers", type=int, default=0, help="worker processes; 0: one per core")
+    data.add_argument("--seed", type=int, default=0, help="seed of the generated data and of its order")
+    data.add_argument("--output", type=Path, default=Path("docs/results/data"), help="results: OUTPUT.md, OUTPUT.json")
 
 
 def _add_preset(parser: argparse.ArgumentParser) -> None:
@@ -155,26 +173,6 @@ def _preset(options: Any) -> Any:
     return replace(preset, **{name: value for name, value in changes.items() if value is not None})
 
 
-def _device(options: Any) -> "torch.device":
-    import torch
-
-    if options.device is not None:
-        try:
-            return torch.device(options.device)
-        except RuntimeError as error:
-            raise ValueError(f"--device {options.device} is no device: {error}") from None
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return torch.device("cpu") if found is None else found
-
-
-def _dtype(options: Any, device: "torch.device | None") -> "torch.dtype":
-    import torch
-
-    if options.dtype is not None:
-        return getattr(torch, options.dtype)
-    return torch.float32 if device is not None and device.type == "cpu" else torch.bfloat16
-
-
 def _show(options: Any, reports: Sequence["Report"], device: "torch.device | None" = None) -> int:
     from dynamic_llava.profile.report import measured_on
 
@@ -200,25 +198,28 @@ def _tokens(options: Any) -> int:
 def _memory(options: Any) -> int:
     from dynamic_llava.profile.inference_memory import memory_report
     from dynamic_llava.profile.presets import WAYS
+    from dynamic_llava.profile.workload import device_asked, dtype_asked
 
     preset = _preset(options)
     if not options.measured:
         if options.device is not None:
             raise ValueError("--device belongs to --measured; without it memory is calculated, for any device")
-        return _show(options, [memory_report(preset, WAYS, _dtype(options, None).itemsize)])
+        return _show(options, [memory_report(preset, WAYS, dtype_asked(options.dtype, None).itemsize)])
     from dynamic_llava.profile.latency import Bench, Effort
     from dynamic_llava.profile.parts import measured_report
 
-    device = _device(options)
-    return _show(options, [measured_report(Bench(preset, device, _dtype(options, device), Effort.on(device)))], device)
+    device = device_asked(options.device)
+    bench = Bench(preset, device, dtype_asked(options.dtype, device), Effort.on(device))
+    return _show(options, [measured_report(bench)], device)
 
 
 def _latency(options: Any) -> int:
     from dynamic_llava.profile import latency
     from dynamic_llava.profile.work import measure_limits
+    from dynamic_llava.profile.workload import device_asked, dtype_asked
 
-    preset, device = _preset(options), _device(options)
-    dtype = _dtype(options, device)
+    preset, device = _preset(options), device_asked(options.device)
+    dtype = dtype_asked(options.dtype, device)
     bench = latency.Bench(preset, device, dtype, latency.Effort.on(device))
     variants = latency.EAGER + (latency.COMPILED if options.compiled else ())
     lengths = (0, *preset.outputs)
@@ -238,19 +239,21 @@ def _training(options: Any) -> int:
     from dynamic_llava.profile.report import device_name
     from dynamic_llava.profile.training_speed import training_report
     from dynamic_llava.profile.work import measure_limits
+    from dynamic_llava.profile.workload import device_asked, dtype_asked
 
-    preset, device = _preset(options), _device(options)
-    dtype, peak = _dtype(options, device), device_peak(device_name(device))
+    preset, device = _preset(options), device_asked(options.device)
+    dtype, peak = dtype_asked(options.dtype, device), device_peak(device_name(device))
     flops = measure_limits(device, dtype).flops_per_second if peak is None else peak.tflops * 1e12
     return _show(options, [training_report(preset, device, dtype, flops)], device)
 
 
 def _curve(options: Any) -> int:
     from dynamic_llava.profile.tables import curve_report
+    from dynamic_llava.profile.workload import dtype_asked
 
     preset = _preset(options)
     longest = options.tokens if options.tokens is not None else preset.outputs[-1] * 5 // 4
-    report = curve_report(preset, longest, _dtype(options, None).itemsize)
+    report = curve_report(preset, longest, dtype_asked(options.dtype, None).itemsize)
     if options.device_memory is not None and options.plot is None:
         raise ValueError("--device-memory is a mark in the picture; give --plot as well, or leave it out")
     _show(options, [report])
@@ -294,7 +297,7 @@ def _benchmark(options: Any) -> int:
     from dynamic_llava.profile import runner, summary
 
     begun = time.monotonic()
-    chosen = options.set if options.set is not None else _set_found(options.device)
+    chosen = options.set if options.set is not None else runner.set_found(options.device)
     plan = runner.plan(chosen, runner.SETS[chosen], options.seconds, options.parts)
     folder = runner.new_folder(options.output_folder)
     path = folder / summary.RESULTS
@@ -305,23 +308,6 @@ def _benchmark(options: Any) -> int:
     finally:
         print(f"wrote {', '.join(str(path) for path in sorted(folder.iterdir()))}")
     return 0 if done else 1
-
-
-def _set_found(device: str | None) -> str:
-    """Return the set for a device, asked for in another process: here nothing may depend on torch."""
-    import subprocess
-
-    if device is not None:
-        return "cpu" if device == "cpu" else "gpu"
-    code = "import torch; print(torch.accelerator.current_accelerator(check_available=True) is not None)"
-    try:
-        asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    except subprocess.TimeoutExpired:
-        raise ValueError("torch did not say within 60 s whether there is an accelerator; give --set") from None
-    if asked.returncode:
-        reason = (asked.stderr.strip() or "no message").split("\n")[-1]
-        raise ValueError(f"torch cannot say whether there is an accelerator ({reason}); mend it, or give --set")
-    return "gpu" if asked.stdout.strip() == "True" else "cpu"
 
 
 def _part(options: Any) -> int:
@@ -354,9 +340,11 @@ def _part(options: Any) -> int:
 def _part_device(options: Any) -> "torch.device":
     import torch
 
+    from dynamic_llava.profile.workload import device_asked
+
     if options.device is None and options.set != "gpu":
         return torch.device("cpu")
-    device = _device(options)
+    device = device_asked(options.device)
     if options.set == "gpu" and device.type == "cpu":
         raise ValueError("torch finds no accelerator here, which the gpu set is for; --set rehearsal runs on a CPU")
     return device
@@ -370,6 +358,16 @@ def _summary(options: Any) -> int:
         paths += publish(options.folder, options.publish)
     for path in paths:
         print(f"wrote {path}")
+    return 0
+
+
+def _data(options: Any) -> int:
+    from dynamic_llava.profile.data import measure_and_write
+
+    names = ("samples", "pictures", "throughput_samples", "workers", "seed")
+    given = [f"--{name.replace('_', '-')} {getattr(options, name)}" for name in names]
+    sizes = {name: getattr(options, name) for name in names}
+    print(measure_and_write(options.folder, sizes, options.output, " ".join([f"{PROGRAM} data", *given])))
     return 0
 
 

@@ -96,6 +96,24 @@ class Plan:
         return said + [f"left out, {part.seconds:g} s: {part.name} ({part.about})" for part in self.left_out]
 
 
+def set_found(device: str | None) -> str:
+    """Return the set for a device, asked for in another process: here nothing may depend on torch.
+
+    ValueError where torch does not say whether there is an accelerator.
+    """
+    if device is not None:
+        return "cpu" if device == "cpu" else "gpu"
+    code = "import torch; print(torch.accelerator.current_accelerator(check_available=True) is not None)"
+    try:
+        asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        raise ValueError("torch did not say within 60 s whether there is an accelerator; give --set") from None
+    if asked.returncode:
+        reason = (asked.stderr.strip() or "no message").split("\n")[-1]
+        raise ValueError(f"torch cannot say whether there is an accelerator ({reason}); mend it, or give --set")
+    return "gpu" if asked.stdout.strip() == "True" else "cpu"
+
+
 def plan(name: str, parts: Sequence[Part], seconds: float | None = None, only: Sequence[str] = ()) -> Plan:
     """Choose the parts that fit into so many seconds, in order; None is enough for all. ValueError for a mistake."""
     known = [part.name for part in parts]

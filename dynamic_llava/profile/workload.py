@@ -32,6 +32,24 @@ CHUNK = 256
 """Tokens by which a cache is filled: a chunk's mask is small beside the cache."""
 
 
+def device_asked(name: str | None) -> torch.device:
+    """Return the device of a name; None is the accelerator, if there is one. ValueError for what is no device."""
+    if name is not None:
+        try:
+            return torch.device(name)
+        except RuntimeError as error:
+            raise ValueError(f"--device {name} is no device: {error}") from None
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if found is None else found
+
+
+def dtype_asked(name: str | None, device: torch.device | None) -> torch.dtype:
+    """Return the dtype of a name; None is float32 on a CPU, else bfloat16."""
+    if name is not None:
+        return DTYPES[name]
+    return torch.float32 if device is not None and device.type == "cpu" else torch.bfloat16
+
+
 @dataclass(frozen=True)
 class StatedRate(Dynamic):
     """Dynamic-LLaVA at an exact output keep rate: the output predictor runs, and which tokens stay is forced.

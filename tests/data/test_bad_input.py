@@ -9,8 +9,7 @@ import yaml
 
 from dynamic_llava.config import DataConfig
 from dynamic_llava.data import SftDataset
-from dynamic_llava.data.__main__ import main
-from dynamic_llava.data.memory import peak_resident_bytes
+from dynamic_llava.data.__main__ import main, peak_resident_bytes
 from tests.sft_builders import conversation, picture, tiny_processor
 
 GOOD = {"id": "good", "image": "good.jpg", "conversations": conversation()}

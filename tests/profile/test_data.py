@@ -1,26 +1,28 @@
 """The data of many samples, at a thirtieth of LLaVA's size: what a process needs does not grow with the file."""
 
 import json
+import os
 import pickle
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from dynamic_llava.data import SftDataset, imitation
-from dynamic_llava.data.benchmark import first_batch, measure, page
-from dynamic_llava.data.imitation import SOURCES, load_processor, shares, write_mixture
+from dynamic_llava.data import SftDataset
 from dynamic_llava.data.llava_json import is_text_only, read_samples
+from dynamic_llava.profile import data as profiled
+from dynamic_llava.profile.__main__ import main
+from dynamic_llava.profile.data import SOURCES, first_batch, load_processor, shares, write_mixture
+from tests.data.conftest import own_cache  # noqa: F401 - a fixture of every test here
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
 def small_vocabulary(monkeypatch):
-    monkeypatch.setattr(imitation, "WORDS", 500)
-    monkeypatch.setattr(imitation, "TEXT_WORDS", 40_000)
-    monkeypatch.setattr(imitation, "VOCABULARY", 800)
+    monkeypatch.setattr(profiled, "WORDS", 500)
+    monkeypatch.setattr(profiled, "TEXT_WORDS", 40_000)
+    monkeypatch.setattr(profiled, "VOCABULARY", 800)
 
 
 def test_the_imitation_is_llava_data(tmp_path, small_vocabulary):
@@ -71,15 +73,22 @@ def test_memory_of_a_start_does_not_grow_with_the_data(tmp_path, small_vocabular
 @pytest.mark.slow
 def test_the_benchmark_measures_and_writes_a_page(tmp_path, small_vocabulary, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=":")
-    data = write_mixture(tmp_path, 400, 8, seed=0)
-    numbers = measure(tmp_path, data, samples=48, workers=2, seed=0)
+    sizes = ["--samples", "400", "--pictures", "8", "--throughput-samples", "48", "--workers", "2"]
+    assert main(["data", "--folder", str(tmp_path / "made"), "--output", str(tmp_path / "out/data"), *sizes]) == 0
+    numbers = json.loads((tmp_path / "out/data.json").read_text())
     rates = numbers["samples_per_second"]
     assert min(rates.values()) > 0, "which is the fastest is for a free machine to say"
     assert 0 <= numbers["padding_share_grouped"] < numbers["padding_share_random"] < 0.5
-    text = page(numbers, "the command", {"torch": "2"})
-    assert "the command" in text and f"{rates['batches']:.0f} samples/s" in text
-    lengths = SftDataset(data, load_processor(tmp_path)).lengths
-    assert isinstance(lengths, np.ndarray) and len(lengths) == numbers["used"]
+    assert numbers["samples"] == 400 > numbers["used"] > 300 and numbers["environment"]["torch"]
+    text = (tmp_path / "out/data.md").read_text()
+    assert "profile data --samples 400 --pictures 8" in text and f"{rates['batches']:.0f} samples/s" in text
+
+
+@pytest.mark.parametrize("name", ["samples", "pictures", "throughput-samples"])
+def test_nothing_is_removed_for_a_size_that_is_none(name, tmp_path, capsys):
+    (tmp_path / "own.txt").write_text("kept")
+    assert main(["data", "--folder", str(tmp_path), f"--{name}", "0"]) == 2
+    assert "must be 1 or more" in capsys.readouterr().err and (tmp_path / "own.txt").read_text() == "kept"
 
 
 @pytest.mark.slow
@@ -88,8 +97,11 @@ def test_a_failing_process_is_reported(tmp_path):
         first_batch(tmp_path / "none.yaml")
 
 
-def test_a_dataset_is_small_to_send_to_workers(tmp_path, small_vocabulary, own_cache):
+def test_a_dataset_is_small_to_send_to_workers(tmp_path, small_vocabulary):
     """Where workers are not forked they get the dataset pickled; its rows stay in the file."""
     data = write_mixture(tmp_path, 1000, 2, seed=0)
     dataset = SftDataset(data, load_processor(tmp_path))
-    assert 10 * len(pickle.dumps(dataset.rows)) < next(own_cache.rglob("rows.arrow")).stat().st_size
+    assert (
+        10 * len(pickle.dumps(dataset.rows))
+        < next(Path(os.environ["DYNAMIC_LLAVA_CACHE"]).rglob("rows.arrow")).stat().st_size
+    )
