@@ -143,7 +143,7 @@ def _add_data(command: Callable[..., argparse.ArgumentParser]) -> None:
     data.add_argument("--throughput-samples", type=int, default=3000, help="samples over which the pipeline is timed")
     data.add_argument("--workers", type=int, default=0, help="worker processes; 0: one per core")
     data.add_argument("--seed", type=int, default=0, help="seed of the generated data and of its order")
-    data.add_argument("--output", type=Path, default=Path("docs/results/data"), help="results: OUTPUT.md, OUTPUT.json")
+    data.add_argument("--output", type=Path, default=Path("docs/results/data"), help="results, without .md and .json")
 
 
 def _add_preset(parser: argparse.ArgumentParser) -> None:
