@@ -1,7 +1,8 @@
 """Dynamic-LLaVA: learned sparsification of image and output tokens, on transformers 5.
 
 The public names below are loaded when they are first used. Importing the package loads neither torch nor transformers;
-it leaves a note for transformers' Auto classes (`auto_classes.py`), so that they know our checkpoints.
+it adds an import finder (`auto_classes.py`), by which transformers' Auto classes know our checkpoints once somebody
+loads them.
 """
 
 from importlib import import_module

@@ -13,14 +13,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from dynamic_llava.commands import METHOD, take_method
+from dynamic_llava.commands import take_method
 
 Config = TypeVar("Config")
 
-SHORT_FLAGS = {"--seed": "--train.seed", "--seeds": "--tiny.seeds", "--full": "--tiny.untrained-base"}
-"""Short forms of often used flags."""
 EXTENDS = "extends"
 """Key of a configuration file that names the file whose values it starts from."""
+ELSEWHERE = {"tiny": "python -m dynamic_llava.tiny job"}
+"""Section -> the command whose files have it; a file of another command may only say that it has none (null)."""
 
 
 def load_config(config_class: type[Config], arguments: Sequence[str], program: str, description: str) -> Config:
@@ -30,15 +30,16 @@ def load_config(config_class: type[Config], arguments: Sequence[str], program: s
     file's method, the same or none changes its settings; `--method none` removes it.
     `--help` prints every field and ends the process, and so does a mistake on the command line (tyro's message, with
     suggestions). Raises FileNotFoundError for a missing file and ValueError for one with an unknown key (with a
-    suggestion), a value of the wrong type, or a value that the configuration refuses.
+    suggestion), a value of the wrong type, or a value that the configuration refuses. A class may offer short forms of
+    often used flags, SHORT_FLAGS.
     """
     rest = list(arguments)
     default = None
     if rest and not rest[0].startswith("-"):
         default = read_yaml(config_class, rest.pop(0))
-    short = {name: flag for name, flag in SHORT_FLAGS.items() if _has_field(config_class, flag)}
+    short: Mapping[str, str] = getattr(config_class, "SHORT_FLAGS", {})
     rest = [short.get(argument, argument) for argument in rest]
-    if _has_field(config_class, METHOD):
+    if "method" in {field.name for field in fields(config_class)}:
         rest, method = take_method(rest)
         default = _with_method(config_class() if default is None else default, method)
     if short:
@@ -74,16 +75,25 @@ def read_yaml(config_class: type[Config], path: str | Path) -> Config:
 
     A file that says `extends: other.yaml` (relative to itself; that one may extend a third) starts from the values of
     that file, and its own keys override them one by one. Raises FileNotFoundError for a missing file, and ValueError
-    for files that extend one another in a circle and for a mistake in any of them, named with the file it is in.
+    for files that extend one another in a circle, for a section of another command, and for a mistake in any of the
+    files, named with the file it is in.
     """
     from omegaconf import OmegaConf
 
     merged = OmegaConf.structured(config_class, flags={"readonly": False})
+    foreign: dict[str, Any] = {}
     for file, values in _chain(config_class, Path(path)):
+        foreign.update({section: values.pop(section) for section in _foreign(config_class) if section in values})
         with _naming(file):
             if "name" in (values.get("method") or ()):  # another method: the settings of the extended file's go with it
                 OmegaConf.update(merged, "method", None)
             merged = OmegaConf.merge(merged, values)
+    for section in (name for name, value in foreign.items() if value is not None):
+        raise ValueError(
+            f"{path} has a `{section}` section, so it is a file of `{ELSEWHERE[section]} {path}`, which trains on data "
+            f"that it generates itself. For a run on your own data leave the section out (`{section}: null` in a file "
+            "that extends one with it); configs/your_data.yaml is the example to start from"
+        )
     with _naming(path):
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
 
@@ -180,6 +190,8 @@ def _check_keys(config_class: type, values: Mapping[str, Any], path: Path, prefi
     types = get_type_hints(config_class)
     known = [field.name for field in fields(config_class)]
     for key, value in values.items():
+        if not prefix and key in _foreign(config_class):
+            continue
         if key not in known:
             close = get_close_matches(str(key), known, n=1)
             advice = f"did you mean {prefix}{close[0]}?" if close else f"the known ones are {', '.join(known)}"
@@ -194,10 +206,6 @@ def _section(annotation: Any) -> type | None:
     return next((kind for kind in (annotation, *get_args(annotation)) if is_dataclass(kind)), None)
 
 
-def _has_field(config_class: type, flag: str) -> bool:
-    section: type | None = config_class
-    for name in flag.removeprefix("--").replace("-", "_").split("."):
-        if section is None or name not in get_type_hints(section):
-            return False
-        section = _section(get_type_hints(section)[name])
-    return True
+def _foreign(config_class: type) -> set[str]:
+    """Return the sections of ELSEWHERE that are none of a class's own."""
+    return ELSEWHERE.keys() - {field.name for field in fields(config_class)}

@@ -16,13 +16,12 @@ bash "$root/scripts/setup.sh"
 
 venv=${VENV:-.venv}
 case "$venv" in /*) ;; *) venv="$root/$venv" ;; esac
-config="$root/configs/tiny.yaml"
+command=(dynamic_llava.tiny job "$root/configs/tiny.yaml")
 if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
-  config=$1
-  shift
+  command=(dynamic_llava.train.launch)
 fi
 # Waiting threads spin for microseconds only: long spinning makes small models much slower on a machine that does other
 # work too, and not spinning at all makes them slower on a free one.
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}
 export TOKENIZERS_PARALLELISM=false # worker processes are forked after the first use of the tokenizer
-exec "$venv/bin/python" -m dynamic_llava.train.launch "$config" "$@"
+exec "$venv/bin/python" -m "${command[@]}" "$@"

@@ -4,6 +4,7 @@ import pytest
 
 from dynamic_llava.cli import load_config, read_yaml
 from dynamic_llava.config import SparsityConfig
+from dynamic_llava.tiny.job.config import JobConfig
 from dynamic_llava.train.__main__ import main
 from dynamic_llava.train.config import RunConfig
 from dynamic_llava.train.run import write_config
@@ -28,11 +29,11 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(file):
     assert (config.name, config.sparsity.image_keep_rate, config.train.seed) == ("mine", 0.3, 3)
     assert (config.train.learning_rate, config.sparsity.mask_grad_clip, config.train.bf16) == (2e-5, 0.1, True)
     assert config.train.predictor_learning_rate == RunConfig().train.predictor_learning_rate
-    assert config.tiny is None
 
 
 def test_short_flags(file):
-    config = load(file("tiny: {questions: 100}"), "--seed", "4", "--seeds", "5", "--full")
+    arguments = [str(file("tiny: {questions: 100}")), "--seed", "4", "--seeds", "5", "--full"]
+    config = load_config(JobConfig, arguments, "job", "The job.")
     assert (config.train.seed, config.tiny.seeds, config.tiny.untrained_base) == (4, 5, True)
     assert config.tiny.questions == 100
 
@@ -47,7 +48,6 @@ def test_no_file_gives_the_defaults():
         ("train: {learning_rat: 1}", r"unknown key train\.learning_rat; did you mean train\.learning_rate\?"),
         ("sparsitty: {}", "unknown key sparsitty; did you mean sparsity"),
         ("zzz: 1", "unknown key zzz; the known ones are name, output_folder"),
-        ("tiny: {questionss: 1}", r"did you mean tiny\.questions"),
         ("train: {learning_rate: fast}", r"train\.learning_rate: Value 'fast'"),
         ("train: {sparsity_mode: images}", "train.sparsity_mode: Invalid value 'images'"),
         ("sparsity: {image_keep_rate: 1.5}", r"image_keep_rate=1\.5 is not a keep rate"),
@@ -96,14 +96,15 @@ def test_help_explains_every_field(capsys):
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert stop.value.code == 0
     assert "--train.predictor-learning-rate FLOAT Peak learning rate of the predictors." in shown
-    assert "--seeds = --tiny.seeds" in shown
+    assert "--seed = --train.seed" in shown and "--tiny." not in shown
 
 
 def test_the_written_configuration_reads_as_the_same(tmp_path, file):
-    for text in ("train: {max_steps: 3}", "tiny: {seeds: 2}\nsparsity: {mask_grad_clip: 0.05}"):
-        config = read_yaml(RunConfig, file(text))
+    files = {"train: {max_steps: 3}": RunConfig, "tiny: {seeds: 2}\nsparsity: {mask_grad_clip: 0.05}": JobConfig}
+    for text, kind in files.items():
+        config = read_yaml(kind, file(text))
         write_config(config, tmp_path / "written.yaml")
-        assert read_yaml(RunConfig, tmp_path / "written.yaml") == config
+        assert read_yaml(kind, tmp_path / "written.yaml") == config
 
 
 def test_a_users_mistake_is_one_line_and_exit_code_2(file, capsys):
@@ -132,8 +133,8 @@ def test_a_file_extends_another_key_by_key(tmp_path):
     )
     config = load(path, "--train.bf16")
     assert (config.name, config.train.learning_rate, config.train.seed, config.train.bf16) == ("leaf", 1e-5, 4, True)
-    assert config.tiny is None and config.sparsity == SparsityConfig(sparse_layer=4)
-    assert read_yaml(RunConfig, tmp_path / "root.yaml").tiny.questions == 99
+    assert config.sparsity == SparsityConfig(sparse_layer=4)
+    assert read_yaml(JobConfig, tmp_path / "root.yaml").tiny.questions == 99
 
 
 def test_extending_and_adding_nothing_is_the_same_configuration(tmp_path):

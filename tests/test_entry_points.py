@@ -23,13 +23,14 @@ HELP = {
     "checkpoints.__main__": ["", "convert", "check"],
     "data.__main__": ["", "check", "first-batch"],
     "eval.__main__": [
-        "", "score", "build-lvis", "build-sharegpt4v", "ppl-speed", "tiny-page", "tiny-budgets", "tiny-model",
+        "", "score", "build-lvis", "build-sharegpt4v", "ppl-speed",
     ],
     "profile.__main__": [
         "", "flops", "tokens", "memory", "memory x.yaml", "latency", "roofline", "training", "curve", "benchmark",
         "part", "summary", "against", "data",
     ],
     "sweep.__main__": [""],
+    "tiny.__main__": ["", "job", "page", "budgets", "measure"],
     "tiny.train_base": [""],
     "train.__main__": [""],
     "train.launch.__main__": [""],
@@ -38,7 +39,7 @@ HELP = {
 PAGES = [(module, page) for module, pages in HELP.items() for page in pages]
 EXTRA_OF = {
     "chat.__main__": None, "checkpoints.__main__": "convert", "data.__main__": "train", "eval.__main__": "eval",
-    "profile.__main__": "train", "sweep.__main__": "train", "tiny.train_base": "train",
+    "profile.__main__": "train", "sweep.__main__": "train", "tiny.__main__": "train", "tiny.train_base": "train",
     "train.__main__": "train", "train.launch.__main__": "train",
 }  # fmt: skip
 TWINS = [{"--output-folder", "--output-dir"}, {"--batch-size", "--batch"}, {"--output", "--out"}]
@@ -101,7 +102,7 @@ def test_places_of_a_conversion_are_named(capsys):
     ("module", "arguments", "meant"),
     [
         ("eval.__main__", ["--model", "x", "--output-dir", "y"], "--output-folder"),
-        ("eval.__main__", ["tiny-model", "--output-dir", "y"], "--output-folder"),
+        ("tiny.__main__", ["measure", "--output-dir", "y"], "--output-folder"),
         ("eval.__main__", ["build-lvis", "--kind", "single", "--out=x"], "--output"),
         ("profile.__main__", ["benchmark", "--output-dir", "y"], "--output-folder"),
         ("profile.__main__", ["latency", "--batch", "2"], "--batch-size"),
@@ -134,7 +135,7 @@ COMMANDS = {
     "data": ["check", "run.yaml"],
     "sweep": ["sweep.yaml", "--dry-run"],
     "tiny.train_base": [],
-    "eval": ["tiny-page", "."],
+    "tiny": ["page", "."],
     "profile": ["memory", "run.yaml"],
 }
 

@@ -17,7 +17,7 @@ import torch
 
 from dynamic_llava.chat.conversation import Conversation, Step, check_settings
 from dynamic_llava.chat.terminal import AnswerText, ColorMode, Screen, Stream, Writer, wants_color
-from dynamic_llava.config import SparsityMode
+from dynamic_llava.config import SHIPPED, SparsityMode, checkpoint_source
 from dynamic_llava.eval.shard import own_device
 from dynamic_llava.methods import Method, describe_method
 from dynamic_llava.model import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
@@ -25,10 +25,7 @@ from dynamic_llava.model.loading import check_learned, checkpoint_files
 from dynamic_llava.model.switches import choose_method
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.processing.images import load_image
-from dynamic_llava.tiny import BASE_WEIGHTS
 
-TINY = "tiny"
-"""Name of the model that ships inside the package, as in `model.base` of a training."""
 COMMANDS = "/image FILE (goes with the next question), /reset, /quit"
 STOPPED = {"length": "(ends here for want of room or at --max-new-tokens)", "stopped": "(stopped)", "end": ""}
 
@@ -38,7 +35,7 @@ class ChatOptions:
     """What the command line chooses; ValueError for values that are not possible."""
 
     model: str
-    """Checkpoint folder or hub name, or `tiny`."""
+    """Checkpoint folder or hub name, or the name of one that comes with the package."""
     images: tuple[Path, ...] = ()
     """Images that go with the first question."""
     sparsity: SparsityMode | None = None
@@ -181,11 +178,11 @@ def load(options: ChatOptions) -> tuple[Any, DynamicLlavaProcessor, Method]:
     FileNotFoundError when there is no model; ValueError when it is dense and a method needs its predictors.
     """
     name = options.model
-    source = str(BASE_WEIGHTS) if name == TINY else name
+    source = checkpoint_source(name)
     try:
         checkpoint_files(source)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; {TINY} is the model that ships with the package") from None
+        raise FileNotFoundError(f"{error}; {', '.join(SHIPPED)} is the model that ships with the package") from None
     except OSError as error:
         raise FileNotFoundError(f"{name} holds no checkpoint that can be read: {str(error).splitlines()[0]}") from None
     settings = DynamicLlavaConfig.from_pretrained(source).sparsity

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from dynamic_llava.cli import load_config
 from dynamic_llava.commands import Parser, entry_point, exit_on_mistake
-from dynamic_llava.train.config import RunConfig
+from dynamic_llava.config.run import RunConfig
 
 if TYPE_CHECKING:
     from dynamic_llava.processing import DynamicLlavaProcessor
@@ -125,17 +125,11 @@ def peak_resident_bytes() -> int:
 
 def _processor(config: RunConfig) -> "DynamicLlavaProcessor":
     from dynamic_llava.processing import DynamicLlavaProcessor
-    from dynamic_llava.train.run import base_folder
 
-    if config.tiny is not None:
-        raise ValueError(
-            "the file has a `tiny` section: its job generates its own data, and there is nothing to look at before; "
-            "for your own data leave the section out, as configs/your_data.yaml does"
-        )
     for name, value in (("model.base", config.model.base), ("data.json", config.data.json)):
         if not value:
             raise ValueError(f"{name} is not set; give it in the configuration file or as --{name}")
-    return DynamicLlavaProcessor.from_pretrained(base_folder(config))
+    return DynamicLlavaProcessor.from_pretrained(config.model.source)
 
 
 if __name__ == "__main__":

@@ -7,15 +7,11 @@ score         what an answer file is worth, or the file for the server that scor
 build-lvis, build-sharegpt4v
               the items of LVIS-VQA and ShareGPT4V-VQA, from the public data they were chosen from
 ppl-speed     how much faster perplexity in one pass is than token by token
-tiny-page     the results page docs/results/tiny.md of a run folder, pictures included
-tiny-budgets  accuracy of learned selection, attention and chance at several image keep rates, from a run folder
-tiny-model    accuracy, perplexity and costs of one checkpoint on the tiny world's test set
 
 Commands import what they need when they run: `score` and `--tasks list` start without torch.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,16 +21,20 @@ from dynamic_llava.config import SPARSITY_MODES
 from dynamic_llava.eval import score
 from dynamic_llava.eval.generation.commands import add_commands
 from dynamic_llava.eval.tasks import GROUPS, TASKS
-from dynamic_llava.eval.writing import write_text
 
-RATES = (0.05, 0.1, 0.2, 0.35, 0.5)
-"""Image keep rates that tiny-budgets compares."""
+MOVED = {
+    f"tiny-{old}": f"python -m dynamic_llava.tiny {new}"
+    for old, new in (("page", "page"), ("budgets", "budgets"), ("model", "measure"))
+}
+"""Commands of earlier versions -> where they are now."""
 
 
 @entry_point("eval")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; return the exit code: 2 for a user's mistake, 74 for a file not written."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] and words[0] in MOVED:
+        return exit_on_mistake(f"the command {words[0]} is now: {MOVED[words[0]]}")
     given = _parser().parse_args(words)
     try:
         if given.command is not None and words[0] != given.command:
@@ -52,24 +52,6 @@ def _parser() -> argparse.ArgumentParser:
     score.add_arguments(scoring)
     scoring.set_defaults(execute=score.run)
     add_commands(commands)
-    page = commands.add_parser("tiny-page", help="write docs/results/tiny.md from a finished main job")
-    page.add_argument("run", type=Path, help="folder of the job, e.g. runs/tiny")
-    page.add_argument("--page", type=Path, default=Path("docs/results/tiny.md"), help="where the page goes")
-    page.add_argument("--made-by", default="bash scripts/train.sh", help="the command that made the run, for the page")
-    page.add_argument("--readme", type=Path, help="also put the main rows between the markers of this README")
-    page.set_defaults(execute=_page)
-    budgets = commands.add_parser("tiny-budgets", help="accuracy at several image keep rates, from a job's checkpoints")
-    budgets.add_argument("run", type=Path, help="folder of the job, e.g. runs/tiny")
-    budgets.add_argument("--rates", type=float, nargs="+", default=RATES, help="image keep rates, in (0, 1]")
-    budgets.set_defaults(execute=_budgets)
-    one = commands.add_parser("tiny-model", help="one checkpoint on the tiny world's test set, into a summary.json")
-    one.add_argument("--model", type=Path, required=True, help="folder of the checkpoint")
-    one.add_argument("--world", type=Path, required=True, help="folder of a built world")
-    one.add_argument("--output-folder", type=Path, required=True, help="where summary.json goes")
-    _add_deciding(one)
-    one.add_argument("--questions", type=int, default=700, help="short questions, spread evenly over the kinds")
-    one.add_argument("--descriptions", type=int, default=64, help="descriptions")
-    one.set_defaults(execute=_tiny_model)
     return parser
 
 
@@ -145,60 +127,6 @@ def _run(given: argparse.Namespace) -> int:
     names = ("model", "tasks", "data_root", "output_folder", "sparsity", "method", "batch_size")
     names += ("dtype", "limit", "max_new_tokens", "source", "round_separator")
     return evaluate(RunOptions(**{name: getattr(given, name) for name in names}, datasets=datasets))
-
-
-def _page(given: argparse.Namespace) -> None:
-    """Write the results page, and the README's table where one is asked for."""
-    from dynamic_llava.cli import read_yaml
-    from dynamic_llava.tiny.job.page import write_readme_table, write_results_page
-    from dynamic_llava.train.config import RunConfig
-
-    config = read_yaml(RunConfig, given.run / "config.yaml")
-    print(write_results_page(given.run, given.page, config.sparsity, given.made_by))
-    if given.readme is not None:
-        print(write_readme_table(given.run, given.readme, given.made_by))
-
-
-def _budgets(given: argparse.Namespace) -> None:
-    """Write budgets.json, budgets.md and budgets.png into the job's folder, from all of its finished seeds."""
-    from dynamic_llava.cli import read_yaml
-    from dynamic_llava.model import DynamicLlavaConfig
-    from dynamic_llava.tiny.job.budgets import accuracy_by_budget, budget_table, mean_by_budget
-    from dynamic_llava.tiny.job.testset import read_test_set
-    from dynamic_llava.tiny.world.dataset import build_world
-    from dynamic_llava.train.config import RunConfig
-    from dynamic_llava.viz.curves import draw_budget_curves
-
-    run, rates = given.run, given.rates
-    config = read_yaml(RunConfig, run / "config.yaml")
-    if config.tiny is None:
-        raise ValueError(f"{run / 'config.yaml'} has no `tiny` section; give the folder of a tiny-world job")
-    world = build_world(train=config.tiny.train_images, test=config.tiny.test_images, seed=config.tiny.data_seed)
-    test = read_test_set(world, config.tiny.questions, config.tiny.descriptions)
-    folders = sorted(path.parent for path in run.glob("seed*/results.json"))
-    if not folders:
-        raise FileNotFoundError(f"{run} holds no finished seed; run `bash scripts/train.sh` first")
-    seeds = []
-    for folder in folders:
-        print(f"{folder.name}: {len(test.questions)} questions per line", flush=True)
-        seeds.append(accuracy_by_budget({key: folder / key / "model" for key in ("control", "both")}, test, rates))
-    tokens = DynamicLlavaConfig.from_pretrained(folders[0] / "both" / "model").image_seq_length
-    table = budget_table(seeds, tokens)
-    write_text(run / "budgets.json", json.dumps({"seeds": seeds}, indent=1) + "\n")
-    write_text(run / "budgets.md", table + "\n")
-    picture = draw_budget_curves(run / "budgets.png", mean_by_budget(seeds), config.sparsity.image_keep_rate)
-    print(f"\n{table}\n\ntable: {run / 'budgets.md'}; picture: {picture}")
-
-
-def _tiny_model(given: argparse.Namespace) -> None:
-    """Measure one checkpoint on a built world's test set."""
-    from dynamic_llava.eval.predict import hide_library_progress
-    from dynamic_llava.tiny.job.measure import write_measures
-    from dynamic_llava.tiny.job.testset import read_test_set
-
-    hide_library_progress()
-    test = read_test_set(given.world, given.questions, given.descriptions)
-    print(write_measures(given.model, test, given.output_folder, sparsity=given.sparsity, method=given.method))
 
 
 if __name__ == "__main__":

@@ -373,8 +373,8 @@ def _data(options: Any) -> int:
 
 def _training_memory(arguments: Sequence[str]) -> int:
     from dynamic_llava.cli import choose_command, read_yaml
+    from dynamic_llava.config.run import RunConfig
     from dynamic_llava.profile.memory import MemoryCommand, memory_report
-    from dynamic_llava.train.config import RunConfig
 
     command = choose_command({"memory": MemoryCommand}, arguments, PROGRAM, TRAINING_HELP)
     run = read_yaml(RunConfig, command.config)

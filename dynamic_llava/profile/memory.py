@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dynamic_llava.config import DataConfig, LoraConfig, ModelConfig, SparsityConfig, TrainConfig
+from dynamic_llava.config import DataConfig, LoraConfig, ModelConfig, SparsityConfig, TrainConfig, checkpoint_source
 from dynamic_llava.costs import LLAVA_SHAPES, LlavaShape, llava_shape, parameter_counts
 from dynamic_llava.costs.memory import Sharding, TrainingMemory, training_memory
-from dynamic_llava.tiny import BASE_WEIGHTS
 
 GB = 10**9
 ROWS = ("weights", "gradients", "optimizer", "activations", "buffers", "total")
@@ -106,7 +105,7 @@ def memory_report(
 
 def shape_of(base: str, sparsity: SparsityConfig) -> LlavaShape:
     """Return the sizes of a base checkpoint: from its folder, or from a name that contains 7b or 13b."""
-    folder = BASE_WEIGHTS if base == "tiny" else Path(base)
+    folder = Path(checkpoint_source(base))
     if base and folder.is_dir():
         from dynamic_llava.model import DynamicLlavaConfig  # seconds of imports that a known name does not need
 

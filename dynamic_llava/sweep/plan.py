@@ -9,16 +9,18 @@ from pathlib import Path
 import torch
 
 from dynamic_llava.cli import load_config
+from dynamic_llava.config import checkpoint_source
+from dynamic_llava.config.run import RunConfig
 from dynamic_llava.eval.tasks import get_task
 from dynamic_llava.sweep.config import TINY, SweepConfig, SweepRow
 from dynamic_llava.sweep.steps import Evaluation, Step, Training
-from dynamic_llava.tiny import BASE_WEIGHTS
 from dynamic_llava.tiny.world.dataset import build_world
-from dynamic_llava.train.config import RunConfig, compared_settings
+from dynamic_llava.train.config import compared_settings
 
 TRAIN = (sys.executable, "-m", "dynamic_llava.train.launch")
 EVALUATE = (sys.executable, "-m", "dynamic_llava.eval")
-"""How a user starts either; the launcher of trainings takes every visible GPU, and so does `_on_every_gpu`."""
+MEASURE_TINY = (sys.executable, "-m", "dynamic_llava.tiny", "measure")
+"""How a user starts each; the launcher of trainings takes every visible GPU, and so does `_on_every_gpu`."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +65,12 @@ def make_plan(sweep: SweepConfig, path: Path, overrides: Sequence[str] = ()) -> 
 def _planned(sweep: SweepConfig, row: SweepRow, path: Path, overrides: Sequence[str], world: Path | None) -> PlannedRow:
     if row.model:
         mode = "none" if row.sparsity == "trained" else row.sparsity
-        model = str(BASE_WEIGHTS) if row.model == TINY else row.model
+        model = checkpoint_source(row.model)
         return PlannedRow(row, None, _evaluations(sweep, model, sweep.model_folder(row.model), mode, world))
     data = () if world is None else ("--data.json", str(world / "train.json"), "--data.image-folder", str(world))
     file = os.path.normpath(path.parent / row.config)
     about = (f"row {row.title!r}", "Train one row of a sweep.")
     own = load_config(RunConfig, (file, *row.overrides, *overrides), *about)
-    if own.tiny is not None:
-        raise ValueError(f"row {row.title!r}: {file} has a `tiny` section, the main job; let it say `tiny: null`")
     if world is not None and (own.data.json or own.data.image_folder):
         named = own.data.json or own.data.image_folder
         raise ValueError(
@@ -95,7 +95,7 @@ def _evaluations(
         if task == TINY:
             assert sweep.tiny is not None
             asked = ("--questions", str(sweep.tiny.questions), "--descriptions", str(sweep.tiny.descriptions))
-            command = (*EVALUATE, "tiny-model", *options, "--world", str(world), *asked)
+            command = (*MEASURE_TINY, *options, "--world", str(world), *asked)
             settings |= asdict(sweep.tiny)
         else:
             where = ("--tasks", task, "--data-root", sweep.data_root, "--batch-size", str(sweep.batch_size))

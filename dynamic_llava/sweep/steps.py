@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dynamic_llava.config.run import RunConfig
 from dynamic_llava.files import file_digest, replace_file
-from dynamic_llava.train.config import RunConfig
 from dynamic_llava.train.finished import is_finished, trained_otherwise
 from dynamic_llava.train.inputs import file_inputs
-from dynamic_llava.train.run import base_folder
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ class Training:
         if not is_finished(self.folder):
             return False
         try:
-            inputs = file_inputs(self.config, base_folder(self.config))
+            inputs = file_inputs(self.config, self.config.model.source)
         except OSError:  # trained elsewhere, or its data are gone: then their names alone are compared
             inputs = {}
         if differing := trained_otherwise(self.config, inputs):

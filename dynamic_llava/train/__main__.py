@@ -1,14 +1,14 @@
-"""`python -m dynamic_llava.train CONFIG.yaml [overrides]`: the tiny world's main job, or training on any LLaVA data."""
+"""`python -m dynamic_llava.train CONFIG.yaml [overrides]`: training on any LLaVA data."""
 
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from dynamic_llava.cli import load_config
 from dynamic_llava.commands import entry_point, exit_on_mistake
+from dynamic_llava.config.run import RunConfig
 from dynamic_llava.files import WriteError
-from dynamic_llava.train.config import RunConfig
 from dynamic_llava.train.stopping import (
     EXIT_FAILED,
     EXIT_NOT_FINITE,
@@ -22,21 +22,37 @@ from dynamic_llava.train.stopping import (
 )
 
 PROGRAM = "python -m dynamic_llava.train CONFIG.yaml"
-DESCRIPTION = """Train Dynamic-LLaVA on LLaVA-format data from a base checkpoint.
-
-A file with a `tiny` section runs the tiny world's main job instead: data, trainings, evaluation, report."""
+DESCRIPTION = "Train Dynamic-LLaVA on LLaVA-format data from a base checkpoint."
 
 
 @entry_point("train")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; return the exit code: 2 for a user's mistake, others in `stopping`."""
+    log_to_stderr()
+    words = sys.argv[1:] if arguments is None else arguments
+    return exit_code_of(lambda: _train(load_config(RunConfig, words, PROGRAM, DESCRIPTION)))
+
+
+def log_to_stderr() -> None:
+    """Let the program's own lines appear on stderr, without those of the libraries below it."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "datasets", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def hide_bars() -> None:
+    """Switch transformers' progress bars off where nobody watches them: in a log file they are noise."""
+    from transformers.utils import logging as transformers_logging
+
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+
+
+def exit_code_of(work: Callable[[], int]) -> int:
+    """Do a training's `work`; return its exit code, which the launcher hears too. A failure is one line on stderr."""
     end_with_launcher()
     try:
-        config = load_config(RunConfig, sys.argv[1:] if arguments is None else arguments, PROGRAM, DESCRIPTION)
-        code = _train(config)
+        code = work()
     except WriteError as error:
         print(f"error: {error}", file=sys.stderr)
         code = EXIT_SAVE_FAILED
@@ -57,15 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(config: RunConfig) -> int:
     # Imported here, so that --help and a mistyped key answer at once.
-    from transformers.utils import logging as transformers_logging
-
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()  # in a log file its bars are noise; the run prints lines
-    if config.tiny is not None:
-        from dynamic_llava.tiny.job.job import main as main_job
-
-        main_job(config)
-        return 0
+    hide_bars()
     from dynamic_llava.train.distributed import leave
     from dynamic_llava.train.run import run
 

@@ -10,15 +10,13 @@ from typing import Any
 
 import yaml
 
+from dynamic_llava.config.run import NOT_COMPARED, RunConfig, flat
 from dynamic_llava.files import replace_file, writing
 from dynamic_llava.train.config import (
     COMPARED_BY_CONTENT,
-    NOT_COMPARED,
     SAMPLES_PER_STEP,
-    RunConfig,
     changes,
     compared_settings,
-    flat,
 )
 from dynamic_llava.train.inputs import changed_inputs
 

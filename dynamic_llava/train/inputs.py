@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from dynamic_llava.config.run import RunConfig
 from dynamic_llava.data import SftDataset
 from dynamic_llava.files import content_of
 from dynamic_llava.model.loading import checkpoint_files
-from dynamic_llava.train.config import RunConfig
 from dynamic_llava.train.distributed import read_deepspeed
 
 BASE_FILES = (

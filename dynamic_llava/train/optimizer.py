@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from dynamic_llava.config import TrainConfig
+from dynamic_llava.config.run import RunConfig
 from dynamic_llava.model.recomputation import recompute_activations
 from dynamic_llava.sparsity.predictors import ImagePredictor, OutputPredictor
-from dynamic_llava.train.config import RunConfig
 from dynamic_llava.train.lora import add_adapters
 
 LANGUAGE_MODEL, IMAGE_PREDICTOR, OUTPUT_PREDICTOR = "language_model", "image_predictor", "output_predictor"

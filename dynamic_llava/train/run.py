@@ -14,7 +14,7 @@ import torch
 import yaml
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
-import dynamic_llava.tiny
+from dynamic_llava.config.run import RunConfig
 from dynamic_llava.data import Collator, SftDataset
 from dynamic_llava.data.prepare import BROKEN, write_broken
 from dynamic_llava.files import Lock, replace_file
@@ -31,7 +31,6 @@ from dynamic_llava.train.callbacks import (
     WandbLog,
 )
 from dynamic_llava.train.checkpoints import Checkpoints, compared_settings, least_bytes, published
-from dynamic_llava.train.config import RunConfig
 from dynamic_llava.train.distributed import join, on_main, read_deepspeed, together, wait_for_all, zero_stage
 from dynamic_llava.train.failures import train
 from dynamic_llava.train.finished import (
@@ -51,9 +50,6 @@ from dynamic_llava.train.trainer import DynamicLlavaTrainer
 
 log = logging.getLogger(__name__)
 
-TINY_BASE = "tiny"
-"""Name of the base checkpoint that ships inside the package."""
-
 
 def run(config: RunConfig) -> RunResult:
     """Train as `config` says and save the result; prints its progress. Every process of the run calls it.
@@ -71,13 +67,13 @@ def run(config: RunConfig) -> RunResult:
     arguments = training_arguments(config)
     if zero_stage(arguments.get("deepspeed")) == 3:
         # Loading in parts overlooks what does not fit; from the names and shapes alone it is found at once.
-        DynamicLlavaForConditionalGeneration.check_checkpoint(base_folder(config), sparsity=config.sparsity.to_dict())
+        DynamicLlavaForConditionalGeneration.check_checkpoint(config.model.source, sparsity=config.sparsity.to_dict())
     joined = join(arguments)
     with together(Lock(config.folder / "run.lock", f"training in {config.folder}")):
         set_seed(config.train.seed)
-        processor = DynamicLlavaProcessor.from_pretrained(base_folder(config))
+        processor = DynamicLlavaProcessor.from_pretrained(config.model.source)
         dataset = SftDataset(config.data, processor)
-        inputs = on_main(lambda: run_inputs(config, base_folder(config), dataset))
+        inputs = on_main(lambda: run_inputs(config, config.model.source, dataset))
         if is_finished(config.folder) and not config.train.overwrite:
             return on_main(lambda: finished_result(config, inputs, joined.world_size))
         return _train(config, processor, dataset, inputs, joined)
@@ -132,18 +128,12 @@ def _train(
 
 def load(config: RunConfig) -> tuple[DynamicLlavaForConditionalGeneration, DynamicLlavaProcessor]:
     """Return the base model with the run's sparsity settings, and its processor."""
-    base = base_folder(config)
+    base = config.model.source
     processor = DynamicLlavaProcessor.from_pretrained(base)  # first: what it refuses is known before weights are read
     model = DynamicLlavaForConditionalGeneration.from_pretrained(
         base, sparsity=config.sparsity.to_dict(), dtype=getattr(torch, config.model.dtype)
     )
     return model, processor
-
-
-def base_folder(config: RunConfig) -> str:
-    """Return the folder or hub name of the base checkpoint."""
-    base = config.model.base
-    return str(Path(dynamic_llava.tiny.__file__).parent / "weights") if base == TINY_BASE else base
 
 
 def build_trainer(
@@ -235,10 +225,7 @@ def training_arguments(config: RunConfig) -> dict[str, Any]:
 
 def write_config(config: RunConfig, path: Path) -> None:
     """Write the resolved configuration as YAML; reading the file gives the same configuration."""
-    values = asdict(config)
-    if config.tiny is None:
-        del values["tiny"]
-    replace_file(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    replace_file(path, yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
 
 
 def _list_broken(file: Path, dataset: SftDataset, *, fresh: bool) -> None:

@@ -19,6 +19,7 @@ from dynamic_llava.eval.__main__ import main
 from dynamic_llava.eval.answers import read_answers
 from dynamic_llava.eval.tasks import get_task
 from dynamic_llava.processing.prompts import SYSTEM
+from dynamic_llava.tiny.__main__ import main as tiny_main
 from tests.builders import TOKENS_PER_IMAGE, dense_twin, shared_model
 from tests.eval.run_builders import TOKENS, Toy, lines_of, ragged_checkpoint, run, summary, toy_data
 from tests.eval.task_data import TASK_DATA, save_hub
@@ -568,5 +569,13 @@ def test_two_processes_write_the_file_of_one(checkpoint, tmp_path, capfd):
 
 @pytest.mark.parametrize("options", [["--model", "x"], ["--limit", "5"], ["--output-folder", "x", "--tasks", "pope"]])
 def test_options_of_a_run_before_a_command_are_refused(options, capsys):
-    assert main([*options, "tiny-page", "runs/tiny"]) == 2
-    assert f"error: {options[0]} stands before the command tiny-page, which ignores it" in capsys.readouterr().err
+    assert main([*options, "build-lvis"]) == 2
+    assert f"error: {options[0]} stands before the command build-lvis, which ignores it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("former", "now"), [("page", "page"), ("budgets", "budgets"), ("model", "measure")])
+def test_a_command_of_an_earlier_version_says_where_it_is_now(former, now, capsys):
+    assert main([f"tiny-{former}", "runs/tiny"]) == 2
+    assert f"tiny-{former} is now: python -m dynamic_llava.tiny {now}\n" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        tiny_main([now, "--help"])

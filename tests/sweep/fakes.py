@@ -107,7 +107,7 @@ class FakeSweep:
             monkeypatch.setattr("dynamic_llava.sweep.table.environment", lambda: dict(ENVIRONMENT))
         monkeypatch.chdir(folder)
         monkeypatch.setenv("DYNAMIC_LLAVA_CACHE", str(folder / "cache"))
-        for name, script in (("TRAIN", TRAIN), ("EVALUATE", EVALUATE)):
+        for name, script in (("TRAIN", TRAIN), ("EVALUATE", EVALUATE), ("MEASURE_TINY", EVALUATE)):
             (folder / f"{name.lower()}.py").write_text(script)
             monkeypatch.setattr(planning, name, (sys.executable, str(folder / f"{name.lower()}.py")))
         (folder / "configs").mkdir()

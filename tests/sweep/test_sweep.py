@@ -18,7 +18,6 @@ from dynamic_llava.sweep.run import lock_of, run_plan
 from dynamic_llava.sweep.table import results, write_table
 from dynamic_llava.train.finished import write_record
 from dynamic_llava.train.inputs import file_inputs
-from dynamic_llava.train.run import base_folder
 from tests.sweep.fakes import SWEEP, FakeSweep
 
 ALL = [
@@ -160,7 +159,7 @@ def test_a_run_of_other_data_or_base_is_not_the_rows(sweep, monkeypatch):
     """Files of the same name that hold something else, found where the model says what it was trained on."""
     run(sweep)
     training = sweep.plan().rows[1].training
-    inputs = file_inputs(training.config, base_folder(training.config))
+    inputs = file_inputs(training.config, training.config.model.source)
     write_record(training.model, training.config, 1, inputs)
     assert training.is_done()
     data = Path(training.config.data.json)
@@ -253,7 +252,7 @@ def test_commands_are_those_that_a_user_starts(tmp_path, monkeypatch):
     assert half.training.command[-6:] == (*SWEEP["rows"][2]["overrides"], "--train.batch-size", "4")
     assert half.training.config.train.batch_size == 4 and half.training.config.sparsity.image_keep_rate == 0.5
     assert half.training.config.data.json.endswith("train.json")
-    assert half.evaluations[0].command[1:4] == ("-m", "dynamic_llava.eval", "tiny-model")
+    assert half.evaluations[0].command[1:4] == ("-m", "dynamic_llava.tiny", "measure")
     assert half.evaluations[0].model == "runs/half/model"
 
 
@@ -321,7 +320,7 @@ def test_a_run_with_two_settings_is_refused(tmp_path, monkeypatch):
 def test_the_main_job_is_no_row(sweep):
     path = sweep.folder / "configs/base.yaml"
     path.write_text(path.read_text() + "\ntiny: {}\n")
-    with pytest.raises(ValueError, match="has a `tiny` section, the main job"):
+    with pytest.raises(ValueError, match=r"base\.yaml has a `tiny` section, so it is a file of `python -m dynamic"):
         sweep.plan()
 
 

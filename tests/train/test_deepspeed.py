@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from dynamic_llava.config import DataConfig, ModelConfig, TrainConfig
 from dynamic_llava.profile.memory import sharding_of
-from dynamic_llava.tiny.config import TinyJobConfig
+from dynamic_llava.tiny.job.config import JobConfig
 from dynamic_llava.train import distributed
 from dynamic_llava.train.config import RunConfig
 from dynamic_llava.train.distributed import join, read_deepspeed, zero_stage
@@ -116,7 +116,7 @@ def test_settings_that_exclude_one_another():
     with pytest.raises(ValueError, match="clip_predictors_separately needs whole gradients"):
         TrainConfig(deepspeed=ZERO3, clip_predictors_separately=True)
     with pytest.raises(ValueError, match="main job trains in one process"):
-        RunConfig(train=TrainConfig(deepspeed=ZERO3), tiny=TinyJobConfig())
+        JobConfig(train=TrainConfig(deepspeed=ZERO3))
     half = ModelConfig(dtype="bfloat16")
     for train in (TrainConfig(), TrainConfig(bf16=True), TrainConfig(deepspeed=ZERO3)):
         with pytest.raises(ValueError, match="would lose the small updates"):

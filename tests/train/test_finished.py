@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from dynamic_llava.config import DataConfig, LoraConfig, ModelConfig, SparsityConfig, TrainConfig
 from dynamic_llava.files import Lock
-from dynamic_llava.tiny.config import TinyJobConfig
+from dynamic_llava.tiny.job.config import TinyJobConfig
 from dynamic_llava.train.__main__ import main
 from dynamic_llava.train.config import RunConfig
 from dynamic_llava.train.finished import MODEL_RECORD

@@ -12,7 +12,7 @@ import pytest
 
 from dynamic_llava.train import stopping
 from dynamic_llava.train.launch.__main__ import main
-from dynamic_llava.train.launch.plan import plan
+from dynamic_llava.train.launch.plan import plan, plan_alone
 from dynamic_llava.train.launch.supervise import supervise
 from dynamic_llava.train.stopping import LAUNCH_FOLDER, StopRequest
 
@@ -21,8 +21,12 @@ TORCHRUN, DEEPSPEED = "torch.distributed.run", "deepspeed.launcher.runner"
 MACHINE_1_OF_2 = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29501"}
 
 
-def planned(devices, deepspeed=False, tiny=False, **environment):
-    return plan(devices=devices, deepspeed=deepspeed, tiny=tiny, environment=environment)
+def planned(devices, deepspeed=False, **environment):
+    return plan(devices=devices, deepspeed=deepspeed, environment=environment)
+
+
+def alone(devices, **environment):
+    return plan_alone("the main job", "dynamic_llava.tiny", devices=devices, environment=environment)
 
 
 @pytest.mark.parametrize(
@@ -38,8 +42,9 @@ def planned(devices, deepspeed=False, tiny=False, **environment):
         (planned(1, True), DEEPSPEED, 1, "1 GPU visible and train.deepspeed set: deepspeed launcher with 1 process"),
         (planned(0, True), DEEPSPEED, 1, "no GPU visible and train.deepspeed set: deepspeed launcher with 1 process"),
         (planned(8, True, **MACHINE_1_OF_2), TORCHRUN, 8, "8 GPUs visible on each of 2 machines: torchrun with 8 "),
-        (planned(8, tiny=True), TORCHRUN, 1, "main job on the first of 8 GPUs: torchrun with 1 process"),
-        (planned(0, tiny=True), None, 1, "the tiny world's main job: plain python"),
+        (alone(8), TORCHRUN, 1, "the main job on the first of 8 GPUs: torchrun with 1 process"),
+        (alone(0), None, 1, "the main job: plain python"),
+        (alone(8, RANK="0", WORLD_SIZE="1"), None, 1, "plain python, process 0 of 1 of another launcher"),
         (planned(8, RANK="3", WORLD_SIZE="8"), None, 1, "plain python, process 3 of 8 of another launcher"),
     ],
 )  # fmt: skip
@@ -82,12 +87,18 @@ def test_arguments_reach_the_training_as_they_are():
         ({"devices": 0, "PROCESSES": "0"}, "PROCESSES='0' is no number"),
         ({"devices": 8, "deepspeed": True, "PROCESSES": "4"}, "make 4 visible instead"),
         ({"devices": 8, "NNODES": "2"}, "also needs NODE_RANK, MASTER_ADDR, MASTER_PORT"),
-        ({"devices": 0, "tiny": True, "PROCESSES": "2"}, "main job runs in one process"),
     ],
 )
 def test_what_does_not_fit_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         planned(**settings)
+
+
+@pytest.mark.parametrize("environment", [{"PROCESSES": "2"}, {"NNODES": "2"}])
+def test_a_program_of_one_process_refuses_several(environment):
+    with pytest.raises(ValueError, match="the main job runs in one process; unset PROCESSES and NNODES"):
+        alone(0, **environment)
+    assert alone(8).command("python", ["job"])[-3:] == ["--", "dynamic_llava.tiny", "job"]
 
 
 def test_cores_are_shared_out():

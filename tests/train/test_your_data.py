@@ -1,6 +1,7 @@
 """configs/your_data.yaml from end to end on a handful of images; settings that contradict each other are refused."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from dynamic_llava.processing.prompts import conversation_prompt
 from dynamic_llava.profile.__main__ import main as profile_main
 from dynamic_llava.sweep.config import SweepConfig
 from dynamic_llava.sweep.plan import make_plan
+from dynamic_llava.tiny.__main__ import main as tiny_main
+from dynamic_llava.tiny.job.config import JobConfig
 from dynamic_llava.train.__main__ import main
 from dynamic_llava.train.config import RunConfig
 from dynamic_llava.train.launch.__main__ import main as launch_main
@@ -73,6 +76,7 @@ ENTRIES = {
     "check": lambda file: data_main(["check", str(file)]),
     "first-batch": lambda file: data_main(["first-batch", str(file)]),
     "memory": lambda file: profile_main(["memory", str(file)]),
+    "job": lambda file: tiny_main(["job", str(file)]),
 }
 
 
@@ -80,7 +84,7 @@ ENTRIES = {
 def test_sections_that_contradict_each_other_are_refused(tmp_path, what):
     text, message = CONTRADICTIONS[what]
     with pytest.raises(ValueError, match=message):
-        cli.read_yaml(RunConfig, extending(tmp_path, text))
+        cli.read_yaml(JobConfig, extending(tmp_path, text))
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
@@ -90,18 +94,30 @@ def test_own_data_in_a_copy_of_the_tiny_file_are_refused_everywhere(tmp_path, ca
     file.write_text(text.replace("  max_length: 512\n", "  max_length: 512\n  json: a.json\n  image_folder: .\n"))
     assert ENTRIES[entry](file) == 2
     error = capsys.readouterr().err
-    assert "data.json='a.json' and a `tiny` section contradict each other" in error and "Traceback" not in error
+    assert "`tiny` section" in error and "data that it generates itself" in error and "Traceback" not in error
     assert str(file) in error and "configs/your_data.yaml" in error
 
 
 def test_the_way_out_is_one(tmp_path):
     config = cli.read_yaml(RunConfig, extending(tmp_path, "data: {json: your_data.json}\ntiny: null"))
-    assert config.tiny is None and config.data.json == "your_data.json"
+    assert type(config) is RunConfig and config.data.json == "your_data.json"
 
 
-def test_data_of_the_main_job_cannot_be_looked_at_before_it_has_made_them(capsys):
-    assert data_main(["check", str(CONFIGS / "tiny.yaml")]) == 2
-    assert "its job generates its own data" in capsys.readouterr().err
+@pytest.mark.parametrize("entry", sorted(set(ENTRIES) - {"job"}))
+def test_the_file_of_the_main_job_names_its_command_everywhere_else(capsys, entry):
+    file = CONFIGS / "tiny.yaml"
+    assert ENTRIES[entry](file) == 2
+    error = capsys.readouterr().err
+    (command,) = re.findall(rf"`python -m dynamic_llava\.(\w+) job {re.escape(str(file))}`", error)
+    assert command == "tiny"
+    with pytest.raises(SystemExit, match="2"):
+        tiny_main(["job", str(file), "--tiny.seeds", "0"])
+    assert "tiny.seeds=0 is not allowed" in capsys.readouterr().err
+
+
+def test_the_main_job_wants_its_file(capsys):
+    assert tiny_main(["job", "--seed", "1"]) == 2
+    assert "dynamic_llava.tiny job configs/tiny.yaml" in capsys.readouterr().err
 
 
 TINY_COLUMN = {"header": "PPL", "task": "tiny", "metric": "ppl"}

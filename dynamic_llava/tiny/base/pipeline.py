@@ -16,9 +16,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionModel, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
+from dynamic_llava.config import SHIPPED
 from dynamic_llava.files import give_usual_modes
 from dynamic_llava.processing.prompts import SYSTEM
-from dynamic_llava.tiny import BASE_WEIGHTS
 from dynamic_llava.tiny.base.alignment import (
     AlignmentSettings,
     align_projector,
@@ -97,7 +97,7 @@ def train_base(config: BaseConfig) -> dict[str, Any]:
         _append(log, {"step": step, "seconds": round(time.monotonic() - started), **scores})
         logger.info("step %d of %d: %s", step, steps, json.dumps(scores))
         provenance = _provenance(config, step, scale, scores)
-        for target in [folder / "export", *([BASE_WEIGHTS] if config.install else [])]:
+        for target in [folder / "export", *([SHIPPED["tiny"]] if config.install else [])]:
             export(shipped, tokenizer, target, provenance, log)
     return provenance
 

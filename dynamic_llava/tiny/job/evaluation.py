@@ -17,7 +17,7 @@ from dynamic_llava.eval.metrics.yes_no import yes_no_scores
 from dynamic_llava.model import DynamicLlavaForConditionalGeneration
 from dynamic_llava.model.switches import choose_method
 from dynamic_llava.processing import DynamicLlavaProcessor
-from dynamic_llava.tiny.config import TinyJobConfig
+from dynamic_llava.tiny.job.config import TinyJobConfig
 from dynamic_llava.tiny.job.rows import CACHED_SUBSET, REFERENCE, UNCACHED, Row, equal_keep_rows, first_rows
 from dynamic_llava.tiny.job.scores import accuracy_by_kind, patch_overlap
 from dynamic_llava.tiny.job.testset import EXISTENCE, TestSet

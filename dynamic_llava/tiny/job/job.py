@@ -26,15 +26,13 @@ from dynamic_llava.files import Lock, give_usual_modes, replace_file, writing
 from dynamic_llava.model.loading import new_weights_expected
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.provenance import environment, fingerprint, source_digest
-from dynamic_llava.tiny import BASE_WEIGHTS
-from dynamic_llava.tiny.config import TinyJobConfig
+from dynamic_llava.tiny.job.config import JobConfig
 from dynamic_llava.tiny.job.evaluation import UNTRAINED, Evaluation, Evaluator
 from dynamic_llava.tiny.job.page import report_text
 from dynamic_llava.tiny.job.pictures import draw_pictures
 from dynamic_llava.tiny.job.testset import TestSet, read_test_set
 from dynamic_llava.tiny.world.dataset import build_world
-from dynamic_llava.train.config import RunConfig
-from dynamic_llava.train.run import TINY_BASE, RunResult, run, write_config
+from dynamic_llava.train.run import RunResult, run, write_config
 
 log = logging.getLogger(__name__)
 
@@ -52,16 +50,10 @@ END_OF_TRAINING = 0.2
 class SeedJob:
     """One seed of the job: its settings and where its files lie."""
 
-    config: RunConfig
+    config: JobConfig
     folder: Path
     world: Path
     base: Path
-
-    @property
-    def tiny(self) -> TinyJobConfig:
-        """The job's own settings."""
-        assert self.config.tiny is not None
-        return self.config.tiny
 
     @property
     def data(self) -> DataConfig:
@@ -85,23 +77,23 @@ class SeedJob:
         return fingerprint(settings, self.base)
 
 
-def main(config: RunConfig) -> Path:
-    """Run the job that `config` (with its `tiny` section) describes; returns the folder of its files.
+def main(config: JobConfig) -> Path:
+    """Run the job that `config` describes; returns the folder of its files.
 
-    Raises ValueError when there is no `tiny` section or the settings do not fit the world.
+    Raises ValueError when the settings do not fit the world.
     """
-    if config.tiny is None:
-        raise ValueError("the main job needs a `tiny` section in its configuration file; see configs/tiny.yaml")
     hide_library_progress()
     with Lock(config.folder / "job.lock", f"the main job in {config.folder}"):
-        return _main(config, config.tiny, config.folder)
+        return _main(config, config.folder)
 
 
-def _main(config: RunConfig, tiny: TinyJobConfig, folder: Path) -> Path:
-    begun = time.perf_counter()
+def _main(config: JobConfig, folder: Path) -> Path:
+    begun, tiny = time.perf_counter(), config.tiny
     print(f"building the tiny world: {tiny.train_images} training and {tiny.test_images} test images", flush=True)
     world = build_world(train=tiny.train_images, test=tiny.test_images, seed=tiny.data_seed)
-    base = BASE_WEIGHTS if config.model.base == TINY_BASE else Path(config.model.base)
+    if not config.model.base:
+        raise ValueError("model.base is not set; configs/tiny.yaml starts from tiny, which comes with the package")
+    base = Path(config.model.source)
     seeds = range(config.train.seed, config.train.seed + tiny.seeds)
     jobs = [
         SeedJob(replace(config, train=replace(config.train, seed=seed)), folder / f"seed{seed}", world, base)
@@ -154,19 +146,19 @@ def _run_seed(job: SeedJob) -> dict[str, Any]:
     begun, seed = time.perf_counter(), job.config.train.seed
     with writing(job.folder):
         job.folder.mkdir(parents=True, exist_ok=True)
-    test = read_test_set(job.world, job.tiny.questions, job.tiny.descriptions)
+    test = read_test_set(job.world, job.config.tiny.questions, job.config.tiny.descriptions)
     trained = {
         key: _train(job, key, mode, title)
         for key, (title, mode) in TRAININGS.items()
-        if key != "image" or job.tiny.dynamic_image
+        if key != "image" or job.config.tiny.dynamic_image
     }
     _move_aside(job)  # not before: a training of other settings is refused and leaves everything as it is
     amount = f"{len(test.questions)} questions and {len(test.descriptions)} descriptions"
     print(f"seed {seed}: evaluation, {amount} per row", flush=True)
     checkpoints = {"base": job.base, **{key: result.folder for key, result in trained.items()}}
-    evaluator = Evaluator(checkpoints, test, job.tiny)
+    evaluator = Evaluator(checkpoints, test, job.config.tiny)
     evaluation = evaluator.run()
-    if job.tiny.untrained_base:
+    if job.config.tiny.untrained_base:
         _add_untrained(job, evaluator, evaluation)
     result = {
         "seed": seed,
@@ -174,7 +166,7 @@ def _run_seed(job: SeedJob) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - begun, 1),
         "questions": len(test.questions),
         "descriptions": len(test.descriptions),
-        "timing_batch": job.tiny.timing_batch,
+        "timing_batch": job.config.tiny.timing_batch,
         "rows": evaluation.rows,
         "overlap": evaluation.overlap,
         "agreement": evaluation.agreement,
@@ -189,14 +181,12 @@ def _run_seed(job: SeedJob) -> dict[str, Any]:
 def _train(job: SeedJob, key: str, mode: SparsityMode, title: str, base: Path | None = None) -> RunResult:
     """One training of the seed, in its own folder below the seed's."""
     print(f"seed {job.config.train.seed}: training {title}", flush=True)
-    config = replace(
-        job.config,
+    config = job.config.training(
         name=key,
         output_folder=str(job.folder),
         data=job.data,
         model=job.config.model if base is None else replace(job.config.model, base=str(base)),
         train=replace(job.config.train, sparsity_mode=mode),
-        tiny=None,
     )
     return run(config)
 
@@ -257,13 +247,13 @@ def _draw(job: SeedJob, test: TestSet, evaluation: Evaluation, trained: dict[str
         test,
         evaluation,
         DynamicLlavaProcessor.from_pretrained(job.base),
-        job.tiny,
+        job.config.tiny,
         {TRAININGS[key][0]: one.history for key, one in trained.items()},
         job.config.sparsity,
     )
 
 
-def _write_job(folder: Path, config: RunConfig, jobs: Sequence[SeedJob], results: Sequence[dict[str, Any]]) -> None:
+def _write_job(folder: Path, config: JobConfig, jobs: Sequence[SeedJob], results: Sequence[dict[str, Any]]) -> None:
     """Write the files of the whole job beside those of its seeds."""
     write_config(config, folder / "config.yaml")
     lines = []

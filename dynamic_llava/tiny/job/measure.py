@@ -16,7 +16,7 @@ from dynamic_llava.model import DynamicLlavaConfig, DynamicLlavaForConditionalGe
 from dynamic_llava.model.switches import choose_method
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.provenance import environment
-from dynamic_llava.tiny.config import TinyJobConfig
+from dynamic_llava.tiny.job.config import TinyJobConfig
 from dynamic_llava.tiny.job.evaluation import RowOutput, quality
 from dynamic_llava.tiny.job.testset import TestSet
 

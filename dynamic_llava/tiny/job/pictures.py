@@ -8,7 +8,7 @@ from dynamic_llava.config import SparsityConfig
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.processing.images import load_image
 from dynamic_llava.processing.prompts import IMAGE_PLACE
-from dynamic_llava.tiny.config import TinyJobConfig
+from dynamic_llava.tiny.job.config import TinyJobConfig
 from dynamic_llava.tiny.job.evaluation import UNTRAINED, Evaluation
 from dynamic_llava.tiny.job.rows import REFERENCE
 from dynamic_llava.tiny.job.testset import TestSet

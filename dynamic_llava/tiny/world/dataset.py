@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dynamic_llava.config import cache_folder
 from dynamic_llava.files import Lock, writing
 from dynamic_llava.tiny.world.descriptions import describe, sample_request
 from dynamic_llava.tiny.world.questions import KINDS, NEGATIVES, Question, ask
@@ -26,7 +27,6 @@ from dynamic_llava.tiny.world.scenes import GRID, PATCH_SIZE, Picture, Scene, Sc
 
 FORMAT_VERSION = 1
 MARKER = "world.json"
-CACHE_VARIABLE = "DYNAMIC_LLAVA_CACHE"
 _SPLIT_KEYS = {"train": 101, "test": 102}  # first part of each picture's seed: the splits share no scene
 _MULTI_TURN_EVERY = 6
 _QUESTIONS_PER_IMAGE = 0.45
@@ -47,12 +47,6 @@ class Truth:
     patch_coverage: tuple[float, ...]
 
 
-def default_cache() -> Path:
-    """The folder under which worlds are kept: $DYNAMIC_LLAVA_CACHE, else ~/.cache/dynamic_llava."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    return Path(chosen) if chosen else Path.home() / ".cache" / "dynamic_llava"
-
-
 def build_world(root: Path | None = None, train: int = 5000, test: int = 800, seed: int = 0) -> Path:
     """Writes a world of `train` and `test` images and returns its folder; a finished one is returned as it is.
 
@@ -67,7 +61,7 @@ def build_world(root: Path | None = None, train: int = 5000, test: int = 800, se
     if train < 1 or test < _IMAGES_PER_DESCRIPTION:
         raise ValueError(f"got train={train}, test={test} images; need train >= 1, test >= {_IMAGES_PER_DESCRIPTION}")
     arguments = {"format": FORMAT_VERSION, "train": train, "test": test, "seed": seed}
-    folder = default_cache() / f"tiny_world_v{FORMAT_VERSION}_{train}_{test}_{seed}" if root is None else Path(root)
+    folder = cache_folder() / f"tiny_world_v{FORMAT_VERSION}_{train}_{test}_{seed}" if root is None else Path(root)
     if _finished(folder, arguments):
         return folder
     lock = Lock(folder.with_name(f"{folder.name}.lock"), f"building the tiny world {folder}").take(wait=True)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from dynamic_llava.cli import load_config
 from dynamic_llava.commands import entry_point, exit_on_mistake
+from dynamic_llava.config.run import RunConfig
 from dynamic_llava.train.__main__ import DESCRIPTION, PROGRAM
-from dynamic_llava.train.config import RunConfig
 from dynamic_llava.train.launch.plan import plan
 from dynamic_llava.train.launch.supervise import supervise
 
@@ -23,7 +23,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         launch = plan(
             devices=torch.accelerator.device_count(),
             deepspeed=config.train.deepspeed is not None,
-            tiny=config.tiny is not None,
             environment=os.environ,
         )
     except (ValueError, FileNotFoundError) as error:

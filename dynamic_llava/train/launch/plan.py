@@ -26,21 +26,15 @@ class Launch:
         return [python, *(self.launcher or ("-m", MODULE)), *arguments]
 
 
-def plan(*, devices: int, deepspeed: bool, tiny: bool, environment: Mapping[str, str]) -> Launch:
+def plan(*, devices: int, deepspeed: bool, environment: Mapping[str, str]) -> Launch:
     """Decide how to start a run on a machine with `devices` visible accelerators (0: the CPU).
 
-    `deepspeed` says whether train.deepspeed is set, `tiny` whether the run is the tiny world's main job. PROCESSES,
-    and for several machines NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT, are read from `environment`. Raises
-    ValueError for values that do not fit.
+    `deepspeed` says whether train.deepspeed is set. PROCESSES, and for several machines NNODES, NODE_RANK, MASTER_ADDR
+    and MASTER_PORT, are read from `environment`. Raises ValueError for values that do not fit.
     """
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        place = f"{environment['RANK']} of {environment['WORLD_SIZE']}"
-        return Launch(f"RANK and WORLD_SIZE are set: plain python, process {place} of another launcher", ())
+    if place := _launched(environment):
+        return Launch(place, ())
     asked, nodes = _number(environment, "PROCESSES"), _number(environment, "NNODES") or 1
-    if tiny:
-        if (asked or 1) > 1 or nodes > 1:
-            raise ValueError("the tiny world's main job runs in one process; unset PROCESSES and NNODES")
-        return _tiny(devices)
     processes = asked or devices or 1
     if devices and processes > devices:
         raise ValueError(f"PROCESSES={processes} but {devices} GPUs are visible; a process needs a GPU of its own")
@@ -66,12 +60,28 @@ def plan(*, devices: int, deepspeed: bool, tiny: bool, environment: Mapping[str,
     return Launch(reason, _torchrun(processes, ("--standalone",)), processes, threads)
 
 
-def _tiny(devices: int) -> Launch:
+def plan_alone(title: str, module: str, *, devices: int, environment: Mapping[str, str]) -> Launch:
+    """Decide how to start a program that trains in one process: `title` in words, the `module` that python -m runs.
+
+    Raises ValueError where `environment` asks for several processes or machines.
+    """
+    if place := _launched(environment):
+        return Launch(place, ())
+    if (_number(environment, "PROCESSES") or 1) > 1 or (_number(environment, "NNODES") or 1) > 1:
+        raise ValueError(f"{title} runs in one process; unset PROCESSES and NNODES")
     if devices <= 1:
-        return Launch("the tiny world's main job: plain python", ())
+        return Launch(f"{title}: plain python", ())
     # One process would see all devices and split its batches over them; torchrun gives it the first.
-    reason = f"the tiny world's main job on the first of {devices} GPUs: torchrun with 1 process"
-    return Launch(reason, _torchrun(1, ("--standalone",)))
+    reason = f"{title} on the first of {devices} GPUs: torchrun with 1 process"
+    return Launch(reason, _torchrun(1, ("--standalone",), module))
+
+
+def _launched(environment: Mapping[str, str]) -> str:
+    """Say which process of another launcher this is; empty for one that was started by itself."""
+    if "RANK" not in environment or "WORLD_SIZE" not in environment:
+        return ""
+    place = f"{environment['RANK']} of {environment['WORLD_SIZE']}"
+    return f"RANK and WORLD_SIZE are set: plain python, process {place} of another launcher"
 
 
 def _found(devices: int, asked: int | None) -> str:
@@ -83,9 +93,9 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}{'es' if what.endswith('s') else 's'}"
 
 
-def _torchrun(processes: int, where: tuple[str, ...]) -> tuple[str, ...]:
+def _torchrun(processes: int, where: tuple[str, ...], module: str = MODULE) -> tuple[str, ...]:
     # Behind `--` nothing is taken for an option of torchrun, which accepts abbreviations.
-    return ("-m", "torch.distributed.run", *where, f"--nproc-per-node={processes}", "-m", "--", MODULE)
+    return ("-m", "torch.distributed.run", *where, f"--nproc-per-node={processes}", "-m", "--", module)
 
 
 def _deepspeed(processes: int) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dynamic_llava.train.__main__ import main
+from dynamic_llava.tiny.__main__ import main
 
 SMALL = {
     "train.max-steps": 4, "train.batch-size": 4, "tiny.train-images": 40, "tiny.test-images": 40, "tiny.questions": 24,
@@ -17,7 +17,7 @@ SMALL = {
 def test_the_main_job_runs_from_the_command_line(tmp_path, monkeypatch, capsys, pytestconfig):
     monkeypatch.setenv("DYNAMIC_LLAVA_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    arguments = [str(pytestconfig.rootpath / "configs" / "tiny.yaml"), "--seed", "2", "--full"]
+    arguments = ["job", str(pytestconfig.rootpath / "configs" / "tiny.yaml"), "--seed", "2", "--full"]
     for name, value in SMALL.items():
         arguments += [f"--{name}", str(value)]
     assert main(arguments) == 0

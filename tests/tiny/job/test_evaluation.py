@@ -12,7 +12,7 @@ from dynamic_llava.eval.metrics.perplexity import perplexity
 from dynamic_llava.methods import Random
 from dynamic_llava.model import DynamicLlavaForConditionalGeneration
 from dynamic_llava.processing import DynamicLlavaProcessor
-from dynamic_llava.tiny.config import TinyJobConfig
+from dynamic_llava.tiny.job.config import TinyJobConfig
 from dynamic_llava.tiny.job.evaluation import Evaluator
 from dynamic_llava.tiny.job.rows import equal_keep_rows
 from dynamic_llava.tiny.job.tables import aggregate, answer_columns, table

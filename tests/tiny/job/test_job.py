@@ -2,17 +2,17 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 
 from dynamic_llava.config import ModelConfig, SparsityConfig, TrainConfig
+from dynamic_llava.config.run import RunConfig
 from dynamic_llava.files import Lock
 from dynamic_llava.model import DynamicLlavaForConditionalGeneration
-from dynamic_llava.tiny.config import TinyJobConfig
 from dynamic_llava.tiny.job import job
+from dynamic_llava.tiny.job.config import JobConfig, TinyJobConfig
 from dynamic_llava.tiny.job.job import main
-from dynamic_llava.train.config import RunConfig
 from dynamic_llava.train.run import RunResult, write_config
 from tests.tiny_pipeline import SPARSITY, write_checkpoint
 
@@ -46,7 +46,7 @@ def trained(tmp_path, monkeypatch):
 @pytest.fixture
 def config(tmp_path):
     write_checkpoint(tmp_path / "base", 0)
-    return RunConfig(
+    return JobConfig(
         name="job",
         output_folder=str(tmp_path / "runs"),
         model=ModelConfig(base=str(tmp_path / "base")),
@@ -148,6 +148,16 @@ def test_full_adds_the_untrained_base(config, trained, tmp_path):
     assert not compare["lm_head.weight"] and not compare["model.language_model.layers.0.mlp.up_proj.weight"]
 
 
-def test_a_configuration_without_a_tiny_section_is_refused(config):
-    with pytest.raises(ValueError, match="`tiny` section"):
-        main(replace(config, tiny=None))
+def test_a_job_without_a_base_is_refused(config):
+    with pytest.raises(ValueError, match=r"model\.base is not set"):
+        main(replace(config, model=ModelConfig()))
+
+
+def test_a_training_of_the_job_is_an_ordinary_run(config):
+    """Every section of a run's file reaches it, whichever there will be; what is the job's own does not."""
+    training = config.training(name="both")
+    assert type(training) is RunConfig and training == RunConfig(
+        **{one.name: getattr(training, one.name) for one in fields(RunConfig)}
+    )
+    assert replace(training, name=config.name) == config.training()
+    assert {one.name for one in fields(config)} - {one.name for one in fields(training)} == {"tiny"}

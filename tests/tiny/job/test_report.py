@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dynamic_llava.config import SparsityConfig
-from dynamic_llava.eval.__main__ import main
+from dynamic_llava.tiny.__main__ import main
 from dynamic_llava.tiny.job.page import ANALYSIS, report_text, write_readme_table, write_results_page
 from dynamic_llava.tiny.job.tables import Column, aggregate, answer_columns, table
 from dynamic_llava.tiny.job.targets import Target, target_table, targets
@@ -149,7 +149,7 @@ def test_the_page_command_reads_a_run_folder(tmp_path, capsys):
     (tmp_path / "results.json").write_text(json.dumps({"seeds": [made_up(0)]}))
     (tmp_path / "config.yaml").write_text("sparsity:\n  image_keep_rate: 0.25\n")
     page = tmp_path / "page.md"
-    assert main(["tiny-page", str(tmp_path), "--page", str(page), "--made-by", "made so"]) == 0
+    assert main(["page", str(tmp_path), "--page", str(page), "--made-by", "made so"]) == 0
     assert "`made so`" in page.read_text() and "20 to 30" in page.read_text()  # the bounds follow the run's settings
-    assert main(["tiny-page", str(tmp_path / "none"), "--page", str(page)]) == 2
+    assert main(["page", str(tmp_path / "none"), "--page", str(page)]) == 2
     assert "config.yaml" in capsys.readouterr().err

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from dynamic_llava.tiny.config import TinyJobConfig
+from dynamic_llava.tiny.job.config import TinyJobConfig
 from dynamic_llava.tiny.job.testset import read_test_set
 from dynamic_llava.tiny.world.dataset import build_world
 from dynamic_llava.tiny.world.descriptions import parse_attributes

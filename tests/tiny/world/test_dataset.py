@@ -15,7 +15,7 @@ from PIL import Image
 
 from dynamic_llava.files import WriteError
 from dynamic_llava.tiny.world import dataset
-from dynamic_llava.tiny.world.dataset import CACHE_VARIABLE, build_world, image_path, load_truth
+from dynamic_llava.tiny.world.dataset import build_world, image_path, load_truth
 from dynamic_llava.tiny.world.descriptions import describe
 from dynamic_llava.tiny.world.questions import KINDS, NEGATIVES
 from dynamic_llava.tiny.world.scenes import render_scene, sample_scene
@@ -106,7 +106,7 @@ def test_a_world_is_deterministic_and_built_once(folder, tmp_path):
 
 
 def test_the_cache_folder_comes_from_the_environment(tmp_path, monkeypatch):
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv("DYNAMIC_LLAVA_CACHE", str(tmp_path / "cache"))
     folder = build_world(train=1, test=4, seed=9)
     assert folder.parent == tmp_path / "cache" and (folder / "scenes.json").exists()
 

@@ -1,7 +1,7 @@
 """Settings: frozen dataclasses, one line of meaning under each field (standard library only).
 
 SparsityConfig is the method; ModelConfig, DataConfig, TrainConfig and LoraConfig are the sections of a training run's
-file.
+file (`run.py`).
 """
 
 import math
@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+SHIPPED = {"tiny": Path(__file__).parent.parent / "tiny" / "weights"}
+"""Checkpoints that come with the package: the name that stands for one where a checkpoint is named -> its folder."""
 SPARSITY_MODES = ("both", "image", "output", "none")
 SparsityMode = Literal["both", "image", "output", "none"]
 """Which context is sparsified in a call: image tokens, output tokens, both or neither."""
@@ -104,12 +106,17 @@ class ModelConfig:
     """Section `model`: where training starts."""
 
     base: str = ""
-    """Checkpoint to start from: a folder or hub name in llava-hf layout, or `tiny` for the shipped tiny LLaVA."""
+    """Checkpoint to start from: a folder or hub name in llava-hf layout, or `tiny`, which comes with the package."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the weights; train.bf16 computes in bfloat16 over float32 weights."""
 
     def __post_init__(self) -> None:
         _one_of("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
+
+    @property
+    def source(self) -> str:
+        """Return where `base` lies: the folder or the hub name."""
+        return checkpoint_source(self.base)
 
 
 @dataclass(frozen=True)
@@ -275,6 +282,11 @@ class LoraConfig:
             raise ValueError(f"lora.alpha={self.alpha} must be positive")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout={self.dropout} is a share; give a number in [0, 1)")
+
+
+def checkpoint_source(name: str) -> str:
+    """Return the folder of a checkpoint that comes with the package; another folder's or the hub's name as it is."""
+    return str(SHIPPED.get(name, name))
 
 
 def cache_folder() -> Path:
