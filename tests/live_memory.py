@@ -4,7 +4,7 @@ import contextlib
 
 import torch
 
-from dynamic_llava.profile.device_memory import LiveMemory
+from dynamic_llava.profile.measuring import LiveMemory
 
 
 def measure_step(model, inputs, *, autocast, **switches):

@@ -16,7 +16,7 @@ from dynamic_llava.files import WriteError
 if TYPE_CHECKING:
     import torch
 
-    from dynamic_llava.profile.report import Report
+    from dynamic_llava.profile.results import Report
 
 PROGRAM = "python -m dynamic_llava.profile"
 TRAINING_HELP = """
@@ -174,7 +174,7 @@ def _preset(options: Any) -> Any:
 
 
 def _show(options: Any, reports: Sequence["Report"], device: "torch.device | None" = None) -> int:
-    from dynamic_llava.profile.report import measured_on
+    from dynamic_llava.profile.results import measured_on
 
     print("\n\n".join(report.table() for report in reports))
     if options.json:
@@ -236,7 +236,7 @@ def _latency(options: Any) -> int:
 
 def _training(options: Any) -> int:
     from dynamic_llava.costs import device_peak
-    from dynamic_llava.profile.report import device_name
+    from dynamic_llava.profile.results import device_name
     from dynamic_llava.profile.training_speed import training_report
     from dynamic_llava.profile.work import measure_limits
     from dynamic_llava.profile.workload import device_asked, dtype_asked

@@ -21,7 +21,7 @@ from typing import Any
 
 import dynamic_llava
 from dynamic_llava.profile.presets import PRESETS, Preset
-from dynamic_llava.profile.report import Column, Report
+from dynamic_llava.profile.results import Column, Report
 
 HERE = Path(dynamic_llava.__file__).resolve().parents[1]
 WORKER = Path(__file__).with_name("one_side.py")

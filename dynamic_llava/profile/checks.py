@@ -1,6 +1,6 @@
 """What goals are set for: ratios and shares that follow from rows of times, and what is looked at for its own sake.
 
-Each function returns numbers by name; `goals.py` says what they should be. Ratios of ways that took turns in one
+Each function returns numbers by name; `summary.py` says what they should be. Ratios of ways that took turns in one
 process hold on a busy machine where times do not, because both sides of a ratio see the same load.
 """
 
@@ -13,8 +13,8 @@ import torch
 from dynamic_llava.costs import DevicePeak, device_peak
 from dynamic_llava.model import cache_of
 from dynamic_llava.profile.latency import Bench
+from dynamic_llava.profile.measuring import time_in_turn
 from dynamic_llava.profile.presets import Preset
-from dynamic_llava.profile.timing import time_in_turn
 from dynamic_llava.profile.work import step_work
 from dynamic_llava.profile.workload import (
     Decoding,

@@ -14,9 +14,9 @@ import torch
 
 from dynamic_llava.config import SparsityConfig
 from dynamic_llava.costs import kv_bytes, parameter_counts
-from dynamic_llava.profile.device_memory import Peak, peak_memory
+from dynamic_llava.profile.measuring import Peak, peak_memory
 from dynamic_llava.profile.presets import Preset, Way
-from dynamic_llava.profile.report import Column, Report
+from dynamic_llava.profile.results import Column, Report
 from dynamic_llava.profile.workload import (
     Decoding,
     dense_decoding,

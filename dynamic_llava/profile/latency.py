@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria
 
+from dynamic_llava.profile.measuring import Timing, attempt, describe, summary, synchronize, time_in_turn
 from dynamic_llava.profile.presets import Preset, Way
-from dynamic_llava.profile.report import Column, Report
-from dynamic_llava.profile.timing import Timing, attempt, describe, summary, synchronize, time_in_turn
+from dynamic_llava.profile.results import Column, Report
 from dynamic_llava.profile.work import LIMIT_COLUMNS, DeviceLimits, limit_notes, with_limit, work_of
 from dynamic_llava.profile.workload import (
     Prompt,

@@ -16,7 +16,6 @@ import torch
 
 from dynamic_llava.costs import device_peak
 from dynamic_llava.profile import checks
-from dynamic_llava.profile.attention import attention_report, attention_rows, ragged_report, ragged_rows
 from dynamic_llava.profile.inference_memory import measured_memory, memory_report
 from dynamic_llava.profile.latency import (
     COMPILED,
@@ -34,13 +33,18 @@ from dynamic_llava.profile.latency import (
     vision_rows,
 )
 from dynamic_llava.profile.laws import kernel_laws
+from dynamic_llava.profile.measuring import describe
+from dynamic_llava.profile.operations import (
+    attention_report,
+    attention_rows,
+    predictor_shares,
+    ragged_report,
+    ragged_rows,
+)
 from dynamic_llava.profile.presets import PRESETS, WAYS, Preset, small_shape
-from dynamic_llava.profile.report import Column, Report, device_name, measured_on
-from dynamic_llava.profile.results import Results, read
-from dynamic_llava.profile.shares import predictor_shares
+from dynamic_llava.profile.results import Column, Report, Results, device_name, measured_on, read
 from dynamic_llava.profile.step_laws import step_laws
 from dynamic_llava.profile.tables import curve_report, decoding_report, paper_report, prefill_report, tokens_report
-from dynamic_llava.profile.timing import describe
 from dynamic_llava.profile.training_speed import training_report
 from dynamic_llava.profile.work import DeviceLimits, measure_limits, with_limit
 from dynamic_llava.provenance import versions

@@ -11,10 +11,9 @@ from dynamic_llava.config import ModelConfig, TrainConfig
 from dynamic_llava.costs import training_flops
 from dynamic_llava.costs.memory import training_memory
 from dynamic_llava.model.recomputation import recompute_activations
-from dynamic_llava.profile.device_memory import Peak, peak_memory
+from dynamic_llava.profile.measuring import Peak, Timing, peak_memory, time_in_turn
 from dynamic_llava.profile.presets import Preset
-from dynamic_llava.profile.report import Column, Report
-from dynamic_llava.profile.timing import Timing, time_in_turn
+from dynamic_llava.profile.results import Column, Report
 from dynamic_llava.profile.workload import BEFORE_IMAGE, IMAGE_TOKEN, build_model, random_ids
 
 ANSWER = 448

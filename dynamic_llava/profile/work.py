@@ -16,9 +16,9 @@ from dynamic_llava.costs import (
     prefill_flops,
     weight_bytes,
 )
+from dynamic_llava.profile.measuring import time_in_turn
 from dynamic_llava.profile.presets import Preset, Way
-from dynamic_llava.profile.report import Column
-from dynamic_llava.profile.timing import time_in_turn
+from dynamic_llava.profile.results import Column
 
 
 @dataclass(frozen=True)

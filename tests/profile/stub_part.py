@@ -11,8 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dynamic_llava.profile.report import Column, Report
-from dynamic_llava.profile.results import RESULTS, Results
+from dynamic_llava.profile.results import RESULTS, Column, Report, Results
 from dynamic_llava.profile.runner import attach_to_runner
 
 

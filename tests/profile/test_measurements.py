@@ -12,8 +12,6 @@ import torch
 from dynamic_llava.config import TrainConfig
 from dynamic_llava.costs import training_flops
 from dynamic_llava.profile import checks, training_speed
-from dynamic_llava.profile.device_memory import Peak, peak_memory
-from dynamic_llava.profile.goals import GOALS, GPU_GOALS, Goal, goals_report
 from dynamic_llava.profile.latency import (
     EAGER,
     Bench,
@@ -28,10 +26,10 @@ from dynamic_llava.profile.latency import (
     uncached_rows,
     vision_rows,
 )
+from dynamic_llava.profile.measuring import Peak, Timing, peak_memory, seconds_of, summary, time_in_turn
 from dynamic_llava.profile.presets import PRESETS, Preset, small_shape
-from dynamic_llava.profile.report import Column, Report, measured_on
-from dynamic_llava.profile.summary import slug, unmeasured_page
-from dynamic_llava.profile.timing import Timing, seconds_of, summary, time_in_turn
+from dynamic_llava.profile.results import Column, Report, measured_on
+from dynamic_llava.profile.summary import GOALS, GPU_GOALS, Goal, goals_report, slug, unmeasured_page
 from dynamic_llava.profile.training_speed import training_report
 from dynamic_llava.profile.work import DeviceLimits, measure_limits, with_limit
 

@@ -8,8 +8,8 @@ import torch
 
 from dynamic_llava.profile import checks
 from dynamic_llava.profile.latency import EAGER, Bench, Effort, prefill_rows, step_rows
+from dynamic_llava.profile.operations import predictor_shares
 from dynamic_llava.profile.presets import PRESETS, Preset, small_shape
-from dynamic_llava.profile.shares import predictor_shares
 
 pytestmark = pytest.mark.slow
 CPU, FLOAT = torch.device("cpu"), torch.float32

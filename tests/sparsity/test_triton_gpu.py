@@ -7,8 +7,8 @@ of both operations also runs `triton` there.
 import pytest
 import torch
 
-from dynamic_llava.profile.attention import attention_rows
 from dynamic_llava.profile.laws import kernel_laws
+from dynamic_llava.profile.operations import attention_rows
 from dynamic_llava.sparsity.ragged_attention import ragged_attention
 from tests.sparsity.implementations import HAS_GPU
 
