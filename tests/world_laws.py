@@ -8,8 +8,22 @@ import torch
 
 from dynamic_llava import get_method
 from dynamic_llava.model.switches import choose_method
-from tests.builders import FIRST_WORD, VOCABULARY, assert_same_logits
-from tests.worlds import HALF_TOLERANCE, TIE, Margins, Unjudged, WatchedFastV, build, chunks, has_tie, row_of, whole
+from tests.builders import FIRST_WORD, IMAGE_TOKEN, VOCABULARY, assert_same_logits
+from tests.worlds import (
+    HALF_TOLERANCE,
+    TIE,
+    Margins,
+    Unjudged,
+    WatchedFastV,
+    build,
+    chunks,
+    has_tie,
+    images_given,
+    row_of,
+    whole,
+)
+
+PER_TOKEN = ("input_ids", "attention_mask", "output_mask")
 
 
 class Laws:
@@ -79,7 +93,7 @@ class Laws:
             width = parts[turn]["input_ids"].shape[1]
             out = self.model(
                 input_ids=parts[turn]["input_ids"],
-                pixel_values=parts[turn]["pixel_values"],
+                **images_given([image for its in parts[turn]["images"] for image in its]),
                 attention_mask=seen["attention_mask"],
                 output_mask=seen["output_mask"],
                 position_ids=seen["position_ids"][:, -width:],
@@ -119,16 +133,26 @@ class Laws:
         if self.rows < 2:
             raise Unjudged("one row")
         order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(self.world.shape.seed))
-        batch = {name: value if name == "pixel_values" else value[order] for name, value in self.batch.items()}
-        pixels = [p for row in order.tolist() for part in self.parts for p in part["images"][row]]
-        batch["pixel_values"] = torch.stack(pixels) if pixels else None
+        batch = {name: self.batch[name][order] for name in (*PER_TOKEN, "position_ids")}
+        batch |= images_given([one for row in order.tolist() for part in self.parts for one in part["images"][row]])
         out = self.model(**batch, labels=batch["input_ids"], **self.of_rows(order))
         real = self.real[order]
         assert_same_logits(out.logits[real], self.expected[order][real], what="permuted rows")
 
+    def theirs(self):
+        """Return the logits of transformers' own class, to which features of any length are given as embeddings."""
+        plain = {name: value for name, value in self.batch.items() if name != "output_mask"}
+        features = plain.pop("image_features", None)
+        if features is not None:
+            ids = plain.pop("input_ids")
+            words = self.twin.get_input_embeddings()(ids)
+            image = (ids == IMAGE_TOKEN)[..., None]
+            plain["inputs_embeds"] = words.masked_scatter(image, torch.cat(features).to(words.dtype))
+        return self.twin(**plain).logits
+
     def keeping_all_equals_transformers(self):
         plain = {name: value for name, value in self.batch.items() if name != "output_mask"}
-        theirs = self.twin(**plain).logits
+        theirs = self.theirs()
         ours = self.model(**plain, sparsity="none").logits
         assert torch.equal(ours[self.real], theirs[self.real]), "none is not transformers'"
         everything = torch.ones_like(self.real)
@@ -159,10 +183,9 @@ class Laws:
         """With full precision's decisions given; Unjudged where transformers' own class loses as much by rounding."""
         dtype, given = getattr(torch, self.world.autocast), {"keep_mask": self.keep}
         tolerance = HALF_TOLERANCE[self.world.autocast]
-        plain = {name: value for name, value in self.batch.items() if name != "output_mask"}
-        exact = self.twin(**plain).logits[self.real]
+        exact = self.theirs()[self.real]
         with torch.autocast("cpu", dtype):
-            rounded = self.twin(**plain).logits[self.real].float()
+            rounded = self.theirs()[self.real].float()
             if (rounded - exact).abs().max() > tolerance * exact.abs().max():
                 raise Unjudged("badly conditioned")
             expected = self.model(**self.batch, **given, labels=self.batch["input_ids"]).logits
@@ -175,7 +198,7 @@ class Laws:
     def prompt(self):
         """Return the first turn as `generate` takes it, padded on the left."""
         (part,) = chunks(replace(self.world, side="left", rows=tuple(row[:1] for row in self.world.rows)))
-        return {name: part[name] for name in ("input_ids", "attention_mask", "output_mask", "pixel_values")}
+        return {name: part[name] for name in PER_TOKEN} | images_given([one for its in part["images"] for one in its])
 
     def generated(self, **call):
         """Return what `generate` says to the first turn; Unjudged where a decision of it hangs on rounding."""
@@ -219,8 +242,8 @@ class Laws:
         with Margins(self.model) as margins:
             taught = self.model(
                 input_ids=sequences, labels=sequences, attention_mask=mask, output_mask=output,
-                pixel_values=torch.stack(images) if images else None,
-                position_ids=(mask.cumsum(1) - 1).clamp(min=0), **{**self.switches, "sample_key": key},
+                position_ids=(mask.cumsum(1) - 1).clamp(min=0), **images_given(images),
+                **{**self.switches, "sample_key": key},
             )  # fmt: skip
         self.refuse_ties(margins)
         # Nothing is decided about the last token: it is never fed back.

@@ -61,6 +61,7 @@ CALL = {
         st.builds(lambda image: ("fastv", image, None), st.sampled_from([0.2, 0.5, 1.0])),
     ),
     "mode": st.sampled_from(["both", "image", "output"]),
+    "lengths": st.sampled_from(["one", "any"]),
     "turns": st.integers(1, 4),
     "side": st.sampled_from(["left", "right"]),
     "autocast": st.sampled_from(["bfloat16", "float16"]),
@@ -68,7 +69,8 @@ CALL = {
     "returned": lambda drawn: st.integers(1, drawn["beams"]),
     "temperature": st.sampled_from([0.7, 1.0, 3.0]),
 }
-"""What the model is asked for. `method` None is Dynamic-LLaVA itself, in the sparsity `mode`."""
+"""What the model is asked for. `method` None is Dynamic-LLaVA itself, in the sparsity `mode`; `lengths` says whether
+images are pixels, all of one number of tokens, or features, each image with a number of its own."""
 PIECES = st.tuples(st.sampled_from(["text", "text", "image", "output", "output"]), st.integers(1, TURN_LENGTH))
 
 Shape = make_dataclass("Shape", list(MODEL), frozen=True)
@@ -152,14 +154,17 @@ class Margins:
 
     def __init__(self, model):
         self.images, self.outputs, self.handles = [], [], []
-        image, output = predictors(model)
-        self.kinds = [(image, self.images.extend), (output, lambda margin: self.outputs.append(margin.flatten()))]
+        self.predictors = predictors(model)
 
     def __enter__(self):
-        for predictor, collect in self.kinds:
-            hook = predictor.register_forward_hook(lambda module, inputs, logits, c=collect: c(keep_margin(logits)))
-            self.handles.append(hook)
+        hooks = self.of_images, lambda module, inputs, logits: self.outputs.append(keep_margin(logits).flatten())
+        for predictor, hook in zip(self.predictors, hooks, strict=True):
+            self.handles.append(predictor.register_forward_hook(hook))
         return self
+
+    def of_images(self, module, inputs, logits):
+        _, valid = inputs
+        self.images.extend(margin[its] for margin, its in zip(keep_margin(logits), valid, strict=True))
 
     def __exit__(self, *_):
         for handle in self.handles:
@@ -173,7 +178,7 @@ class WatchedFastV(FastV):
     images: list = field(default_factory=list, compare=False)
 
     def keep_image(self, cut, images, learned):
-        self.images.extend(images.seen["question_row"])
+        self.images.extend(row[its] for row, its in zip(images.seen["question_row"], images.valid, strict=True))
         return super().keep_image(cut, images, learned)
 
 
@@ -185,22 +190,38 @@ def has_tie(images, outputs, shape):
 
 
 def chunks(world):
-    """Return one batch per turn, padded within the turn: ids, masks, pixels; rows begin with BOS."""
+    """Return one batch per turn, padded within the turn: ids, masks, images; rows begin with BOS."""
     generator = torch.Generator().manual_seed(world.shape.seed)
-    side, made = PATCH * world.shape.grid, []
+    made = []
     for turn in range(len(world.rows[0])):
         rows = []
         for row in world.rows:
-            ids, output, pixels = ([BOS], [False], []) if turn == 0 else ([], [], [])
+            ids, output, images = ([BOS], [False], []) if turn == 0 else ([], [], [])
             for kind, length in row[turn]:
-                length = world.shape.grid**2 if kind == "image" else length
+                if kind == "image":
+                    images.append(_image(world, length**2, generator))
+                    length = length**2 if world.lengths == "any" else world.shape.grid**2
                 words = torch.randint(FIRST_WORD, VOCABULARY, (length,), generator=generator).tolist()
                 ids += [IMAGE_TOKEN] * length if kind == "image" else words
                 output += [kind == "output"] * length
-                pixels += [torch.randn(3, side, side, generator=generator)] if kind == "image" else []
-            rows.append((ids, output, pixels))
+            rows.append((ids, output, images))
         made.append(rows)
     return [_collate(rows, world.side) for rows in made]
+
+
+def _image(world, tokens, generator):
+    """Return an image's pixels (3, S, S), or features (tokens, D) where images are of any length."""
+    if world.lengths == "any":
+        return torch.randn(tokens, world.shape.heads * 8, generator=generator)
+    side = PATCH * world.shape.grid
+    return torch.randn(3, side, side, generator=generator)
+
+
+def images_given(images):
+    """Return the arguments that give these images, all pixels or all features, to the model."""
+    if images and images[0].dim() == 2:
+        return {"image_features": images}
+    return {"pixel_values": torch.stack(images) if images else None}
 
 
 def _collate(rows, side):
@@ -210,13 +231,11 @@ def _collate(rows, side):
         missing = [filler] * (width - len(values))
         return torch.tensor([*missing, *values] if side == "left" else [*values, *missing])
 
-    pixels = [pixel for *_, found in rows for pixel in found]
     return {
         "input_ids": torch.stack([padded(ids, PAD) for ids, *_ in rows]),
         "attention_mask": torch.stack([padded([1] * len(ids), 0) for ids, *_ in rows]),
         "output_mask": torch.stack([padded(output, False) for _, output, _ in rows]),
         "images": [found for *_, found in rows],
-        "pixel_values": torch.stack(pixels) if pixels else None,
     }
 
 
@@ -227,12 +246,10 @@ def row_of(parts, row):
         if not part["attention_mask"][row].any():
             continue
         real = part["attention_mask"][row].bool()
-        pixels = part["images"][row]
         alone.append(
             {
                 **{name: part[name][row : row + 1, real] for name in ("input_ids", "attention_mask", "output_mask")},
-                "images": [pixels],
-                "pixel_values": torch.stack(pixels) if pixels else None,
+                "images": [part["images"][row]],
             }
         )
     return alone
@@ -243,7 +260,6 @@ def whole(parts):
     masks = ("input_ids", "attention_mask", "output_mask")
     batch = {name: torch.cat([part[name] for part in parts], 1) for name in masks}
     rows = range(len(parts[0]["images"]))
-    pixels = [pixel for row in rows for part in parts for pixel in part["images"][row]]
-    batch["pixel_values"] = torch.stack(pixels) if pixels else None
+    batch |= images_given([image for row in rows for part in parts for image in part["images"][row]])
     batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
     return batch

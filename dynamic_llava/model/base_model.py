@@ -109,7 +109,7 @@ class DynamicLlavaModel(ImageInputs, DynamicLlavaPreTrainedModel, LlavaModel):
             input_ids,
             inputs_embeds,
             pixel_values,
-            image_features,
+            image_features if image_features is None or len(image_features) else None,
             image_mask,
             vision_feature_layer,
             vision_feature_select_strategy,

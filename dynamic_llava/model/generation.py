@@ -82,8 +82,9 @@ class SparseGeneration:
         check_output_keep_rate(kwargs.get("output_keep_rate"), trains=False)
         check_compile(bool(kwargs.get("compile")), method, cached=setting(settings, kwargs, "use_cache") is not False)
         refuse_for_any_sparsity(settings, kwargs)
-        if kwargs.get("pixel_values", 0) is None:
-            del kwargs["pixel_values"]
+        for name in ROWS_OF_IMAGES:
+            if kwargs.get(name) is None or not len(kwargs[name]):
+                kwargs.pop(name, None)
         if method.is_dense:
             result = self._generate_densely(inputs, generation_config, *positional, **kwargs)
             if not isinstance(result, Tensor):

@@ -1,0 +1,169 @@
+"""Images of different lengths in one batch: every one is decided on, sampled and counted as if it were alone.
+
+That all paths agree on them, cached and not, in beams and in later turns, is a dimension of `tests/worlds.py`.
+"""
+
+import pytest
+import torch
+
+from dynamic_llava import SparsityConfig
+from dynamic_llava.methods import METHODS, get_method
+from dynamic_llava.sparsity import budget
+from tests.builders import FIRST_WORD, HIDDEN, IMAGE_TOKEN, PAD, VOCABULARY, build_model, shared_model
+
+ROWS = [[9], [16, 5], [], [1, 20, 7]]
+"""Tokens of each image, row by row: neighbours where a row has several, and a row of text."""
+RELAXATIONS = ["gumbel_st", "sigmoid_st", "soft_topk"]
+
+
+def batch_of(rows, side="left", answer=6):
+    """Return ids, masks and features of rows that begin with a word and end in a question and an answer."""
+    generator = torch.Generator().manual_seed(11)
+    made, width = [], max(2 + sum(row) + answer for row in rows)
+    for row in rows:
+        words = torch.randint(FIRST_WORD, VOCABULARY, (2 + answer,), generator=generator).tolist()
+        ids = [words[0], *[IMAGE_TOKEN] * sum(row), *words[1:]]
+        missing = width - len(ids)
+        kinds = [[1] * len(ids), [0] * (len(ids) - answer) + [1] * answer]
+        filled = [[PAD] * missing, [0] * missing, [0] * missing]
+        pairs = zip(filled, [ids, *kinds], strict=True)
+        made.append([torch.tensor(pad + its if side == "left" else its + pad) for pad, its in pairs])
+    ids, valid, output = (torch.stack(parts) for parts in zip(*made, strict=True))
+    features = [torch.randn(length, HIDDEN, generator=generator) for row in rows for length in row]
+    return {"input_ids": ids, "attention_mask": valid, "output_mask": output.bool(), "image_features": features}
+
+
+def row_alone(batch, number):
+    """Return one row of the batch without padding, with its own images."""
+    real = batch["attention_mask"][number].bool()
+    first = sum(map(len, ROWS[:number]))
+    masks = {name: batch[name][number : number + 1, real] for name in ("input_ids", "attention_mask", "output_mask")}
+    return {**masks, "image_features": batch["image_features"][first : first + len(ROWS[number])]}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("rate", [0.2, 0.29, 0.5])
+@torch.no_grad()
+def test_every_image_has_a_budget_of_its_own(name, rate):
+    """floor(rate * n_i), exact in decimals, at least 1, for each image i (Structure keeps whole steps only)."""
+    model, method = shared_model(), METHODS[name]
+    settings = {"image_keep_rate": rate} if "image_keep_rate" in method.__dataclass_fields__ else {}
+    out = model(**batch_of(ROWS), labels=batch_of(ROWS)["input_ids"], method=get_method(name, **settings))
+    if out.sparsity is None:
+        return  # a dense call has no record
+    kept = [[len(image) for image in row] for row in out.sparsity.image_indices]
+    wanted = [[budget(rate, length, minimum=int(name != "structure")) for length in row] for row in ROWS]
+    assert kept == (wanted if settings else ROWS)
+
+
+@pytest.mark.parametrize("relaxation", RELAXATIONS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_training_samples_an_image_among_others_as_alone(relaxation, side):
+    """Decisions and both keep-rate terms of a row; the batch's gradient is the sum of its rows' gradients."""
+    model = build_model(relaxation=relaxation).double().train()
+    batch, keys = batch_of(ROWS, side), torch.arange(len(ROWS)) + 5
+    batch["image_features"] = [image.double() for image in batch["image_features"]]
+    parameters = [*model.model.language_model.image_predictor.parameters()]
+
+    def trained(inputs, keys):
+        labels = torch.where(inputs["output_mask"], inputs["input_ids"], -100)
+        model.zero_grad()
+        places = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        counts = {"num_items_in_batch": 1, "num_samples_in_batch": 1}
+        out = model(**inputs, labels=labels, position_ids=places, sample_key=keys, **counts)
+        out.loss.backward()
+        return out, [parameter.grad.clone() for parameter in parameters]
+
+    together, gradients = trained(batch, keys)
+    alone = [trained(row_alone(batch, number), keys[number : number + 1]) for number in range(len(ROWS))]
+    for number, (out, _) in enumerate(alone):
+        real = batch["attention_mask"][number].bool()
+        assert torch.equal(out.sparsity.keep_mask[0], together.sparsity.keep_mask[number, real])
+        image = out.sparsity.layout.is_image[0]
+        if image.any():
+            rate = out.sparsity.keep_mask[0][image].mean()
+            target = model.config.sparsity.image_keep_rate
+            torch.testing.assert_close(out.image_keep_loss, (rate - target).square().to(out.image_keep_loss.dtype))
+    for term in ("image_keep_loss", "output_keep_loss"):
+        torch.testing.assert_close(getattr(together, term), sum(getattr(out, term) for out, _ in alone))
+    largest = max(float(gradient.abs().max()) for gradient in gradients)
+    for place, gradient in enumerate(gradients):
+        torch.testing.assert_close(gradient, sum(its[place] for _, its in alone), rtol=1e-5, atol=1e-6 * largest)
+
+
+@torch.no_grad()
+def test_padding_of_shorter_images_reaches_no_score():
+    """The predictor's logits of an image among longer ones are those of the image alone, whatever stands behind it."""
+    predictor = shared_model().model.language_model.image_predictor
+    hidden, lengths = torch.randn(4, 20, HIDDEN), torch.tensor([9, 20, 1, 13])
+    valid = torch.arange(20) < lengths[:, None]
+    for filler in (0.0, 1e4, float("nan")):
+        logits = predictor(torch.where(valid[..., None], hidden, filler), valid)
+        for image, length, mine in zip(hidden, lengths, logits, strict=True):
+            torch.testing.assert_close(mine[:length], predictor(image[None, :length])[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sparsity", ["both", "none"])
+@pytest.mark.parametrize("cached", [True, False])
+@torch.no_grad()
+def test_generating_from_images_of_any_length(sparsity, cached):
+    """Each row says what it says alone; a dense generation is transformers' own on the same embeddings."""
+    model, batch = shared_model(), batch_of(ROWS, answer=0)
+    call = {"max_new_tokens": 6, "do_sample": False, "use_cache": cached}
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "image_features")}
+    answers = model.generate(**inputs, **call, sparsity=sparsity)[:, batch["input_ids"].shape[1] :]
+    for number in range(len(ROWS)):
+        alone = {name: value for name, value in row_alone(batch, number).items() if name != "output_mask"}
+        said = model.generate(**alone, **call, sparsity=sparsity)
+        assert torch.equal(said[0, alone["input_ids"].shape[1] :], answers[number]), f"row {number}"
+
+
+def features(*lengths, width=HIDDEN):
+    return [torch.zeros(length, width) for length in lengths]
+
+
+MISFITS = {
+    "too few": (features(9, 16, 5), ["3 images of 9, 16, 5 tokens", "58 image tokens"]),
+    "rows exchanged": (features(16, 5, 9, 1, 20, 7), ["image 0", "16 tokens", "do not follow one another in one row"]),
+    "an image over two rows": (features(25, 5, 1, 20, 7), ["image 0", "25 tokens", "in one row"]),
+    "no token": (features(9, 16, 5, 0, 1, 20, 7), ["image_features[3]", "at least one token"]),
+    "another width": (features(9, 16, 5, 1, 20, 7, width=32), ["image_features[0]", "(9, 32)", f"(tokens, {HIDDEN})"]),
+    "no features": ([*features(9, 16, 5, 1, 20), "7"], ["image_features[5]"]),
+}
+
+
+@pytest.mark.parametrize("sparsity", ["both", "none"])
+@pytest.mark.parametrize("way", MISFITS)
+def test_images_that_do_not_fit_their_tokens_are_named(way, sparsity):
+    given, words = MISFITS[way]
+    with pytest.raises(ValueError) as error, torch.no_grad():
+        shared_model()(**{**batch_of(ROWS), "image_features": given}, sparsity=sparsity)
+    for word in words:
+        assert word in str(error.value), error.value
+
+
+def test_an_image_in_two_pieces_is_named():
+    batch = batch_of([[8, 8]])
+    batch["input_ids"][0, 5] = FIRST_WORD
+    batch["image_features"] = features(7, 8)
+    with pytest.raises(ValueError, match=r"7 tokens of image 0.*do not follow one another"), torch.no_grad():
+        shared_model()(**batch)
+
+
+@torch.no_grad()
+def test_a_mask_over_filled_embeddings_marks_whole_images():
+    """Without features an image's length is the model's own."""
+    model = shared_model()
+    embeds, mask = torch.randn(1, 40, HIDDEN), torch.zeros(1, 40, dtype=torch.bool)
+    mask[0, 2:34] = True
+    assert [len(kept) for kept in model(inputs_embeds=embeds, image_mask=mask).sparsity.image_indices[0]] == [4, 4]
+    mask[0, 33] = False
+    with pytest.raises(ValueError, match="part of an image"):
+        model(inputs_embeds=embeds, image_mask=mask)
+
+
+def test_the_record_names_each_length():
+    with torch.no_grad():
+        record = shared_model()(**batch_of(ROWS), sparsity="image").sparsity
+    assert "row 1: kept 4 of 16, 1 of 5 tokens per image" in repr(record)
+    assert "row 2: " in repr(record) and SparsityConfig().image_keep_rate == 0.2
