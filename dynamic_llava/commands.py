@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ParamSpec
 
+from dynamic_llava.config import nested_method
 from dynamic_llava.files import EXIT_WRITE_FAILED, NO_ROOM, WriteError
 
 Arguments = ParamSpec("Arguments")
@@ -172,22 +173,16 @@ def take_method(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
 
     ValueError for an option without its value.
     """
-    method: dict[str, Any] = {}
-    rest = []
-    for word in _joined(words):
+    rest: list[str] = []
+    settings: list[tuple[str, str]] = []
+    joined = _joined(words)
+    end = joined.index("--") if "--" in joined else len(joined)
+    for word in joined[:end]:
         if word.startswith(f"{METHOD}="):
-            _put(method, word.removeprefix(f"{METHOD}="))
+            settings.append(_setting(word.removeprefix(f"{METHOD}=")))
         else:
             rest.append(word)
-    return rest, method
-
-
-def nested_method(method: Any, settings: Mapping[str, Any]) -> Any:
-    """Return a method's name with settings by dotted name ("output_by.layer") as the mapping that spells it."""
-    found = {} if method is None else {"name": method}
-    for name, value in settings.items():
-        _put_at(found, name.replace("-", "_").split("."), value)
-    return found or None
+    return rest + joined[end:], nested_method(settings)
 
 
 def _joined(words: Sequence[str]) -> list[str]:
@@ -210,32 +205,17 @@ def _joined(words: Sequence[str]) -> list[str]:
     return joined
 
 
-def _put(method: dict[str, Any], setting: str) -> None:
-    path, _, value = setting.partition("=")
-    _put_at(method, path.split("."), value)
-
-
-def _put_at(method: dict[str, Any], path: Sequence[str], value: Any) -> None:
-    """Write a value where a dotted name points to; a setting that is a method itself has its name and settings."""
-    *outer, last = path
-    for name in outer:
-        inner = method.setdefault(name, {})
-        if not isinstance(inner, dict):
-            method[name] = inner = {"name": inner}
-        method = inner
-    if isinstance(method.get(last), dict):
-        method[last]["name"] = value
-    else:
-        method[last] = value
+def _setting(text: str) -> tuple[str, str]:
+    path, _, value = text.partition("=")
+    return path, value
 
 
 class _TakeMethod(argparse.Action):
     """Collects `--method=PATH=VALUE` (see `_joined`) into the mapping that spells the method."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        method = dict(getattr(namespace, self.dest) or {})
-        _put(method, values)
-        setattr(namespace, self.dest, method)
+        before = getattr(namespace, self.dest) or {}
+        setattr(namespace, self.dest, nested_method([_setting(values)], before))
 
 
 def add_method(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,8 @@ file (`run.py`).
 
 import math
 import os
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -312,6 +314,27 @@ def check_sparse_layer(sparse_layer: int, layers: int) -> None:
             f"sparse_layer={sparse_layer} is outside 1..{layers - 1} of a {layers}-layer language model; choose a "
             "layer that has one before it"
         )
+
+
+def nested_method(settings: Iterable[tuple[str, Any]], before: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the mapping that spells a method (methods/registry.py) from its settings by dotted name.
+
+    ("name", "mixed"), ("output_by", "random"), ("output_by.seed", "3") give {"name": "mixed", "output_by": {"name":
+    "random", "seed": "3"}}. They are added to those of `before`; of two values of one setting the last holds.
+    """
+    method = deepcopy(dict(before or {}))
+    for path, value in settings:
+        *outer, last = path.replace("-", "_").split(".")
+        place = method
+        for name in outer:
+            inner = place.get(name)
+            place[name] = inner if isinstance(inner, dict) else {} if inner is None else {"name": inner}
+            place = place[name]
+        if isinstance(place.get(last), dict):
+            place[last]["name"] = value
+        else:
+            place[last] = value
+    return method
 
 
 def check_keep_rate(name: str, value: float) -> None:

@@ -1,6 +1,7 @@
 """Dynamic-LLaVA as a simple model of lmms-eval: plain questions and images in, answers out.
 
 lmms-eval --model dynamic_llava --model_args pretrained=PATH,sparsity=both,image_keep_rate=0.2 --batch_size 16 ...
+lmms-eval --model dynamic_llava --model_args pretrained=PATH,method=fastv,method.layer=3 --batch_size 16 ...
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from transformers import GenerationConfig
 
+from dynamic_llava.config import nested_method
 from dynamic_llava.eval.lmms.requests import cut_answer, plan_batches, read_generation, request_prompt
 from dynamic_llava.eval.predict import progress, to_device
 from dynamic_llava.model import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
@@ -32,7 +34,8 @@ class DynamicLlavaLMM(lmms):
         batch_size: rows of one call; the answers do not depend on it (in half precision up to ties).
         device: where the model runs; by default accelerate's choice, in several processes one device each.
         dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16".
-        switches: sparsity ("both", "image", "output", "none"), method, image_keep_rate, output_threshold.
+        switches: sparsity ("both", "image", "output", "none"), method, image_keep_rate, output_threshold; and settings
+            of the method, as method.layer=3. Spaces separate the values of a tuple: lmms-eval splits at commas.
     Raises ValueError for anything else, before any weight is read.
     """
 
@@ -47,6 +50,9 @@ class DynamicLlavaLMM(lmms):
         **switches: Any,
     ) -> None:
         super().__init__()
+        settings = [
+            (name.removeprefix("method."), switches.pop(name)) for name in [*switches] if name.startswith("method.")
+        ]
         unknown = sorted(set(switches) - set(SWITCHES))
         if unknown:
             raise ValueError(
@@ -57,15 +63,19 @@ class DynamicLlavaLMM(lmms):
             raise ValueError(f"dtype={dtype!r} is not known; choose one of {', '.join(map(repr, DTYPES))}")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(f"batch_size={batch_size!r} is not a positive number; nothing here finds one by itself")
-        self.batch_size, self.switches = int(batch_size), switches
+        self.batch_size = int(batch_size)
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         if device is not None and self._world_size > 1:
             raise ValueError(f"device={device!r} was given to {self._world_size} processes; each chooses its own")
         self.device = self.accelerator.device if device is None else torch.device(device)
-        choose_method(DynamicLlavaConfig.from_pretrained(pretrained).sparsity, **switches)
+        if settings:
+            named = [("name", switches["method"])] if "method" in switches else []
+            switches["method"] = nested_method([*named, *settings])
+        self.method = choose_method(DynamicLlavaConfig.from_pretrained(pretrained).sparsity, **switches)
+        """What decides."""
         self.processor = DynamicLlavaProcessor.from_pretrained(pretrained)
-        model = DynamicLlavaForConditionalGeneration.from_pretrained(pretrained, dtype=dtype)
+        model = DynamicLlavaForConditionalGeneration.load_for(self.method, pretrained, dtype=dtype)
         self.model = model.to(self.device).eval()
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
@@ -107,7 +117,9 @@ class DynamicLlavaLMM(lmms):
         # Random methods draw by the document, whatever the batch.
         inputs["sample_key"] = torch.tensor([request.args[3] for request in batch])
         settings = GenerationConfig(**generation.settings, pad_token_id=self.processor.pad_token_id)
-        sequences = self.model.generate(**to_device(inputs, self.device), generation_config=settings, **self.switches)
+        sequences = self.model.generate(
+            **to_device(inputs, self.device), generation_config=settings, method=self.method
+        )
         answers = self.processor.batch_decode(sequences[:, inputs["input_ids"].shape[1] :])
         return [cut_answer(answer, generation.stops) for answer in answers]
 

@@ -150,6 +150,16 @@ def test_an_answer_ends_before_until(world):
     assert cut[0] == whole[0][:4].strip() != whole[0]
 
 
+def test_settings_of_a_method_stand_behind_its_name(world):
+    spelled = {"name": "mixed", "output_by": {"name": "random", "seed": 5}}
+    given = {"method": "mixed", "method.output-by": "random", "method.output-by.seed": "5"}
+    assert build(world, batch_size=2, **given).generate_until(ask(world)) == expected(world, method=spelled)
+    with pytest.raises(ValueError, match="did you mean 'layer'"):
+        build(world, method="fastv", **{"method.layr": 3})
+    with pytest.raises(ValueError, match="does not say its name"):
+        build(world, **{"method.layer": 3})
+
+
 def test_random_methods_draw_by_the_document(world):
     switches = {"method": "random", "image_keep_rate": 0.25}
     one, many = (build(world, batch_size=size, **switches).generate_until(ask(world)) for size in (1, 8))
