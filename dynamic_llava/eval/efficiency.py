@@ -18,7 +18,7 @@ from dynamic_llava.costs import (
     prefill_flops,
 )
 from dynamic_llava.eval.predict import Batch, to_device
-from dynamic_llava.methods import Dynamic, Method
+from dynamic_llava.methods import Dynamic, Method, Mixed
 
 
 class Prefilled(Protocol):
@@ -58,7 +58,7 @@ def sparse_layer(method: Method, layers: int) -> int:
 
 def runs_image_predictor(method: Method) -> bool:
     """Whether Dynamic-LLaVA's image predictor is part of a prefill, in a method that lets another decide too."""
-    deciding = getattr(method, "image_by", method)
+    deciding = method.image_by if isinstance(method, Mixed) else method
     return isinstance(deciding, Dynamic) and deciding.sparsifies_image
 
 

@@ -7,6 +7,7 @@ from dynamic_llava.methods.base import Choice, Cut, Draw, Evidence, ImageTokens,
 from dynamic_llava.methods.dense import Dense
 from dynamic_llava.methods.dynamic import Dynamic
 from dynamic_llava.methods.fastv import FastV
+from dynamic_llava.methods.mixed import Mixed
 from dynamic_llava.methods.random import Random
 from dynamic_llava.methods.registry import (
     METHODS,
@@ -32,6 +33,7 @@ __all__ = [
     "FastV",
     "ImageTokens",
     "Method",
+    "Mixed",
     "OneCut",
     "OutputTokens",
     "Random",

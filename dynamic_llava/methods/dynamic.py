@@ -1,5 +1,6 @@
 """Dynamic-LLaVA: two learned predictors decide (Sec. 3.2, 3.3; Eq. 5, 6, 11)."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -9,8 +10,17 @@ from torch import Tensor
 
 from dynamic_llava.config import SparsityConfig, SparsityMode, check_keep_rate, check_sparsity_mode
 from dynamic_llava.layout import TokenLayout
-from dynamic_llava.methods.base import Cut, Draw, ImageTokens, OneCut, OutputTokens, Record, keep_all_image
-from dynamic_llava.sparsity.decisions import threshold_keep, top_k_keep
+from dynamic_llava.methods.base import (
+    Cut,
+    Draw,
+    ImageTokens,
+    OneCut,
+    OutputTokens,
+    Record,
+    check_rate_or_none,
+    keep_all_image,
+)
+from dynamic_llava.sparsity.decisions import evenly_spaced, threshold_keep, top_k_by_answer, top_k_keep
 from dynamic_llava.sparsity.losses import keep_rate_loss
 from dynamic_llava.sparsity.noise import fold_key, gumbel_noise
 from dynamic_llava.sparsity.predictors import keep_margin
@@ -31,10 +41,22 @@ class Dynamic(OneCut):
     """Eq. 11 (top-k) or Eq. 5 (every positive margin)."""
     output_threshold: float = 0.0
     """An output token stays where keep logit - drop logit exceeds this; 0 is Eq. 5."""
+    output_selection: Literal["threshold", "topk", "spread"] = "threshold"
+    """By that threshold (the paper), or exactly `output_keep_rate` of each answer: its highest margins (topk: of whole
+    answers, so not while decoding), or evenly spaced whatever the predictor says, which is asked all the same (spread:
+    for times and bytes at a stated rate)."""
+    output_keep_rate: float | None = None
+    """The share that topk and spread keep of an answer; None with threshold, which has no rate."""
 
     def __post_init__(self) -> None:
         check_sparsity_mode(self.sparsity)
         check_keep_rate("image_keep_rate", self.image_keep_rate)
+        check_rate_or_none("output_keep_rate", self.output_keep_rate)
+        if (self.output_selection == "threshold") != (self.output_keep_rate is None):
+            raise ValueError(
+                f"output_selection={self.output_selection!r} with output_keep_rate={self.output_keep_rate}: topk and "
+                "spread need a rate, and threshold has none"
+            )
 
     @classmethod
     def settings_from(cls, config: SparsityConfig) -> dict[str, Any]:
@@ -92,7 +114,14 @@ class Dynamic(OneCut):
         """(T,) bool from the output predictor."""
         if not self.sparsifies_output:
             return super().keep_output(outputs, learned)
-        return threshold_keep(keep_margin(learned.output_predictor(outputs.hidden)), self.output_threshold)
+        margin_T = keep_margin(learned.output_predictor(outputs.hidden))
+        if self.output_selection == "threshold":
+            return threshold_keep(margin_T, self.output_threshold)
+        assert self.output_keep_rate is not None
+        if self.output_selection == "topk":
+            return top_k_by_answer(margin_T, outputs.rank, self.output_keep_rate)
+        stated_T = torch.where(evenly_spaced(outputs.rank, self.output_keep_rate), math.inf, -math.inf)
+        return margin_T + stated_T > 0  # not stated_T alone: the predictor's work must not be optimised away
 
     def sample_output(self, outputs: OutputTokens, learned: Any, draw: Draw) -> Tensor:
         """(T,) float: the configured relaxation at r_OT, answer by answer."""

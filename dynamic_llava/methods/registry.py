@@ -20,11 +20,12 @@ from dynamic_llava.methods.base import Method
 from dynamic_llava.methods.dense import Dense
 from dynamic_llava.methods.dynamic import Dynamic
 from dynamic_llava.methods.fastv import FastV
+from dynamic_llava.methods.mixed import Mixed
 from dynamic_llava.methods.random import Random
 from dynamic_llava.methods.structure import Structure
 from dynamic_llava.methods.values import UnreadableValue, read_value
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Dense, Dynamic, FastV, Random, Structure)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Dense, Dynamic, FastV, Mixed, Random, Structure)}
 """Registered name -> class."""
 Spelling = Method | str | Mapping[str, Any]
 """A method, or what names one: a name, or a mapping of `name` and settings."""

@@ -1,13 +1,13 @@
 """Regular dropping: keep tokens at even distances; a rate of one half keeps every other token."""
 
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from dynamic_llava.methods.base import Cut, ImageTokens, OneCut, OutputTokens, check_rate_or_none, keep_all_image
+from dynamic_llava.sparsity.decisions import evenly_spaced
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,3 @@ class Structure(OneCut):
         if self.output_keep_rate is None:
             return super().keep_output(outputs, learned)
         return evenly_spaced(outputs.rank, self.output_keep_rate)
-
-
-def evenly_spaced(place: Tensor, rate: float) -> Tensor:
-    """Bool of the shape of `place` (int64): True where one more token fits under `rate`, taken to four digits."""
-    share = Fraction(str(rate)).limit_denominator(10_000)  # keeps the products far from overflow
-    up, down = share.numerator, share.denominator
-    return (place + 1) * up // down > place * up // down

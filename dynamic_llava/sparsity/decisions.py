@@ -1,10 +1,12 @@
 """From predictor logits to keep masks: Gumbel-Softmax in training, top-k or threshold at inference (Sec. 3.2, 3.3).
 
-Shape suffixes: I images, N tokens of one image. A keep mask is 1 (True) where the token is kept.
+Shape suffixes: I images, N tokens of one image, T output tokens of a batch, A answers. A keep mask is 1 (True) where
+the token is kept.
 """
 
 from collections.abc import Callable
 from decimal import Decimal
+from fractions import Fraction
 from functools import cache
 from typing import Any, cast
 
@@ -59,6 +61,35 @@ def top_k_keep(
 def threshold_keep(margin: Tensor, threshold: float = 0.0) -> Tensor:
     """Keep where keep logit - drop logit exceeds the threshold (Eq. 5 at 0). margin (...) float -> (...) bool."""
     return margin > threshold
+
+
+def evenly_spaced(place: Tensor, rate: float) -> Tensor:
+    """Bool of the shape of `place` (int64): True where one more token fits under `rate`, taken to four digits.
+
+    Of the first k places floor(rate * k) are True.
+    """
+    share = Fraction(str(rate)).limit_denominator(10_000)  # keeps the products far from overflow
+    up, down = share.numerator, share.denominator
+    return (place + 1) * up // down > place * up // down
+
+
+def top_k_by_answer(margin_T: Tensor, rank_T: Tensor, rate: float) -> Tensor:
+    """Keep the floor(rate * n) highest margins of each answer of n tokens; ties go to the earlier token.
+
+    margin_T (T,) float and rank_T (T,) int64, the index of each token in its row's output: whole answers, one behind
+    another, each from its first token on. Returns (T,) bool. ValueError where these are no whole answers.
+    """
+    starts_T = rank_T == 0
+    if not bool(starts_T[0]) or bool(starts_T.all()):
+        raise ValueError("top-k ranks over whole answers; while decoding, select by threshold instead")
+    answer_T = starts_T.cumsum(0) - 1
+    by_margin_T = margin_T.argsort(descending=True, stable=True)
+    order_T = by_margin_T[answer_T[by_margin_T].argsort(stable=True)]  # by answer, within it by margin
+    first_A = starts_T.nonzero().flatten()
+    place_T = torch.empty_like(order_T)
+    place_T[order_T] = torch.arange(order_T.shape[0], device=order_T.device)
+    count_A = (answer_T.bincount() * rate).floor()
+    return place_T - first_A[answer_T] < count_A[answer_T]
 
 
 def gumbel_keep(logits: Tensor, gumbel: Tensor, tau: float) -> Tensor:

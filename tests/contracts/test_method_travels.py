@@ -83,6 +83,8 @@ def asked(model, root, out, *words):
 
 def settings_of(name):
     """Return settings that are not the defaults, as far as a method has them."""
+    if name == "mixed":
+        return {"name": name, "image_by": settings_of("fastv"), "output_by": settings_of("random")}
     known = {"layer": 3, "image_keep_rate": 0.25, "seed": 5}
     method = read_method(name)
     return {"name": name} | {setting: value for setting, value in known.items() if hasattr(method, setting)}

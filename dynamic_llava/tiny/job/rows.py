@@ -1,21 +1,14 @@
 """The rows of the tiny world's table: which model, which selection, which path, and what each row is there to show.
 
-All rows go through the same functions; a row is data. Selections that no registered method offers alone (one method's
-image decision with another's output decision) are composed here, from the same hooks.
-Shape suffixes: T output tokens of a batch, A answers.
+All rows go through the same functions; a row is data.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from dynamic_llava.config import SparsityConfig
-from dynamic_llava.methods import Dynamic, FastV, Random, Structure
-from dynamic_llava.methods.base import Choice, Cut, Evidence, ImageTokens, Method, OneCut, OutputTokens
-from dynamic_llava.sparsity.predictors import keep_margin
+from dynamic_llava.methods import Dynamic, FastV, Mixed, Random, Structure
 
 ModelKey = Literal["base", "control", "image", "both"]
 """The dense base, the dense control (same extra steps), Dynamic I and Dynamic I|T."""
@@ -25,59 +18,6 @@ UNCACHED, CACHED_SUBSET = "uncached", "dynamic_subset"
 DENSE: Mapping[str, Any] = {"sparsity": "none"}
 REFERENCE = "dynamic"
 """Key of the row whose realised output keep rate the equal-keep rows are given."""
-
-
-@dataclass(frozen=True)
-class Mixed(OneCut):
-    """Image tokens by one method, output tokens by another (not registered: a tool of these rows)."""
-
-    name: ClassVar[str] = "mixed"
-
-    image_by: Method = field(default_factory=Dynamic)
-    """Decides on image tokens."""
-    output_by: Method = field(default_factory=Dynamic)
-    """Decides on output tokens."""
-
-    def cuts(self, layers: int) -> tuple[Cut, ...]:
-        """One cut, at `layer`, which sees what that of `image_by` sees."""
-        sees = frozenset[Evidence]().union(*(cut.sees for cut in self.image_by.cuts(layers)))
-        return (Cut(self.layer, sees, output=True),)
-
-    def keep_image(self, cut: Cut, images: ImageTokens, learned: Any) -> Tensor | Choice:
-        """Return the decision of `image_by`, (I, n) bool."""
-        return self.image_by.keep_image(cut, images, learned)
-
-    def keep_output(self, outputs: OutputTokens, learned: Any) -> Tensor:
-        """Return the decision of `output_by`, one bool per output token."""
-        return self.output_by.keep_output(outputs, learned)
-
-
-@dataclass(frozen=True)
-class TopKOutput(Dynamic):
-    """The learned margins, but each answer keeps its `output_keep_rate` highest: every row at exactly the same rate.
-
-    Ranks over a whole answer, so it exists for teacher-forced passes only (a decoding step sees one token).
-    """
-
-    name: ClassVar[str] = "top_k_output"
-
-    output_keep_rate: float = 0.5
-    """Share of each answer's tokens that stays, rounded down."""
-
-    def keep_output(self, outputs: OutputTokens, learned: Any) -> Tensor:
-        """Return (T,) bool, ties to the earlier token; ValueError where `outputs` are no whole answers."""
-        starts_T = outputs.rank == 0
-        if not bool(starts_T[0]) or bool(starts_T.all()):
-            raise ValueError("top-k ranks over whole answers; while decoding, select by threshold instead")
-        margin_T = keep_margin(learned.output_predictor(outputs.hidden))
-        answer_T = starts_T.cumsum(0) - 1
-        by_margin_T = margin_T.argsort(descending=True, stable=True)
-        order_T = by_margin_T[answer_T[by_margin_T].argsort(stable=True)]  # by answer, within it by margin
-        first_A = starts_T.nonzero().flatten()
-        place_T = torch.empty_like(order_T)
-        place_T[order_T] = torch.arange(order_T.shape[0], device=order_T.device)
-        count_A = (answer_T.bincount() * self.output_keep_rate).floor()
-        return place_T - first_A[answer_T] < count_A[answer_T]
 
 
 @dataclass(frozen=True)
@@ -98,12 +38,6 @@ class Row:
     """Measure on the smaller subset of the row without a cache."""
     answers_of: str | None = None
     """Key of a row that differs in output tokens only: a one-word answer is complete before any can be dropped."""
-
-    @property
-    def learned(self) -> bool:
-        """Whether the image predictor runs in this row."""
-        method = self.switches.get("method")
-        return isinstance(method, Mixed | Dynamic) or self.switches.get("sparsity") in ("both", "image")
 
 
 def first_rows(settings: SparsityConfig, *, dynamic_image: bool = True, uncached: bool = True) -> list[Row]:
@@ -155,27 +89,17 @@ def equal_keep_rows(settings: SparsityConfig, output_rate: float) -> list[Row]:
         ),
         Row(
             "inside_random", "Dynamic I|T, random output", "both",
-            {"method": Mixed(layer=layer, image_by=learned, output_by=random)},
+            {"method": Mixed(image_by=learned, output_by=random)},
             f"{share}, at random inside the trained model; image tokens learned", answers_of=REFERENCE,
         ),
         Row(
             "inside_alternate", "Dynamic I|T, alternate output", "both",
-            {"method": Mixed(layer=layer, image_by=learned, output_by=alternate)},
+            {"method": Mixed(image_by=learned, output_by=alternate)},
             f"{share}, evenly spaced inside the trained model; image tokens learned", answers_of=REFERENCE,
         ),
         Row(
             "inside_topk", "Dynamic I|T, top-k output", "both",
-            {"method": _top_k(settings, rate)}, generates=False,
+            {"method": replace(learned, output_selection="topk", output_keep_rate=rate)}, generates=False,
             note=f"{share}, the highest learned margins of each answer (whole answers, so perplexity only)",
         ),
     ]  # fmt: skip
-
-
-def _top_k(settings: SparsityConfig, rate: float) -> TopKOutput:
-    return TopKOutput(
-        layer=settings.sparse_layer,
-        sparsity="both",
-        image_keep_rate=settings.image_keep_rate,
-        image_selection=settings.image_selection,
-        output_keep_rate=rate,
-    )
