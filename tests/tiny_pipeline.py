@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dynamic_llava.eval.predict import Query
 from dynamic_llava.model import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.processing.prompts import conversation_prompt
 from dynamic_llava.tiny.base.model import tiny_config
 from dynamic_llava.tiny.base.tokenizer import build_tokenizer
+from dynamic_llava.tiny.job.asking import Query
 from dynamic_llava.tiny.job.testset import TestSet
 from dynamic_llava.tiny.world.descriptions import REQUESTS, describe, scene_attributes
 from dynamic_llava.tiny.world.questions import KINDS, ask

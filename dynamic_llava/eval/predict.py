@@ -1,12 +1,10 @@
-"""Answers and perplexities of a model through the ordinary pipeline: processor, generate(), forward() with labels.
+"""What a model answers to a batch through generate(), and what was kept of it.
 
 Shape suffixes: B rows of a batch, N tokens of the longest row.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +13,6 @@ from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers import logging as transformers_logging
 
-from dynamic_llava.data.collate import Collator
-from dynamic_llava.data.sft import SftSample
-from dynamic_llava.eval.metrics.perplexity import answer_nll
 from dynamic_llava.model import cache_of
 from dynamic_llava.processing import DynamicLlavaProcessor
 
@@ -30,25 +25,6 @@ NOT_FINITE = (
     "the model's logits are NaN or infinite, so what it would say means nothing: its weights are (a training that "
     "diverged), or its values leave the range of its data type (float32 and bfloat16 have the widest)"
 )
-
-
-@dataclass(frozen=True)
-class Query:
-    """One question about one image."""
-
-    id: str
-    """Unique in its file."""
-    key: int
-    """Noise key: fixes the draws of random rows, whatever the batch."""
-    image: Path
-    question: str
-    """The user's text, its <image> included."""
-    answer: str
-    """The reference answer."""
-    kind: str
-    """Kind of question; "description" for descriptions."""
-    subset: str = ""
-    """Part of a kind that is scored by itself (POPE's random, popular and adversarial); "" where there is none."""
 
 
 @dataclass(frozen=True)
@@ -77,51 +53,6 @@ class Prediction:
     """Bytes of the row's keys and values in the cache when the batch ended (filled slots); 0 without a cache."""
     allocated_bytes: int
     """The row's share of the cache's storage as it lay in memory, unfilled slots included."""
-
-
-@dataclass(frozen=True)
-class Likelihood:
-    """Teacher-forced sums over a set of answers."""
-
-    nll: float
-    tokens: int
-    image_keep_rate: float
-    output_keep_rate: float
-
-
-def prompt_batches(processor: DynamicLlavaProcessor, queries: Sequence[Query], batch_size: int) -> list[Batch]:
-    """Left-padded prompts in batches of similar length; rows are independent, so the order changes nothing."""
-    prompts = [processor.conversation_prompt([(query.question, None)]) for query in queries]
-    order = sorted(range(len(queries)), key=lambda i: (len(prompts[i].split()), i))
-    batches = []
-    for places in _chunks(order, batch_size):
-        inputs = processor(
-            text=[prompts[i] for i in places], images=[queries[i].image for i in places], padding_side="left"
-        )
-        inputs["sample_key"] = torch.tensor([queries[i].key for i in places])
-        batches.append(Batch(tuple(places), inputs))
-    return batches
-
-
-def answer_batches(processor: DynamicLlavaProcessor, queries: Sequence[Query], batch_size: int) -> list[Batch]:
-    """Right-padded questions with their reference answers, labels and output_mask, for teacher-forced passes."""
-    collate, batches = Collator(processor), []
-    for places in _chunks(list(range(len(queries))), batch_size):
-        inputs = collate([_as_sample(processor, queries[i]) for i in places])
-        inputs["sample_key"] = inputs.pop("sample_ids")
-        batches.append(Batch(tuple(places), inputs))
-    return batches
-
-
-def _as_sample(processor: DynamicLlavaProcessor, query: Query) -> SftSample:
-    encoded = processor.encode_conversation([(query.question, query.answer)])
-    return {
-        "input_ids": torch.tensor(encoded.input_ids),
-        "labels": torch.tensor(encoded.labels),
-        "spans": encoded.output_spans,
-        "pixel_values": processor.preprocess_images([query.image]),
-        "sample_id": query.key,
-    }
 
 
 @torch.no_grad()
@@ -175,33 +106,6 @@ class Finite(LogitsProcessor):
         """Raise NotFinite unless all logits so far were finite."""
         if self._all is not None and not bool(self._all):
             raise NotFinite(NOT_FINITE)
-
-
-@torch.no_grad()
-def likelihood(model: Any, batches: Sequence[Batch], *, switches: Mapping[str, Any], title: str = "") -> Likelihood:
-    """Negative log-likelihood of the reference answers, one masked forward pass per batch (docs/method.md, section 5).
-
-    Keep rates are means over all image tokens and over all output tokens of the answers; 1 for a dense call.
-    """
-    model.eval()
-    nll, tokens = 0.0, 0
-    kept = {"image": 0.0, "output": 0.0}
-    seen = {"image": 0, "output": 0}
-    for batch in progress(batches, title):
-        inputs = to_device(batch.inputs, model.device)
-        output = model(**inputs, **switches)
-        row_nll, row_tokens = answer_nll(output.logits, inputs["labels"])
-        nll, tokens = nll + float(row_nll.sum()), tokens + int(row_tokens.sum())
-        if not math.isfinite(nll):
-            raise NotFinite(NOT_FINITE)
-        if output.sparsity is None:
-            continue
-        layout, keep_BN = output.sparsity.layout, output.sparsity.keep_mask.bool()
-        for name, where_BN in (("image", layout.is_image), ("output", layout.output)):
-            kept[name] += float((keep_BN & where_BN).sum())
-            seen[name] += int(where_BN.sum())
-    rates = {name: kept[name] / seen[name] if seen[name] else 1.0 for name in kept}
-    return Likelihood(nll, tokens, rates["image"], rates["output"])
 
 
 def progress(items: Iterable[Any], title: str) -> Iterable[Any]:
@@ -274,8 +178,3 @@ def _cache_bytes(output: Any, fed: Sequence[int]) -> tuple[list[int], int]:
         else:
             filled = [size + slot * count for size, count in zip(filled, fed, strict=True)]
     return filled, allocated
-
-
-def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

@@ -14,6 +14,7 @@ from dynamic_llava.methods import FastV, Random
 from dynamic_llava.model import DynamicLlavaForConditionalGeneration
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.sparsity.decisions import budget
+from dynamic_llava.tiny.job import asking
 from dynamic_llava.tiny.job.scores import accuracy_by_kind
 from dynamic_llava.tiny.job.tables import mean_and_interval
 from dynamic_llava.tiny.job.testset import TestSet
@@ -39,7 +40,7 @@ def accuracy_by_budget(
         key: DynamicLlavaForConditionalGeneration.from_pretrained(str(checkpoints[key])) for key in ("control", "both")
     }
     processor = DynamicLlavaProcessor.from_pretrained(checkpoints["both"])
-    batches = predict.prompt_batches(processor, test.questions, batch_size)
+    batches = asking.prompt_batches(processor, test.questions, batch_size)
     layer = models["both"].config.sparsity.sparse_layer
 
     def accuracy(key: str, switches: Mapping[str, Any], title: str) -> float:

@@ -12,11 +12,11 @@ from dynamic_llava.config import SparsityConfig
 from dynamic_llava.costs import decoder_shape
 from dynamic_llava.eval import predict
 from dynamic_llava.eval.efficiency import measure_speed, prefill_costs
-from dynamic_llava.eval.metrics.perplexity import perplexity
 from dynamic_llava.eval.metrics.yes_no import yes_no_scores
 from dynamic_llava.model import DynamicLlavaForConditionalGeneration
 from dynamic_llava.model.switches import choose_method
 from dynamic_llava.processing import DynamicLlavaProcessor
+from dynamic_llava.tiny.job import asking
 from dynamic_llava.tiny.job.config import TinyJobConfig
 from dynamic_llava.tiny.job.rows import CACHED_SUBSET, REFERENCE, UNCACHED, Row, equal_keep_rows, first_rows
 from dynamic_llava.tiny.job.scores import accuracy_by_kind, patch_overlap
@@ -79,9 +79,9 @@ class _Inputs:
     @classmethod
     def of(cls, processor: DynamicLlavaProcessor, test: TestSet, batch_size: int) -> "_Inputs":
         return cls(
-            predict.prompt_batches(processor, test.questions, batch_size),
-            predict.prompt_batches(processor, test.descriptions, batch_size),
-            predict.answer_batches(processor, test.descriptions, batch_size),
+            asking.prompt_batches(processor, test.questions, batch_size),
+            asking.prompt_batches(processor, test.descriptions, batch_size),
+            asking.answer_batches(processor, test.descriptions, batch_size),
         )
 
 
@@ -110,7 +110,7 @@ class Evaluator:
         self.test, self.config, self.say = test, config, say
         self.whole = _Inputs.of(self.processor, test, config.batch_size)
         self.subset = _Inputs.of(self.processor, self._subset_of(test), config.batch_size)
-        self.timing = predict.prompt_batches(
+        self.timing = asking.prompt_batches(
             self.processor, test.descriptions[: config.timing_batch], config.timing_batch
         )[0]
         self.rows: list[dict[str, Any]] = []
@@ -155,11 +155,11 @@ class Evaluator:
         self.say(f"  {title:<32} {shown}  ({seconds:.1f} s)")
 
     def _likelihood(self, row: Row, inputs: _Inputs) -> dict[str, float]:
-        forced = predict.likelihood(
+        forced = asking.likelihood(
             self.models[row.model], inputs.answers, switches=row.switches, title=f"{row.title}: perplexity"
         )
         return {
-            "ppl": perplexity(forced.nll, forced.tokens),
+            "ppl": asking.perplexity(forced.nll, forced.tokens),
             "keep_image": forced.image_keep_rate,
             "keep_output_forced": forced.output_keep_rate,
         }
@@ -295,7 +295,7 @@ def quality(output: RowOutput, test: TestSet) -> dict[str, float]:
     return metrics
 
 
-def _pope_f1(texts: Sequence[str], questions: Sequence[predict.Query]) -> float | None:
+def _pope_f1(texts: Sequence[str], questions: Sequence[asking.Query]) -> float | None:
     """Mean F1 over POPE's subsets, as POPE's headline number; None without existence questions."""
     subsets: dict[str, list[tuple[str, str]]] = {}
     for text, question in zip(texts, questions, strict=True):

@@ -9,13 +9,13 @@ from dynamic_llava.costs import decoder_shape
 from dynamic_llava.eval import predict
 from dynamic_llava.eval.efficiency import prefill_costs
 from dynamic_llava.eval.identity import method_settings
-from dynamic_llava.eval.metrics.perplexity import perplexity
 from dynamic_llava.eval.writing import write_text
 from dynamic_llava.methods import Method
 from dynamic_llava.model import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
 from dynamic_llava.model.switches import choose_method
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.provenance import environment
+from dynamic_llava.tiny.job import asking
 from dynamic_llava.tiny.job.config import TinyJobConfig
 from dynamic_llava.tiny.job.evaluation import RowOutput, quality
 from dynamic_llava.tiny.job.testset import TestSet
@@ -26,9 +26,9 @@ def measure(checkpoint: Path, test: TestSet, method: Method) -> dict[str, float]
     model = DynamicLlavaForConditionalGeneration.load_for(method, checkpoint)
     processor = DynamicLlavaProcessor.from_pretrained(checkpoint)
     settings, switches = TinyJobConfig(), {"method": method}
-    forced = predict.likelihood(
+    forced = asking.likelihood(
         model,
-        predict.answer_batches(processor, test.descriptions, settings.batch_size),
+        asking.answer_batches(processor, test.descriptions, settings.batch_size),
         switches=switches,
         title="perplexity",
     )
@@ -37,7 +37,7 @@ def measure(checkpoint: Path, test: TestSet, method: Method) -> dict[str, float]
             predict.generate_answers(
                 model,
                 processor,
-                predict.prompt_batches(processor, queries, settings.batch_size),
+                asking.prompt_batches(processor, queries, settings.batch_size),
                 max_new_tokens=most,
                 switches=switches,
                 title=title,
@@ -56,7 +56,7 @@ def measure(checkpoint: Path, test: TestSet, method: Method) -> dict[str, float]
         method=method,
     )
     return {
-        "ppl": perplexity(forced.nll, forced.tokens),
+        "ppl": asking.perplexity(forced.nll, forced.tokens),
         "keep_image": forced.image_keep_rate,
         "keep_output_forced": forced.output_keep_rate,
         **quality(output, test),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamic_llava.data.llava_json import parse_sample, read_samples, resolve_image
-from dynamic_llava.eval.predict import Query
+from dynamic_llava.tiny.job.asking import Query
 from dynamic_llava.tiny.world.dataset import load_truth
 from dynamic_llava.tiny.world.descriptions import scene_attributes
 

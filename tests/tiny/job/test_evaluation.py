@@ -8,10 +8,10 @@ import torch
 
 from dynamic_llava.costs import decoder_shape
 from dynamic_llava.eval import predict
-from dynamic_llava.eval.metrics.perplexity import perplexity
 from dynamic_llava.methods import Random
 from dynamic_llava.model import DynamicLlavaForConditionalGeneration
 from dynamic_llava.processing import DynamicLlavaProcessor
+from dynamic_llava.tiny.job import asking
 from dynamic_llava.tiny.job.config import TinyJobConfig
 from dynamic_llava.tiny.job.evaluation import Evaluator
 from dynamic_llava.tiny.job.rows import equal_keep_rows
@@ -139,7 +139,7 @@ def test_predictions_do_not_depend_on_the_batch(world, model, switches):
     test = world[1].first(5, 3)
     answered = []
     for size in (1, 5):
-        batches = predict.prompt_batches(model[1], test.questions, size)
+        batches = asking.prompt_batches(model[1], test.questions, size)
         answered.append(predict.generate_answers(*model, batches, max_new_tokens=8, switches=switches))
     fields = ("tokens", "image_kept", "output_kept", "prompt_tokens", "text")
     for alone, together in zip(*answered, strict=True):
@@ -148,21 +148,21 @@ def test_predictions_do_not_depend_on_the_batch(world, model, switches):
 
 def test_perplexity_is_the_sum_over_samples(world, model):
     test = world[1].first(1, 3)
-    together = predict.likelihood(
-        model[0], predict.answer_batches(model[1], test.descriptions, 3), switches={"sparsity": "both"}
+    together = asking.likelihood(
+        model[0], asking.answer_batches(model[1], test.descriptions, 3), switches={"sparsity": "both"}
     )
     alone = [
-        predict.likelihood(model[0], predict.answer_batches(model[1], [query], 1), switches={"sparsity": "both"})
+        asking.likelihood(model[0], asking.answer_batches(model[1], [query], 1), switches={"sparsity": "both"})
         for query in test.descriptions
     ]
     assert together.tokens == sum(one.tokens for one in alone)
     assert together.nll == pytest.approx(sum(one.nll for one in alone), rel=1e-5)
-    assert perplexity(together.nll, together.tokens) > 1
+    assert asking.perplexity(together.nll, together.tokens) > 1
 
 
 def test_perplexity_scores_the_answer_and_its_end(world, model):
     query = world[1].descriptions[0]
-    batch = predict.answer_batches(model[1], [query], 1)[0]
+    batch = asking.answer_batches(model[1], [query], 1)[0]
     labels = batch.inputs["labels"][0]
     scored = labels[labels != -100].tolist()
     assert model[1].decode(scored[:-1]).strip() == query.answer

@@ -1,9 +1,11 @@
-"""Scores, and means with their intervals, against cases computed by hand."""
+"""Scores, perplexity, and means with their intervals, against cases computed by hand."""
 
 import math
 
 import pytest
+import torch
 
+from dynamic_llava.tiny.job.asking import answer_nll, perplexity
 from dynamic_llava.tiny.job.scores import accuracy_by_kind, normalise_answer, patch_overlap
 from dynamic_llava.tiny.job.tables import mean_and_interval, student_t_probability, student_t_quantile
 
@@ -57,3 +59,21 @@ def test_interval_of_five_seeds_by_hand():
     assert mean_and_interval([7.0]) == (7.0, None)
     with pytest.raises(ValueError, match="at least one"):
         mean_and_interval([])
+
+
+def test_answer_nll_counts_labelled_tokens_only():
+    logits = torch.zeros(2, 4, 3)
+    logits[0, 1, 2] = math.log(2.0)  # p(2) = 2 / 4 at position 1
+    labels = torch.tensor([[-100, -100, 2, 0], [-100, -100, -100, 1]])
+    nll, count = answer_nll(logits, labels)
+    assert count.tolist() == [2, 1]
+    assert nll[0].item() == pytest.approx(math.log(2) + math.log(3), rel=1e-6)
+    assert nll[1].item() == pytest.approx(math.log(3), rel=1e-6)
+    assert perplexity(nll.sum().item(), 3) == pytest.approx((2 * 9) ** (1 / 3), rel=1e-6)
+
+
+def test_perplexity_errors():
+    with pytest.raises(ValueError, match="0 tokens"):
+        perplexity(0.0, 0)
+    with pytest.raises(ValueError, match="do not belong"):
+        answer_nll(torch.zeros(1, 3, 2), torch.zeros(1, 4, dtype=torch.long))
