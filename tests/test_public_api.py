@@ -4,6 +4,7 @@ import inspect
 import json
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 
@@ -81,6 +82,18 @@ def test_public_names_exist_and_are_documented(name):
     if inspect.isclass(value) or inspect.isfunction(value):
         # A dataclass without a docstring gets its signature as one.
         assert value.__doc__ and not value.__doc__.startswith(f"{name}("), f"{name} has no docstring"
+
+
+@pytest.mark.parametrize(
+    ("former", "now"),
+    [
+        ("dynamic_llava.apps", "dynamic_llava.chat.conversation"),
+        ("dynamic_llava.tiny.dataset", "dynamic_llava.tiny.world.dataset"),
+    ],
+)
+def test_documented_names_are_found_where_they_were(former, now):
+    module, home = import_module(former), import_module(now)
+    assert module.__all__ and all(getattr(module, name) is getattr(home, name) for name in module.__all__)
 
 
 def test_an_unknown_name_says_which_exist():

@@ -12,7 +12,7 @@ from dynamic_llava.config import DataConfig, LoraConfig, ModelConfig, SparsityCo
 from dynamic_llava.files import Lock
 from dynamic_llava.tiny.job.config import TinyJobConfig
 from dynamic_llava.train.__main__ import main
-from dynamic_llava.train.config import RunConfig
+from dynamic_llava.train.config import RunConfig, changes, compared_settings
 from dynamic_llava.train.finished import MODEL_RECORD
 from dynamic_llava.train.run import run, write_config
 from tests.builders import TINY_SPARSITY
@@ -171,3 +171,9 @@ def test_a_run_without_a_name_finds_its_folder_again(start, tmp_path):
     other = run(replace(unnamed, train=replace(unnamed.train, seed=1)))
     assert other.run_folder != result.run_folder
     assert load_file(result.folder / "model.safetensors").keys() == load_file(other.folder / "model.safetensors").keys()
+
+
+def test_what_earlier_versions_recorded_of_a_section_that_is_gone_makes_no_other_run():
+    now = compared_settings(RunConfig(), 1)
+    assert changes({**now, "tiny": None}, now) == []
+    assert changes({**now, "tiny.seeds": 2}, now) == ["tiny.seeds was 2 and is None"]
