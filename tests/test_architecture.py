@@ -256,3 +256,16 @@ def test_scripts_stay_short():
     for path in sorted((ROOT / "scripts").glob("*.sh")):
         lines = path.read_text(encoding="utf-8").count("\n")
         assert lines < 60, f"{name_of(path)}: {lines} lines; a script parses, calls and prints"
+
+
+@pytest.mark.parametrize("word", ["Batch", "Column", "Evaluation", "Plan", "Row"])
+def test_a_common_word_names_one_class(word):
+    """The next plan, row or column says which one it is, so that a reader who searches for it finds it."""
+    named = [name_of(path) for path in FILES for node in tree_of(path).body if word in names_made_by(node)]
+    assert len(named) <= 1, f"{word} is {len(named)} things: {named}; give each a name of its own"
+
+
+def names_made_by(node):
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    made = [target.id for target in targets if isinstance(target, ast.Name)]
+    return {node.name, *made} if isinstance(node, ast.ClassDef) else set(made)

@@ -9,7 +9,7 @@ from transformers import GenerationConfig, LlavaConfig
 
 from dynamic_llava.checkpoints.configs import config_to_hf
 from dynamic_llava.checkpoints.destination import check_destination, new_folder
-from dynamic_llava.checkpoints.plan import Dtype, Plan, Target, make_plan
+from dynamic_llava.checkpoints.plan import Conversion, Dtype, Target, make_plan
 from dynamic_llava.checkpoints.processors import write_processor
 from dynamic_llava.checkpoints.tensors import write_weights
 from dynamic_llava.model.card import write_card
@@ -67,7 +67,7 @@ def convert(
     return destination
 
 
-def _write_configs(folder: Path, plan: Plan) -> None:
+def _write_configs(folder: Path, plan: Conversion) -> None:
     """Write what is left, config.json last of all: without it nothing takes the folder for a checkpoint."""
     config: LlavaConfig = plan.config
     architecture: Any = "DynamicLlavaForConditionalGeneration"

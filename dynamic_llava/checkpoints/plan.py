@@ -38,7 +38,7 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True)
-class Plan:
+class Conversion:
     """A conversion that has been checked and can be carried out."""
 
     source: Source
@@ -63,7 +63,7 @@ def make_plan(
     keep_projector: bool = False,
     leave_out: Collection[str] = (),
     say: Callable[[str], None] = print,
-) -> Plan:
+) -> Conversion:
     """Check everything there is to check and return what to do; arguments and errors are those of `convert`."""
     for name, value, allowed in (("dtype", dtype, (None, *get_args(Dtype))), ("to", to, get_args(Target))):
         if value not in allowed:
@@ -84,7 +84,7 @@ def make_plan(
     for placement in placements:
         sizes[placement.dtype] += placement.size
     config.dtype = sizes.most_common(1)[0][0]
-    return Plan(found, to, config, vocabulary, placements)
+    return Conversion(found, to, config, vocabulary, placements)
 
 
 def _config(source: Source, say: Callable[[str], None]) -> DynamicLlavaConfig:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import BatchFeature, GenerationConfig
 
 from dynamic_llava.eval.identity import image_digest
-from dynamic_llava.eval.predict import Batch, NotFinite, Prediction, generate_answers
+from dynamic_llava.eval.predict import NotFinite, Prediction, QueryBatch, generate_answers
 from dynamic_llava.eval.reading import shown
 from dynamic_llava.eval.tasks import Question
 from dynamic_llava.eval.tasks.base import Said
@@ -159,7 +159,7 @@ def answer(run: ModelRun, asked: Sequence[Asked]) -> list[Said]:
     predictions = generate_answers(
         run.model,
         run.processor,
-        [Batch(tuple(range(len(asked))), inputs)],
+        [QueryBatch(tuple(range(len(asked))), inputs)],
         max_new_tokens=run.max_new_tokens,
         switches={"method": run.method},
     )

@@ -17,7 +17,7 @@ from dynamic_llava.costs import (
     predictor_flops,
     prefill_flops,
 )
-from dynamic_llava.eval.predict import Batch, to_device
+from dynamic_llava.eval.predict import QueryBatch, to_device
 from dynamic_llava.methods import Dynamic, Method, Mixed
 
 
@@ -129,7 +129,7 @@ def mean_kv_bytes(
 @torch.no_grad()
 def measure_speed(
     model: Any,
-    batch: Batch,
+    batch: QueryBatch,
     *,
     switches: Mapping[str, Any],
     use_cache: bool,

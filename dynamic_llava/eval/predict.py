@@ -28,7 +28,7 @@ NOT_FINITE = (
 
 
 @dataclass(frozen=True)
-class Batch:
+class QueryBatch:
     """Model inputs of several queries, made once and used by every row."""
 
     places: tuple[int, ...]
@@ -59,7 +59,7 @@ class Prediction:
 def generate_answers(
     model: Any,
     processor: DynamicLlavaProcessor,
-    batches: Sequence[Batch],
+    batches: Sequence[QueryBatch],
     *,
     max_new_tokens: int,
     switches: Mapping[str, Any],
@@ -123,7 +123,7 @@ def to_device(inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, T
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
-def _read(output: Any, batch: Batch, processor: DynamicLlavaProcessor, ends: set[int]) -> Iterator[Prediction]:
+def _read(output: Any, batch: QueryBatch, processor: DynamicLlavaProcessor, ends: set[int]) -> Iterator[Prediction]:
     """Cut each row of generate()'s output at its end token and pair it with what was kept of it."""
     prompt_BN = batch.inputs["input_ids"]
     answers = output.sequences[:, prompt_BN.shape[1] :].tolist()

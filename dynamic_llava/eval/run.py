@@ -34,12 +34,12 @@ from dynamic_llava.eval.efficiency import Counted, mean_kv_bytes, measure_speed,
 from dynamic_llava.eval.folder import check_folder, write_tables
 from dynamic_llava.eval.identity import IMAGE, check_images, method_settings, model_settings, question_settings
 from dynamic_llava.eval.options import RunOptions
-from dynamic_llava.eval.predict import Batch, hide_library_progress
+from dynamic_llava.eval.predict import QueryBatch, hide_library_progress
 from dynamic_llava.eval.reading import SHOWN, shown
 from dynamic_llava.eval.score import score_table
 from dynamic_llava.eval.shard import Shard, joined_processes, own_device
 from dynamic_llava.eval.store import PLACE, AnswerStore, identity_of
-from dynamic_llava.eval.summary import SIZES, Row, Summary, page
+from dynamic_llava.eval.summary import SIZES, Summary, TaskRow, page
 from dynamic_llava.eval.task_list import missing_files, task_label
 from dynamic_llava.eval.tasks import Question, Task
 from dynamic_llava.eval.tasks.base import SKIPPED, ImageFile, naming
@@ -79,7 +79,7 @@ class Evaluation:
         }
         """What every answer depends on."""
 
-    def row(self, task: Task) -> Row:
+    def row(self, task: Task) -> TaskRow:
         """Return the row of a task; where it failed, in whichever process, the row says why.
 
         Processes but the first only answer: their rows hold nothing else.
@@ -89,13 +89,13 @@ class Evaluation:
         failures = [one for one in self.shard.gather(done if isinstance(done, Failure) else None) if one is not None]
         if not failures:
             if not self.shard.first:
-                return Row(label, task)
+                return TaskRow(label, task)
             row = _attempt(label, lambda: self._finish(task, label, *done))
-            if isinstance(row, Row):
+            if isinstance(row, TaskRow):
                 return row
             failures = [row]
         text = "; ".join(dict.fromkeys(one.text for one in failures))
-        return Row(label, task, error=text, unwritten=any(one.unwritten for one in failures))
+        return TaskRow(label, task, error=text, unwritten=any(one.unwritten for one in failures))
 
     def _answer(self, task: Task, label: str) -> tuple[AnswerStore, list[Question]]:
         """Answer this process's share of a task's questions that has no answer yet."""
@@ -158,7 +158,7 @@ class Evaluation:
             extra={**question.extra, **said.extra},
         )
 
-    def _finish(self, task: Task, label: str, store: AnswerStore, questions: Sequence[Question]) -> Row:
+    def _finish(self, task: Task, label: str, store: AnswerStore, questions: Sequence[Question]) -> TaskRow:
         """Merge the answers, judge them, and count and measure what they cost; what fails of it stands in the row."""
         path = store.merge()
         answers, notes = read_answers(path), []
@@ -176,7 +176,7 @@ class Evaluation:
         unwritten = any(one.unwritten for one in (judged, costs) if isinstance(one, Failure))
         found, costs = ({} if isinstance(one, Failure) else one for one in (judged, costs))
         notes += found.pop("notes", ())
-        return Row(
+        return TaskRow(
             label, task, **found, costs=costs, answers=path, notes=tuple(notes), error="; ".join(errors),
             unwritten=unwritten,
         )  # fmt: skip
@@ -210,7 +210,7 @@ class Evaluation:
         timed, _ = next(read_ahead(questions, first, len(first), self.processor))
         speed = measure_speed(
             self.model,
-            Batch((), prompt_inputs(self.processor, timed)),
+            QueryBatch((), prompt_inputs(self.processor, timed)),
             switches={"method": self.method},
             use_cache=True,
             tokens=TIMED_TOKENS,
@@ -240,11 +240,11 @@ def evaluate(options: RunOptions) -> int:
         evaluation = None if all(missing.values()) else Evaluation(options, shard)
         earlier = check_folder(options.output_folder, None if evaluation is None else evaluation.settings)
         described = _described(options, shard, evaluation)
-        rows: list[Row] = []
+        rows: list[TaskRow] = []
         for task in tasks:
             label = task_label(task)
             if evaluation is None or missing[label]:
-                rows.append(Row(label, task, error=missing[label]))
+                rows.append(TaskRow(label, task, error=missing[label]))
             else:
                 rows.append(evaluation.row(task))
             if shard.first:
@@ -260,7 +260,7 @@ def evaluate(options: RunOptions) -> int:
     return 1 if any(row.error for row in rows) else 0
 
 
-def _written(row: Row, described: Summary, folder: Path) -> Row:
+def _written(row: TaskRow, described: Summary, folder: Path) -> TaskRow:
     """Put a row into the folder's tables; return it, with the reason where that cannot be done."""
     try:
         write_tables(replace(described, rows=(row,)), folder)
@@ -269,7 +269,7 @@ def _written(row: Row, described: Summary, folder: Path) -> Row:
     return row
 
 
-def _say_end(rows: Sequence[Row], summary: Summary, folder: Path) -> None:
+def _say_end(rows: Sequence[TaskRow], summary: Summary, folder: Path) -> None:
     """Say where the tables lie; print this command's own where they could not be written."""
     failed = [row.label for row in rows if row.error]
     if any(row.unwritten for row in rows):
@@ -329,7 +329,7 @@ def _described(options: RunOptions, shard: Shard, evaluation: Evaluation | None)
     return Summary(options.model, sparsity, size, settings, environment(), (), identity, method)
 
 
-def _report(row: Row) -> str:
+def _report(row: TaskRow) -> str:
     failed = [f"{row.task.title}: failed: {row.error}"] if row.error else []
     if row.answers is None:
         return "\n".join(failed)

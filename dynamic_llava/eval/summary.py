@@ -47,7 +47,7 @@ HEAD = (
 
 
 @dataclass(frozen=True)
-class Row:
+class TaskRow:
     """What became of one task."""
 
     label: str
@@ -78,7 +78,7 @@ class Summary:
     settings: Mapping[str, Any]
     """How it was asked: dtype, batch size, limits."""
     environment: Mapping[str, Any]
-    rows: Sequence[Row]
+    rows: Sequence[TaskRow]
     identity: str = ""
     """A digest of what all answers depend on: model and method; empty when no model was loaded."""
     method: str | None = None
@@ -97,7 +97,7 @@ class Summary:
             "tasks": {row.label: self._task(row) for row in self.rows},
         }
 
-    def _task(self, row: Row) -> dict[str, Any]:
+    def _task(self, row: TaskRow) -> dict[str, Any]:
         score, submission, task = row.score, row.submission, row.task
         shown = [task.table_metric, *(name for name in task.paper if name != task.table_metric)]
         shown = shown[:1] if score is None else [name for name in shown if name in score.metrics]

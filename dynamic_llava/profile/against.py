@@ -59,7 +59,7 @@ COMPARED = (
 
 
 @dataclass(frozen=True)
-class Turn:
+class TimedTurn:
     """One call of both."""
 
     here: float
@@ -153,7 +153,7 @@ def check_folder(folder: Path) -> Path:
     return folder.resolve()
 
 
-def _turns(compared: Compared, other: Path) -> Iterator[Turn]:
+def _turns(compared: Compared, other: Path) -> Iterator[TimedTurn]:
     folders = {"here": HERE, "there": other}
     with contextlib.ExitStack() as stack:
         sides: dict[str, Any] = {}
@@ -168,7 +168,7 @@ def _turns(compared: Compared, other: Path) -> Iterator[Turn]:
             taken = {name: sides[name].turn() for name in order}
             (here, cpu_here, said), (there, cpu_there, other_said) = taken["here"], taken["there"]
             if number >= compared.warmup:
-                yield Turn(here, there, cpu_here / cpu_there, said == other_said)
+                yield TimedTurn(here, there, cpu_here / cpu_there, said == other_said)
 
 
 def _sizes(compared: Compared) -> dict[str, Any]:

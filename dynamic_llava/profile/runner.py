@@ -78,7 +78,7 @@ SETS = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchmarkPlan:
     """Which parts run, and which are left out from the start."""
 
     set: str
@@ -114,7 +114,7 @@ def set_found(device: str | None) -> str:
     return "gpu" if asked.stdout.strip() == "True" else "cpu"
 
 
-def plan(name: str, parts: Sequence[Part], seconds: float | None = None, only: Sequence[str] = ()) -> Plan:
+def plan(name: str, parts: Sequence[Part], seconds: float | None = None, only: Sequence[str] = ()) -> BenchmarkPlan:
     """Choose the parts that fit into so many seconds, in order; None is enough for all. ValueError for a mistake."""
     known = [part.name for part in parts]
     unknown = [part for part in only if part not in known]
@@ -131,7 +131,7 @@ def plan(name: str, parts: Sequence[Part], seconds: float | None = None, only: S
     if not chosen:
         least = min(part.seconds for part in wanted)
         raise ValueError(f"--seconds {seconds:g} is too little: the shortest part needs {least:g}; give at least that")
-    return Plan(name, tuple(chosen), tuple(part for part in parts if part not in chosen), seconds)
+    return BenchmarkPlan(name, tuple(chosen), tuple(part for part in parts if part not in chosen), seconds)
 
 
 def part_command(name: str, chosen: str, path: Path, device: str | None) -> list[str]:
@@ -162,7 +162,7 @@ class Ended(BaseException):
         self.number = number
 
 
-def run(chosen: Plan, command: Callable[[str], list[str]], folder: Path, begun: float | None = None) -> bool:
+def run(chosen: BenchmarkPlan, command: Callable[[str], list[str]], folder: Path, begun: float | None = None) -> bool:
     """Run the plan's parts, each with the command of its name; True where all are done.
 
     `begun`: time.monotonic() that the plan's seconds count from. Files in the folder: results, log and two of a

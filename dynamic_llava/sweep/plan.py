@@ -13,7 +13,7 @@ from dynamic_llava.config import checkpoint_source
 from dynamic_llava.config.run import RunConfig
 from dynamic_llava.eval.tasks import get_task
 from dynamic_llava.sweep.config import TINY, SweepConfig, SweepRow
-from dynamic_llava.sweep.steps import Evaluation, Step, Training
+from dynamic_llava.sweep.steps import EvaluationStep, Step, TrainingStep
 from dynamic_llava.tiny.world.dataset import build_world
 from dynamic_llava.train.config import compared_settings
 
@@ -28,8 +28,8 @@ class PlannedRow:
     """A row with its steps, in the order in which they are done."""
 
     row: SweepRow
-    training: Training | None
-    evaluations: tuple[Evaluation, ...]
+    training: TrainingStep | None
+    evaluations: tuple[EvaluationStep, ...]
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -38,14 +38,14 @@ class PlannedRow:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """A sweep and its rows."""
 
     sweep: SweepConfig
     rows: tuple[PlannedRow, ...]
 
 
-def make_plan(sweep: SweepConfig, path: Path, overrides: Sequence[str] = ()) -> Plan:
+def make_plan(sweep: SweepConfig, path: Path, overrides: Sequence[str] = ()) -> SweepPlan:
     """Return the steps of a sweep whose file is `path`; `overrides` are added to the command of every training.
 
     Builds the tiny world if the sweep needs it and it is not there. Raises ValueError or FileNotFoundError for a run's
@@ -59,7 +59,7 @@ def make_plan(sweep: SweepConfig, path: Path, overrides: Sequence[str] = ()) -> 
         raise ValueError(f"{overrides[0]} is for trainings, and no row of the sweep is one; every row names a model")
     rows = tuple(_planned(sweep, row, path, overrides, world) for row in sweep.rows)
     _check_runs(rows)
-    return Plan(sweep, rows)
+    return SweepPlan(sweep, rows)
 
 
 def _planned(sweep: SweepConfig, row: SweepRow, path: Path, overrides: Sequence[str], world: Path | None) -> PlannedRow:
@@ -79,14 +79,14 @@ def _planned(sweep: SweepConfig, row: SweepRow, path: Path, overrides: Sequence[
         )
     arguments = (file, *data, *row.overrides, *overrides)
     config = load_config(RunConfig, arguments, *about)
-    training = Training(config, (*TRAIN, *arguments))
+    training = TrainingStep(config, (*TRAIN, *arguments))
     mode = config.train.sparsity_mode if row.sparsity == "trained" else row.sparsity
     return PlannedRow(row, training, _evaluations(sweep, str(training.model), training.folder, mode, world))
 
 
 def _evaluations(
     sweep: SweepConfig, model: str, folder: Path, sparsity: str, world: Path | None
-) -> tuple[Evaluation, ...]:
+) -> tuple[EvaluationStep, ...]:
     found = []
     for task in sweep.tasks:
         place = folder / "eval" / sparsity / task.replace(":", "-")
@@ -101,7 +101,7 @@ def _evaluations(
             where = ("--tasks", task, "--data-root", sweep.data_root, "--batch-size", str(sweep.batch_size))
             command = (*_on_every_gpu(EVALUATE), *options, *where)
             data = tuple(Path(sweep.data_root) / file.path for file in get_task(task).needed_files())
-        found.append(Evaluation(task, model, place, command, settings, data))
+        found.append(EvaluationStep(task, model, place, command, settings, data))
     return tuple(found)
 
 

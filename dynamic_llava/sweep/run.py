@@ -9,14 +9,14 @@ from types import FrameType
 from typing import Any
 
 from dynamic_llava.files import Lock
-from dynamic_llava.sweep.plan import Plan, PlannedRow
+from dynamic_llava.sweep.plan import PlannedRow, SweepPlan
 from dynamic_llava.sweep.steps import Step
 from dynamic_llava.train.stopping import EXIT_STOPPED, Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def run_plan(plan: Plan, say: Callable[[str], None], after_row: Callable[[], None]) -> list[str]:
+def run_plan(plan: SweepPlan, say: Callable[[str], None], after_row: Callable[[], None]) -> list[str]:
     """Do what is not done yet, row by row; returns what failed, a line each. `after_row` is called after every row.
 
     A training that fails takes its row's evaluations with it. Raises Stopped when told to stop; a running step has
@@ -113,7 +113,7 @@ class _Relay:
             self._child.send_signal(signal.SIGTERM)
 
 
-def describe(plan: Plan) -> list[str]:
+def describe(plan: SweepPlan) -> list[str]:
     """Return the lines of a dry run: every command, whether it is done or missing, and how many are."""
     lines: list[str] = []
     states: dict[str, str] = {}

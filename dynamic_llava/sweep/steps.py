@@ -25,7 +25,7 @@ STAMP = "sweep.json"
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingStep:
     """The run behind a row."""
 
     config: RunConfig
@@ -68,7 +68,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationStep:
     """One benchmark on a row's model."""
 
     task: str
@@ -139,7 +139,7 @@ class Evaluation:
         replace_file(self.folder / STAMP, json.dumps(stamp) + "\n")
 
 
-Step = Training | Evaluation
+Step = TrainingStep | EvaluationStep
 
 
 def _free(folder: Path) -> Path:

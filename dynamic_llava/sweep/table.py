@@ -9,14 +9,14 @@ from dynamic_llava.eval.report import MISSING, markdown
 from dynamic_llava.files import replace_file
 from dynamic_llava.provenance import environment
 from dynamic_llava.sweep.config import TINY, SweepColumn
-from dynamic_llava.sweep.plan import Plan, PlannedRow
-from dynamic_llava.sweep.steps import Evaluation
+from dynamic_llava.sweep.plan import PlannedRow, SweepPlan
+from dynamic_llava.sweep.steps import EvaluationStep
 
 SERVER_SCORES = "server.json"
 """In an evaluation's folder, written by hand: {"score": 77.6}, what the benchmark's server or judge answered."""
 
 
-def results(plan: Plan) -> dict[str, Any]:
+def results(plan: SweepPlan) -> dict[str, Any]:
     """Return the table as plain data: per row and column our number, the paper's, the difference; None is missing."""
     rows = [_row(plan, planned) for planned in plan.rows]
     cells = [cell for row in rows for cell in row["cells"].values()]
@@ -32,7 +32,7 @@ def results(plan: Plan) -> dict[str, Any]:
     }
 
 
-def write_table(plan: Plan, made_by: str) -> Path:
+def write_table(plan: SweepPlan, made_by: str) -> Path:
     """Write results.json and table.md into the sweep's folder; returns the table's path."""
     folder, found = plan.sweep.folder, results(plan)
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def write_table(plan: Plan, made_by: str) -> Path:
     return folder / "table.md"
 
 
-def page(plan: Plan, found: dict[str, Any], made_by: str) -> str:
+def page(plan: SweepPlan, found: dict[str, Any], made_by: str) -> str:
     """Return the table as a page: title, table, how to read it, and what the numbers were made with."""
     sweep, machine = plan.sweep, found["environment"]
     compared = any(row.row.paper for row in plan.rows)
@@ -58,7 +58,7 @@ def page(plan: Plan, found: dict[str, Any], made_by: str) -> str:
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def table(plan: Plan, found: dict[str, Any], *, escape: bool = True) -> str:
+def table(plan: SweepPlan, found: dict[str, Any], *, escape: bool = True) -> str:
     """Return the table alone, in markdown; `escape=False` leaves the bar of "I|T" as it is, for a terminal."""
     columns = plan.sweep.columns
     lines = [["row", *(column.header for column in columns)]]
@@ -68,7 +68,7 @@ def table(plan: Plan, found: dict[str, Any], *, escape: bool = True) -> str:
     return markdown(lines)
 
 
-def _row(plan: Plan, planned: PlannedRow) -> dict[str, Any]:
+def _row(plan: SweepPlan, planned: PlannedRow) -> dict[str, Any]:
     by_task = {evaluation.task: evaluation for evaluation in planned.evaluations}
     cells = {}
     for column in plan.sweep.columns:
@@ -79,7 +79,7 @@ def _row(plan: Plan, planned: PlannedRow) -> dict[str, Any]:
     return {"title": planned.row.title, "model": model, "cells": cells}
 
 
-def _ours(evaluation: Evaluation, column: SweepColumn) -> float | None:
+def _ours(evaluation: EvaluationStep, column: SweepColumn) -> float | None:
     """Our number as printed, from a finished evaluation's summary or the server's answer; None where there is none.
 
     Raises ValueError when the summary has a score but not the column's metric.
@@ -110,7 +110,7 @@ def _benchmark(found: dict[str, Any], column: SweepColumn) -> float | None:
     return value
 
 
-def _from_server(evaluation: Evaluation) -> float | None:
+def _from_server(evaluation: EvaluationStep) -> float | None:
     path = evaluation.folder / SERVER_SCORES
     if not path.is_file():
         return None

@@ -12,7 +12,7 @@ from dynamic_llava.costs import decoder_shape
 from dynamic_llava.eval import identity
 from dynamic_llava.eval.answering import Asked, by_length, facts, prompt_inputs, read_ahead
 from dynamic_llava.eval.efficiency import Counted, mean_kv_bytes
-from dynamic_llava.eval.predict import Batch, generate_answers
+from dynamic_llava.eval.predict import QueryBatch, generate_answers
 from dynamic_llava.eval.shard import Shard, joined_processes, own_device
 from dynamic_llava.eval.tasks import Question
 from dynamic_llava.model import DynamicLlavaForConditionalGeneration
@@ -46,7 +46,7 @@ def test_bytes_by_arithmetic_are_those_in_the_cache(how):
     model, processor = shared_model(), tiny_processor()
     for question in QUESTIONS[2:5]:
         (asked, _), *_ = read_ahead([question], [0], 1, processor)
-        batch = Batch((0,), prompt_inputs(processor, asked))
+        batch = QueryBatch((0,), prompt_inputs(processor, asked))
         (said,) = generate_answers(model, processor, [batch], max_new_tokens=6, switches={"method": deciding(how)})
         recorded = facts(said)
         counted = Counted(

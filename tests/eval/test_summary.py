@@ -10,14 +10,14 @@ import pytest
 from dynamic_llava.costs import LLAVA_7B, LLAVA_13B, flops_paper
 from dynamic_llava.eval.folder import write_tables
 from dynamic_llava.eval.report import markdown
-from dynamic_llava.eval.summary import PAPER_COSTS, SIZES, Row, Summary, page
+from dynamic_llava.eval.summary import PAPER_COSTS, SIZES, Summary, TaskRow, page
 from dynamic_llava.eval.tasks import Submission, get_task
 
 POPE = get_task("pope")
 SCORE = POPE.result(
     {"mean_f1": (86.0, "percent"), "f1/random": (0.86, "fraction")}, {"questions": 3}, [(7, "?")], ["odd"]
 )
-ROW = Row("pope", POPE, SCORE, costs={"image_tokens_per_layer": 143.8, "prefill_flop_paper": 2.4881e12})
+ROW = TaskRow("pope", POPE, SCORE, costs={"image_tokens_per_layer": 143.8, "prefill_flop_paper": 2.4881e12})
 RUN = Summary("m", "both", "7b", {"dtype": "float16", "limit": None}, {"torch": "2.13"}, [ROW])
 
 
@@ -48,7 +48,7 @@ def test_the_papers_column_follows_from_size_and_sparsity(size, sparsity, differ
 def test_another_split_or_a_part_of_the_questions_is_not_compared():
     vizwiz = get_task("vizwiz:val")
     score = vizwiz.result({"accuracy": (50.0, "percent")}, {}, [])
-    row = replace(RUN, rows=[Row("vizwiz:val", vizwiz, score)]).to_json()["tasks"]["vizwiz:val"]
+    row = replace(RUN, rows=[TaskRow("vizwiz:val", vizwiz, score)]).to_json()["tasks"]["vizwiz:val"]
     assert row["difference"] is None and row["paper"] == {}
     limited = replace(RUN, settings={"limit": 10}).to_json()["tasks"]["pope"]
     assert limited["difference"] is None and limited["paper"]
@@ -72,8 +72,8 @@ def test_the_page_shows_costs_failures_and_submissions(tmp_path):
     vizwiz = get_task("vizwiz")
     rows = [
         ROW,
-        Row("vizwiz", vizwiz, submission=Submission((tmp_path / "up.json",), vizwiz.send_to)),
-        Row("mme", get_task("mme"), error="there is no file", notes=("only the first 2 questions",)),
+        TaskRow("vizwiz", vizwiz, submission=Submission((tmp_path / "up.json",), vizwiz.send_to)),
+        TaskRow("mme", get_task("mme"), error="there is no file", notes=("only the first 2 questions",)),
     ]
     run = replace(RUN, rows=rows, size="13b")
     text = page(run.to_json())
@@ -97,15 +97,15 @@ HOSTILE = (
 @pytest.mark.parametrize("text", HOSTILE, ids=ascii)
 def test_text_of_others_is_neither_link_nor_html_nor_a_line_on_the_page(tmp_path, text):
     """In the model's name, settings, warnings, errors and names of files: within code spans of one line each."""
-    plain = replace(RUN, rows=[replace(ROW, notes=("x",)), Row("mme", get_task("mme"), error="x")])
+    plain = replace(RUN, rows=[replace(ROW, notes=("x",)), TaskRow("mme", get_task("mme"), error="x")])
     vizwiz = get_task("vizwiz")
-    sent = Row("vizwiz", vizwiz, submission=Submission((tmp_path / "x",), vizwiz.send_to))
+    sent = TaskRow("vizwiz", vizwiz, submission=Submission((tmp_path / "x",), vizwiz.send_to))
     hostile = replace(
         plain,
         model=text,
         settings={"datasets": {"pope": text}},
         environment={"machine": text},
-        rows=[replace(ROW, notes=(text,)), Row("mme", get_task("mme"), error=text), sent],
+        rows=[replace(ROW, notes=(text,)), TaskRow("mme", get_task("mme"), error=text), sent],
     )
     plain = replace(plain, settings={"datasets": "x"}, environment={"machine": "x"}, rows=[*plain.rows, sent])
     pages = [page(json.loads(json.dumps(run.to_json()))) for run in (plain, hostile)]
@@ -124,7 +124,7 @@ def test_several_metrics_of_the_paper_are_a_line_each():
         paper: ClassVar = {**type(POPE).paper, "accuracy": type(POPE).paper["mean_f1"]}
 
     score = Two().result({"mean_f1": (86.0, "percent"), "accuracy": (0.5, "fraction")}, {}, [])
-    lines = replace(RUN, rows=[Row("pope", Two(), score)])
+    lines = replace(RUN, rows=[TaskRow("pope", Two(), score)])
     lines = page(lines.to_json()).splitlines()
     second = next(line for line in lines if "accuracy, fraction" in line)
     assert "0.5000" in second and lines.index(second) == next(i for i, one in enumerate(lines) if "mean_f1" in one) + 1

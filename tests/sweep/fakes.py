@@ -9,7 +9,7 @@ import yaml
 from dynamic_llava.cli import read_yaml
 from dynamic_llava.sweep import plan as planning
 from dynamic_llava.sweep.config import SweepConfig
-from dynamic_llava.sweep.plan import Plan, make_plan
+from dynamic_llava.sweep.plan import SweepPlan, make_plan
 from dynamic_llava.train.run import write_config
 
 TRAIN = """
@@ -117,7 +117,7 @@ class FakeSweep:
         (folder / "settings").mkdir()
         self.plan()
 
-    def plan(self, *overrides: str) -> Plan:
+    def plan(self, *overrides: str) -> SweepPlan:
         """Return the plan, and write the settings that the training script gives its models."""
         plan = make_plan(read_yaml(SweepConfig, self.path), self.path, overrides)
         for planned in plan.rows:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamic_llava.eval.summary import Row, Summary
+from dynamic_llava.eval.summary import Summary, TaskRow
 from dynamic_llava.eval.tasks import get_task
 from dynamic_llava.sweep import steps, table
 from dynamic_llava.sweep.__main__ import main
@@ -353,7 +353,7 @@ def summary_of(name, metrics=None, costs=None):
     """What `python -m dynamic_llava.eval` writes for one task; without metrics it has no score here."""
     task = get_task(name)
     score = None if metrics is None else task.result(metrics, {}, [])
-    row = Row(name, task, score, costs=costs or {})
+    row = TaskRow(name, task, score, costs=costs or {})
     return Summary("hub/llava", "none", "7b", {}, {}, [row]).to_json()
 
 

@@ -57,7 +57,7 @@ EMPTY = ("", "nan", "none")
 
 _INDEX = re.compile("[0-9]{1,18}")
 
-Row = Mapping[str, Any]
+Cells = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class MmBench(Task):
         rows = self._rows(root, hub)
         said, counts, warnings = meet(self.name, answers, [str(row["index"]) for row in rows], part)
         right: dict[int, bool] = {}
-        groups: dict[int, list[Row]] = {}
+        groups: dict[int, list[Cells]] = {}
         unread: list[tuple[int, str]] = []
         for row in rows:
             answer, letter = said.get(str(row["index"])), None
@@ -147,7 +147,7 @@ class MmBench(Task):
         cells = [[line.get(name) for name in UPLOAD] for line in lines]
         return Submission((write_workbook(folder / "mmbench_upload.xlsx", UPLOAD, cells),), self.send_to)
 
-    def _rows(self, root: Path, hub: HubData | None, labels: bool = True) -> Sequence[Row]:
+    def _rows(self, root: Path, hub: HubData | None, labels: bool = True) -> Sequence[Cells]:
         """Return the rows. ValueError where `labels` are wanted and one is no letter."""
         place = hub.dataset if hub is not None else str(Path(root) / TABLE)
         rows = read_table(self.path(root, TABLE)) if hub is None else read_hub(hub, HUB_COLUMNS, image=None).rows
@@ -171,7 +171,7 @@ def is_empty(cell: Any) -> bool:
     return str(cell).strip().lower() in EMPTY
 
 
-def options_of(row: Row) -> dict[str, str]:
+def options_of(row: Cells) -> dict[str, str]:
     """Return letter -> option of a row, up to the first empty one."""
     options: dict[str, str] = {}
     for letter in LETTERS:
@@ -181,7 +181,7 @@ def options_of(row: Row) -> dict[str, str]:
     return options
 
 
-def _image(row: Row, rows: Mapping[int, Row], path: Path) -> CellImage:
+def _image(row: Cells, rows: Mapping[int, Cells], path: Path) -> CellImage:
     """Return the image in a row's cell, or in that of the row whose index the cell holds, as newer tables have it."""
     place, cell = f"{path}, image of index {row['index']}", row["image"].strip()
     if len(cell) > LONGEST_REFERENCE or not _INDEX.fullmatch(cell):
@@ -202,7 +202,7 @@ def _checked(row: dict[str, Any], known: set[int], place: str) -> dict[str, Any]
     return row
 
 
-def _question(row: Row, image: ImageSource) -> Question:
+def _question(row: Cells, image: ImageSource) -> Question:
     options = options_of(row)
     hint = "" if is_empty(row.get("hint")) else f"{row['hint']}\n"
     text = hint + row["question"] + option_lines(options)
@@ -210,7 +210,7 @@ def _question(row: Row, image: ImageSource) -> Question:
     return Question(row["index"], text + LETTER, image, prompt=text, extra=extra)
 
 
-def _kinds(row: Row) -> list[str]:
+def _kinds(row: Cells) -> list[str]:
     """Return the metrics of a row's category and l2-category (a capital letter on the Hub)."""
     kinds = {"category": row.get("category"), "l2-category": row.get("l2-category", row.get("L2-category"))}
     return [f"circular_accuracy/{kind}/{value}" for kind, value in kinds.items() if not is_empty(value)]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dynamic_llava.tiny.base.sequences import Batch
+from dynamic_llava.tiny.base.sequences import SequenceBatch
 from dynamic_llava.tiny.world.scenes import TOKENS_PER_IMAGE
 
 _FLOOR = 1e-4
@@ -54,7 +54,7 @@ class AttentionTap:
         return scores.masked_fill(~visible, -math.inf).softmax(-1)
 
 
-def grounding_loss(weights_BHNN: torch.Tensor, batch: Batch, image_start: int) -> torch.Tensor:
+def grounding_loss(weights_BHNN: torch.Tensor, batch: SequenceBatch, image_start: int) -> torch.Tensor:
     """Mean of -log(attention mass on the patches of what the next token names), over referring tokens and heads."""
     image = weights_BHNN[..., image_start : image_start + TOKENS_PER_IMAGE]
     looked_RHP = image[batch.refer_row, :, batch.refer_at]

@@ -18,7 +18,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from dynamic_llava.tiny.base.grounding import AttentionTap, grounding_loss
 from dynamic_llava.tiny.base.optim import MuonAdamW, trapezoid_factor
-from dynamic_llava.tiny.base.sequences import Batch, SegmentWriter, collate, sample_row
+from dynamic_llava.tiny.base.sequences import SegmentWriter, SequenceBatch, collate, sample_row
 from dynamic_llava.tiny.world.scenes import TOKENS_PER_IMAGE, Scene
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ def _optimizer(model: LlavaForConditionalGeneration, settings: LanguageSettings)
 def _losses(
     model: LlavaForConditionalGeneration,
     features_BPD: torch.Tensor,
-    batch: Batch,
+    batch: SequenceBatch,
     settings: LanguageSettings,
     grounded: bool,
 ) -> dict[str, torch.Tensor]:
@@ -126,7 +126,7 @@ def _losses(
     return losses
 
 
-def _answer_loss(head: nn.Module, hidden_BND: torch.Tensor, batch: Batch) -> torch.Tensor:
+def _answer_loss(head: nn.Module, hidden_BND: torch.Tensor, batch: SequenceBatch) -> torch.Tensor:
     """Token n is predicted at n - 1; the first token of a segment is never learned, so blocks do not mix."""
     weight = batch.weight[:, 1:]
     learned = weight > 0

@@ -37,7 +37,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Batch:
+class SequenceBatch:
     """One step's input.
 
     ids, positions: (B, N) int64. visible: (B, 1, N, N) bool. weight: (B, N) float32, weight of the token as a target.
@@ -125,7 +125,7 @@ def sample_row(scene: Scene, writer: SegmentWriter, rng: np.random.Generator, qu
     return segments + [writer.conversation([question]) for question in pool]
 
 
-def collate(rows: list[list[Segment]], prefix: list[int], patch_object_BP: np.ndarray, pad_id: int) -> Batch:
+def collate(rows: list[list[Segment]], prefix: list[int], patch_object_BP: np.ndarray, pad_id: int) -> SequenceBatch:
     """Joins prefix and segments of every row, with the block-diagonal mask and restarting positions."""
     length = len(prefix) + max(sum(len(s.ids) for s in row) for row in rows)
     ids = np.full((len(rows), length), pad_id, np.int64)
@@ -147,7 +147,7 @@ def collate(rows: list[list[Segment]], prefix: list[int], patch_object_BP: np.nd
     part_tensor = torch.from_numpy(part)
     same = (part_tensor[:, None, :] == 0) | (part_tensor[:, None, :] == part_tensor[:, :, None])
     visible = (same & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
-    return Batch(
+    return SequenceBatch(
         torch.from_numpy(ids),
         torch.from_numpy(positions),
         visible,

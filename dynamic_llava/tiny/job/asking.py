@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dynamic_llava.data.collate import Collator
 from dynamic_llava.data.sft import SftSample
-from dynamic_llava.eval.predict import NOT_FINITE, Batch, NotFinite, progress, to_device
+from dynamic_llava.eval.predict import NOT_FINITE, NotFinite, QueryBatch, progress, to_device
 from dynamic_llava.processing import DynamicLlavaProcessor
 
 
@@ -47,7 +47,7 @@ class Likelihood:
     output_keep_rate: float
 
 
-def prompt_batches(processor: DynamicLlavaProcessor, queries: Sequence[Query], batch_size: int) -> list[Batch]:
+def prompt_batches(processor: DynamicLlavaProcessor, queries: Sequence[Query], batch_size: int) -> list[QueryBatch]:
     """Left-padded prompts in batches of similar length; rows are independent, so the order changes nothing."""
     prompts = [processor.conversation_prompt([(query.question, None)]) for query in queries]
     order = sorted(range(len(queries)), key=lambda i: (len(prompts[i].split()), i))
@@ -57,17 +57,17 @@ def prompt_batches(processor: DynamicLlavaProcessor, queries: Sequence[Query], b
             text=[prompts[i] for i in places], images=[queries[i].image for i in places], padding_side="left"
         )
         inputs["sample_key"] = torch.tensor([queries[i].key for i in places])
-        batches.append(Batch(tuple(places), inputs))
+        batches.append(QueryBatch(tuple(places), inputs))
     return batches
 
 
-def answer_batches(processor: DynamicLlavaProcessor, queries: Sequence[Query], batch_size: int) -> list[Batch]:
+def answer_batches(processor: DynamicLlavaProcessor, queries: Sequence[Query], batch_size: int) -> list[QueryBatch]:
     """Right-padded questions with their reference answers, labels and output_mask, for teacher-forced passes."""
     collate, batches = Collator(processor), []
     for places in _chunks(list(range(len(queries))), batch_size):
         inputs = collate([_as_sample(processor, queries[i]) for i in places])
         inputs["sample_key"] = inputs.pop("sample_ids")
-        batches.append(Batch(tuple(places), inputs))
+        batches.append(QueryBatch(tuple(places), inputs))
     return batches
 
 
@@ -83,7 +83,9 @@ def _as_sample(processor: DynamicLlavaProcessor, query: Query) -> SftSample:
 
 
 @torch.no_grad()
-def likelihood(model: Any, batches: Sequence[Batch], *, switches: Mapping[str, Any], title: str = "") -> Likelihood:
+def likelihood(
+    model: Any, batches: Sequence[QueryBatch], *, switches: Mapping[str, Any], title: str = ""
+) -> Likelihood:
     """Negative log-likelihood of the reference answers, one masked forward pass per batch (docs/method.md, section 5).
 
     Keep rates are means over all image tokens and over all output tokens of the answers; 1 for a dense call.

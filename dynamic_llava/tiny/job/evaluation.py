@@ -42,7 +42,7 @@ class RowOutput:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class SeedEvaluation:
     """All rows of one seed: plain numbers for results.json, and the outputs for pictures."""
 
     rows: list[dict[str, Any]]
@@ -72,9 +72,9 @@ class Evaluation:
 class _Inputs:
     """Model inputs, made once and used by every row."""
 
-    questions: list[predict.Batch]
-    prompts: list[predict.Batch]
-    answers: list[predict.Batch]
+    questions: list[predict.QueryBatch]
+    prompts: list[predict.QueryBatch]
+    answers: list[predict.QueryBatch]
 
     @classmethod
     def of(cls, processor: DynamicLlavaProcessor, test: TestSet, batch_size: int) -> "_Inputs":
@@ -116,7 +116,7 @@ class Evaluator:
         self.rows: list[dict[str, Any]] = []
         self.outputs: dict[str, RowOutput] = {}
 
-    def run(self) -> Evaluation:
+    def run(self) -> SeedEvaluation:
         """Measure every row and compare what must be equal."""
         subset = bool(self.config.uncached_questions and self.config.uncached_descriptions)
         for row in first_rows(self.settings, dynamic_image="image" in self.models, uncached=subset):
@@ -126,7 +126,7 @@ class Evaluator:
         forced = self._metrics(REFERENCE)["keep_output_forced"]
         for row in equal_keep_rows(self.settings, forced):
             self._add(row)
-        return Evaluation(self.rows, self._overlap_rows(), self._agreement(), self.outputs)
+        return SeedEvaluation(self.rows, self._overlap_rows(), self._agreement(), self.outputs)
 
     def _subset_of(self, test: TestSet) -> TestSet:
         return test.first(self.config.uncached_questions, self.config.uncached_descriptions)
@@ -165,7 +165,7 @@ class Evaluator:
         }
 
     def _generate(self, row: Row, inputs: _Inputs) -> RowOutput:
-        def answer(batches: Sequence[predict.Batch], most: int, what: str) -> list[predict.Prediction]:
+        def answer(batches: Sequence[predict.QueryBatch], most: int, what: str) -> list[predict.Prediction]:
             return predict.generate_answers(
                 self.models[row.model],
                 self.processor,
@@ -253,7 +253,7 @@ class Evaluator:
         objects = [self.test.object_patches[image] for image in kept]
         return patch_overlap(list(kept.values()), objects, self.processor.tokens_per_image)
 
-    def add_untrained(self, evaluation: Evaluation, checkpoint: Path) -> None:
+    def add_untrained(self, evaluation: SeedEvaluation, checkpoint: Path) -> None:
         """Add the overlap of the untrained-base control's checkpoint: prefill and one token per question."""
         answers = predict.generate_answers(
             DynamicLlavaForConditionalGeneration.from_pretrained(str(checkpoint)),

@@ -27,7 +27,7 @@ from dynamic_llava.model.loading import new_weights_expected
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.provenance import environment, fingerprint, source_digest
 from dynamic_llava.tiny.job.config import JobConfig
-from dynamic_llava.tiny.job.evaluation import UNTRAINED, Evaluation, Evaluator
+from dynamic_llava.tiny.job.evaluation import UNTRAINED, Evaluator, SeedEvaluation
 from dynamic_llava.tiny.job.page import report_text
 from dynamic_llava.tiny.job.pictures import draw_pictures
 from dynamic_llava.tiny.job.testset import TestSet, read_test_set
@@ -191,7 +191,7 @@ def _train(job: SeedJob, key: str, mode: SparsityMode, title: str, base: Path | 
     return run(config)
 
 
-def _add_untrained(job: SeedJob, evaluator: Evaluator, evaluation: Evaluation) -> None:
+def _add_untrained(job: SeedJob, evaluator: Evaluator, evaluation: SeedEvaluation) -> None:
     """Train I|T from a random language model and add its overlap: how much of it needs no trained base at all."""
     base = write_untrained_base(job.base, job.folder / UNTRAINED / "base", job.config.train.seed)
     trained = _train(job, UNTRAINED, "both", "the untrained-base control", base)
@@ -228,7 +228,7 @@ def _end_of_training(history: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def _write_seed(
-    job: SeedJob, test: TestSet, evaluation: Evaluation, trained: dict[str, RunResult], result: dict[str, Any]
+    job: SeedJob, test: TestSet, evaluation: SeedEvaluation, trained: dict[str, RunResult], result: dict[str, Any]
 ) -> None:
     """Write a seed's metrics, outputs, pictures, table, and last results.json, which marks it as finished."""
     write_config(job.config, job.folder / "config.yaml")
@@ -241,7 +241,7 @@ def _write_seed(
     replace_file(job.results, json.dumps(result, indent=1) + "\n")
 
 
-def _draw(job: SeedJob, test: TestSet, evaluation: Evaluation, trained: dict[str, RunResult]) -> None:
+def _draw(job: SeedJob, test: TestSet, evaluation: SeedEvaluation, trained: dict[str, RunResult]) -> None:
     draw_pictures(
         job.folder / "pictures",
         test,

@@ -9,7 +9,7 @@ from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.processing.images import load_image
 from dynamic_llava.processing.prompts import IMAGE_PLACE
 from dynamic_llava.tiny.job.config import TinyJobConfig
-from dynamic_llava.tiny.job.evaluation import UNTRAINED, Evaluation
+from dynamic_llava.tiny.job.evaluation import UNTRAINED, SeedEvaluation
 from dynamic_llava.tiny.job.rows import REFERENCE
 from dynamic_llava.tiny.job.testset import TestSet
 from dynamic_llava.viz.curves import draw_training_curves
@@ -24,7 +24,7 @@ _PATCH_ROWS = {REFERENCE: "Dynamic I|T", "fastv": "FastV-like", "random_image": 
 def draw_pictures(
     folder: Path,
     test: TestSet,
-    evaluation: Evaluation,
+    evaluation: SeedEvaluation,
     processor: DynamicLlavaProcessor,
     tiny: TinyJobConfig,
     histories: Mapping[str, Sequence[Mapping[str, Any]]],
@@ -59,7 +59,7 @@ def draw_pictures(
 
 
 def _kept_patches(
-    folder: Path, test: TestSet, evaluation: Evaluation, scenes: int, side: int, sparse_layer: int
+    folder: Path, test: TestSet, evaluation: SeedEvaluation, scenes: int, side: int, sparse_layer: int
 ) -> Path:
     chosen = _scenes(test, scenes)
     images = [test.questions[place].image for place in chosen]
@@ -93,7 +93,7 @@ def _scenes(test: TestSet, wanted: int) -> list[int]:
     return chosen
 
 
-def _greyed(test: TestSet, evaluation: Evaluation, processor: DynamicLlavaProcessor, number: int) -> GreyedAnswer:
+def _greyed(test: TestSet, evaluation: SeedEvaluation, processor: DynamicLlavaProcessor, number: int) -> GreyedAnswer:
     query, said = test.descriptions[number], evaluation.outputs[REFERENCE].descriptions[number]
     words = [processor.decode([token], skip_special_tokens=False).strip() for token in said.tokens]
     return GreyedAnswer(

@@ -13,7 +13,7 @@ from dynamic_llava.eval.report import MISSING, markdown
 
 
 @dataclass(frozen=True)
-class Column:
+class MetricColumn:
     """One column of a table."""
 
     key: str
@@ -35,43 +35,43 @@ class Cell:
     values: tuple[float, ...]
 
 
-ANSWER_TAIL = (Column("accuracy/all", "all", 1, 100), Column("pope_f1", "F1 (POPE)", 1, 100))
+ANSWER_TAIL = (MetricColumn("accuracy/all", "all", 1, 100), MetricColumn("pope_f1", "F1 (POPE)", 1, 100))
 DESCRIPTION_COLUMNS = (
-    Column("ppl", "PPL", 3),
-    Column("attribute_recall", "recall", 1, 100),
-    Column("description_tokens", "tokens", 1),
-    Column("keep_image", "image kept", 1, 100),
-    Column("keep_output_forced", "output kept, forced", 1, 100),
-    Column("keep_output_generated", "generating", 1, 100),
+    MetricColumn("ppl", "PPL", 3),
+    MetricColumn("attribute_recall", "recall", 1, 100),
+    MetricColumn("description_tokens", "tokens", 1),
+    MetricColumn("keep_image", "image kept", 1, 100),
+    MetricColumn("keep_output_forced", "output kept, forced", 1, 100),
+    MetricColumn("keep_output_generated", "generating", 1, 100),
 )
 COST_COLUMNS = (
-    Column("image_tokens_per_layer", "image tokens/layer"),
-    Column("prefill_gflop_exact", "GFLOP, exact", 3),
-    Column("prefill_gflop_paper", "Eq. 13", 3),
-    Column("kv_kib", "KV KiB, filled"),
-    Column("kv_allocated_kib", "allocated"),
-    Column("prefill_ms", "prefill ms", 1),
-    Column("decode_ms", "decode ms/token", 2),
+    MetricColumn("image_tokens_per_layer", "image tokens/layer"),
+    MetricColumn("prefill_gflop_exact", "GFLOP, exact", 3),
+    MetricColumn("prefill_gflop_paper", "Eq. 13", 3),
+    MetricColumn("kv_kib", "KV KiB, filled"),
+    MetricColumn("kv_allocated_kib", "allocated"),
+    MetricColumn("prefill_ms", "prefill ms", 1),
+    MetricColumn("decode_ms", "decode ms/token", 2),
 )
 README_COLUMNS = (
-    Column("accuracy/all", "short answers, %", 1, 100),
-    Column("ppl", "description PPL", 3),
-    Column("attribute_recall", "recall, %", 1, 100),
-    Column("image_tokens_per_layer", "image tokens/layer"),
-    Column("keep_output_generated", "output kept, %", 1, 100),
-    Column("kv_kib", "KV KiB"),
+    MetricColumn("accuracy/all", "short answers, %", 1, 100),
+    MetricColumn("ppl", "description PPL", 3),
+    MetricColumn("attribute_recall", "recall, %", 1, 100),
+    MetricColumn("image_tokens_per_layer", "image tokens/layer"),
+    MetricColumn("keep_output_generated", "output kept, %", 1, 100),
+    MetricColumn("kv_kib", "KV KiB"),
 )
 OVERLAP_COLUMNS = (
-    Column("precision", "precision", 1, 100),
-    Column("recall", "recall", 1, 100),
-    Column("iou", "IoU", 1, 100),
-    Column("objects_hit", "objects hit", 1, 100),
-    Column("kept_share", "patches kept", 1, 100),
-    Column("object_share", "patches with an object", 1, 100),
+    MetricColumn("precision", "precision", 1, 100),
+    MetricColumn("recall", "recall", 1, 100),
+    MetricColumn("iou", "IoU", 1, 100),
+    MetricColumn("objects_hit", "objects hit", 1, 100),
+    MetricColumn("kept_share", "patches kept", 1, 100),
+    MetricColumn("object_share", "patches with an object", 1, 100),
 )
 
 
-def answer_columns(rows: Sequence[dict[str, Any]]) -> tuple[Column, ...]:
+def answer_columns(rows: Sequence[dict[str, Any]]) -> tuple[MetricColumn, ...]:
     """Columns of the short answers: one per kind of question found in the rows, then all kinds and F1."""
     kinds: list[str] = []
     for row in rows:
@@ -79,7 +79,7 @@ def answer_columns(rows: Sequence[dict[str, Any]]) -> tuple[Column, ...]:
             kind = key.removeprefix("accuracy/")
             if kind != key and kind != "all" and kind not in kinds:
                 kinds.append(kind)
-    heads = tuple(Column(f"accuracy/{kind}", kind.replace("_", " "), 1, 100) for kind in kinds)
+    heads = tuple(MetricColumn(f"accuracy/{kind}", kind.replace("_", " "), 1, 100) for kind in kinds)
     return heads + ANSWER_TAIL
 
 
@@ -109,7 +109,9 @@ def _cell(values: list[float]) -> Cell:
     return Cell(mean, half, tuple(values))
 
 
-def table(rows: Sequence[dict[str, Any]], columns: Sequence[Column], *, first: str = "row", escape: bool = True) -> str:
+def table(
+    rows: Sequence[dict[str, Any]], columns: Sequence[MetricColumn], *, first: str = "row", escape: bool = True
+) -> str:
     """Markdown table of aggregated rows; columns that no row fills, and rows without any of the columns, are left out.
 
     `escape=False` leaves the bar of "I|T" as it is: for reading on a terminal.
@@ -123,7 +125,7 @@ def table(rows: Sequence[dict[str, Any]], columns: Sequence[Column], *, first: s
     return markdown(lines)
 
 
-def _text(cell: Cell | None, column: Column) -> str:
+def _text(cell: Cell | None, column: MetricColumn) -> str:
     if cell is None:
         return MISSING
     text = f"{cell.mean * column.scale:.{column.digits}f}"

@@ -7,7 +7,7 @@ import pytest
 from dynamic_llava.config import SparsityConfig
 from dynamic_llava.tiny.__main__ import main
 from dynamic_llava.tiny.job.page import ANALYSIS, report_text, write_readme_table, write_results_page
-from dynamic_llava.tiny.job.tables import Column, aggregate, answer_columns, table
+from dynamic_llava.tiny.job.tables import MetricColumn, aggregate, answer_columns, table
 from dynamic_llava.tiny.job.targets import Target, target_table, targets
 
 ENVIRONMENT = {
@@ -47,9 +47,9 @@ def test_several_seeds_become_mean_and_interval():
     merged = aggregate(rows)
     assert merged[0]["metrics"]["x"].mean == pytest.approx(0.2)
     assert merged[0]["metrics"]["x"].half == pytest.approx(4.30265 * 0.1 / 3**0.5, rel=1e-4)
-    text = table(merged, (Column("x", "x", 1, 100), Column("only_some", "gone")))
+    text = table(merged, (MetricColumn("x", "x", 1, 100), MetricColumn("only_some", "gone")))
     assert "20.0 ± 24.8" in text and r"I\|T" in text and "gone" not in text
-    assert "I|T" in table(merged, (Column("x", "x"),), escape=False)
+    assert "I|T" in table(merged, (MetricColumn("x", "x"),), escape=False)
 
 
 def test_rows_without_a_value_show_a_dash_and_empty_rows_vanish():
@@ -60,7 +60,7 @@ def test_rows_without_a_value_show_a_dash_and_empty_rows_vanish():
             {"key": "c", "title": "c", "metrics": {"z": 1.0}},
         ]}]
     )  # fmt: skip
-    lines = table(merged, (Column("x", "x"), Column("y", "y"))).splitlines()
+    lines = table(merged, (MetricColumn("x", "x"), MetricColumn("y", "y"))).splitlines()
     assert len(lines) == 4
     assert lines[3].split("|")[3].strip() == "-"
     with pytest.raises(ValueError, match="at least one seed"):
