@@ -10,19 +10,18 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from dynamic_llava.layout import TokenLayout
-from dynamic_llava.methods import Dynamic, OutputTokens
+from dynamic_llava.methods import Dynamic
 from dynamic_llava.model import AdmissionCache, DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
 from dynamic_llava.model.cache_names import CACHE
 from dynamic_llava.model.step import compile_options
 from dynamic_llava.profile.presets import Preset, Way
-from dynamic_llava.sparsity.predictors import keep_margin
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 IMAGE_TOKEN = 3
@@ -50,36 +49,18 @@ def dtype_asked(name: str | None, device: torch.device | None) -> torch.dtype:
     return torch.float32 if device is not None and device.type == "cpu" else torch.bfloat16
 
 
-@dataclass(frozen=True)
-class StatedRate(Dynamic):
-    """Dynamic-LLaVA at an exact output keep rate: the output predictor runs, and which tokens stay is forced.
+def method_of(preset: Preset, way: Way) -> Dynamic:
+    """Return the method that a sparse way runs with: its output predictor runs, and is overruled at an exact rate.
 
-    A predictor with random weights would keep all or nothing. Kept tokens are spread evenly over the answer.
+    A predictor with random weights would keep all or nothing.
     """
-
-    name: ClassVar[str] = "stated_rate"
-
-    output_keep_rate: float = 0.5
-    """Share of the output tokens that stays."""
-
-    def keep_output(self, outputs: OutputTokens, learned: Any) -> Tensor:
-        """(T,) bool: of the first k output tokens of a row floor(rate * k) stay."""
-        if not self.sparsifies_output:
-            return super().keep_output(outputs, learned)
-        margin_T = keep_margin(learned.output_predictor(outputs.hidden))
-        before_T, after_T = ((outputs.rank.double() + step) * self.output_keep_rate for step in (0, 1))
-        forced_T = torch.where(after_T.floor() > before_T.floor(), math.inf, -math.inf)
-        return margin_T + forced_T > 0  # not forced_T alone: the predictor's work must not be optimised away
-
-
-def method_of(preset: Preset, way: Way) -> StatedRate:
-    """Return the method that a sparse way runs with."""
     if way == "dense":
         raise ValueError("the dense way has no method; its baseline is transformers' own model")
-    return StatedRate(
+    return Dynamic(
         layer=preset.sparse_layer,
         sparsity=way,
         image_keep_rate=preset.image_keep_rate,
+        output_selection="spread",
         output_keep_rate=preset.output_keep_rate,
     )
 

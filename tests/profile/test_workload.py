@@ -1,18 +1,15 @@
 """What is measured is what runs: caches opened pre-filled equal generated ones, the baseline equals the model."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from dynamic_llava.methods import OutputTokens
 from dynamic_llava.model import cache_of
 from dynamic_llava.profile.inference_memory import cache_bytes, inference_memory, measured_memory
 from dynamic_llava.profile.presets import Preset, small_shape
 from dynamic_llava.profile.workload import (
     Decoding,
-    StatedRate,
     admission_cache,
     build_model,
     dense_cache,
@@ -98,26 +95,6 @@ def test_dense_steps_go_on_from_the_filled_length(model, twin):
     static = dense_cache(twin, SMALL, 20, longest=SMALL.prompt + 30)
     assert int(static.get_seq_length()) == SMALL.prompt + 20
     assert static.layers[0].keys.shape[2] == SMALL.prompt + 30
-
-
-@pytest.mark.parametrize("rate", [0.5, 0.3, 0.07, 1.0])
-def test_the_stated_rate_is_exact_and_the_predictor_is_asked(rate):
-    asked = []
-
-    def predictor(hidden_TD):
-        asked.append(len(hidden_TD))
-        return torch.randn(len(hidden_TD), 2) * 50
-
-    method, learned = StatedRate(output_keep_rate=rate), SimpleNamespace(output_predictor=predictor)
-    rank_T = torch.arange(200)
-    tokens = OutputTokens(torch.zeros(200, 4), rank_T, torch.zeros(200, dtype=torch.int64))
-    keep_T = method.keep_output(tokens, learned)
-    expected = torch.tensor([int(count * rate + 1e-9) for count in range(1, 201)])
-    assert (keep_T.cumsum(0) - expected).abs().max() <= 1 and abs(int(keep_T.sum()) - 200 * rate) <= 1
-    assert asked == [200]
-    alone = [OutputTokens(torch.zeros(1, 4), rank_T[i : i + 1], tokens.key[:1]) for i in range(200)]
-    again_T = torch.cat([method.keep_output(token, learned) for token in alone])
-    assert torch.equal(keep_T, again_T), "token by token as all at once"
 
 
 def test_the_dense_way_has_no_method():
