@@ -1,1 +1,1 @@
-"""Runs a list of trainings and their evaluations and makes the paper's table of them; an entry point like main_job."""
+"""Runs a list of trainings and their evaluations and makes the paper's table of them."""
