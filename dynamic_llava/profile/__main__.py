@@ -281,7 +281,8 @@ def _against(options: Any) -> int:
         if compared.name in options.calls:
             try:
                 rows.append(compare(compared, folder, options.pairs))
-                print(f"{compared.name}: {rows[-1]['ratio']:.3f}", file=sys.stderr)
+                ratio, low, high = (rows[-1][name] for name in ("ratio", "low", "high"))
+                print(f"{compared.name}: {ratio:.3f} ({low:.3f} to {high:.3f})", file=sys.stderr, flush=True)
             except RuntimeError as error:
                 failed.append(f"could not be compared: {error}")
     _show(options, [against_report(rows, folder)])
