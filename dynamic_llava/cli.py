@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from dynamic_llava.commands import take_method
+from dynamic_llava.commands import METHOD, METHOD_HELP, take_method
 
 Config = TypeVar("Config")
 
@@ -42,6 +42,7 @@ def load_config(config_class: type[Config], arguments: Sequence[str], program: s
     if "method" in {field.name for field in fields(config_class)}:
         rest, method = take_method(rest)
         default = _with_method(config_class() if default is None else default, method)
+        description += f"\n\n{METHOD} NAME: {METHOD_HELP.removesuffix(' (default: None)')}; {METHOD} none: no method."
     if short:
         description += "\n\nShort forms: " + ", ".join(f"{name} = {flag}" for name, flag in short.items())
     import tyro  # not above: a command of another kind needs neither tyro nor OmegaConf
@@ -67,7 +68,17 @@ def _with_method(config: Any, method: dict[str, Any]) -> Any:
     removed = str(method.get("name")).lower() == "none"
     if removed and len(method) > 1:
         raise ValueError(f"--method none has no settings; leave --method.{next(n for n in method if n != 'name')} out")
-    return replace(config, method=None if removed else method)
+    return replace(config, method=None if removed else _typed(method))
+
+
+def _typed(value: Any) -> Any:
+    """Return what a command line says of a method as a file would say it: numbers are numbers."""
+    if isinstance(value, dict):
+        return {name: _typed(inner) for name, inner in value.items()}
+    for kind, form in ((int, r"[+-]?\d+"), (float, r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")):
+        if isinstance(value, str) and re.fullmatch(form, value):
+            return kind(value)
+    return value
 
 
 def read_yaml(config_class: type[Config], path: str | Path) -> Config:
@@ -86,7 +97,7 @@ def read_yaml(config_class: type[Config], path: str | Path) -> Config:
         foreign.update({section: values.pop(section) for section in _foreign(config_class) if section in values})
         with _naming(file):
             if "name" in (values.get("method") or ()):  # another method: the settings of the extended file's go with it
-                OmegaConf.update(merged, "method", None)
+                merged = OmegaConf.merge(merged, {"method": None})
             merged = OmegaConf.merge(merged, values)
     for section in (name for name, value in foreign.items() if value is not None):
         raise ValueError(
@@ -124,6 +135,7 @@ def _plain_help() -> Iterator[None]:
             yield
     finally:
         text = re.sub(r" +$", "", printed.getvalue(), flags=re.MULTILINE)
+        text = re.sub(r"--method \{[^}]*\}", "--method NAME", text)  # `load_config` takes it; tyro does not know how
         text = re.sub(r"^ (\S.*)\n -+$", r"\1:", text, flags=re.MULTILINE)  # a title, underlined
         print(re.sub(r"^ +-+\n", "", text, flags=re.MULTILINE), end="")
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 SHIPPED = {"tiny": Path(__file__).parent.parent / "tiny" / "weights"}
 """Checkpoints that come with the package: the name that stands for one where a checkpoint is named -> its folder."""
@@ -215,6 +215,14 @@ class TrainConfig:
     """A warning is given when the mean keep rate over keep_rate_window steps is farther than this from its target."""
     keep_rate_window: int = 50
     """Steps of that mean."""
+
+    method: ClassVar[Any] = None
+    """What decides instead of `sparsity_mode`, where a run's file names a method: set by RunConfig, no setting here."""
+
+    @property
+    def switches(self) -> dict[str, Any]:
+        """Return what a training call decides by, as arguments of `forward`."""
+        return {"sparsity": self.sparsity_mode} if self.method is None else {"method": self.method}
 
     def __post_init__(self) -> None:
         check_finite("train.", self)

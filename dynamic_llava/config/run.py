@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -52,12 +52,16 @@ class RunConfig:
     """The method's settings; stored in the trained checkpoint."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """How it is optimised."""
+    method: Any = None
+    """What decides instead of Dynamic-LLaVA: a name, or {name: ..., setting: ...}; see docs/adding-a-method.md."""
     lora: LoraConfig | None = None
     """The adapters of train.tune: lora, which fills in the defaults; belongs to no other way of training."""
 
     def __post_init__(self) -> None:
         if self.name and Path(self.name).name != self.name:
             raise ValueError(f"name={self.name!r} must be a plain folder name; output_folder says where it lies")
+        if self.method is not None:
+            self._take_method()
         if self.train.tune == "lora" and self.lora is None:
             object.__setattr__(self, "lora", LoraConfig())  # so that the written configuration shows them
         if self.train.tune != "lora" and self.lora is not None:
@@ -73,6 +77,17 @@ class RunConfig:
                 f"model.dtype={self.model.dtype!r} would lose the small updates of its weights; DeepSpeed with "
                 "train.bf16 keeps float32 copies of them, without it set model.dtype to float32"
             )
+
+    def _take_method(self) -> None:
+        """Let the training decide by the run's method; ValueError where a mode of Dynamic-LLaVA is given as well."""
+        if self.train.sparsity_mode != "both":
+            raise ValueError(
+                f"train.sparsity_mode={self.train.sparsity_mode!r} and method={self.method!r} contradict each other: "
+                "the mode is one of Dynamic-LLaVA; leave one of them out"
+            )
+        train = replace(self.train)
+        object.__setattr__(train, "method", self.method)
+        object.__setattr__(self, "train", train)
 
     @property
     def run_name(self) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dynamic_llava.config import check_finite
 from dynamic_llava.eval.tasks import get_task
@@ -42,6 +42,8 @@ class SweepRow:
     """Instead of a run: a checkpoint folder or hub name that is evaluated as it is, or `tiny` for the shipped base."""
     sparsity: Literal["trained", "both", "image", "output", "none"] = "trained"
     """What is sparsified in evaluation: what the run was trained with, or this; a `model` counts as trained dense."""
+    method: Any = None
+    """What decides in evaluation instead: a name, or {name: ..., setting: ...}; by default the method of the run."""
     paper: dict[str, float] = field(default_factory=dict)
     """The paper's numbers by the column's header."""
 
@@ -149,6 +151,11 @@ def _check_row(row: SweepRow, headers: list[str]) -> None:
         raise ValueError(f"row {row.title!r} needs either a config (a run) or a model (a checkpoint as it is)")
     if row.model and row.overrides:
         raise ValueError(f"row {row.title!r} is a checkpoint as it is; overrides belong to a run's config")
+    if row.method is not None and row.sparsity != "trained":
+        raise ValueError(
+            f"row {row.title!r}: sparsity={row.sparsity!r} and method={row.method!r} contradict each other: the first "
+            "is Dynamic-LLaVA's; leave one of them out"
+        )
     for header in row.paper:
         if header not in headers:
             close = get_close_matches(header, headers, n=1)

@@ -1,17 +1,22 @@
 """From a sweep's file to the steps of each row. Runs that several rows or sweeps name are the same steps."""
 
+import hashlib
+import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dynamic_llava.cli import load_config
-from dynamic_llava.config import checkpoint_source
+from dynamic_llava.commands import method_words
+from dynamic_llava.config import SparsityConfig, checkpoint_source
 from dynamic_llava.config.run import RunConfig
 from dynamic_llava.eval.tasks import get_task
+from dynamic_llava.methods import print_method, read_method
 from dynamic_llava.sweep.config import TINY, SweepConfig, SweepRow
 from dynamic_llava.sweep.steps import EvaluationStep, Step, TrainingStep
 from dynamic_llava.tiny.world.dataset import build_world
@@ -64,9 +69,10 @@ def make_plan(sweep: SweepConfig, path: Path, overrides: Sequence[str] = ()) -> 
 
 def _planned(sweep: SweepConfig, row: SweepRow, path: Path, overrides: Sequence[str], world: Path | None) -> PlannedRow:
     if row.model:
-        mode = "none" if row.sparsity == "trained" else row.sparsity
+        switches = {"sparsity": "none" if row.sparsity == "trained" else row.sparsity}
+        deciding = _deciding(row, SparsityConfig(), switches)
         model = checkpoint_source(row.model)
-        return PlannedRow(row, None, _evaluations(sweep, model, sweep.model_folder(row.model), mode, world))
+        return PlannedRow(row, None, _evaluations(sweep, model, sweep.model_folder(row.model), deciding, world))
     data = () if world is None else ("--data.json", str(world / "train.json"), "--data.image-folder", str(world))
     file = os.path.normpath(path.parent / row.config)
     about = (f"row {row.title!r}", "Train one row of a sweep.")
@@ -80,18 +86,35 @@ def _planned(sweep: SweepConfig, row: SweepRow, path: Path, overrides: Sequence[
     arguments = (file, *data, *row.overrides, *overrides)
     config = load_config(RunConfig, arguments, *about)
     training = TrainingStep(config, (*TRAIN, *arguments))
-    mode = config.train.sparsity_mode if row.sparsity == "trained" else row.sparsity
-    return PlannedRow(row, training, _evaluations(sweep, str(training.model), training.folder, mode, world))
+    trained = config.train.switches if row.sparsity == "trained" else {"sparsity": row.sparsity}
+    deciding = _deciding(row, config.sparsity, trained)
+    return PlannedRow(row, training, _evaluations(sweep, str(training.model), training.folder, deciding, world))
+
+
+def _deciding(row: SweepRow, settings: SparsityConfig, switches: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what decides in a row's evaluations: `sparsity`, or `method` with all of its settings.
+
+    ValueError that names the row for a method that is not known or has no such settings.
+    """
+    said = row.method if row.method is not None else switches.get("method")
+    if said is None:
+        return {"sparsity": switches["sparsity"]}
+    try:
+        return {"method": print_method(read_method(said, settings))}
+    except ValueError as error:
+        raise ValueError(f"row {row.title!r}: {error}") from None
 
 
 def _evaluations(
-    sweep: SweepConfig, model: str, folder: Path, sparsity: str, world: Path | None
+    sweep: SweepConfig, model: str, folder: Path, deciding: Mapping[str, Any], world: Path | None
 ) -> tuple[EvaluationStep, ...]:
     found = []
     for task in sweep.tasks:
-        place = folder / "eval" / sparsity / task.replace(":", "-")
-        options = ("--model", model, "--sparsity", sparsity, "--output-folder", str(place))
-        settings, data = {"task": task, "sparsity": sparsity}, ()
+        method = deciding.get("method")
+        words = ("--sparsity", deciding["sparsity"]) if method is None else tuple(method_words(method))
+        place = folder / "eval" / (_short_name(method) if method else deciding["sparsity"]) / task.replace(":", "-")
+        options = ("--model", model, *words, "--output-folder", str(place))
+        settings, data = {"task": task, **deciding}, ()
         if task == TINY:
             assert sweep.tiny is not None
             asked = ("--questions", str(sweep.tiny.questions), "--descriptions", str(sweep.tiny.descriptions))
@@ -103,6 +126,12 @@ def _evaluations(
             data = tuple(Path(sweep.data_root) / file.path for file in get_task(task).needed_files())
         found.append(EvaluationStep(task, model, place, command, settings, data))
     return tuple(found)
+
+
+def _short_name(method: Mapping[str, Any]) -> str:
+    """Return a folder's name for a printed method: its name, with a digest of its settings."""
+    digest = hashlib.sha256(json.dumps(method, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{method['name'].replace(':', '-')}-{digest}"
 
 
 def _on_every_gpu(program: tuple[str, ...]) -> tuple[str, ...]:
