@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     budgets = commands.add_parser("budgets", help="accuracy at several image keep rates, from a job's checkpoints")
     budgets.add_argument("run", type=Path, help="folder of the job, e.g. runs/tiny")
     budgets.add_argument("--rates", type=float, nargs="+", default=RATES, help="image keep rates, in (0, 1]")
+    add_method(budgets)
     budgets.set_defaults(execute=_budgets)
     one = commands.add_parser("measure", help="one checkpoint on the test set, into a summary.json")
     one.add_argument("--model", type=Path, required=True, help="folder of the checkpoint")
@@ -124,7 +125,8 @@ def _budgets(given: argparse.Namespace) -> None:
     seeds = []
     for folder in folders:
         print(f"{folder.name}: {len(test.questions)} questions per line", flush=True)
-        seeds.append(accuracy_by_budget({key: folder / key / "model" for key in ("control", "both")}, test, rates))
+        checkpoints = {key: folder / key / "model" for key in ("control", "both")}
+        seeds.append(accuracy_by_budget(checkpoints, test, rates, method=given.method))
     tokens = DynamicLlavaConfig.from_pretrained(folders[0] / "both" / "model").image_seq_length
     table = budget_table(seeds, tokens)
     replace_file(run / "budgets.json", json.dumps({"seeds": seeds}, indent=1) + "\n")

@@ -58,7 +58,7 @@ def draw_budget_curves(path: Path, lines: Mapping[str, Mapping[float, float]], t
         axes, "Short answers over the image budget", "image tokens kept from the sparse layer on, %", "accuracy, %"
     )
     for (name, points), color in zip(
-        lines.items(), (style.QUIET, style.ACCENT, style.SECOND, style.THIRD), strict=False
+        lines.items(), (style.QUIET, style.ACCENT, style.SECOND, style.THIRD, style.INK), strict=False
     ):
         rates = sorted(points)
         values = [100 * points[rate] for rate in rates]

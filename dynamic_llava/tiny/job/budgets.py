@@ -9,9 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dynamic_llava.config import SparsityConfig
 from dynamic_llava.eval import predict
-from dynamic_llava.methods import FastV, Random
+from dynamic_llava.methods import FastV, Method, Random
 from dynamic_llava.model import DynamicLlavaForConditionalGeneration
+from dynamic_llava.model.switches import choose_method
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.sparsity.decisions import budget
 from dynamic_llava.tiny.job import asking
@@ -28,20 +30,24 @@ def accuracy_by_budget(
     test: TestSet,
     rates: Sequence[float],
     *,
+    method: Mapping[str, Any] | None = None,
     batch_size: int = 100,
     max_new_tokens: int = 6,
     say: Callable[[str], None] = print,
 ) -> dict[str, dict[float, float]]:
     """Measure one seed: line -> keep rate -> exact-match accuracy over the test questions, a fraction.
 
-    `checkpoints` maps control and both to folders. The dense line holds the same value at every rate.
+    `checkpoints` maps control and both to folders; `method` adds a line: the control under that method, which has a
+    setting image_keep_rate and learns nothing (else a ValueError). The dense line holds the same value at every rate.
     """
     models = {
         key: DynamicLlavaForConditionalGeneration.from_pretrained(str(checkpoints[key])) for key in ("control", "both")
     }
+    settings = models["both"].config.sparsity
+    named = {} if method is None else {rate: _at_rate(method, settings, rate) for rate in rates}
     processor = DynamicLlavaProcessor.from_pretrained(checkpoints["both"])
     batches = asking.prompt_batches(processor, test.questions, batch_size)
-    layer = models["both"].config.sparsity.sparse_layer
+    layer = settings.sparse_layer
 
     def accuracy(key: str, switches: Mapping[str, Any], title: str) -> float:
         said = predict.generate_answers(
@@ -61,9 +67,19 @@ def accuracy_by_budget(
             CHANCE: Random(layer=layer, image_keep_rate=rate, output_keep_rate=None),
         }
         found[LEARNED][rate] = accuracy("both", {"image_keep_rate": rate}, f"{LEARNED} at {rate:g}")
-        for line, method in methods.items():
-            found[line][rate] = accuracy("control", {"method": method}, f"{line} at {rate:g}")
+        if method is not None:
+            methods[f"control + {method['name']}"] = named[rate]
+        for line, chosen in methods.items():
+            found.setdefault(line, {})[rate] = accuracy("control", {"method": chosen}, f"{line} at {rate:g}")
     return found
+
+
+def _at_rate(method: Mapping[str, Any], settings: SparsityConfig, rate: float) -> Method:
+    """Return a method with its image keep rate set."""
+    chosen = choose_method(settings, method=method, image_keep_rate=rate)
+    if not chosen.training_free:
+        raise ValueError(f"method={method!r} learns something, which the dense control has not; name another")
+    return chosen
 
 
 def budget_table(seeds: Sequence[Mapping[str, Mapping[float, float]]], tokens_per_image: int) -> str:

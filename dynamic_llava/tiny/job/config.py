@@ -69,7 +69,10 @@ class TinyJobConfig:
 
 @dataclass(frozen=True)
 class JobConfig(RunConfig):
-    """The main job: generate its data, train, evaluate, report. The sections of a run hold for all its trainings."""
+    """The main job: generate its data, train, evaluate, report. The sections of a run hold for all its trainings.
+
+    `method` names one more row: the dense control under that method, which learns nothing.
+    """
 
     SHORT_FLAGS: ClassVar[dict[str, str]] = {
         **RunConfig.SHORT_FLAGS,

@@ -13,12 +13,13 @@ from dynamic_llava.costs import decoder_shape
 from dynamic_llava.eval import predict
 from dynamic_llava.eval.efficiency import measure_speed, prefill_costs
 from dynamic_llava.eval.metrics.yes_no import yes_no_scores
+from dynamic_llava.methods import Method
 from dynamic_llava.model import DynamicLlavaForConditionalGeneration
 from dynamic_llava.model.switches import choose_method
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.tiny.job import asking
 from dynamic_llava.tiny.job.config import TinyJobConfig
-from dynamic_llava.tiny.job.rows import CACHED_SUBSET, REFERENCE, UNCACHED, Row, equal_keep_rows, first_rows
+from dynamic_llava.tiny.job.rows import CACHED_SUBSET, REFERENCE, UNCACHED, Row, equal_keep_rows, first_rows, method_row
 from dynamic_llava.tiny.job.scores import accuracy_by_kind, patch_overlap
 from dynamic_llava.tiny.job.testset import EXISTENCE, TestSet
 from dynamic_llava.tiny.world.descriptions import parse_attributes
@@ -94,10 +95,12 @@ class Evaluator:
         test: TestSet,
         config: TinyJobConfig,
         say: Callable[[str], None] = print,
+        method: Method | None = None,
     ) -> None:
         """Load the models and prepare every input once.
 
         `checkpoints` maps base, control, both and, if trained, image to folders. `say` receives one line per row.
+        `method`: one more that the dense control is shown under, in a row of its own.
         Raises ValueError when one of the three is missing.
         """
         missing = {"base", "control", "both"} - set(checkpoints)
@@ -107,7 +110,7 @@ class Evaluator:
         self.models = {key: load(str(path)) for key, path in checkpoints.items()}
         self.settings: SparsityConfig = self.models["both"].config.sparsity
         self.processor = DynamicLlavaProcessor.from_pretrained(checkpoints["both"])
-        self.test, self.config, self.say = test, config, say
+        self.test, self.config, self.say, self.method = test, config, say, method
         self.whole = _Inputs.of(self.processor, test, config.batch_size)
         self.subset = _Inputs.of(self.processor, self._subset_of(test), config.batch_size)
         self.timing = asking.prompt_batches(
@@ -124,7 +127,8 @@ class Evaluator:
             if row.key == UNCACHED:
                 self._add_cached_subset()
         forced = self._metrics(REFERENCE)["keep_output_forced"]
-        for row in equal_keep_rows(self.settings, forced):
+        named = () if self.method is None else (method_row(self.method),)
+        for row in (*equal_keep_rows(self.settings, forced), *named):
             self._add(row)
         return SeedEvaluation(self.rows, self._overlap_rows(), self._agreement(), self.outputs)
 

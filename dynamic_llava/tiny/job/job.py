@@ -23,6 +23,7 @@ from transformers import LlavaForConditionalGeneration
 from dynamic_llava.config import DataConfig, SparsityMode
 from dynamic_llava.eval.predict import hide_library_progress
 from dynamic_llava.files import Lock, give_usual_modes, replace_file, writing
+from dynamic_llava.methods import Method, describe_method, print_method, read_method
 from dynamic_llava.model.loading import new_weights_expected
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.provenance import environment, fingerprint, source_digest
@@ -61,15 +62,30 @@ class SeedJob:
         return replace(self.config.data, json=str(self.world / "train.json"), image_folder=str(self.world))
 
     @property
+    def method(self) -> Method | None:
+        """The method of the row that the job names; ValueError for one that no training of the job could serve."""
+        if self.config.method is None:
+            return None
+        method = read_method(self.config.method, self.config.sparsity)
+        if not method.training_free:
+            raise ValueError(
+                f"method={self.config.method!r} learns something, and the main job trains Dynamic-LLaVA and the dense "
+                "control alone; name a method that learns nothing, or train this one by python -m dynamic_llava.train"
+            )
+        return method
+
+    @property
     def results(self) -> Path:
         """Where the seed's numbers go."""
         return self.folder / "results.json"
 
     def fingerprint(self) -> str:
         """Digest of everything the numbers depend on, the source code apart."""
-        settings = asdict(self.config) | {"data": asdict(self.data)}
-        for key in ("name", "output_folder"):
+        settings = asdict(self.config) | {"data": asdict(self.data), "sparsity": self.config.sparsity.to_dict()}
+        for key in ("name", "output_folder", "method"):
             del settings[key]
+        if self.method is not None:
+            settings["method"] = print_method(self.method)
         for key in ("seeds", "picture_scenes", "picture_answers"):
             del settings["tiny"][key]
         for key in ("overwrite", "accept_changed_inputs"):
@@ -99,6 +115,8 @@ def _main(config: JobConfig, folder: Path) -> Path:
         SeedJob(replace(config, train=replace(config.train, seed=seed)), folder / f"seed{seed}", world, base)
         for seed in seeds
     ]
+    if jobs[0].method is not None:
+        print(f"a row of its own: control + {describe_method(jobs[0].method)}", flush=True)
     with new_weights_expected():  # every training starts from a dense base
         results = [_seed_result(job) for job in jobs]
     _write_job(folder, config, jobs, results)
@@ -156,7 +174,7 @@ def _run_seed(job: SeedJob) -> dict[str, Any]:
     amount = f"{len(test.questions)} questions and {len(test.descriptions)} descriptions"
     print(f"seed {seed}: evaluation, {amount} per row", flush=True)
     checkpoints = {"base": job.base, **{key: result.folder for key, result in trained.items()}}
-    evaluator = Evaluator(checkpoints, test, job.config.tiny)
+    evaluator = Evaluator(checkpoints, test, job.config.tiny, method=job.method)
     evaluation = evaluator.run()
     if job.config.tiny.untrained_base:
         _add_untrained(job, evaluator, evaluation)
@@ -187,6 +205,7 @@ def _train(job: SeedJob, key: str, mode: SparsityMode, title: str, base: Path | 
         data=job.data,
         model=job.config.model if base is None else replace(job.config.model, base=str(base)),
         train=replace(job.config.train, sparsity_mode=mode),
+        method=None,
     )
     return run(config)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from dynamic_llava.config import SparsityConfig
-from dynamic_llava.methods import Dynamic, FastV, Mixed, Random, Structure
+from dynamic_llava.methods import Dynamic, FastV, Method, Mixed, Random, Structure, describe_method
 
 ModelKey = Literal["base", "control", "image", "both"]
 """The dense base, the dense control (same extra steps), Dynamic I and Dynamic I|T."""
@@ -68,6 +68,12 @@ def first_rows(settings: SparsityConfig, *, dynamic_image: bool = True, uncached
         ),
     ]  # fmt: skip
     return [row for row in rows if (dynamic_image or row.model != "image") and (uncached or row.key != UNCACHED)]
+
+
+def method_row(method: Method) -> Row:
+    """The row of a method that learns nothing and that the job was told to show."""
+    title = f"control + {describe_method(method)}"
+    return Row("method", title, "control", {"method": method}, "the method that the job names; training-free")
 
 
 def equal_keep_rows(settings: SparsityConfig, output_rate: float) -> list[Row]:

@@ -43,9 +43,14 @@ def test_every_line_is_measured_at_every_rate(tmp_path):
     test = write_test_set(tmp_path, images=2)
     said = []
     found = accuracy_by_budget(
-        {"control": folder, "both": folder}, test, (0.1, 1.0), batch_size=3, max_new_tokens=2, say=said.append
-    )
-    assert list(found) == [DENSE, LEARNED, ATTENTION, CHANCE] and len(said) == 7
+        {"control": folder, "both": folder}, test, (0.1, 1.0), batch_size=3, max_new_tokens=2, say=said.append,
+        method={"name": "structure", "output_keep_rate": "none"},
+    )  # fmt: skip
+    assert list(found) == [DENSE, LEARNED, ATTENTION, CHANCE, "control + structure"] and len(said) == 9
+    assert found["control + structure"][1.0] == found[DENSE][1.0]
+    for method, message in (("dense", "means nothing to method 'dense'"), ("dynamic", "learns something")):
+        with pytest.raises(ValueError, match=message):
+            accuracy_by_budget({"control": folder, "both": folder}, test, (0.1,), method={"name": method})
     assert all(list(line) == [0.1, 1.0] for line in found.values())
     # With every image token kept, attention and chance select nothing: the dense answers.
     assert found[ATTENTION][1.0] == found[CHANCE][1.0] == found[DENSE][1.0]

@@ -161,3 +161,26 @@ def test_a_training_of_the_job_is_an_ordinary_run(config):
     )
     assert replace(training, name=config.name) == config.training()
     assert {one.name for one in fields(config)} - {one.name for one in fields(training)} == {"tiny"}
+
+
+def test_a_method_that_the_job_names_has_a_row_and_no_training(config, trained, capsys):
+    method = {"name": "structure", "image_keep_rate": 0.5, "output_keep_rate": None}
+    folder = main(replace(config, method=method))
+    assert [mode for _, mode, _, _ in trained] == ["both", "none"]
+    rows = json.loads((folder / "seed4" / "results.json").read_text())["rows"]
+    assert rows[-1]["key"] == "method" and rows[-1]["title"].startswith("control + structure (layer ")
+    assert rows[-1]["metrics"]["keep_image"] == 0.5 and rows[-1]["metrics"]["keep_output_forced"] == 1.0
+    assert "control + structure" in (folder / "table.md").read_text()
+    before = (folder / "seed4" / "results.json").read_bytes()
+    main(replace(config, method=method))
+    assert (folder / "seed4" / "results.json").read_bytes() == before  # finished already
+    main(replace(config, method={**method, "image_keep_rate": 0.25}))
+    assert "belongs to other settings" in capsys.readouterr().out
+
+
+def test_a_method_that_learns_is_refused_before_anything_is_trained(config, trained):
+    with pytest.raises(ValueError, match="learns something, and the main job trains Dynamic-LLaVA"):
+        main(replace(config, method="dynamic"))
+    with pytest.raises(ValueError, match="did you mean 'structure'"):
+        main(replace(config, method="structur"))
+    assert not trained
