@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from dynamic_llava.commands import take_method
 from dynamic_llava.eval.summary import Summary, TaskRow
 from dynamic_llava.eval.tasks import get_task
+from dynamic_llava.methods import get_method, print_method
 from dynamic_llava.sweep import steps, table
 from dynamic_llava.sweep.__main__ import main
 from dynamic_llava.sweep.run import lock_of, run_plan
@@ -281,9 +283,36 @@ def test_benchmarks_are_evaluated_one_command_each_on_what_the_run_was_trained_f
     ]
 
 
+def test_rows_of_a_table_may_differ_by_their_method_alone(tmp_path, monkeypatch):
+    """A row's method, or that of its run, is what its evaluations are asked under, in a folder of its own."""
+    fastv = {"name": "fastv", "layer": 3}
+    rows = [
+        {"title": "dense", "model": "hub/llava"},
+        {"title": "FastV", "model": "hub/llava", "method": fastv},
+        {"title": "FastV again", "model": "hub/llava", "method": {**fastv, "image_keep_rate": 0.5}},
+        {"title": "FastV, less", "model": "hub/llava", "method": {**fastv, "image_keep_rate": 0.2}},
+        {"title": "tuned", "config": "configs/base.yaml", "overrides": ["--method", "fastv", "--method.layer", "3"]},
+    ]
+    columns = [{"header": "POPE", "task": "pope"}]
+    sweep = FakeSweep(tmp_path, monkeypatch, tiny=None, columns=columns, rows=rows)
+    evaluations = [planned.evaluations[0] for planned in sweep.plan().rows]
+    words = [evaluation.command for evaluation in evaluations]
+    assert "--sparsity" in words[0] and all("--sparsity" not in one for one in words[1:])
+    assert take_method(words[1])[1] == {"name": "fastv", "layer": "3", "image_keep_rate": "0.5"}
+    assert words[1] == words[2] and evaluations[1].folder == evaluations[2].folder  # one evaluation for both
+    assert take_method(words[3])[1]["image_keep_rate"] == "0.2"
+    assert take_method(words[4])[1] == take_method(words[1])[1] and "runs/base/model" in words[4]
+    assert len({evaluation.folder for evaluation in evaluations}) == 4
+    assert len({evaluation.fingerprint() for evaluation in evaluations[:4]}) == 3
+    assert evaluations[1].settings["method"] == print_method(get_method("fastv", layer=3))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"rows": [{"title": "x", "model": "tiny", "method": "fastvv"}]}, "row 'x': .*did you mean 'fastv'"),
+        ({"rows": [{"title": "x", "model": "tiny", "method": {"name": "fastv", "layr": 1}}]}, "did you mean 'layer'"),
+        ({"rows": [{"title": "x", "model": "tiny", "method": "fastv", "sparsity": "image"}]}, "contradict each other"),
         ({"rows": []}, "at least one row and one column"),
         ({"name": "a/b"}, "plain folder name"),
         ({"tiny": None}, "needs a metric, and the sweep a `tiny` section"),
