@@ -96,7 +96,8 @@ def read_yaml(config_class: type[Config], path: str | Path) -> Config:
     for file, values in _chain(config_class, Path(path)):
         foreign.update({section: values.pop(section) for section in _foreign(config_class) if section in values})
         with _naming(file):
-            if "name" in (values.get("method") or ()):  # another method: the settings of the extended file's go with it
+            said = values.get("method")
+            if isinstance(said, Mapping) and "name" in said:  # another method: the extended file's settings go with it
                 merged = OmegaConf.merge(merged, {"method": None})
             merged = OmegaConf.merge(merged, values)
     for section in (name for name, value in foreign.items() if value is not None):

@@ -267,7 +267,7 @@ class TrainConfig:
         rates = {"full": {"language_model": self.learning_rate}, "lora": {"adapters": self.learning_rate}}
         learning = dict(rates.get(self.tune, {}))
         for predictor in ("image", "output"):
-            if self.sparsity_mode in ("both", predictor):
+            if self.method is None and self.sparsity_mode in ("both", predictor):
                 learning[f"{predictor}_predictor"] = self.predictor_learning_rate
         if self.projector_learning_rate is not None:
             learning["projector"] = self.projector_learning_rate

@@ -141,9 +141,9 @@ def training_flops(
     maps = shape.projector_maps
     image = shape.vision.flops + 2 * shape.tokens_per_image * (sum(maps) + projector * (sum(maps) + maps[1]))
     sizes = {"width": sparsity.predictor_width, "mlp": sparsity.predictor_mlp, "blocks": sparsity.predictor_blocks}
-    if train.sparsity_mode in ("both", "image"):
+    if "image_predictor" in train.learning_rates:
         image += 3 * predictor_flops(hidden, shape.tokens_per_image, **sizes)
-    decides_output = train.sparsity_mode in ("both", "output")
+    decides_output = "output_predictor" in train.learning_rates
     output = 3 * predictor_flops(hidden, output_tokens=1, **sizes) if decides_output else 0
     return TrainingFlops(2 * (linear + head), pairs, image, output)
 

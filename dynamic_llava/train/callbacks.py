@@ -134,7 +134,8 @@ class KeepRateWarning(TrainerCallback):
         """Compare, and start a new window after a warning."""
         trained = {"image_keep_rate": ("both", "image"), "output_keep_rate": ("both", "output")}
         for name, window in self.windows.items():
-            if self.config.sparsity_mode not in trained[name] or not logs or name not in logs:
+            aimed = self.config.method is None and self.config.sparsity_mode in trained[name]
+            if not aimed or not logs or name not in logs:
                 continue
             if state.global_step > self.config.keep_rate_window:
                 window.append(logs[name])

@@ -6,15 +6,40 @@ from dataclasses import asdict
 from typing import Any
 
 from dynamic_llava.config.run import NOT_COMPARED, RunConfig, flat
+from dynamic_llava.methods import Dynamic, Method, print_method, read_method
+from dynamic_llava.model.decide import check_training
+from dynamic_llava.model.switches import choose_method
 
 SAMPLES_PER_STEP = "samples per optimizer step"
 COMPARED_BY_CONTENT = {"model.base", "data.json", "data.image_folder"}
 """Settings that name files: a copy of the same content elsewhere is the same (`inputs.run_inputs`)."""
 
 
+def run_method(config: RunConfig) -> Method:
+    """Return what a run's training decides by; ValueError for a method that it cannot be trained under."""
+    if config.method is None:
+        return choose_method(config.sparsity, **config.train.switches)
+    method = read_method(config.method, config.sparsity)
+    if isinstance(method, Dynamic):
+        raise ValueError(
+            f"method={config.method!r}: in a run's file the settings of Dynamic-LLaVA stand in the section `sparsity`, "
+            "and what is sparsified in train.sparsity_mode; leave `method` out"
+        )
+    if not config.train.learning_rates:
+        raise ValueError(
+            f"train.tune={config.train.tune!r} with method={config.method!r} trains nothing: the method has no weights "
+            "to learn; choose another tune"
+        )
+    check_training(method)
+    return method
+
+
 def compared_settings(config: RunConfig, processes: int) -> dict[str, Any]:
     """Return the settings, by dotted name, that a resumed run must share with its checkpoint."""
-    values = json.loads(json.dumps(flat(asdict(config))))
+    said = asdict(config)
+    if config.method is not None:
+        said["method"] = print_method(run_method(config))  # with what was left to the defaults
+    values = json.loads(json.dumps(flat(said)))
     kept = {name: value for name, value in values.items() if name not in NOT_COMPARED}
     train = config.train
     return {**kept, SAMPLES_PER_STEP: train.batch_size * train.gradient_accumulation * processes}

@@ -31,6 +31,7 @@ from dynamic_llava.train.callbacks import (
     WandbLog,
 )
 from dynamic_llava.train.checkpoints import Checkpoints, compared_settings, least_bytes, published
+from dynamic_llava.train.config import run_method
 from dynamic_llava.train.distributed import join, on_main, read_deepspeed, together, wait_for_all, zero_stage
 from dynamic_llava.train.failures import train
 from dynamic_llava.train.finished import (
@@ -64,6 +65,7 @@ def run(config: RunConfig) -> RunResult:
     for name, value in (("model.base", config.model.base), ("data.json", config.data.json)):
         if not value:
             raise ValueError(f"{name} is not set; give it in the configuration file or as --{name} on the command line")
+    run_method(config)  # what cannot be is said before anything is read
     arguments = training_arguments(config)
     if zero_stage(arguments.get("deepspeed")) == 3:
         # Loading in parts overlooks what does not fit; from the names and shapes alone it is found at once.

@@ -66,7 +66,7 @@ class DynamicLlavaTrainer(Trainer):
         self.train_config = train_config
         config = self.accelerator.unwrap_model(self.model).config
         self.sparsity: SparsityConfig = config.sparsity
-        self.method = choose_method(self.sparsity, sparsity=train_config.sparsity_mode)
+        self.method = choose_method(self.sparsity, **train_config.switches)
         self.flops = training_flops(llava_shape(config), self.sparsity, train_config, lora)
         self.peak = peak_flops(train_config, self.args.device)
         self.meter = Meter()
@@ -170,7 +170,7 @@ class DynamicLlavaTrainer(Trainer):
         if "loss" in logs:
             logs.update(self.meter.collect(self.accelerator, self.state.global_step, self.peak))
             self.meter = Meter(step=self.state.global_step)
-            if self.train_config.sparsity_mode != "none":
+            if not (self.method.is_dense or self.method.training_free):
                 logs["tau"] = self._tau
         super().log(logs, *args, **kwargs)
 
