@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from .methods import METHODS, Method, get_method
     from .model import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration, SparsityRecord
     from .processing import DynamicLlavaProcessor
+    from .projectors import PROJECTORS, Projector
     from .sparsity import ImagePredictor, OutputPredictor, masked_softmax_attention
 
 __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
+    "PROJECTORS",
     "Conversation",
     "DynamicLlavaConfig",
     "DynamicLlavaForConditionalGeneration",
@@ -31,6 +33,7 @@ __all__ = [
     "Method",
     "OutputPredictor",
     "Packing",
+    "Projector",
     "SparsityConfig",
     "SparsityRecord",
     "TokenLayout",
@@ -46,6 +49,8 @@ _HOME_OF = {
     "OutputPredictor": "sparsity",
     "masked_softmax_attention": "sparsity",
     "METHODS": "methods",
+    "PROJECTORS": "projectors",
+    "Projector": "projectors",
     "Method": "methods",
     "get_method": "methods",
     "DynamicLlavaConfig": "model",

@@ -15,6 +15,7 @@ from dynamic_llava.checkpoints.names import EMBEDDING, IMAGE_PREDICTOR, OUTPUT_P
 from dynamic_llava.config import SparsityConfig
 from dynamic_llava.model import DynamicLlavaConfig
 from dynamic_llava.model.supported import check_architecture
+from dynamic_llava.projectors import tokens_of
 from dynamic_llava.sparsity import budget
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -74,7 +75,7 @@ def config_from_original(
     text = _text_config(values, shapes)
     tower = _vision_config(values, shapes, vision, say)
     strategy = _STRATEGIES[values.get("mm_vision_select_feature") or "patch"]
-    tokens = (tower.image_size // tower.patch_size) ** 2 + (strategy == "full")
+    tokens = tokens_of(tower.image_size, tower.patch_size, strategy)
     return DynamicLlavaConfig(
         vision_config=tower,
         text_config=text,

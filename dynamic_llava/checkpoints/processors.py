@@ -35,6 +35,7 @@ def write_processor(
         config.vision_config.patch_size,
         image_token_id=vocabulary.image_id,
         feature_select=config.vision_feature_select_strategy,
+        projector=config.projector,
         **colours,
         chat_template=vocabulary.chat_template,
         ends=vocabulary.ends,

@@ -138,8 +138,7 @@ def training_flops(
     if lora is not None:
         linear += 3 * decoder.layers * decoder.adapter_parameters(lora.rank)
         linear -= 0 if projector else 3 * lora.rank * hidden
-    maps = shape.projector_maps
-    image = shape.vision.flops + 2 * shape.tokens_per_image * (sum(maps) + projector * (sum(maps) + maps[1]))
+    image = shape.vision.flops + shape.projector.forward + projector * shape.projector.backward
     sizes = {"width": sparsity.predictor_width, "mlp": sparsity.predictor_mlp, "blocks": sparsity.predictor_blocks}
     if "image_predictor" in train.learning_rates:
         image += 3 * predictor_flops(hidden, shape.tokens_per_image, **sizes)

@@ -152,8 +152,7 @@ def training_memory(
     moved = [*(("optimizer", "gradients") if spread.offload_optimizer else ())]
     moved += ["weights"] if spread.offload_weights else []
     batch = train.batch_size * tokens
-    pictures = train.batch_size * images * shape.tokens_per_image
-    kept = _activation_bytes(shape, run, batch, pictures)
+    kept = _activation_bytes(shape, run, batch, train.batch_size * images)
     passing = max(_passing_bytes(run, batch), _step_bytes(trained // shares["optimizer"], run, spread) - kept)
     return TrainingMemory(
         **{name: 0 if name in moved else size for name, size in held.items()},
@@ -180,8 +179,8 @@ def _run(
     return _Run(shape.decoder, train, lora, sparsity, weight, trained, compute)
 
 
-def _activation_bytes(shape: LlavaShape, run: _Run, tokens: int, pictures: int) -> int:
-    """Return the bytes kept for the backward pass of `tokens` tokens, `pictures` of them image tokens."""
+def _activation_bytes(shape: LlavaShape, run: _Run, tokens: int, images: int) -> int:
+    """Return the bytes kept for the backward pass of `tokens` tokens, those of `images` images among them."""
     decoder, train = run.decoder, run.train
     layers = range(run.first_layer, decoder.layers)
     if train.gradient_checkpointing:
@@ -194,9 +193,9 @@ def _activation_bytes(shape: LlavaShape, run: _Run, tokens: int, pictures: int) 
         kept += tokens * run.compute * decoder.hidden
     if run.compute != run.weight:
         kept += run.compute * decoder.vocab * decoder.hidden
-    kept += _predictor_bytes(run, parameter_counts(shape, run.sparsity), tokens, pictures)
+    kept += _predictor_bytes(run, parameter_counts(shape, run.sparsity), tokens, images * shape.tokens_per_image)
     if train.projector_learning_rate is not None:
-        kept += pictures * run.compute * (shape.feature_layers * shape.vision.hidden + 2 * decoder.hidden)
+        kept += images * run.compute * shape.projector.kept
     return kept
 
 

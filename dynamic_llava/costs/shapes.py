@@ -118,8 +118,29 @@ class VisionShape:
 
 
 @dataclass(frozen=True)
+class ProjectorShape:
+    """What a projector costs for one image."""
+
+    parameters: int
+    """Weights and biases, whatever the number of images."""
+    forward: int
+    """FLOPs of its linear maps."""
+    backward: int
+    """FLOPs of the gradients of its weights, and of what lies between its maps."""
+    kept: int
+    """Values that the forward pass keeps for the backward pass, weights not counted."""
+
+    @classmethod
+    def mlp(cls, features: int, hidden: int, tokens: int, bias: bool = True) -> "ProjectorShape":
+        """Return the costs of LLaVA-1.5's two maps, features -> hidden -> hidden, on each of `tokens` tokens."""
+        first, second = features * hidden, hidden**2
+        forward, backward = 2 * tokens * (first + second), 2 * tokens * (first + 2 * second)
+        return cls(first + second + bias * 2 * hidden, forward, backward, kept=tokens * (features + 2 * hidden))
+
+
+@dataclass(frozen=True)
 class LlavaShape:
-    """The sizes of a whole LLaVA: vision tower, two-layer projector, decoder."""
+    """The sizes of a whole LLaVA: vision tower, projector, decoder."""
 
     decoder: DecoderShape
     """The language model."""
@@ -130,12 +151,17 @@ class LlavaShape:
     feature_layers: int = 1
     """Layers of the vision tower whose outputs, side by side, enter the projector."""
     projector_bias: bool = True
-    """Whether the projector's two maps have a bias."""
+    """Whether the two maps of LLaVA-1.5's projector have a bias."""
+    other_projector: ProjectorShape | None = None
+    """What another projector than LLaVA-1.5's costs."""
 
     @property
-    def projector_maps(self) -> tuple[int, int]:
-        """Weights of the projector's first and second linear map."""
-        return self.feature_layers * self.vision.hidden * self.decoder.hidden, self.decoder.hidden**2
+    def projector(self) -> ProjectorShape:
+        """What the projector costs."""
+        if self.other_projector is not None:
+            return self.other_projector
+        features = self.feature_layers * self.vision.hidden
+        return ProjectorShape.mlp(features, self.decoder.hidden, self.tokens_per_image, self.projector_bias)
 
 
 LLAVA_7B = DecoderShape(hidden=4096, layers=32, intermediate=11008, heads=32, kv_heads=32, vocab=32064)
@@ -200,7 +226,9 @@ def decoder_shape(config: Any) -> DecoderShape:
 
 
 def llava_shape(config: Any) -> LlavaShape:
-    """Return the sizes in a DynamicLlavaConfig or LlavaConfig."""
+    """Return the sizes in a DynamicLlavaConfig or LlavaConfig; needs torch, for the projector says what it makes."""
+    from dynamic_llava.projectors import DEFAULT, image_tokens
+
     vision = config.vision_config
     tower = VisionShape(
         hidden=vision.hidden_size,
@@ -209,15 +237,21 @@ def llava_shape(config: Any) -> LlavaShape:
         patch=vision.patch_size,
         patches=(vision.image_size // vision.patch_size) ** 2,
     )
-    class_token = config.vision_feature_select_strategy != "default"
     layers = config.vision_feature_layer
     return LlavaShape(
         decoder_shape(config),
         tower,
-        tower.patches + class_token,
+        image_tokens(config),
         feature_layers=1 if isinstance(layers, int) else len(layers),
         projector_bias=config.multimodal_projector_bias,
+        other_projector=None if getattr(config, "projector", DEFAULT) == DEFAULT else _counted(config),
     )
+
+
+def _counted(config: Any) -> ProjectorShape:
+    from dynamic_llava.projectors.measured import measure
+
+    return ProjectorShape(*measure(config))
 
 
 def parameter_counts(shape: LlavaShape, sparsity: SparsityConfig, lora: LoraConfig | None = None) -> dict[str, int]:
@@ -232,7 +266,7 @@ def parameter_counts(shape: LlavaShape, sparsity: SparsityConfig, lora: LoraConf
     return {
         "language_model": decoder.layers * layer + hidden + (2 - decoder.tied_head) * decoder.vocab * hidden,
         "vision_tower": shape.vision.parameters,
-        "projector": sum(shape.projector_maps) + shape.projector_bias * 2 * hidden,
+        "projector": shape.projector.parameters,
         "image_predictor": ends + sparsity.predictor_blocks * block,
         "output_predictor": ends,
         "adapters": 0 if lora is None else decoder.layers * decoder.adapter_parameters(lora.rank),

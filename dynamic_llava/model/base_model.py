@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel
+from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.models.llava.modeling_llava import LlavaModel, LlavaMultiModalProjector, LlavaPreTrainedModel
+from transformers.models.llava.modeling_llava import LlavaModel, LlavaPreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from dynamic_llava.config import SparsityConfig
@@ -29,6 +30,7 @@ from dynamic_llava.model.initialization import initialize_predictor
 from dynamic_llava.model.outputs import DynamicModelOutput
 from dynamic_llava.model.plan import Plan, one_cut
 from dynamic_llava.model.switches import choose_method
+from dynamic_llava.projectors import find_projector
 from dynamic_llava.sparsity.predictors import ImagePredictor, OutputPredictor
 
 TAKES_ENCODED = "mm_encoder_outputs" in inspect.signature(LlavaModel.forward).parameters
@@ -63,7 +65,8 @@ class DynamicLlavaModel(ImageInputs, DynamicLlavaPreTrainedModel, LlavaModel):
         # LlavaModel's own constructor would build a plain decoder.
         LlavaPreTrainedModel.__init__(self, config)
         self.vision_tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
-        self.multi_modal_projector = LlavaMultiModalProjector(config)
+        activation = ACT2FN[config.projector_hidden_act]
+        self.multi_modal_projector = find_projector(config.projector)(config, activation)
         self.language_model = FAMILIES[config.text_config.model_type](config.text_config, config.sparsity)
         self.post_init()
 

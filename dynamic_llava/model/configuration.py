@@ -9,6 +9,7 @@ from dynamic_llava.model.places import check_place
 from dynamic_llava.model.quantization import spare_predictors
 from dynamic_llava.model.supported import check_architecture, check_kernels, naming_config, refuse_trust
 from dynamic_llava.model.untrained import check_names
+from dynamic_llava.projectors import DEFAULT, image_tokens
 
 
 class DynamicLlavaConfig(LlavaConfig):
@@ -27,6 +28,8 @@ class DynamicLlavaConfig(LlavaConfig):
     ]
     sparsity: Any = None
     """SparsityConfig, or a dict of some of its fields, or None for the paper's values."""
+    projector: Any = DEFAULT
+    """Name of the projector, one of PROJECTORS, or package.module:Class of a module that is imported already."""
     untrained_predictors: Any = None
     """Names of the predictors that were newly initialised beside a dense checkpoint and have not been trained since."""
 
@@ -60,6 +63,7 @@ class DynamicLlavaConfig(LlavaConfig):
         parts = {"text_config": self.text_config, "vision_config": self.vision_config}
         values = {name: {**vars(part), "model_type": part.model_type} for name, part in parts.items()}
         check_architecture("the configuration", {**vars(self), "model_type": self.model_type, **values})
+        image_tokens(self)  # a ValueError where the projector is unknown, or takes no such images
         self._check_layer()
 
     def __setattr__(self, key: str, value: Any) -> None:
@@ -83,4 +87,6 @@ class DynamicLlavaConfig(LlavaConfig):
         values = super().to_dict()
         if isinstance(values.get("sparsity"), SparsityConfig):
             values["sparsity"] = values["sparsity"].to_dict()
+        if values.get("projector") == DEFAULT:
+            del values["projector"]  # LLaVA-1.5's; so the file is that of every earlier version
         return values

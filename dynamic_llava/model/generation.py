@@ -21,7 +21,7 @@ from dynamic_llava.model.arguments import check_names, names_of, warn_past_posit
 from dynamic_llava.model.cache import AdmissionCache, check_dense_cache
 from dynamic_llava.model.cache_names import CACHE, cache_of, rename_cache
 from dynamic_llava.model.generation_modes import refuse_for_any_sparsity, refuse_misfits, refuse_unsupported, setting
-from dynamic_llava.model.images import Inputs, check_images, features_of
+from dynamic_llava.model.images import Inputs, features_of
 from dynamic_llava.model.outputs import SparsityRecord
 from dynamic_llava.model.plan import one_cut
 from dynamic_llava.model.switches import check_compile, check_output_keep_rate, choose_method
@@ -193,16 +193,15 @@ class SparseGeneration:
         if given.get("output_mask") is None:
             tokens = input_ids if input_ids.shape[1] else given["inputs_embeds"][..., 0]
             given["output_mask"] = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device)
-        layer, strategy = given.pop("vision_feature_layer", None), given.get("vision_feature_select_strategy")
+        layer = given.pop("vision_feature_layer", None)
         self.model.check_feature_layer(layer)
         encoded = (given.pop("mm_encoder_outputs", None) or {}).get("image")
         if encoded is not None:
             given["image_features"] = features_of(encoded)
-        pixel_values = given.get("pixel_values")
-        if pixel_values is not None:
-            check_images(self._new_images(input_ids, given), self.model.image_length(strategy), len(pixel_values))
-            given["image_features"] = features_of(self.model.encode_images(pixel_values, layer, strategy))
-            given["pixel_values"] = None
+        inputs = replace(_inputs_of(input_ids, given), feature_layer=layer)
+        images = self.model.images_of_call(inputs, self._new_images(input_ids, given))
+        if images is not None:
+            given["image_features"], given["pixel_values"] = features_of(images), None
         generation.features = given.get("image_features")
 
     def _new_images(self, input_ids: Tensor | None, given: dict[str, Any]) -> TokenLayout:

@@ -13,9 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dynamic_llava.layout import TokenLayout
 from dynamic_llava.model.arguments import check_shapes
-
-STRATEGIES = {"default": 0, "full": 1}
-"""vision_feature_select_strategy -> tokens of an image besides those of its patches (the class token)."""
+from dynamic_llava.projectors import image_tokens
 
 
 @dataclass(frozen=True)
@@ -53,14 +51,7 @@ class ImageInputs:
 
     def image_length(self, strategy: str | None) -> int:
         """Return n under a vision_feature_select_strategy, by default the configuration's. ValueError for another."""
-        strategy = strategy if strategy is not None else self.config.vision_feature_select_strategy
-        if strategy not in STRATEGIES:
-            raise ValueError(
-                f"vision_feature_select_strategy={strategy!r} is unknown; choose one of "
-                f"{', '.join(map(repr, STRATEGIES))}"
-            )
-        vision = self.config.vision_config
-        return int((vision.image_size // vision.patch_size) ** 2 + STRATEGIES[strategy])
+        return image_tokens(self.config, strategy)
 
     def lengths_of(self, inputs: Inputs) -> int | list[int]:
         """Return how many tokens each image of a call fills, in row order, or the one number of all.
@@ -92,8 +83,8 @@ class ImageInputs:
         if layer is None:
             return
         layers = [layer] if isinstance(layer, int) else list(layer)
-        vision, projector = self.config.vision_config, self.multi_modal_projector
-        depth, taken = vision.num_hidden_layers, projector.linear_1.in_features // vision.hidden_size
+        depth, own = self.config.vision_config.num_hidden_layers, self.config.vision_feature_layer
+        taken = 1 if isinstance(own, int) else len(own)
         if any(not -depth - 1 <= one <= depth for one in layers):
             raise ValueError(
                 f"vision_feature_layer={layer} names a layer outside {-depth - 1}..{depth}, which are those of this "

@@ -18,6 +18,7 @@ from dynamic_llava.model.supported import (
 from dynamic_llava.processing.base_template import Ends
 from dynamic_llava.processing.image_processor import DynamicLlavaImageProcessor
 from dynamic_llava.processing.images import CLIP_MEAN, CLIP_STD
+from dynamic_llava.projectors import DEFAULT
 
 
 def read_settings(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -114,7 +115,7 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 def _sizes_of_model(name: str, values: dict[str, Any]) -> dict[str, Any]:
     check_architecture(name, values)
-    own = ("sparsity", "untrained_predictors")  # the keys that DynamicLlavaConfig adds
+    own = ("sparsity", "projector", "untrained_predictors")  # the keys that DynamicLlavaConfig adds
     with naming_config(name):
         config = LlavaConfig.from_dict({key: value for key, value in values.items() if key not in own})
     return {
@@ -122,6 +123,7 @@ def _sizes_of_model(name: str, values: dict[str, Any]) -> dict[str, Any]:
         "patch_size": config.vision_config.patch_size,
         "image_token_id": config.image_token_index,
         "feature_select": config.vision_feature_select_strategy,
+        "projector": values.get("projector", DEFAULT),
     }
 
 
@@ -130,7 +132,12 @@ def _sizes_of_processor(name: str, processor: dict[str, Any], pixels: dict[str, 
     for what, size in sizes.items():
         if type(size) is not int or size < 1:
             raise ValueError(f"the saved processor of {name} has {what} {size!r}; give a whole number of 1 or more")
-    return {**sizes, "feature_select": processor.get("vision_feature_select_strategy", "default")}
+    projector = processor.get("projector", DEFAULT)
+    return {
+        **sizes,
+        "feature_select": processor.get("vision_feature_select_strategy", "default"),
+        "projector": projector,
+    }
 
 
 def _check_pixels(name: str, pixels: dict[str, Any], image_size: int) -> None:

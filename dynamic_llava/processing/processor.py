@@ -42,6 +42,7 @@ from dynamic_llava.processing.prompts import (
     encode_conversation,
     encode_prompt,
 )
+from dynamic_llava.projectors import DEFAULT, STRATEGIES, tokens_of
 
 
 class DynamicLlavaProcessor(ProcessorMixin):
@@ -53,9 +54,10 @@ class DynamicLlavaProcessor(ProcessorMixin):
     Args:
         tokenizer: a fast tokenizer (transformers' `PreTrainedTokenizerFast` or a subclass).
         image_size: side S of the square that the vision tower sees; a multiple of `patch_size`.
-        patch_size: side of one patch; an image becomes (S / patch_size)^2 tokens.
+        patch_size: side of one patch.
         image_token_id: the id that stands for every image token; the tokenizer's `<image>` when not given.
         feature_select: "default" (patches only, LLaVA-1.5) or "full" (the class token as well).
+        projector: the model's projector, by which it is known how many tokens an image becomes.
         image_mean, image_std: normalisation per channel; the padding colour follows from the mean.
         chat_template: the base's own jinja template; None is the tokenizer's. LLaVA-1.5 has vicuna_v1, whatever it is.
         ends: where generation stops; None is at the tokenizer's end token.
@@ -73,6 +75,7 @@ class DynamicLlavaProcessor(ProcessorMixin):
         *,
         image_token_id: int | None = None,
         feature_select: str = "default",
+        projector: str = DEFAULT,
         image_mean: Sequence[float] = image_io.CLIP_MEAN,
         image_std: Sequence[float] = image_io.CLIP_STD,
         chat_template: str | None = None,
@@ -80,7 +83,7 @@ class DynamicLlavaProcessor(ProcessorMixin):
     ) -> None:
         if patch_size < 1 or image_size < patch_size or image_size % patch_size:
             raise ValueError(f"image_size={image_size} is not a positive multiple of patch_size={patch_size}")
-        if feature_select not in ("default", "full"):
+        if feature_select not in STRATEGIES:
             raise ValueError(f"feature_select={feature_select!r} is not known; choose 'default' or 'full'")
         if image_token_id is None:
             image_token_id = tokenizer.get_vocab().get(IMAGE_PLACE)
@@ -92,6 +95,8 @@ class DynamicLlavaProcessor(ProcessorMixin):
         self.patch_size = patch_size
         self.image_token_id = int(image_token_id)
         self.feature_select = feature_select
+        self.projector = projector
+        self.tokens_per_image = tokens_of(image_size, patch_size, feature_select, projector)
         self.prompt_format = find_format(tokenizer, chat_template or template_of(tokenizer), ends)
         """How conversations are written: vicuna_v1 for LLaVA-1.5."""
 
@@ -119,11 +124,6 @@ class DynamicLlavaProcessor(ProcessorMixin):
     def end_token_id(self) -> int:
         """Return the id of the token that ends an answer."""
         return int(self.tokenizer.convert_tokens_to_ids(self.prompt_format.end_token))
-
-    @property
-    def tokens_per_image(self) -> int:
-        """Return how many tokens one image becomes; the only place where this number is made."""
-        return (self.image_size // self.patch_size) ** 2 + (self.feature_select == "full")
 
     @property
     def pad_token_id(self) -> int:
@@ -386,13 +386,14 @@ class DynamicLlavaProcessor(ProcessorMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """Return what processor_config.json holds."""
-        return {
+        values = {
             "processor_class": type(self).__name__,
             "image_token": IMAGE_PLACE,
             "num_additional_image_tokens": 1,  # CLIP's class token, which feature_select "default" takes away again
             "patch_size": self.patch_size,
             "vision_feature_select_strategy": self.feature_select,
         }
+        return values if self.projector == DEFAULT else {**values, "projector": self.projector}
 
 
 def _as_list(ids: Any) -> list[int]:

@@ -44,10 +44,8 @@ def work_of(phase: str, preset: Preset, way: Way, value_bytes: int, outputs: int
 def vision_work(preset: Preset, value_bytes: int) -> Work:
     """Return the work of vision tower and projector on one image per row."""
     shape = preset.shape
-    maps = sum(shape.projector_maps)
-    flops = preset.batch * (shape.vision.flops + 2 * shape.tokens_per_image * maps)
-    parameters = shape.vision.parameters + maps + shape.projector_bias * 2 * shape.decoder.hidden
-    return Work(flops, value_bytes * parameters)
+    flops = preset.batch * (shape.vision.flops + shape.projector.forward)
+    return Work(flops, value_bytes * (shape.vision.parameters + shape.projector.parameters))
 
 
 def prefill_work(preset: Preset, way: Way, value_bytes: int, outputs: int = 0) -> Work:

@@ -30,7 +30,7 @@ def counted_flops(run, config):
             input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, sparsity=mode, **images
         ).loss.backward()
     # Earlier transformers computes the rotary angles by a product, later ones do not.
-    rotary = next(module for module in model.modules() if type(module).__name__ == "LlamaRotaryEmbedding")
+    rotary = next(module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding"))
     with FlopCounterMode(display=False) as angles:
         rotary(images["image_features"], position_ids=torch.arange(TOKENS)[None])
     counts = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}

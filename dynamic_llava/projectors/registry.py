@@ -1,0 +1,62 @@
+"""The projectors that have a name, and the one place where the number of an image's tokens is asked for."""
+
+import sys
+from typing import Any
+
+from dynamic_llava.projectors.base import Grid, Projector
+from dynamic_llava.projectors.mlp import Mlp
+
+PROJECTORS: dict[str, type[Projector]] = {projector.name: projector for projector in (Mlp,)}
+"""Registered name -> class. A new one is one file and one row here."""
+DEFAULT = Mlp.name
+"""The projector of a configuration that names none: LLaVA-1.5's."""
+STRATEGIES = {"default": False, "full": True}
+"""vision_feature_select_strategy -> whether the class token is handed to the projector beside the patches."""
+
+
+def find_projector(name: Any) -> type[Projector]:
+    """Return the projector of a name: a registered one, or package.module:Class of a module that is imported already.
+
+    A configuration may come with a checkpoint, and a file imports no code. Raises ValueError for any other name.
+    """
+    if name in PROJECTORS:
+        return PROJECTORS[name]
+    known = f"choose one of {', '.join(map(repr, PROJECTORS))}, or name a class of your own as package.module:Class"
+    if not isinstance(name, str) or ":" not in name:
+        raise ValueError(f"projector={name!r} is not known; {known}")
+    module, _, class_name = name.partition(":")
+    if module not in sys.modules:
+        raise ValueError(
+            f"projector={name!r} is of a module that is not imported, and a configuration imports no code: if you "
+            f"trust it, say `import {module}` before"
+        )
+    found = getattr(sys.modules[module], class_name, None)
+    if not (isinstance(found, type) and issubclass(found, Projector)):
+        raise ValueError(f"projector={name!r}: {module} has no class {class_name!r} that extends Projector")
+    return found
+
+
+def name_of(projector: type[Projector]) -> str:
+    """Return the name by which `find_projector` finds a class."""
+    registered = PROJECTORS.get(getattr(projector, "name", ""))
+    return projector.name if registered is projector else f"{projector.__module__}:{projector.__qualname__}"
+
+
+def tokens_of(image_size: int, patch_size: int, strategy: str = "default", projector: Any = DEFAULT) -> int:
+    """Return n, the tokens of an image of `image_size` pixels a side, cut into patches of `patch_size`.
+
+    `strategy` is a vision_feature_select_strategy. ValueError for an unknown one, and where the projector says so.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(
+            f"vision_feature_select_strategy={strategy!r} is unknown; choose one of {', '.join(map(repr, STRATEGIES))}"
+        )
+    grid: Grid = (image_size // patch_size,) * 2
+    return find_projector(projector).tokens(grid, STRATEGIES[strategy])
+
+
+def image_tokens(config: Any, strategy: str | None = None) -> int:
+    """Return n for a LlavaConfig or DynamicLlavaConfig, under its own strategy or another."""
+    vision = config.vision_config
+    strategy = strategy if strategy is not None else config.vision_feature_select_strategy
+    return tokens_of(vision.image_size, vision.patch_size, strategy, getattr(config, "projector", DEFAULT))
