@@ -18,7 +18,7 @@ from transformers import BatchFeature, GenerationConfig
 
 from dynamic_llava.eval.identity import image_digest
 from dynamic_llava.eval.predict import NotFinite, Prediction, QueryBatch, generate_answers
-from dynamic_llava.eval.reading import shown
+from dynamic_llava.eval.reading import brief, shown
 from dynamic_llava.eval.tasks import Question
 from dynamic_llava.eval.tasks.base import Said
 from dynamic_llava.methods import Method
@@ -94,8 +94,8 @@ class WithinMemory:
     def _halve(self, part: Sequence[Asked], reason: str) -> None:
         if len(part) == 1:
             raise ValueError(
-                f"question {part[0].question.id!r} alone does not fit into memory ({reason.splitlines()[0][:200]}); "
-                "free some, give --dtype bfloat16, or a smaller --max-new-tokens"
+                f"question {brief(part[0].question.id)} alone does not fit into memory "
+                f"({reason.splitlines()[0][:200]}); free some, give --dtype bfloat16, or a smaller --max-new-tokens"
             )
         self.rows = len(part) // 2
         gc.collect()
@@ -203,5 +203,5 @@ def _collect(
         try:
             asked.append(future.result())
         except (OSError, ValueError) as error:
-            unreadable[place] = f"question {questions[place].id!r}: {error}"
+            unreadable[place] = f"question {brief(questions[place].id)}: {error}"
     return asked, unreadable

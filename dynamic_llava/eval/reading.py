@@ -92,8 +92,8 @@ def fields_of(record: Any, fields: Fields, place: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"{place} holds a {type(record).__name__}; a JSON object is due there")
     if missing := [name for name, kind in fields.items() if kind.required and name not in record]:
-        there = ", ".join(map(_REPR.repr, record)) or "nothing"
-        raise ValueError(f"{place} has no {', '.join(map(repr, missing))}; it has {there}")
+        there = (shown(record) if len(record) > SHOWN else ", ".join(map(brief, record))) or "nothing"
+        raise ValueError(f"{place} has no {', '.join(map(brief, missing))}; it has {there}")
     for name, kind in fields.items():
         if name in record:
             typed(record[name], kind, f"{place}: {name!r}")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dynamic_llava.eval.answers import Answer, append_answers, parse_answer, write_answers
-from dynamic_llava.eval.reading import WHOLE, fields_of, parse_json, read_json, shown
+from dynamic_llava.eval.reading import WHOLE, brief, fields_of, parse_json, read_json, shown
 from dynamic_llava.files import writing
 
 PLACE = "place"
@@ -110,7 +110,8 @@ class AnswerStore:
                 place = answer.metadata.get(PLACE)
                 if not WHOLE.fits(place) or not 0 <= place < self.count:
                     raise ValueError(
-                        f"{path}:{answer.line} has place {place!r} in its metadata; there are {self.count} questions"
+                        f"{path}:{answer.line} has place {brief(place)} in its metadata; there are "
+                        f"{self.count} questions"
                     )
                 found.setdefault(place, answer)
         return found
@@ -136,7 +137,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = str(value).encode(errors="backslashreplace").decode()  # half a character cannot be printed
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 

@@ -11,7 +11,7 @@ from statistics import fmean
 
 from dynamic_llava.eval.answers import Answer, one_per_question
 from dynamic_llava.eval.metrics.yes_no import says_yes_or_no, yes_no_scores
-from dynamic_llava.eval.reading import NAME, TEXT, Kind, fields_of, read_json_lines, shown
+from dynamic_llava.eval.reading import NAME, TEXT, Kind, brief, fields_of, read_json_lines, shown
 from dynamic_llava.eval.tasks.base import (
     LLAVA_EVAL,
     PAPER_TABLE1,
@@ -97,7 +97,7 @@ class Pope(Task):
         path, folder = self.path(root, QUESTIONS), self.path(root, LABELS)
         ids: dict[str, list[str]] = {}
         for question, line in llava_questions(path, folder):
-            category = fields_of(line, {"category": CATEGORY}, f"{path}: question {question.id!r}")["category"]
+            category = fields_of(line, {"category": CATEGORY}, f"{path}: question {brief(question.id)}")["category"]
             ids.setdefault(category, []).append(str(question.id))
         return ids, {category: _read_labels(folder / f"coco_pope_{category}.json") for category in ids}
 

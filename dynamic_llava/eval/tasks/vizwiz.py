@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from dynamic_llava.eval.answers import Answer, one_per_question
 from dynamic_llava.eval.metrics.soft_accuracy import normalised_accuracy
 from dynamic_llava.eval.metrics.vqa_normalise import normalise
-from dynamic_llava.eval.reading import LIST, NAME, PATH, TEXT, TEXTS, fields_of, optional, read_list, shown
+from dynamic_llava.eval.reading import LIST, NAME, PATH, TEXT, TEXTS, brief, fields_of, optional, read_list, shown
 from dynamic_llava.eval.tasks.base import (
     LLAVA_EVAL,
     SHORT,
@@ -147,7 +147,7 @@ class VizWiz(Task):
         path = self.path(root, TEST)
         pairs = llava_questions(path, Path(root) / TEST_IMAGES)
         for question, line in pairs:
-            fields_of(line, {"image": TEXT}, f"{path}: question {question.id!r}")
+            fields_of(line, {"image": TEXT}, f"{path}: question {brief(question.id)}")
         return pairs
 
     def _val(self, root: Path) -> list[dict[str, Any]]:
