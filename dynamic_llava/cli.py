@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from dynamic_llava.commands import METHOD, METHOD_HELP, take_method
+from dynamic_llava.files import brief
 
 Config = TypeVar("Config")
 
@@ -171,7 +172,9 @@ def _naming(file: str | Path) -> Iterator[None]:
     try:
         yield
     except OmegaConfBaseException as error:
-        raise ValueError(f"{file}: {error.full_key}: {error.msg}") from None
+        # What OmegaConf says of a file as a whole has neither key nor message; further lines are about its classes.
+        said = [str(part) for part in (error.full_key, error.msg) if part] or [str(error) or type(error).__name__]
+        raise ValueError(f"{file}: {': '.join(said).splitlines()[0]}") from None
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 
@@ -212,11 +215,19 @@ def _check_keys(config_class: type, values: Mapping[str, Any], path: Path, prefi
         section = _section(types[key])
         if section is not None and isinstance(value, Mapping):
             _check_keys(section, value, path, f"{prefix}{key}.")
+        elif section is not None and not isinstance(value, _plain_kinds(types[key])):
+            due = ", ".join(field.name for field in fields(section)[:3])
+            raise ValueError(f"{path}: {prefix}{key} is {brief(value)}; lines of settings are due there: {due}, ...")
 
 
 def _section(annotation: Any) -> type | None:
     """Return the dataclass behind a field's type, an optional one included; None for a plain value."""
     return next((kind for kind in (annotation, *get_args(annotation)) if is_dataclass(kind)), None)
+
+
+def _plain_kinds(annotation: Any) -> tuple[type, ...]:
+    """Return the types that a field takes beside a section: that of None for an optional one."""
+    return tuple(kind for kind in get_args(annotation) if isinstance(kind, type) and not is_dataclass(kind))
 
 
 def _foreign(config_class: type) -> set[str]:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import reprlib
 import shutil
 import socket
 import sys
@@ -29,6 +30,8 @@ EXIT_WRITE_FAILED = 74
 """Exit code of every command that could not write a file."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 """Errors of a file system that nothing else than writing meets."""
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 120
 REMEMBERED = 2**24
 """Least size, in bytes, of a file whose digest is remembered between processes."""
 SETTLED_SECONDS = 2.0
@@ -82,6 +85,11 @@ def give_usual_modes(place: Path) -> None:
     for path in (place, *(place.rglob("*") if place.is_dir() else ())):
         if not path.is_symlink():
             path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
+def brief(value: Any) -> str:
+    """Return a value as Python writes it, long ones cut: what a message shows of something that a file says."""
+    return _REPR.repr(value)
 
 
 def amount(size: float) -> str:

@@ -7,19 +7,17 @@ missing one is a FileNotFoundError. Text is UTF-8, with a byte-order mark or wit
 import csv
 import json
 import math
-import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from dynamic_llava.files import brief
+
 SHOWN = 5
 """How many ids an error message or a warning shows; it counts the others."""
 LONGEST_CELL = 2**31 - 1
 """Characters of a table's cell; images are longer than csv's own limit."""
-
-_REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 120
 
 
 @dataclass(frozen=True)
@@ -105,11 +103,6 @@ def typed(value: Any, kind: Kind, place: str) -> Any:
     if not kind.fits(value):
         raise ValueError(f"{place} is {brief(value)}; {kind.due} is due there")
     return value
-
-
-def brief(value: Any) -> str:
-    """Return a value as Python writes it, long ones cut."""
-    return _REPR.repr(value)
 
 
 def shown(ids: Iterable[object]) -> str:

@@ -13,6 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import cached_file
 
 from dynamic_llava.costs import llava_shape, parameter_counts
+from dynamic_llava.files import brief
 from dynamic_llava.model.families import FAMILIES
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
@@ -87,7 +88,7 @@ def check_kernels(source: str | Path, values: Mapping[str, Any]) -> None:
         named = values.get(key)
         if named is not None and "/" in str(named):
             raise ValueError(
-                f"config.json of {source} asks by {key} for the kernel {named!r} of the hub, and no code that a "
+                f"config.json of {source} asks by {key} for the kernel {brief(named)} of the hub, and no code that a "
                 f"checkpoint names is run here; take {key} out of the file, or give attn_implementation yourself"
             )
 
@@ -114,17 +115,17 @@ def check_architecture(source: str | Path, values: Mapping[str, Any]) -> None:
     found = values.get("model_type", OUR_TYPES[0])
     if found not in OUR_TYPES:
         raise ValueError(
-            f"{source} has model_type {found!r}; give a LLaVA-1.5 checkpoint in llava-hf layout ('llava') or one of "
-            "ours ('dynamic_llava')"
+            f"{source} has model_type {brief(found)}; give a LLaVA-1.5 checkpoint in llava-hf layout ('llava') or one "
+            "of ours ('dynamic_llava')"
         )
     for part, (words, carried) in _PARTS.items():
         settings = values.get(part)
         if not isinstance(settings, Mapping | None):
-            raise ValueError(f"config.json of {source} has {part} {settings!r}, where settings (an object) belong")
+            raise ValueError(f"config.json of {source} has {part} {brief(settings)}, where settings (an object) belong")
         kind = (settings or {}).get("model_type", carried[0])
         if kind not in carried:
             raise ValueError(
-                f"{source} has a {words} of type {kind!r} ({part}.model_type in config.json), and only "
+                f"{source} has a {words} of type {brief(kind)} ({part}.model_type in config.json), and only "
                 f"{', '.join(map(repr, carried))} can be sparse here; transformers' own "
                 "LlavaForConditionalGeneration runs it without sparsity"
             )
@@ -152,7 +153,9 @@ def _check_sizes(source: str | Path, part: str, settings: Mapping[str, Any]) -> 
     for name in _SIZES:
         size = settings.get(name, 1)
         if not (size is None and name in _OPTIONAL) and (type(size) is not int or size < 1):
-            raise ValueError(f"config.json of {source} has {part}.{name} {size!r}; give a whole number of 1 or more")
+            raise ValueError(
+                f"config.json of {source} has {part}.{name} {brief(size)}; give a whole number of 1 or more"
+            )
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     if isinstance(rope, Mapping):  # anything else is refused by transformers, with the field's name
         _check_name(source, f"{part}'s rope_type", rope.get("rope_type", rope.get("type")), ROPE_INIT_FUNCTIONS)
@@ -161,19 +164,22 @@ def _check_sizes(source: str | Path, part: str, settings: Mapping[str, Any]) -> 
 
 def _check_name(source: str | Path, what: str, found: Any, known: Collection[str]) -> None:
     if found not in (None, "default") and not (isinstance(found, str) and found in known):
-        raise ValueError(f"config.json of {source} has {what} {found!r}; transformers knows {', '.join(sorted(known))}")
+        raise ValueError(
+            f"config.json of {source} has {what} {brief(found)}; transformers knows {', '.join(sorted(known))}"
+        )
 
 
 def _check_tower(source: str | Path, values: Mapping[str, Any], tower: Mapping[str, Any]) -> None:
     if tower.get("num_channels", 3) != 3:
         raise ValueError(
-            f"{source} has vision_config.num_channels {tower['num_channels']!r}; images have 3 here: red, green, blue"
+            f"{source} has vision_config.num_channels {brief(tower['num_channels'])}; images have 3 here: red, "
+            "green, blue"
         )
     for key in ("dtype", "torch_dtype"):
         found = getattr(torch, str(values.get(key)).removeprefix("torch."), None)
         if values.get(key) is not None and not isinstance(found, torch.dtype):
             raise ValueError(
-                f"config.json of {source} has {key} {values[key]!r}; give 'float32', 'float16' or 'bfloat16'"
+                f"config.json of {source} has {key} {brief(values[key])}; give 'float32', 'float16' or 'bfloat16'"
             )
     _check_name(source, "projector_hidden_act", values.get("projector_hidden_act"), ACT2FN)
     image, patch = tower.get("image_size", 336), tower.get("patch_size", 14)
@@ -183,8 +189,8 @@ def _check_tower(source: str | Path, values: Mapping[str, Any], tower: Mapping[s
     chosen = chosen if isinstance(chosen, list | tuple) else [chosen]
     if not chosen or any(type(layer) is not int or not -depth - 1 <= layer <= depth for layer in chosen):
         raise ValueError(
-            f"config.json of {source} has vision_feature_layer {values.get('vision_feature_layer')!r}, and the vision "
-            f"tower has {depth} layers; give one of {-depth - 1}..{depth}, or a list of them"
+            f"config.json of {source} has vision_feature_layer {brief(values.get('vision_feature_layer'))}, and the "
+            f"vision tower has {depth} layers; give one of {-depth - 1}..{depth}, or a list of them"
         )
 
 

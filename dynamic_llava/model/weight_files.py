@@ -126,6 +126,10 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         names = set(index.values())
+    except UnicodeDecodeError as error:  # it would show the whole file
+        raise ValueError(
+            f"{path} is no index of weights (no UTF-8 at byte {error.start}: {error.reason}); get the file again"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no index of weights ({error!r}); get the file again") from None
     for name in names:

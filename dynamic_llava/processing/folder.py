@@ -7,6 +7,7 @@ from typing import Any
 from transformers import AutoTokenizer, LlavaConfig
 from transformers.utils import cached_file
 
+from dynamic_llava.files import brief
 from dynamic_llava.model.places import check_place, refuse_adapter
 from dynamic_llava.model.supported import (
     HUB_ARGUMENTS,
@@ -39,7 +40,7 @@ def read_settings(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
             "give the folder of a LLaVA checkpoint (llava-hf layout) or of a saved processor"
         )
     if not isinstance(pixels, dict):
-        raise ValueError(f"processor_config.json of {name} has image_processor {pixels!r}, where settings belong")
+        raise ValueError(f"processor_config.json of {name} has image_processor {brief(pixels)}, where settings belong")
     settings = _sizes_of_model(name, model) if model is not None else _sizes_of_processor(name, processor, pixels)
     _check_pixels(name, pixels, settings["image_size"])
     colours = {"image_mean": pixels.get("image_mean", CLIP_MEAN), "image_std": pixels.get("image_std", CLIP_STD)}
@@ -58,12 +59,14 @@ def load_tokenizer(name: str | Path, **arguments: Any) -> Any:
     check_place(name, arguments)
     refuse_code(name, arguments)
     try:
-        return AutoTokenizer.from_pretrained(str(name), trust_remote_code=False, **arguments)
+        tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False, **arguments)
+        tokenizer("a")  # some damage shows at the first text only: a longest length that is no number
     except (OSError, ImportError):
         raise
     except Exception as error:  # transformers and tokenizers raise what they like for a damaged file
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"the tokenizer of {name} cannot be read ({reason}); get its files again") from error
+        raise ValueError(f"the tokenizer of {name} cannot be read ({reason[:500]}); get its files again") from error
+    return tokenizer
 
 
 def template_of(tokenizer: Any) -> str | None:
@@ -103,7 +106,7 @@ def read_ends(name: str | Path, arguments: dict[str, Any]) -> Ends | None:
             continue
         ids = found if isinstance(found, list) else [found]
         if not all(type(number) is int for number in ids):
-            raise ValueError(f"{file} of {name} has eos_token_id {found!r}; give a token id or a list of them")
+            raise ValueError(f"{file} of {name} has eos_token_id {brief(found)}; give a token id or a list of them")
         return Ends(ids, file)
     return None
 
@@ -131,7 +134,9 @@ def _sizes_of_processor(name: str, processor: dict[str, Any], pixels: dict[str, 
     sizes = {"image_size": _side(pixels["crop_size"]), "patch_size": processor["patch_size"]}
     for what, size in sizes.items():
         if type(size) is not int or size < 1:
-            raise ValueError(f"the saved processor of {name} has {what} {size!r}; give a whole number of 1 or more")
+            raise ValueError(
+                f"the saved processor of {name} has {what} {brief(size)}; give a whole number of 1 or more"
+            )
     projector = processor.get("projector", DEFAULT)
     return {
         **sizes,

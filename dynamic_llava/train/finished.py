@@ -112,7 +112,10 @@ def _record(model: Path) -> tuple[dict[str, Any], int, dict[str, str] | None]:
             batch = values.get("train.batch_size", 1) * values.get("train.gradient_accumulation", 1)
             return {n: v for n, v in values.items() if n not in NOT_COMPARED} | {SAMPLES_PER_STEP: batch}, 1, None
     except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise ValueError(f"{model} does not say how it was trained: {error}; move {model.parent} away") from None
+        file = record if record.is_file() else settings
+        raise ValueError(
+            f"{file} does not say how the model was trained: {type(error).__name__}, {error}; move {model.parent} away"
+        ) from None
     raise ValueError(f"{model} has no {MODEL_SETTINGS} that says how it was trained; move {model.parent} away")
 
 

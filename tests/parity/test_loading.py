@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dynamic_llava import DynamicLlavaForConditionalGeneration
+from dynamic_llava import DynamicLlavaForConditionalGeneration, DynamicLlavaProcessor
 from tests.builders import TINY_SPARSITY, build_model, collate, dense_twin, fixed_rows
+from tests.sft_builders import write_checkpoint
 
 PREDICTORS = ("model.language_model.image_predictor.", "model.language_model.output_predictor.")
 SPARSITY = TINY_SPARSITY.to_dict()
@@ -143,3 +144,29 @@ def test_part_of_a_predictor_missing_is_an_error(model, tmp_path):
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises((OSError, ValueError), match="nowhere"):
         DynamicLlavaForConditionalGeneration.from_pretrained(tmp_path / "nowhere")
+
+
+def test_what_damaged_files_say_is_cut(model, tmp_path):
+    """An index in another encoding, a size of thousands of letters, a tokenizer that fails at its first text."""
+    model.save_pretrained(tmp_path / "parts", max_shard_size="300KB")
+    index = tmp_path / "parts" / "model.safetensors.index.json"
+    index.write_bytes(index.read_text().encode("utf-16"))
+    write_checkpoint(tmp_path / "size")
+    for folder, file, key, value in (
+        ("size", "config.json", "hidden_size", "x" * 5000),
+        ("tokens", "tokenizer_config.json", "model_max_length", "yes"),
+    ):
+        write_checkpoint(tmp_path / folder)
+        path = tmp_path / folder / file
+        values = json.loads(path.read_text())
+        (values["text_config"] if file == "config.json" else values)[key] = value
+        path.write_text(json.dumps(values))
+    loads = {
+        "parts": DynamicLlavaForConditionalGeneration.from_pretrained,
+        "size": DynamicLlavaForConditionalGeneration.from_pretrained,
+        "tokens": DynamicLlavaProcessor.from_pretrained,
+    }
+    for name, read in loads.items():
+        with pytest.raises(ValueError, match=name) as error:
+            read(tmp_path / name)
+        assert len(str(error.value)) < 1000, name

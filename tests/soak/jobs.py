@@ -29,7 +29,7 @@ MARK = "SOAK_MARK"
 PATIENCE = 180
 """Seconds in which any of the jobs must have ended, on a machine that does other work too."""
 TASKS = ("pope", "textvqa", "gqa", "vqav2", "mme", "scienceqa", "mmbench", "seed", "vizwiz")
-TIMED = ("tokens_per_second", "mfu", "train_seconds", "seconds", "cpu_seconds")
+TIMED = ("mfu", "seconds", "cpu_seconds", "train_seconds", "train_runtime")
 TRAINING = {
     "model": {"base": "../inputs/base"},
     "data": {"json": "../inputs/data.json", "image_folder": "../inputs/images", "max_length": 400},
@@ -47,7 +47,7 @@ MAIN_JOB = {
     "tiny.train-images": 4, "tiny.test-images": 16, "tiny.questions": 12, "tiny.descriptions": 3,
     "tiny.uncached-questions": 2, "tiny.uncached-descriptions": 1, "tiny.description-tokens": 12,
     "tiny.timing-batch": 1, "tiny.timing-tokens": 1, "tiny.timing-repeats": 1, "tiny.picture-scenes": 2,
-    "tiny.picture-answers": 2, "train.max-steps": 2, "train.batch-size": 2, "name": "report", "output-folder": ".",
+    "tiny.picture-answers": 1, "train.max-steps": 2, "train.batch-size": 2, "name": "report", "output-folder": ".",
 }  # fmt: skip
 
 
@@ -167,7 +167,7 @@ def sweep_inputs(folder):
 def report_inputs(folder):
     """Run the main job in small."""
     options = [word for name, value in MAIN_JOB.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "dynamic_llava.train", str(ROOT / "configs" / "tiny.yaml"), *options]
+    command = [sys.executable, "-m", "dynamic_llava.tiny", "job", str(ROOT / "configs" / "tiny.yaml"), *options]
     done = subprocess.run(command, cwd=folder, env=surroundings(folder / "cache"), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -209,7 +209,7 @@ JOBS = {
         ("-m", "dynamic_llava.sweep", "../inputs/few.yaml"), sweep_result, sweep_inputs, stops=STOPPED,
     ),
     "report": Job(
-        ("-m", "dynamic_llava.eval", "tiny-page", "../inputs/report", "--page", "tiny.md"), report_result,
+        ("-m", "dynamic_llava.tiny", "page", "../inputs/report", "--page", "tiny.md"), report_result,
         report_inputs,
     ),
 }  # fmt: skip

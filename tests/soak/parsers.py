@@ -151,8 +151,9 @@ def read_images(folder):
 
 def configurations(folder):
     (folder / "run.yaml").write_text(yaml.safe_dump({"name": "run", **TRAINING}))
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(yaml.safe_load((ROOT / "configs/tiny.yaml").read_text())))
-    return [folder / "run.yaml", folder / "tiny.yaml"]
+    for name in ("lora_7b.yaml", "dynamic_llava_7b.yaml"):
+        (folder / name).write_text(yaml.safe_dump(yaml.safe_load((ROOT / "configs" / name).read_text())))
+    return sorted(folder.glob("*.yaml"))
 
 
 def read_configurations(folder):
@@ -325,8 +326,10 @@ PARSERS = {
     "weights' heads": Parser(weights, read_weights, cases=300, names=("model.safetensors",)),
     "other bases": Parser(other_bases, read_other_bases, cases=400, names=("chatml", "llama")),
     "other layouts": Parser(other_layouts, read_other_layouts, cases=300, names=("original", "published")),
-    "records of a training": Parser(training_records, read_training_records, cases=60),
-    "records of a model": Parser(finished_records, read_finished_records, cases=60),
+    "records of a training": Parser(training_records, read_training_records, cases=60, names=("checkpoint-",)),
+    "records of a model": Parser(
+        finished_records, read_finished_records, cases=60, names=("a finished model of another run",)
+    ),
     "summaries": Parser(summaries, read_summaries, cases=60),
 }
 """Name -> parser. A new reader is one entry."""

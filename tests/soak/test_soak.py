@@ -97,7 +97,8 @@ def test_a_parser_that_hangs_dies_or_says_nothing_is_found(tmp_path, monkeypatch
     assert ledger.checks["toy"].ran == 150 and 5 < ledger.checks["toy"].failures < 150
     for wrong in ("no end within", "hung or died", "KeyError: 'bug'", "names no file"):
         assert wrong in found, f"{wrong} was not found"
-    number = ledger.checks["toy"].found[0]["reproduction"].split()[-1]
+    bug = next(one for one in ledger.checks["toy"].found if "KeyError: 'bug'" in one["what"])
+    number = bug["reproduction"].split()[-1]
     assert fuzz.main("toy", "2", number) == 1
 
 

@@ -129,6 +129,15 @@ def test_models_of_earlier_versions(copy):
         run(copy)
 
 
+@pytest.mark.parametrize("damage", [b"\xff\xfe{", b"{", b"[]"], ids=["no UTF-8", "cut", "no object"])
+def test_a_damaged_record_is_named(copy, damage):
+    record = copy.folder / "model" / MODEL_RECORD
+    record.write_bytes(damage)
+    with pytest.raises(ValueError, match="does not say how the model was trained") as error:
+        run(copy)
+    assert str(error.value).startswith(str(record))
+
+
 def test_two_processes_do_not_train_in_one_folder(copy, tmp_path, capsys):
     write_config(copy, tmp_path / "same.yaml")
     with Lock(copy.folder / "run.lock", "training"):

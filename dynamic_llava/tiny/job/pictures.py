@@ -1,5 +1,6 @@
 """The pictures of the main job: kept patches, greyed answers, keep rate by word, training curves."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,16 +47,22 @@ def draw_pictures(
                 title="What Dynamic I|T keeps of its own answers",
             )
         )
-    drawn.append(
-        draw_keep_rate_by_word(
-            folder / "keep_rate_by_word.png",
-            [answer.words for answer in answers],
-            [answer.kept for answer in answers],
-            title="How often a word of a description stays in the cache",
-            least_count=min(10, len(answers)),
-        )
+    return drawn + keep_rate_by_word(folder, answers)
+
+
+def keep_rate_by_word(folder: Path, answers: Sequence[GreyedAnswer]) -> list[Path]:
+    """Draw how often words were kept, those that are frequent enough among so many answers; nothing without a word."""
+    seen = Counter(word for answer in answers for word in answer.words)
+    if not seen:  # a model that is not trained may end at once
+        return []
+    path = draw_keep_rate_by_word(
+        folder / "keep_rate_by_word.png",
+        [answer.words for answer in answers],
+        [answer.kept for answer in answers],
+        title="How often a word of a description stays in the cache",
+        least_count=min(10, len(answers), max(seen.values())),
     )
-    return drawn
+    return [path]
 
 
 def _kept_patches(
