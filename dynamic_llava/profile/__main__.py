@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynamic_llava.commands import Parser, entry_point, exit_on_mistake, missing_package
+from dynamic_llava.commands import Parser, add_method, entry_point, exit_on_mistake, missing_package
 from dynamic_llava.files import WriteError
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--json", action="store_true", help="print one line of JSON per row after the table")
     for made in (memory, latency, roofline, training, curve):
         _add_preset(made)
+    for made in (memory, latency, roofline):
+        add_method(made)
     for made in (memory, latency, roofline, curve):
         made.add_argument("--outputs", type=int, nargs="+", help="numbers of generated tokens (default: the preset's)")
     for made in (memory, latency, roofline, training):
@@ -170,7 +172,12 @@ def _preset(options: Any) -> Any:
     preset = find_preset(options.preset).with_layers(options.layers)
     outputs = getattr(options, "outputs", None)  # a training step generates nothing
     changes = {"batch": options.batch_size, "outputs": tuple(outputs) if outputs else None}
-    return replace(preset, **{name: value for name, value in changes.items() if value is not None})
+    preset = replace(preset, **{name: value for name, value in changes.items() if value is not None})
+    if getattr(options, "method", None) is None:
+        return preset
+    from dynamic_llava.profile.workload import preset_under
+
+    return preset_under(preset, options.method)
 
 
 def _show(options: Any, reports: Sequence["Report"], device: "torch.device | None" = None) -> int:
@@ -197,14 +204,13 @@ def _tokens(options: Any) -> int:
 
 def _memory(options: Any) -> int:
     from dynamic_llava.profile.inference_memory import memory_report
-    from dynamic_llava.profile.presets import WAYS
     from dynamic_llava.profile.workload import device_asked, dtype_asked
 
     preset = _preset(options)
     if not options.measured:
         if options.device is not None:
             raise ValueError("--device belongs to --measured; without it memory is calculated, for any device")
-        return _show(options, [memory_report(preset, WAYS, dtype_asked(options.dtype, None).itemsize)])
+        return _show(options, [memory_report(preset, preset.ways, dtype_asked(options.dtype, None).itemsize)])
     from dynamic_llava.profile.latency import Bench, Effort
     from dynamic_llava.profile.parts import measured_report
 

@@ -53,7 +53,7 @@ def inference_memory(
     settings = sparsity if sparsity is not None else SparsityConfig()
     decoder, batch = preset.shape.decoder, preset.batch
     counts = parameter_counts(preset.shape, settings)
-    unused = set() if way != "dense" else {"image_predictor", "output_predictor"}
+    unused = set() if way != "dense" and preset.method is None else {"image_predictor", "output_predictor"}
     weights = bytes_per_value * sum(count for part, count in counts.items() if part not in unused)
     cache = cache_bytes(preset, way, outputs, bytes_per_value=bytes_per_value, block=settings.cache_block)
     prefill = weights + _prefill_bytes(preset, way, settings, bytes_per_value)
@@ -72,7 +72,8 @@ def _prefill_bytes(preset: Preset, way: Way, settings: SparsityConfig, bytes_per
     if way == "dense":
         return embedded + opened + values * prompt * mlp
     early = kv_bytes(decoder, prompt, kept=0, sparse_layer=preset.sparse_layer, **sizes)
-    predictor = 2 * decoder.hidden + 2 * settings.predictor_mlp + 4 * settings.predictor_width
+    asked = preset.method is None
+    predictor = asked * (2 * decoder.hidden + 2 * settings.predictor_mlp + 4 * settings.predictor_width)
     return embedded + max(
         early + values * prompt * mlp,
         early + values * (prompt * decoder.hidden + preset.shape.tokens_per_image * predictor),
@@ -102,7 +103,8 @@ def cache_bytes(preset: Preset, way: Way, outputs: int, *, bytes_per_value: int 
 def measured_memory(model: Any, twin: Any, preset: Preset, way: Way, outputs: int) -> dict[str, Peak]:
     """Return the measured peaks of a prefill, and of the last steps of a generation of `outputs` tokens."""
     prompt = prompts(model, preset)
-    weights = [parameter for name, parameter in model.named_parameters() if way != "dense" or "_predictor" not in name]
+    decides = way != "dense" and preset.method is None
+    weights = [parameter for name, parameter in model.named_parameters() if decides or "_predictor" not in name]
     held = [*weights, prompt.embeds_BND] if way == "dense" else [*weights, prompt.features_BnD]
 
     steps = min(outputs, model.config.sparsity.cache_block + 1)  # enough for the cache to grow once

@@ -268,7 +268,7 @@ def measured_report(bench: Bench) -> Report:
     def measure(way: Any, outputs: int) -> Any:
         return measured_memory(bench.model, bench.twin, bench.preset, way, outputs)
 
-    return memory_report(bench.preset, WAYS, bench.value_bytes, measure)
+    return memory_report(bench.preset, bench.preset.ways, bench.value_bytes, measure)
 
 
 def _memory(setting: Setting) -> None:

@@ -38,6 +38,8 @@ class Preset:
     """Share of the output tokens that is admitted, exactly: decisions are forced, though the predictor runs."""
     sparse_layer: int = 2
     """l."""
+    method: Any = None
+    """A Method that decides in the sparse ways instead of Dynamic-LLaVA (`workload.preset_under`)."""
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.text < 2 or not self.outputs or sorted(set(self.outputs)) != list(self.outputs):
@@ -71,6 +73,11 @@ class Preset:
     def kept_outputs(self, outputs: int) -> int:
         """Return how many of the first `outputs` generated tokens are admitted."""
         return int(outputs * self.output_keep_rate)
+
+    @property
+    def ways(self) -> tuple[Way, ...]:
+        """The ways that are compared; a method of its own has one beside the dense one."""
+        return WAYS if self.method is None else ("dense", "both")
 
     def groups(self, way: Way, outputs: int = 0) -> dict[str, Any]:
         """Return tokens=, kept= and sparse_layer= for the formulas of costs/, with `outputs` tokens generated."""

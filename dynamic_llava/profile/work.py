@@ -52,7 +52,7 @@ def prefill_work(preset: Preset, way: Way, value_bytes: int, outputs: int = 0) -
     """Return the work of a prefill, or of a step without cache after `outputs` tokens; predictors included."""
     decoder = preset.shape.decoder
     flops = prefill_flops(shape=decoder, **preset.groups(way, outputs), batch=preset.batch)
-    if way != "dense":
+    if way != "dense" and preset.method is None:
         decided = outputs if way == "both" else 0
         image_tokens = preset.shape.tokens_per_image
         flops += preset.batch * predictor_flops(decoder.hidden, image_tokens, output_tokens=decided)
@@ -64,7 +64,7 @@ def step_work(preset: Preset, way: Way, value_bytes: int, outputs: int) -> Work:
     decoder, groups = preset.shape.decoder, preset.groups(way, outputs)
     flops = flops_decode_step(shape=decoder, **groups, batch=preset.batch) + head_flops(preset.batch, decoder)
     moved = decode_step_bytes(decoder, **groups, bytes_per_value=value_bytes, batch=preset.batch)
-    if way == "both":
+    if way == "both" and preset.method is None:
         extra = output_predictor_work(preset, value_bytes)
         return Work(flops + extra.flops, moved + extra.bytes)
     return Work(flops, moved)

@@ -7,9 +7,9 @@ Shape suffixes: B rows, N tokens, K kept tokens, n tokens of one image, D hidden
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from dynamic_llava.layout import TokenLayout
-from dynamic_llava.methods import Dynamic
+from dynamic_llava.methods import Dynamic, Method, describe_method, print_method, read_method, settings_of
 from dynamic_llava.model import AdmissionCache, DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
 from dynamic_llava.model.cache_names import CACHE
 from dynamic_llava.model.step import compile_options
@@ -49,13 +49,37 @@ def dtype_asked(name: str | None, device: torch.device | None) -> torch.dtype:
     return torch.float32 if device is not None and device.type == "cpu" else torch.bfloat16
 
 
-def method_of(preset: Preset, way: Way) -> Dynamic:
+def preset_under(preset: Preset, spelling: Mapping[str, Any]) -> Preset:
+    """Return a preset whose way `both` is another method's, at that method's layer and keep rates.
+
+    ValueError for a method that is not known, and for one whose work does not follow from its settings `layer`,
+    `image_keep_rate` and, if it has it, `output_keep_rate` (of a random rate the mean is taken).
+    """
+    method = read_method(spelling, preset.sparsity)
+    settings = settings_of(method)
+    if isinstance(method, Dynamic) or not {"layer", "image_keep_rate"} <= set(settings):
+        raise ValueError(
+            f"method {spelling['name']!r} cannot be profiled here: name one with the settings layer and "
+            "image_keep_rate that learns nothing; Dynamic-LLaVA is profiled without --method"
+        )
+    rates = [getattr(method, name, None) for name in ("image_keep_rate", "output_keep_rate")]
+    image, output = (1.0 if rate is None else rate for rate in rates)
+    if not image or not method.training_free:
+        raise ValueError(f"{describe_method(method)} cannot be profiled: it must keep image tokens, and learn nothing")
+    about = f"{preset.about}; both is {describe_method(method)}"
+    rates = {"image_keep_rate": image, "output_keep_rate": output}
+    return replace(preset, method=method, sparse_layer=print_method(method)["layer"], about=about, **rates)
+
+
+def method_of(preset: Preset, way: Way) -> Method:
     """Return the method that a sparse way runs with: its output predictor runs, and is overruled at an exact rate.
 
-    A predictor with random weights would keep all or nothing.
+    A predictor with random weights would keep all or nothing. Where the preset has a method of its own, it is that.
     """
     if way == "dense":
         raise ValueError("the dense way has no method; its baseline is transformers' own model")
+    if preset.method is not None:
+        return preset.method
     return Dynamic(
         layer=preset.sparse_layer,
         sparsity=way,

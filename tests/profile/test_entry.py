@@ -4,15 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from dynamic_llava.methods import FastV
 from dynamic_llava.profile.__main__ import draw_curve, main
-from dynamic_llava.profile.presets import PRESETS
+from dynamic_llava.profile.presets import PRESETS, find_preset
 from dynamic_llava.profile.results import read
 from dynamic_llava.profile.tables import curve_report
+from dynamic_llava.profile.work import prefill_work
+from dynamic_llava.profile.workload import method_of, preset_under
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--preset", "cpu-bytes", "--batch-size", "1", "--layers", "3", "--device", "cpu"]
@@ -136,3 +140,23 @@ def test_the_script_rehearses_with_the_python_it_is_given(tmp_path):
     assert summary.count("| done |") == len(LIGHT) and "its numbers mean nothing" in summary
     for title in ("Training attention", "A training step", "What the predictors cost"):
         assert f"## {title}" in summary
+
+
+def test_another_method_is_profiled_at_its_own_rates(capsys):
+    """Its bytes are those of its kept tokens, and no predictor is part of it."""
+    assert main(["memory", "--method", "structure", "--method.layer", "3", "--method.output-keep-rate", "none"]) == 0
+    table = capsys.readouterr().out
+    assert "both is structure (layer 3, image_keep_rate 0.2, output_keep_rate None)" in table.replace("\n", " ")
+    preset = preset_under(find_preset("table4"), {"name": "fastv", "layer": 3, "image_keep_rate": "0.25"})
+    assert preset.groups("both", 10) == {"tokens": preset.prompt + 10, "kept": 50 + 144 + 10, "sparse_layer": 3}
+    assert method_of(preset, "both") == FastV(layer=3, image_keep_rate=0.25) and preset.ways == ("dense", "both")
+    own = replace(preset, method=None)
+    assert prefill_work(preset, "both", 2).flops < prefill_work(own, "both", 2).flops
+    for words, message in (
+        (("--method", "dynamic"), "is profiled without --method"),
+        (("--method", "mixed"), "cannot be profiled here"),
+        (("--method", "random", "--method.image-keep-rate", "0"), "must keep image tokens"),
+        (("--method", "fastvv"), "did you mean 'fastv'"),
+    ):
+        assert main(["memory", *words]) == 2
+        assert message in capsys.readouterr().err
