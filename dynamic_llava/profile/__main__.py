@@ -228,6 +228,7 @@ def _latency(options: Any) -> int:
     dtype = dtype_asked(options.dtype, device)
     bench = latency.Bench(preset, device, dtype, latency.Effort.on(device))
     variants = latency.EAGER + (latency.COMPILED if options.compiled else ())
+    variants = tuple(variant for variant in variants if variant.way in preset.ways)
     lengths = (0, *preset.outputs)
     rows = [*latency.vision_rows(bench), *latency.prefill_rows(bench), *latency.step_rows(bench, variants, lengths)]
     if options.uncached:
