@@ -11,9 +11,10 @@ from typing import Any
 
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from dynamic_llava.checkpoints.names import EMBEDDING, IMAGE_PREDICTOR, OUTPUT_PREDICTOR, TOWER, predictor_of
+from dynamic_llava.checkpoints.names import EMBEDDING, IMAGE_PREDICTOR, OUTPUT_PREDICTOR, TOWER, is_predictors
 from dynamic_llava.config import SparsityConfig
 from dynamic_llava.model import DynamicLlavaConfig
+from dynamic_llava.model.learned import parts_of
 from dynamic_llava.model.supported import check_architecture
 from dynamic_llava.projectors import tokens_of
 from dynamic_llava.sparsity import budget
@@ -96,7 +97,7 @@ def config_from_hf(values: dict[str, Any], ours: bool) -> DynamicLlavaConfig:
     values = {key: value for key, value in values.items() if key != "model_type"}
     config = DynamicLlavaConfig.from_dict(values)
     if not ours:
-        config.untrained_predictors = ["image_predictor", "output_predictor"]
+        config.untrained_predictors = list(parts_of(config.sparsity))
     return config
 
 
@@ -118,7 +119,7 @@ def config_of_parts(
             "the parts were trained on"
         )
     if trained.get("sparse_config") is not None or (
-        config.untrained_predictors and any(predictor_of(name) for name in shapes)
+        config.untrained_predictors and any(is_predictors(name) for name in shapes)
     ):
         layers = config.text_config.num_hidden_layers
         config.sparsity = _sparsity(trained, shapes, layers, config.image_seq_length, say)
@@ -228,7 +229,7 @@ def _count_layers(shapes: Shapes, beginning: str) -> int:
 
 def _sparsity(values: dict[str, Any], shapes: Shapes, layers: int, tokens: int, say: Say) -> SparsityConfig:
     published = values.get("sparse_config")
-    if published is None and any(predictor_of(name) for name in shapes):
+    if published is None and any(is_predictors(name) for name in shapes):
         raise ValueError(
             "there are predictors, but config.json has no sparse_config, and no tensor tells the keep rates; add the "
             "sparse_config of the training run"

@@ -12,8 +12,7 @@ Rule = tuple[str, str]
 
 IMAGE_PREDICTOR = "model.language_model.image_predictor."
 OUTPUT_PREDICTOR = "model.language_model.output_predictor."
-PREDICTORS = {"image_predictor": IMAGE_PREDICTOR, "output_predictor": OUTPUT_PREDICTOR}
-"""Our beginnings of the predictors' names, by the words that `untrained_predictors` of a configuration uses."""
+"""Our beginnings of the names of Dynamic-LLaVA's predictors, which the published layout has others for."""
 TOWER = "model.vision_tower."
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 """The two tensors that have one row per word of the vocabulary."""
@@ -111,9 +110,9 @@ def from_ours(name: str, rules: Iterable[Rule]) -> str | None:
     return next((found for theirs, ours in rules if (found := _translate(name, ours, theirs)) is not None), None)
 
 
-def predictor_of(name: str) -> str | None:
-    """Return which predictor a tensor with our name belongs to: "image_predictor", "output_predictor" or None."""
-    return next((word for word, prefix in PREDICTORS.items() if name.startswith(prefix)), None)
+def is_predictors(name: str) -> bool:
+    """Whether a tensor with our name belongs to a predictor of Dynamic-LLaVA."""
+    return name.startswith((IMAGE_PREDICTOR, OUTPUT_PREDICTOR))
 
 
 def has_keep_first(name: str, rule: Rule) -> bool:

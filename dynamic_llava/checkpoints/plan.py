@@ -14,11 +14,9 @@ from dynamic_llava.checkpoints.folders import some
 from dynamic_llava.checkpoints.names import (
     EMBEDDING,
     HEAD,
-    PREDICTORS,
     TOWER,
     from_ours,
     has_keep_first,
-    predictor_of,
 )
 from dynamic_llava.checkpoints.sources import Source, Stored, read_source
 from dynamic_llava.checkpoints.tensors import FLOATS, Change, Placement, add_mean_rows, swap_rows
@@ -30,6 +28,7 @@ from dynamic_llava.checkpoints.vocabulary import (
     with_prompts,
 )
 from dynamic_llava.model import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
+from dynamic_llava.model.learned import prefixes
 from dynamic_llava.processing.base_template import Ends
 from dynamic_llava.processing.folder import read_ends
 
@@ -75,8 +74,9 @@ def make_plan(
     new_rows = vocabulary.rows - config.text_config.vocab_size
     config.text_config.vocab_size, config.image_token_index = vocabulary.rows, vocabulary.image_id
     placements = []
+    learned = tuple(prefixes(config.sparsity).values())
     for name, stored in found.tensors.items():
-        target = _target_name(name, own_names, to)
+        target = _target_name(name, own_names, learned, to)
         if target is not None:
             placements.append(_placement(name, target, stored, new_rows, dtype))
     _say_changes(found, config, to, say)
@@ -109,7 +109,7 @@ def _check(source: Source, config: DynamicLlavaConfig) -> dict[str, str]:
     own = {name.replace(f"{TOWER}vision_model.", TOWER): name for name in state}
     shapes = {name: tuple(state[stored].shape) for name, stored in own.items()}
     expected = set(own)
-    for word, prefix in PREDICTORS.items():
+    for word, prefix in prefixes(config.sparsity).items():
         if word in config.untrained_predictors and not any(name.startswith(prefix) for name in source.tensors):
             expected -= {name for name in own if name.startswith(prefix)}
     wrong = []
@@ -158,11 +158,14 @@ def _vocabulary(source: Source, config: DynamicLlavaConfig, say: Callable[[str],
     return with_prompts(vocabulary, folders, Ends(ends, "config.json"))
 
 
-def _target_name(name: str, own_names: dict[str, str], to: Target) -> str | None:
-    """Return the name under which one of our tensors is written; None for what the target has no place for."""
+def _target_name(name: str, own_names: dict[str, str], learned: tuple[str, ...], to: Target) -> str | None:
+    """Return the name under which one of our tensors is written; None for what the target has no place for.
+
+    `learned` are the beginnings of the names of what the method has learned.
+    """
     if to == "dynamic-llava":
         return own_names[name]
-    return None if predictor_of(name) else from_ours(name, layouts.LLAVA_HF.rules)
+    return None if name.startswith(learned) else from_ours(name, layouts.LLAVA_HF.rules)
 
 
 def _placement(name: str, target: str, stored: Stored, new_rows: int, dtype: Dtype | None) -> Placement:
@@ -183,7 +186,7 @@ def _say_changes(source: Source, config: DynamicLlavaConfig, to: Target, say: Ca
     swapped = sum(has_keep_first(name, stored.rule) for name, stored in source.tensors.items())
     if swapped:
         say(f"keep channel: the rows of {swapped} tensors are swapped, (keep, drop) becomes (drop, keep)")
-    predictors = sum(predictor_of(name) is not None for name in source.tensors)
+    predictors = sum(name.startswith(tuple(prefixes(config.sparsity).values())) for name in source.tensors)
     if to == "llava-hf" and predictors:
         say(f"predictors: {predictors} tensors are dropped; llava-hf's layout has no place for them")
     elif to == "dynamic-llava" and config.untrained_predictors:

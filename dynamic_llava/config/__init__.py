@@ -65,6 +65,9 @@ class SparsityConfig:
     masked_softmax: Literal["auto", "reference", "chunked", "triton"] = "auto"
     """Implementation of MaskedSoftmax attention (Eq. 7) in training and scoring; `auto`: the fastest that can run."""
 
+    method: Any = None
+    """The learned method whose weights a checkpoint holds, its name and settings ({name: ...}); None: Dynamic-LLaVA."""
+
     def __post_init__(self) -> None:
         check_finite("", self)
         _at_least("sparse_layer", self.sparse_layer, 1, "layer 0 has no earlier layer whose output could be judged")
@@ -99,8 +102,8 @@ class SparsityConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plain dict that config.json stores."""
-        return asdict(self)
+        """Return the plain dict that config.json stores; `method` only where it is not Dynamic-LLaVA."""
+        return {name: value for name, value in asdict(self).items() if name != "method" or value is not None}
 
 
 @dataclass(frozen=True)
@@ -261,14 +264,14 @@ class TrainConfig:
         if self.peak_tflops is not None and not self.peak_tflops > 0:
             raise ValueError(f"train.peak_tflops={self.peak_tflops} must be positive; null looks it up")
 
-    @property
-    def learning_rates(self) -> dict[str, float]:
-        """Return the parts that learn, by their names in train/optimizer.py, with their peak learning rates."""
+    def learning_rates(self, learned: Iterable[str]) -> dict[str, float]:
+        """Return the parts that learn, by their names in train/optimizer.py, with their peak learning rates.
+
+        `learned` are the parts of the method that do (`Method.used_parts`).
+        """
         rates = {"full": {"language_model": self.learning_rate}, "lora": {"adapters": self.learning_rate}}
         learning = dict(rates.get(self.tune, {}))
-        for predictor in ("image", "output"):
-            if self.method is None and self.sparsity_mode in ("both", predictor):
-                learning[f"{predictor}_predictor"] = self.predictor_learning_rate
+        learning |= dict.fromkeys(learned, self.predictor_learning_rate)
         if self.projector_learning_rate is not None:
             learning["projector"] = self.projector_learning_rate
         return learning

@@ -13,7 +13,7 @@ Training masks instead of removing, so `training_flops` counts every token; its 
 from dataclasses import dataclass
 
 from dynamic_llava.config import LoraConfig, SparsityConfig, TrainConfig
-from dynamic_llava.costs.shapes import DecoderShape, LlavaShape
+from dynamic_llava.costs.shapes import DecoderShape, Learned, LlavaShape, predictor_costs
 
 
 def average_tokens(total: float, kept: float, layers: int, sparse_layer: int) -> float:
@@ -88,10 +88,9 @@ def predictor_flops(
 
     Same counting as `flops_exact`; attention inside the image predictor is bidirectional over one image.
     """
-    head = width * (width // 2) + (width // 2) * (width // 4) + (width // 4) * 2
-    token_wise = 2 * (hidden * width + head)
-    block = 2 * (4 * width**2 + 2 * width * mlp) + 4 * image_tokens * width
-    return images * image_tokens * (token_wise + blocks * block) + output_tokens * token_wise
+    sizes = SparsityConfig(predictor_width=width, predictor_heads=1, predictor_mlp=mlp, predictor_blocks=blocks)
+    image, output = predictor_costs(hidden, sizes).values()
+    return images * image.judging(image_tokens) + output_tokens * output.judging(1)
 
 
 @dataclass(frozen=True)
@@ -103,9 +102,9 @@ class TrainingFlops:
     per_pair: int
     """Attention; a sample of n tokens has n (n + 1) / 2 pairs of a query and a key that it sees."""
     per_image: int
-    """Vision tower, projector and image predictor."""
+    """Vision tower, projector, and what judges image tokens."""
     per_output_token: int
-    """Output predictor."""
+    """What judges output tokens."""
 
     def of_batch(self, rows: int, tokens: int, images: int, output_tokens: int) -> int:
         """Return the FLOPs of `rows` samples of `tokens` tokens; images and output tokens are those of all rows."""
@@ -114,9 +113,15 @@ class TrainingFlops:
 
 
 def training_flops(
-    shape: LlavaShape, sparsity: SparsityConfig, train: TrainConfig, lora: LoraConfig | None = None
+    shape: LlavaShape,
+    sparsity: SparsityConfig,
+    learned: Learned,
+    train: TrainConfig,
+    lora: LoraConfig | None = None,
 ) -> TrainingFlops:
     """Return the FLOPs of training as `train` says: a gradient that nothing needs is not counted.
+
+    `learned` are the parts of the method.
 
     A linear map costs its forward pass once more for the gradient of its input and once more for that of its weight;
     attention costs twice its forward pass. Predictors alone start at the sparse layer, where MaskedSoftmax passes a
@@ -139,11 +144,9 @@ def training_flops(
         linear += 3 * decoder.layers * decoder.adapter_parameters(lora.rank)
         linear -= 0 if projector else 3 * lora.rank * hidden
     image = shape.vision.flops + shape.projector.forward + projector * shape.projector.backward
-    sizes = {"width": sparsity.predictor_width, "mlp": sparsity.predictor_mlp, "blocks": sparsity.predictor_blocks}
-    if "image_predictor" in train.learning_rates:
-        image += 3 * predictor_flops(hidden, shape.tokens_per_image, **sizes)
-    decides_output = "output_predictor" in train.learning_rates
-    output = 3 * predictor_flops(hidden, output_tokens=1, **sizes) if decides_output else 0
+    learning = [part for part in learned.values() if part.learns]
+    image += 3 * sum(part.judging(shape.tokens_per_image) for part in learning if part.judges_images)
+    output = 3 * sum(part.judging(1) for part in learning if part.judges_outputs)
     return TrainingFlops(2 * (linear + head), pairs, image, output)
 
 

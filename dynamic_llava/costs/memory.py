@@ -11,11 +11,10 @@ layer's backward pass (recomputed, with gradient checkpointing), or the optimize
 Left out: the accelerator's context, the allocator's fragments, the vision tower's passing activations, the batch.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dynamic_llava.config import LoraConfig, ModelConfig, SparsityConfig, TrainConfig
-from dynamic_llava.costs.shapes import DecoderShape, LlavaShape, parameter_counts
+from dynamic_llava.costs.shapes import DecoderShape, Learned, LlavaShape, parameter_counts
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LOSS_BYTES = 12
@@ -78,12 +77,18 @@ class _Run:
     train: TrainConfig
     lora: LoraConfig | None
     sparsity: SparsityConfig
+    learned: Learned
     weight: int
     """Format of frozen weights, and of the hidden states between layers."""
     trained: int
     """Format of trained weights and their gradients."""
     compute: int
     """Format that linear maps work in."""
+
+    @property
+    def learning(self) -> tuple[str, ...]:
+        """The parts that learn."""
+        return tuple(self.train.learning_rates(name for name, part in self.learned.items() if part.learns))
 
     @property
     def full(self) -> bool:
@@ -121,6 +126,7 @@ def training_memory(
     shape: LlavaShape,
     model: ModelConfig,
     sparsity: SparsityConfig,
+    learned: Learned,
     train: TrainConfig,
     lora: LoraConfig | None = None,
     *,
@@ -130,17 +136,17 @@ def training_memory(
 ) -> TrainingMemory:
     """Return the memory of training on batches of train.batch_size samples of `tokens` tokens with `images` images.
 
-    Raises ValueError for sizes that are not positive.
+    `learned` are the parts of the method. Raises ValueError for sizes that are not positive.
     """
     if tokens < 1 or images < 0:
         raise ValueError(f"tokens={tokens}, images={images}: give 1 or more tokens and 0 or more images")
     spread = sharding or Sharding()
-    run = _run(shape, model, sparsity, train, lora, spread)
-    counts = parameter_counts(shape, sparsity, lora)
-    trained = sum(counts[part] for part in train.learning_rates)
+    run = _run(shape, model, sparsity, learned, train, lora, spread)
+    counts = parameter_counts(shape, learned, lora)
+    trained = sum(counts[part] for part in run.learning)
     frozen = sum(counts.values()) - trained
     if lora is not None:  # originals of the modules whose copies are trained
-        copied = ("image_predictor", "output_predictor", *(("projector",) if run.reaches_all else ()))
+        copied = (*learned, *(("projector",) if run.reaches_all else ()))
         frozen += sum(counts[part] for part in copied)
     sizes = {
         "optimizer": (12 if spread.deepspeed else 2 * run.trained) * trained,
@@ -166,6 +172,7 @@ def _run(
     shape: LlavaShape,
     model: ModelConfig,
     sparsity: SparsityConfig,
+    learned: Learned,
     train: TrainConfig,
     lora: LoraConfig | None,
     sharding: Sharding,
@@ -176,7 +183,7 @@ def _run(
     else:
         weight = DTYPE_BYTES[model.dtype]
         trained = weight if train.tune == "full" else 4
-    return _Run(shape.decoder, train, lora, sparsity, weight, trained, compute)
+    return _Run(shape.decoder, train, lora, sparsity, learned, weight, trained, compute)
 
 
 def _activation_bytes(shape: LlavaShape, run: _Run, tokens: int, images: int) -> int:
@@ -193,7 +200,7 @@ def _activation_bytes(shape: LlavaShape, run: _Run, tokens: int, images: int) ->
         kept += tokens * run.compute * decoder.hidden
     if run.compute != run.weight:
         kept += run.compute * decoder.vocab * decoder.hidden
-    kept += _predictor_bytes(run, parameter_counts(shape, run.sparsity), tokens, images * shape.tokens_per_image)
+    kept += _learned_bytes(run, tokens, images * shape.tokens_per_image)
     if train.projector_learning_rate is not None:
         kept += images * run.compute * shape.projector.kept
     return kept
@@ -252,18 +259,16 @@ def _norm_bytes(run: _Run) -> int:
     return 4 * run.decoder.hidden + 4 + (run.weight * run.decoder.hidden if run.full else 0)
 
 
-def _predictor_bytes(run: _Run, counts: Mapping[str, int], tokens: int, pictures: int) -> int:
-    """Bytes that the predictors keep; every token that is no image token may be an output token."""
-    hidden, width = run.decoder.hidden, run.sparsity.predictor_width
-    token_wise = run.compute * (2 * hidden + 3 * width + width // 2)
-    token_wise += run.weight * hidden if run.compute != run.weight else 0
-    block = run.compute * (8 * width + 2 * run.sparsity.predictor_mlp)
-    kept = {
-        "image_predictor": pictures * (token_wise + run.sparsity.predictor_blocks * block),
-        "output_predictor": (tokens - pictures) * token_wise,
-    }
-    copies = run.compute if run.compute != run.trained else 0
-    return sum(kept[part] + copies * counts[part] for part in kept if part in run.train.learning_rates)
+def _learned_bytes(run: _Run, tokens: int, pictures: int) -> int:
+    """Bytes that the method's parts keep; every token that is no image token may be an output token."""
+    kept = 0
+    for part in run.learned.values():
+        if part.learns:
+            judged = part.judges_images * pictures + part.judges_outputs * (tokens - pictures)
+            cast = run.weight * run.decoder.hidden if run.compute != run.weight else 0
+            copies = run.compute * part.parameters if run.compute != run.trained else 0
+            kept += judged * (run.compute * part.kept + cast) + copies
+    return kept
 
 
 def _passing_bytes(run: _Run, tokens: int) -> int:

@@ -1,6 +1,7 @@
 """The sizes of a LLaVA and of a device that costs follow from, and the parameters of each part. No torch."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -254,20 +255,60 @@ def _counted(config: Any) -> ProjectorShape:
     return ProjectorShape(*measure(config))
 
 
-def parameter_counts(shape: LlavaShape, sparsity: SparsityConfig, lora: LoraConfig | None = None) -> dict[str, int]:
-    """Return the number of parameters of each part; the parts are those of train/optimizer.py."""
-    hidden, decoder, width = shape.decoder.hidden, shape.decoder, sparsity.predictor_width
-    layer = decoder.layer_parameters + decoder.layer_biases + decoder.layer_norms
+@dataclass(frozen=True)
+class PartCosts:
+    """What one learned part of a method costs."""
+
+    parameters: int
+    """Its weights."""
+    flops: int
+    """FLOPs of judging one token, by linear maps."""
+    flops_per_pair: int = 0
+    """FLOPs on top for each pair of tokens of one set (attention within an image)."""
+    kept: int = 0
+    """Values per token that a training pass keeps for the backward pass, the token's hidden state among them."""
+    judges_images: bool = False
+    """Whether it judges image tokens."""
+    judges_outputs: bool = False
+    """Whether it judges output tokens."""
+    learns: bool = True
+    """Whether it decides anything, and so learns in training."""
+
+    def judging(self, tokens: int) -> int:
+        """Return the FLOPs of judging a set of so many tokens: those of one image, or one output token."""
+        return tokens * (self.flops + tokens * self.flops_per_pair)
+
+
+Learned = Mapping[str, PartCosts]
+"""What a method has learned, by the names of its parts (`Method.costs`)."""
+
+
+def predictor_costs(hidden: int, sparsity: SparsityConfig) -> dict[str, PartCosts]:
+    """Return the costs of the image and the output predictor (sparsity/predictors.py) for a hidden size."""
+    width, mlp, blocks = sparsity.predictor_width, sparsity.predictor_mlp, sparsity.predictor_blocks
     half, quarter = width // 2, width // 4
-    ends = (2 * hidden + hidden * width + width) + (width * half + half) + (half * quarter + quarter)
-    ends += quarter * 2 + 2
-    mlp = sparsity.predictor_mlp
+    head = width * half + half * quarter + quarter * 2
+    ends = 2 * hidden + hidden * width + width + head + half + quarter + 2
     block = 4 * width + 4 * width**2 + width + 2 * width * mlp + mlp + width
+    token, kept = 2 * (hidden * width + head), 2 * hidden + 3 * width + half
+    image = PartCosts(
+        parameters=ends + blocks * block,
+        flops=token + blocks * 2 * (4 * width**2 + 2 * width * mlp),
+        flops_per_pair=4 * blocks * width,
+        kept=kept + blocks * (8 * width + 2 * mlp),
+        judges_images=True,
+    )
+    return {"image_predictor": image, "output_predictor": PartCosts(ends, token, kept=kept, judges_outputs=True)}
+
+
+def parameter_counts(shape: LlavaShape, learned: Learned, lora: LoraConfig | None = None) -> dict[str, int]:
+    """Return the number of parameters of each part; the parts are those of train/optimizer.py."""
+    hidden, decoder = shape.decoder.hidden, shape.decoder
+    layer = decoder.layer_parameters + decoder.layer_biases + decoder.layer_norms
     return {
         "language_model": decoder.layers * layer + hidden + (2 - decoder.tied_head) * decoder.vocab * hidden,
         "vision_tower": shape.vision.parameters,
         "projector": shape.projector.parameters,
-        "image_predictor": ends + sparsity.predictor_blocks * block,
-        "output_predictor": ends,
+        **{name: part.parameters for name, part in learned.items()},
         "adapters": 0 if lora is None else decoder.layers * decoder.adapter_parameters(lora.rank),
     }

@@ -14,11 +14,11 @@ from dynamic_llava.costs import (
     average_tokens,
     flops_paper,
     kv_bytes,
-    predictor_flops,
     prefill_flops,
 )
 from dynamic_llava.eval.predict import QueryBatch, to_device
-from dynamic_llava.methods import Dynamic, Method, Mixed
+from dynamic_llava.methods import Method, Mixed
+from dynamic_llava.model.learned import learned_costs
 
 
 class Prefilled(Protocol):
@@ -56,10 +56,14 @@ def sparse_layer(method: Method, layers: int) -> int:
     return cuts[0].layer if cuts else 0
 
 
-def runs_image_predictor(method: Method) -> bool:
-    """Whether Dynamic-LLaVA's image predictor is part of a prefill, in a method that lets another decide too."""
+def judging_flops(settings: SparsityConfig, hidden: int, tokens: int, method: Method) -> int:
+    """Return the FLOPs by which what a method has learned judges an image of so many tokens.
+
+    A method that leaves images to another costs what that one costs.
+    """
     deciding = method.image_by if isinstance(method, Mixed) else method
-    return isinstance(deciding, Dynamic) and deciding.sparsifies_image
+    learned = {} if deciding is None else learned_costs(settings, hidden, deciding)
+    return sum(part.judging(tokens) for part in learned.values() if part.learns and part.judges_images)
 
 
 def prefill_costs(
@@ -73,9 +77,10 @@ def prefill_costs(
     """Average image tokens per layer and prefill FLOPs of the prompts that were answered, means over the rows.
 
     `prefill_gflop_exact` counts the real module shapes on the whole prompt (causal attention, the head on one token,
-    and the image predictor if `method` has one); `prefill_gflop_paper` is Eq. 13 on the image tokens alone.
+    and what `method` has learned to judge images by); `prefill_gflop_paper` is Eq. 13 on the image tokens alone.
     """
-    layer, predictor = sparse_layer(method, shape.layers), runs_image_predictor(method)
+    layer = sparse_layer(method, shape.layers)
+    judging = judging_flops(settings, shape.hidden, tokens_per_image, method)
     average, exact, paper = [], [], []
     for prediction in predictions:
         images = len(prediction.image_kept)
@@ -83,17 +88,7 @@ def prefill_costs(
         text = prediction.prompt_tokens - total
         average.append(average_tokens(total, kept, shape.layers, layer))
         paper.append(flops_paper(total, shape.hidden, shape.layers, kept=kept, sparse_layer=layer))
-        flops = prefill_flops(text + total, shape, kept=text + kept, sparse_layer=layer)
-        if predictor:
-            flops += predictor_flops(
-                shape.hidden,
-                tokens_per_image,
-                images=images,
-                width=settings.predictor_width,
-                mlp=settings.predictor_mlp,
-                blocks=settings.predictor_blocks,
-            )
-        exact.append(flops)
+        exact.append(prefill_flops(text + total, shape, kept=text + kept, sparse_layer=layer) + images * judging)
     return {
         "image_tokens_per_layer": statistics.fmean(average),
         "prefill_gflop_exact": statistics.fmean(exact) / 1e9,

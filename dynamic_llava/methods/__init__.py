@@ -12,6 +12,7 @@ from dynamic_llava.methods.random import Random
 from dynamic_llava.methods.registry import (
     METHODS,
     Spelling,
+    checkpoint_method,
     describe_method,
     get_method,
     method_class,
@@ -39,6 +40,7 @@ __all__ = [
     "Random",
     "Spelling",
     "Structure",
+    "checkpoint_method",
     "describe_method",
     "get_method",
     "method_class",

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dynamic_llava.config import SparsityConfig
+from dynamic_llava.costs import PartCosts
 from dynamic_llava.layout import TokenLayout
 
 Evidence = Literal["question_row"]
@@ -116,6 +117,42 @@ class Method:
         """Whether nothing is ever dropped, so that the plain decoder may run."""
         return False
 
+    parts: ClassVar[tuple[str, ...]] = ("method",)
+    """Names of a learned method's weights as modules of the language model: that of what `build` returns, or, where
+    there are several, those of its children."""
+
+    def build(self, width: int, settings: SparsityConfig) -> nn.Module | None:
+        """Return the method's own weights, new ones, for hidden states of `width`; default: None, nothing is learned.
+
+        The hooks are given it as `learned`. New weights are drawn as transformers draws them (Linear, norms, Embedding
+        and convolutions by the model's `initializer_range`); other parameters keep the values they have here.
+        """
+        return None
+
+    def costs(self, width: int, settings: SparsityConfig) -> dict[str, PartCosts]:
+        """Return what each of the `parts` costs for hidden states of `width`; default: reckoned from the modules.
+
+        The default takes every matrix to be multiplied once with each token that a hook of the method judges, and its
+        input and output to be kept for the backward pass; a part that does more (attention) says so itself.
+        """
+        with torch.device("meta"):
+            built = self.build(width, settings)
+        if built is None:
+            return {}
+        modules = {name: built if len(self.parts) == 1 else built.get_submodule(name) for name in self.parts}
+        images = type(self).keep_image is not Method.keep_image
+        outputs = type(self).keep_output is not Method.keep_output
+        return {name: _reckoned(module, images, outputs) for name, module in modules.items()}
+
+    @property
+    def used_parts(self) -> tuple[str, ...]:
+        """The names of `parts` that decide something with these settings, and learn in training."""
+        return () if type(self).build is Method.build else self.parts
+
+    def keep_rates(self, settings: SparsityConfig) -> dict[str, float]:
+        """Return the keep rates that training aims at: of "image_keep_rate", "output_keep_rate"; default: none."""
+        return {}
+
     def cuts(self, layers: int) -> tuple[Cut, ...]:
         """Return where the method decides in a language model of so many layers, in ascending order; default: never."""
         return ()
@@ -179,6 +216,17 @@ class OneCut(Method):
     def cuts(self, layers: int) -> tuple[Cut, ...]:
         """One cut, at `layer`."""
         return (Cut(self.layer, self.sees, output=type(self).keep_output is not Method.keep_output),)
+
+
+def _reckoned(module: nn.Module, images: bool, outputs: bool) -> PartCosts:
+    matrices = [parameter for parameter in module.parameters() if parameter.dim() >= 2]
+    return PartCosts(
+        parameters=sum(parameter.numel() for parameter in module.parameters()),
+        flops=2 * sum(matrix.numel() for matrix in matrices),
+        kept=sum(matrix.shape[0] + matrix[0].numel() for matrix in matrices),
+        judges_images=images,
+        judges_outputs=outputs,
+    )
 
 
 def check_rate_or_none(name: str, value: float | None) -> None:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dynamic_llava.config import SparsityConfig, SparsityMode, check_keep_rate, check_sparsity_mode
+from dynamic_llava.costs import PartCosts, predictor_costs
 from dynamic_llava.layout import TokenLayout
 from dynamic_llava.methods.base import (
     Cut,
@@ -23,7 +24,7 @@ from dynamic_llava.methods.base import (
 from dynamic_llava.sparsity.decisions import evenly_spaced, threshold_keep, top_k_by_answer, top_k_keep
 from dynamic_llava.sparsity.losses import keep_rate_loss
 from dynamic_llava.sparsity.noise import fold_key, gumbel_noise
-from dynamic_llava.sparsity.predictors import keep_margin
+from dynamic_llava.sparsity.predictors import ImagePredictor, OutputPredictor, keep_margin
 from dynamic_llava.sparsity.relaxations import RELAXATIONS
 
 
@@ -57,6 +58,31 @@ class Dynamic(OneCut):
                 f"output_selection={self.output_selection!r} with output_keep_rate={self.output_keep_rate}: topk and "
                 "spread need a rate, and threshold has none"
             )
+
+    parts: ClassVar[tuple[str, ...]] = ("image_predictor", "output_predictor")
+
+    def build(self, width: int, settings: SparsityConfig) -> nn.Module:
+        """The two predictors."""
+        sizes = {"heads": settings.predictor_heads, "mlp": settings.predictor_mlp, "blocks": settings.predictor_blocks}
+        image = ImagePredictor(width, settings.predictor_width, **sizes)
+        return nn.ModuleDict(
+            {"image_predictor": image, "output_predictor": OutputPredictor(width, settings.predictor_width)}
+        )
+
+    def costs(self, width: int, settings: SparsityConfig) -> dict[str, PartCosts]:
+        """Those of the two predictors."""
+        return predictor_costs(width, settings)
+
+    @property
+    def used_parts(self) -> tuple[str, ...]:
+        """The predictors of the contexts that are sparsified."""
+        used = (self.sparsifies_image, self.sparsifies_output)
+        return tuple(part for part, uses in zip(self.parts, used, strict=True) if uses)
+
+    def keep_rates(self, settings: SparsityConfig) -> dict[str, float]:
+        """r_I and r_OT, where their context is sparsified."""
+        rates = {"image_keep_rate": self.image_keep_rate} if self.sparsifies_image else {}
+        return rates | ({"output_keep_rate": settings.output_keep_rate} if self.sparsifies_output else {})
 
     @classmethod
     def settings_from(cls, config: SparsityConfig) -> dict[str, Any]:

@@ -47,6 +47,11 @@ class Mixed(Method):
         """Whether neither method learns anything."""
         return all(one.training_free for one in self._deciding)
 
+    @property
+    def used_parts(self) -> tuple[str, ...]:
+        """What either method decides by."""
+        return tuple(dict.fromkeys(part for one in self._deciding for part in one.used_parts))
+
     def cuts(self, layers: int) -> tuple[Cut, ...]:
         """One cut, which sees what that of `image_by` sees."""
         if not self._deciding:

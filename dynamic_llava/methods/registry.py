@@ -9,6 +9,7 @@ In a call, on a command line, in a YAML file, a method is spelled as
 Settings that are not said are the checkpoint's, where it has them (`Method.settings_from`), else the class's defaults.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from difflib import get_close_matches
@@ -31,6 +32,8 @@ Spelling = Method | str | Mapping[str, Any]
 """A method, or what names one: a name, or a mapping of `name` and settings."""
 NAME = "name"
 """Key of the name in a mapping."""
+DEFAULT = Dynamic.name
+"""The method of a checkpoint that does not say whose weights it holds."""
 
 
 def get_method(name: str, **settings: Any) -> Method:
@@ -67,6 +70,22 @@ def read_method(spelling: Spelling, config: SparsityConfig | None = None, *, tru
     if missing := [one.name for one in lacking if one.name not in values]:
         raise ValueError(f"{what} needs a value for its settings {', '.join(missing)}")
     return method(**values)
+
+
+def checkpoint_method(config: SparsityConfig) -> Method:
+    """Return the method whose weights a checkpoint holds, as its settings describe it.
+
+    A class of one's own must have been imported by the caller: a checkpoint's word imports no code. ValueError that
+    says so where it has not.
+    """
+    said = said_settings(config.method or DEFAULT)
+    module, _, name = said[NAME].partition(":")
+    if name and module not in sys.modules:
+        raise ValueError(
+            f"the checkpoint holds weights of the method {said[NAME]!r}, and a checkpoint's word imports no code: if "
+            f"you trust that class, import {module} yourself before you load the checkpoint"
+        )
+    return read_method(said, config)
 
 
 def print_method(method: Method) -> dict[str, Any]:

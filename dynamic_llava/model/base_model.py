@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
@@ -26,36 +26,28 @@ from dynamic_llava.model.cache_names import CACHE, is_live, one_cache
 from dynamic_llava.model.configuration import DynamicLlavaConfig
 from dynamic_llava.model.families import FAMILIES
 from dynamic_llava.model.images import ImageInputs, Inputs, check_images, features_of
-from dynamic_llava.model.initialization import initialize_predictor
 from dynamic_llava.model.outputs import DynamicModelOutput
 from dynamic_llava.model.plan import Plan, one_cut
 from dynamic_llava.model.switches import choose_method
 from dynamic_llava.projectors import find_projector
-from dynamic_llava.sparsity.predictors import ImagePredictor, OutputPredictor
 
 TAKES_ENCODED = "mm_encoder_outputs" in inspect.signature(LlavaModel.forward).parameters
 """Whether the installed transformers' LLaVA takes images that are encoded already."""
 
 
 class DynamicLlavaPreTrainedModel(LlavaPreTrainedModel):
-    """Shared by both model classes: the configuration class and the initialisation of new predictors."""
+    """Shared by both model classes: the configuration class and the settings of a call."""
 
     config_class = DynamicLlavaConfig
     config: DynamicLlavaConfig
     _no_split_modules = [  # noqa: RUF012  # as in transformers' models
-        *(layer for family in FAMILIES.values() for layer in family._no_split_modules),
-        *("ImagePredictor", "OutputPredictor"),
+        layer for family in FAMILIES.values() for layer in family._no_split_modules
     ]
 
     def settings_of_call(self, output_keep_rate: float | None) -> SparsityConfig:
         """Return the checkpoint's settings, with the rate r_OT that a training call may give instead."""
         own: SparsityConfig = self.config.sparsity
         return own if output_keep_rate is None else replace(own, output_keep_rate=output_keep_rate)
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, (ImagePredictor, OutputPredictor)):
-            initialize_predictor(module)
 
 
 class DynamicLlavaModel(ImageInputs, DynamicLlavaPreTrainedModel, LlavaModel):

@@ -5,10 +5,10 @@ from typing import Any
 from transformers import LlavaConfig
 
 from dynamic_llava.config import SparsityConfig, check_sparse_layer
+from dynamic_llava.model.learned import check_names, parts_of
 from dynamic_llava.model.places import check_place
-from dynamic_llava.model.quantization import spare_predictors
+from dynamic_llava.model.quantization import spare_learned
 from dynamic_llava.model.supported import check_architecture, check_kernels, naming_config, refuse_trust
-from dynamic_llava.model.untrained import check_names
 from dynamic_llava.projectors import DEFAULT, image_tokens
 
 
@@ -31,7 +31,7 @@ class DynamicLlavaConfig(LlavaConfig):
     projector: Any = DEFAULT
     """Name of the projector, one of PROJECTORS, or package.module:Class of a module that is imported already."""
     untrained_predictors: Any = None
-    """Names of the predictors that were newly initialised beside a dense checkpoint and have not been trained since."""
+    """Names of the learned parts that were newly initialised beside a dense checkpoint and are untrained since."""
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -51,14 +51,16 @@ class DynamicLlavaConfig(LlavaConfig):
         check_architecture(source, values)
         values["model_type"] = cls.model_type
         if values.get("quantization_config"):
-            values["quantization_config"] = spare_predictors(values["quantization_config"])
+            method = _method_of(kwargs.get("sparsity")) or _method_of(values.get("sparsity"))
+            parts = parts_of(SparsityConfig(method=method))
+            values["quantization_config"] = spare_learned(values["quantization_config"], parts)
         return values, rest
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop("model_type", None)  # a dense config.json says "llava", which would shadow the class attribute
         if self.sparsity is None:
             self.sparsity = SparsityConfig()
-        self.untrained_predictors = check_names(self.untrained_predictors)
+        self.untrained_predictors = check_names(self.untrained_predictors, parts_of(self.sparsity))
         super().__post_init__(**kwargs)
         parts = {"text_config": self.text_config, "vision_config": self.vision_config}
         values = {name: {**vars(part), "model_type": part.model_type} for name, part in parts.items()}
@@ -70,12 +72,14 @@ class DynamicLlavaConfig(LlavaConfig):
         if key != "sparsity" or value is None:
             super().__setattr__(key, value)
             return
+        current = self.__dict__.get("sparsity")
         if isinstance(value, dict):
-            current = self.__dict__.get("sparsity")
             value = SparsityConfig.from_dict({**(current.to_dict() if current is not None else {}), **value})
         if not isinstance(value, SparsityConfig):
             raise ValueError(f"sparsity={value!r} must be a SparsityConfig or a dict of its fields")
         super().__setattr__(key, value)
+        if current is not None and current.method != value.method:
+            self.untrained_predictors = []  # those of the other method's parts
         if hasattr(self.__dict__.get("text_config"), "num_hidden_layers"):
             self._check_layer()
 
@@ -90,3 +94,8 @@ class DynamicLlavaConfig(LlavaConfig):
         if values.get("projector") == DEFAULT:
             del values["projector"]  # LLaVA-1.5's; so the file is that of every earlier version
         return values
+
+
+def _method_of(sparsity: Any) -> Any:
+    """Return what settings, a SparsityConfig or a dict of some of its fields, say of the learned method."""
+    return sparsity.get("method") if isinstance(sparsity, dict) else getattr(sparsity, "method", None)

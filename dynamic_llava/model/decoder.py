@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.utils.generic import merge_with_config_defaults
@@ -25,6 +25,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from dynamic_llava.config import SparsityConfig, check_sparse_layer
 from dynamic_llava.layout import Packing, TokenLayout
+from dynamic_llava.methods import Method
 from dynamic_llava.model.attention import AttentionRow, cache_mask, register, serve_sparsely
 from dynamic_llava.model.cache import AdmissionCache, check_attention, check_cache
 from dynamic_llava.model.cache_names import CACHE
@@ -36,35 +37,35 @@ from dynamic_llava.model.decide import (
     sampled_keep_mask,
     samples,
 )
+from dynamic_llava.model.learned import attach, check_weights, initialize_rest, learned_of
 from dynamic_llava.model.outputs import DynamicModelOutput, SparsityRecord
 from dynamic_llava.model.plan import Plan
 from dynamic_llava.model.step import compiled_step, decode_step
 from dynamic_llava.sparsity.decisions import entering_mask
-from dynamic_llava.sparsity.predictors import ImagePredictor, OutputPredictor
 
 Rotation = tuple[Tensor, Tensor]
 """Cosines and sines of the tokens' positions, (B, N, d) each."""
 
 
 class SparseDecoder:
-    """What a decoder of transformers' gets to be sparse: the predictors, and a loop that changes at the sparse layer.
+    """What a decoder of transformers' gets to be sparse: the method's learned parts, and a loop with a sparse layer.
 
     A base of the families' classes (families.py), before transformers' own model class.
     """
+
+    learner: Method | None = None
+    """The method whose weights the decoder holds, as the checkpoint's settings describe it; None while it is made."""
 
     def __init__(self, config: Any, sparsity: SparsityConfig) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         self.sparsity = sparsity
         serve_sparsely(self.layers, config)
-        self.image_predictor = ImagePredictor(
-            config.hidden_size,
-            width=sparsity.predictor_width,
-            heads=sparsity.predictor_heads,
-            mlp=sparsity.predictor_mlp,
-            blocks=sparsity.predictor_blocks,
-        )
-        self.output_predictor = OutputPredictor(config.hidden_size, width=sparsity.predictor_width)
+        attach(self, sparsity, config.hidden_size)
         self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[misc]
+        initialize_rest(self, module)
 
     def forward(self, *args: Any, plan: Plan | None = None, **kwargs: Any) -> Any:
         """Run the sparse pass of `plan`, or, without one, the parent's own forward with its own arguments."""
@@ -90,6 +91,9 @@ class SparseDecoder:
             cache.positions_ahead = _positions_ahead(position_ids, plan.layout)
         if not plan.method.is_dense or plan.keep_mask is not None:
             check_sparse_layer(plan.cut.layer, self.config.num_hidden_layers)
+        assert self.learner is not None
+        if plan.keep_mask is None:
+            check_weights(plan.method, self.learner)
         if self.training and plan.keep_mask is None and (plan.masked or torch.is_grad_enabled()):
             check_training(plan.method)
         if plan.answers_only:
@@ -179,8 +183,8 @@ class SparseDecoder:
         if plan.keep_mask is not None:
             return torch.where(plan.layout.valid, plan.keep_mask, 0).to(plan.keep_mask.dtype), plan.layout.output
         if self.training and samples(plan.method):
-            return sampled_keep_mask(plan, self, hidden_BND, row_BN)
-        return hard_keep_mask(plan, self, hidden_BND, row_BN), plan.layout.output
+            return sampled_keep_mask(plan, learned_of(self), hidden_BND, row_BN)
+        return hard_keep_mask(plan, learned_of(self), hidden_BND, row_BN), plan.layout.output
 
     def _score_pass(
         self,
@@ -314,7 +318,7 @@ class SparseDecoder:
     def _hard_decision(self, hidden_BND: Tensor, plan: Plan, row_BN: Tensor | None, past: Past) -> Tensor:
         if plan.keep_mask is not None:
             return plan.keep_mask.bool() & plan.layout.valid
-        return hard_keep_mask(plan, self, hidden_BND, row_BN, past)
+        return hard_keep_mask(plan, learned_of(self), hidden_BND, row_BN, past)
 
     def _cache_mask(self, visible_BQW: Tensor, dtype: torch.dtype) -> Tensor:
         return cache_mask(visible_BQW, self.config._attn_implementation, dtype)

@@ -22,10 +22,10 @@ from dynamic_llava.model.cache import AdmissionCache, check_dense_cache
 from dynamic_llava.model.cache_names import CACHE, cache_of, rename_cache
 from dynamic_llava.model.generation_modes import refuse_for_any_sparsity, refuse_misfits, refuse_unsupported, setting
 from dynamic_llava.model.images import Inputs, features_of
+from dynamic_llava.model.learned import warn_untrained
 from dynamic_llava.model.outputs import SparsityRecord
 from dynamic_llava.model.plan import one_cut
 from dynamic_llava.model.switches import check_compile, check_output_keep_rate, choose_method
-from dynamic_llava.model.untrained import warn_untrained
 
 SWITCHES = ("sparsity", "method", "image_keep_rate", "output_threshold")
 """Arguments of `generate` that choose the method; the same as those of `forward`."""

@@ -22,11 +22,11 @@ from dynamic_llava.model.cache_names import CACHE, is_live, one_cache
 from dynamic_llava.model.configuration import DynamicLlavaConfig
 from dynamic_llava.model.generation import SparseGeneration
 from dynamic_llava.model.images import Inputs
+from dynamic_llava.model.learned import warn_untrained
 from dynamic_llava.model.loading import CheckedLoading
 from dynamic_llava.model.losses import language_model_loss, method_losses, total_loss
 from dynamic_llava.model.outputs import DynamicLlavaOutput, DynamicModelOutput
 from dynamic_llava.model.switches import check_compile, check_output_keep_rate, check_temperature, choose_method
-from dynamic_llava.model.untrained import warn_untrained
 
 logger = logging.getLogger(__name__)
 

@@ -6,25 +6,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
+from dynamic_llava.config import SparsityConfig
 from dynamic_llava.files import give_usual_modes
-from dynamic_llava.methods import Dynamic, Method
+from dynamic_llava.methods import Method, settings_of
 from dynamic_llava.model.card import replace_generic_card, write_card
+from dynamic_llava.model.learned import parts_of, prefixes
 from dynamic_llava.model.places import CONVERT, check_place, refuse_adapter
 from dynamic_llava.model.plan import check_cuts
-from dynamic_llava.model.quantization import spare_predictors
+from dynamic_llava.model.quantization import spare_learned
 from dynamic_llava.model.supported import check_architecture, check_size, refuse_code
-from dynamic_llava.model.untrained import PREDICTORS, untrained_in
 from dynamic_llava.model.weight_files import Head, WeightFiles, all_weight_files, holds_model
 
 logger = logging.getLogger(__name__)
 
-PREDICTOR_PREFIXES = {name: f"model.language_model.{name}." for name in PREDICTORS}
 _OTHER_SOURCES = ("state_dict", "subfolder", "variant", "gguf_file")
 """Arguments of from_pretrained that take the weights from elsewhere than the folder's usual files."""
 
@@ -55,21 +54,16 @@ class CheckedLoading:
         wants_info = kwargs.pop("output_loading_info", False)
         if kwargs.pop("ignore_mismatched_sizes", False):
             raise ValueError("ignore_mismatched_sizes would leave tensors random; repair the checkpoint instead")
-        if kwargs.get("quantization_config") is not None:
-            kwargs["quantization_config"] = spare_predictors(kwargs["quantization_config"])
         source = str(args[0]) if args else str(kwargs.get("pretrained_model_name_or_path"))
         check_place(source, kwargs)
         refuse_adapter(source, kwargs)
         refuse_code(source, kwargs)
+        if kwargs.get("quantization_config") is not None:
+            parts = parts_of(cls._config_of_call(source, kwargs).sparsity)
+            kwargs["quantization_config"] = spare_learned(kwargs["quantization_config"], parts)
         if Path(source).is_dir() and not any(kwargs.get(name) for name in _OTHER_SOURCES):
             heads = check_folder(Path(source), needs_config=kwargs.get("config") is None)
-            config = kwargs.get("config")
-            if not isinstance(config, cls.config_class):  # type: ignore[attr-defined]
-                rest = {key: value for key, value in kwargs.items() if key != "config"}
-                config, _ = cls.config_class.from_pretrained(  # type: ignore[attr-defined]
-                    config or source, return_unused_kwargs=True, **rest
-                )
-            check_size(source, config, (head.shape for head in heads.values()))
+            check_size(source, cls._config_of_call(source, kwargs), (head.shape for head in heads.values()))
         # Mismatches are let through here only to be named in the error below.
         model, info = super().from_pretrained(  # type: ignore[misc]
             *args, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **kwargs
@@ -90,8 +84,18 @@ class CheckedLoading:
         layers = cls.config_class.from_pretrained(source).text_config.num_hidden_layers  # type: ignore[attr-defined]
         check_cuts(method, layers)
         check_learned(source, method)
-        with nullcontext() if _asked_of(method) else new_weights_expected():
-            return cls.from_pretrained(source, **kwargs)
+        with nullcontext() if method.used_parts else new_weights_expected():
+            return cls.from_pretrained(source, trust_remote_code=False, **kwargs)
+
+    @classmethod
+    def _config_of_call(cls, source: str, arguments: dict[str, Any]) -> Any:
+        """Return the configuration that `from_pretrained` with these arguments will use."""
+        config = arguments.get("config")
+        if isinstance(config, cls.config_class):  # type: ignore[attr-defined]
+            return config
+        rest = {key: value for key, value in arguments.items() if key != "config"}
+        read = cls.config_class.from_pretrained  # type: ignore[attr-defined]
+        return read(config or source, return_unused_kwargs=True, **rest)[0]
 
     @classmethod
     def check_checkpoint(cls, source: str | Path, **kwargs: Any) -> None:
@@ -124,13 +128,14 @@ class CheckedLoading:
         # transformers has initialised the missing tensors by now; one clear line replaces its table of them.
         super()._adjust_missing_and_unexpected_keys(loading_info)  # type: ignore[misc]
         lost = {}
-        for predictor, prefix in PREDICTOR_PREFIXES.items():
+        parts = prefixes(self.config.sparsity)  # type: ignore[attr-defined]
+        for predictor, prefix in parts.items():
             tensors = {name for name in self.state_dict() if name.startswith(prefix)}  # type: ignore[attr-defined]
             if tensors and tensors <= set(loading_info.missing_keys):
                 lost[predictor] = tensors
-        if len(lost) == len(PREDICTORS):
+        if len(lost) == len(parts):
             kind, words = "a dense checkpoint", "predictor"
-            self.config.untrained_predictors = list(PREDICTORS)  # type: ignore[attr-defined]
+            self.config.untrained_predictors = list(parts)  # type: ignore[attr-defined]
         else:
             # What the checkpoint itself does not call untrained is damage, and an error.
             untrained = self.config.untrained_predictors  # type: ignore[attr-defined]
@@ -188,19 +193,13 @@ def check_learned(source: str | Path, method: Method, name: str | None = None) -
     Read from the heads of its files, before any weight is loaded; `name`: what the message calls the checkpoint.
     OSError where there are none.
     """
-    if any("_predictor." in name for name in tensor_shapes(source)):
-        return
-    if _asked_of(method):
-        what = f"sparsity={method.sparsity!r}" if isinstance(method, Dynamic) else f"method {method.name!r}"
+    names = tensor_shapes(source)
+    if method.used_parts and not any(f".{part}." in name for part in method.used_parts for name in names):
+        what = f"sparsity={method.sparsity!r}" if "sparsity" in settings_of(method) else f"method {method.name!r}"
         raise ValueError(
             f"{name or source} is a dense checkpoint without predictors, so {what} would be decided at random; train "
             "it first, give --sparsity none, or a method that learns nothing, such as --method fastv"
         )
-
-
-def _asked_of(method: Method) -> list[str]:
-    """Return the predictors that a method would let decide."""
-    return untrained_in(SimpleNamespace(untrained_predictors=PREDICTORS), method)
 
 
 def check_folder(folder: Path, needs_config: bool = True) -> dict[str, Head]:
@@ -239,14 +238,23 @@ def check_folder(folder: Path, needs_config: bool = True) -> dict[str, Head]:
     untrained = config.get("untrained_predictors") or ()
     if not isinstance(untrained, list | tuple):
         raise ValueError(f"{path} has untrained_predictors {untrained!r}; give a list of names")
-    for predictor, prefix in PREDICTOR_PREFIXES.items():
+    ours = kind == "dynamic_llava"
+    for predictor, prefix in prefixes(_settings(path, config)).items() if ours else ():
         # A model saved without its head, which a tied one does not miss, has its tensors' names from transformers 4.
-        if kind == "dynamic_llava" and predictor not in untrained and not any(f".{predictor}." in n for n in names):
+        if predictor not in untrained and not any(f".{predictor}." in name for name in names):
             raise ValueError(
                 f"{folder} lacks the whole {predictor} ({prefix}*), which its config.json does not call untrained; "
                 "missing tensors cannot be made up: get the checkpoint again"
             )
     return names
+
+
+def _settings(path: Path, config: dict[str, Any]) -> SparsityConfig:
+    values = config.get("sparsity") or {}
+    try:
+        return SparsityConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} has sparsity {values!r}: {error}") from None
 
 
 def _saved_without_head(config: dict[str, Any]) -> bool:

@@ -18,6 +18,7 @@ from dynamic_llava.model.attention import cache_mask
 from dynamic_llava.model.cache import StepCache
 from dynamic_llava.model.cache_names import CACHE
 from dynamic_llava.model.decide import admit_token
+from dynamic_llava.model.learned import learned_of
 from dynamic_llava.model.plan import Plan
 
 SLOTS_DIMENSION = 2
@@ -44,7 +45,7 @@ def decode_step(
     if plan.keep_mask is not None:
         admit_B = plan.keep_mask[:, -1].bool() & layout.valid[:, 0]
     else:
-        admit_B = admit_token(plan, decoder, hidden_B1D, seen_outputs_B)
+        admit_B = admit_token(plan, learned_of(decoder), hidden_B1D, seen_outputs_B)
     hidden_B1D = _layers(decoder, hidden_B1D, sparse_layer, len(decoder.layers), rotation, step, kwargs)
     step.dense.admit(layout.valid[:, 0])
     step.sparse.admit(admit_B)

@@ -15,6 +15,7 @@ from transformers.utils import cached_file
 from dynamic_llava.costs import llava_shape, parameter_counts
 from dynamic_llava.files import brief
 from dynamic_llava.model.families import FAMILIES
+from dynamic_llava.model.learned import learned_costs
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 """Arguments of a `from_pretrained` that say where the files of a hub name are."""
@@ -202,10 +203,11 @@ def check_size(source: str | Path, config: Any, shapes: Iterable[tuple[int, ...]
     """
     if getattr(config, "quantization_config", None):
         return
-    counts = parameter_counts(llava_shape(config), config.sparsity)
+    learned = learned_costs(config.sparsity, config.text_config.hidden_size)
+    counts = parameter_counts(llava_shape(config), learned)
     described = counts["language_model"] + counts["vision_tower"] + counts["projector"]
     stored = sum(math.prod(shape) for shape in shapes)
-    predictors = counts["image_predictor"] + counts["output_predictor"]
+    predictors = sum(part.parameters for part in learned.values())
     if predictors > described + _SMALL_PREDICTORS:
         raise ValueError(
             f"the predictors of {source} have {predictors:,} parameters and the LLaVA {described:,}; lower "

@@ -4,7 +4,18 @@ from dataclasses import replace
 from typing import Any
 
 from dynamic_llava.config import SparsityConfig, SparsityMode, check_keep_rate
-from dynamic_llava.methods import Dynamic, Method, Spelling, method_class, read_method, said_settings, settings_of
+from dynamic_llava.methods import (
+    Dense,
+    Dynamic,
+    Method,
+    Spelling,
+    checkpoint_method,
+    method_class,
+    read_method,
+    said_settings,
+    settings_of,
+)
+from dynamic_llava.methods.registry import DEFAULT
 
 
 def choose_method(
@@ -29,7 +40,9 @@ def choose_method(
                 f"{sorted(given)} were given together with the method object {method}; set them on the object instead"
             )
         return method
-    said = said_settings(Dynamic.name if method is None else method)
+    if method is None and config.method is not None:
+        return _own_method(config, given)
+    said = said_settings(DEFAULT if method is None else method)
     kind = method_class(said["name"])
     short = sorted(set(given) & {"sparsity", "output_threshold"})
     if short and not issubclass(kind, Dynamic):
@@ -52,6 +65,18 @@ def choose_method(
     if isinstance(chosen, Dynamic):
         _refuse_idle_switches(chosen, given)
     return chosen
+
+
+def _own_method(config: SparsityConfig, given: dict[str, Any]) -> Method:
+    """Return the learned method of a checkpoint, or, with sparsity="none", the dense one."""
+    if given == {"sparsity": "none"}:
+        return read_method(Dense.name, config)
+    if given not in ({}, {"sparsity": "both"}):
+        raise ValueError(
+            f"{sorted(given)} are switches of Dynamic-LLaVA, and this checkpoint's method is {config.method!r}; leave "
+            "them out, or give `method` with other settings"
+        )
+    return checkpoint_method(config)
 
 
 def check_output_keep_rate(output_keep_rate: float | None, *, trains: bool) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from dynamic_llava.config import SparsityConfig
 from dynamic_llava.costs import kv_bytes, parameter_counts
+from dynamic_llava.model.learned import learned_costs
 from dynamic_llava.profile.measuring import Peak, peak_memory
 from dynamic_llava.profile.presets import Preset, Way
 from dynamic_llava.profile.results import Column, Report
@@ -52,8 +53,9 @@ def inference_memory(
     """Return the memory of generating `outputs` tokens for every row of the preset's batch."""
     settings = sparsity if sparsity is not None else SparsityConfig()
     decoder, batch = preset.shape.decoder, preset.batch
-    counts = parameter_counts(preset.shape, settings)
-    unused = set() if way != "dense" and preset.method is None else {"image_predictor", "output_predictor"}
+    learned = learned_costs(settings, decoder.hidden)
+    counts = parameter_counts(preset.shape, learned)
+    unused = set() if way != "dense" and preset.method is None else set(learned)
     weights = bytes_per_value * sum(count for part, count in counts.items() if part not in unused)
     cache = cache_bytes(preset, way, outputs, bytes_per_value=bytes_per_value, block=settings.cache_block)
     prefill = weights + _prefill_bytes(preset, way, settings, bytes_per_value)

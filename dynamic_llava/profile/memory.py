@@ -10,6 +10,8 @@ from typing import Any, Literal
 from dynamic_llava.config import DataConfig, LoraConfig, ModelConfig, SparsityConfig, TrainConfig, checkpoint_source
 from dynamic_llava.costs import LLAVA_SHAPES, LlavaShape, llava_shape, parameter_counts
 from dynamic_llava.costs.memory import Sharding, TrainingMemory, training_memory
+from dynamic_llava.model.learned import learned_costs
+from dynamic_llava.model.switches import choose_method
 
 GB = 10**9
 ROWS = ("weights", "gradients", "optimizer", "activations", "buffers", "total")
@@ -88,13 +90,15 @@ def memory_report(
     if command.batch_size is not None:
         train = replace(train, batch_size=command.batch_size)
     sharding = sharding_of(deepspeed, command.gpus, shape.decoder.hidden)
-    memory = training_memory(shape, model, sparsity, train, lora, tokens=data.max_length, sharding=sharding)
-    counts = parameter_counts(shape, sparsity, lora)
+    method = choose_method(sparsity, **train.switches)
+    learned = learned_costs(sparsity, shape.decoder.hidden, method)
+    memory = training_memory(shape, model, sparsity, learned, train, lora, tokens=data.max_length, sharding=sharding)
+    counts = parameter_counts(shape, learned, lora)
     about = {
         "config": str(command.config),
         "tune": train.tune,
         "parameters": sum(counts.values()),
-        "learning": sum(counts[part] for part in train.learning_rates),
+        "learning": sum(counts[part] for part in train.learning_rates(method.used_parts)),
         "batch_size": train.batch_size,
         "tokens": data.max_length,
         "gradient_checkpointing": train.gradient_checkpointing,

@@ -10,6 +10,7 @@ import torch
 from dynamic_llava.config import ModelConfig, TrainConfig
 from dynamic_llava.costs import training_flops
 from dynamic_llava.costs.memory import training_memory
+from dynamic_llava.model.learned import learned_costs
 from dynamic_llava.model.recomputation import recompute_activations
 from dynamic_llava.profile.measuring import Peak, Timing, peak_memory, time_in_turn
 from dynamic_llava.profile.presets import Preset
@@ -41,10 +42,11 @@ def training_report(preset: Preset, device: torch.device, dtype: torch.dtype, pe
         torch.accelerator.empty_cache()
     train = TrainConfig(batch_size=preset.batch, gradient_checkpointing=True)
     tokens = settings.prompt + ANSWER
-    flops = training_flops(settings.shape, preset.sparsity, train)
+    learned = learned_costs(preset.sparsity, settings.shape.decoder.hidden)
+    flops = training_flops(settings.shape, preset.sparsity, learned, train)
     done = flops.of_batch(preset.batch, tokens, preset.batch, preset.batch * ANSWER)
     weights = ModelConfig(dtype=str(dtype).removeprefix("torch."))  # type: ignore[arg-type]
-    needed = training_memory(settings.shape, weights, preset.sparsity, train, tokens=tokens)
+    needed = training_memory(settings.shape, weights, preset.sparsity, learned, train, tokens=tokens)
     row = {
         "preset": preset.name,
         "layers": layers,

@@ -11,11 +11,11 @@ from dynamic_llava.costs import (
     decode_step_bytes,
     flops_decode_step,
     head_flops,
-    parameter_counts,
     predictor_flops,
     prefill_flops,
     weight_bytes,
 )
+from dynamic_llava.model.learned import learned_costs
 from dynamic_llava.profile.measuring import time_in_turn
 from dynamic_llava.profile.presets import Preset, Way
 from dynamic_llava.profile.results import Column
@@ -72,9 +72,11 @@ def step_work(preset: Preset, way: Way, value_bytes: int, outputs: int) -> Work:
 
 def output_predictor_work(preset: Preset, value_bytes: int) -> Work:
     """Return what the output predictor adds to a step."""
-    parameters = parameter_counts(preset.shape, SparsityConfig())["output_predictor"]
-    flops = preset.batch * predictor_flops(preset.shape.decoder.hidden, output_tokens=1)
-    return Work(flops, value_bytes * parameters)
+    judges = [
+        part for part in learned_costs(SparsityConfig(), preset.shape.decoder.hidden).values() if part.judges_outputs
+    ]
+    flops = preset.batch * sum(part.judging(1) for part in judges)
+    return Work(flops, value_bytes * sum(part.parameters for part in judges))
 
 
 @dataclass(frozen=True)

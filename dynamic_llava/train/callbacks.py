@@ -7,14 +7,14 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from dynamic_llava.config import SparsityConfig, TrainConfig
+from dynamic_llava.config import TrainConfig
 from dynamic_llava.files import replace_file, writing
 from dynamic_llava.train.distributed import anywhere
 from dynamic_llava.train.stopping import StopRequest
@@ -116,9 +116,9 @@ class KeepRateWarning(TrainerCallback):
     The first window is left out: new predictors keep about half of everything and need it to settle.
     """
 
-    def __init__(self, config: TrainConfig, sparsity: SparsityConfig) -> None:
+    def __init__(self, config: TrainConfig, targets: Mapping[str, float]) -> None:
         self.config = config
-        self.targets = {"image_keep_rate": sparsity.image_keep_rate, "output_keep_rate": sparsity.output_keep_rate}
+        self.targets = dict(targets)
         self.windows: dict[str, deque[float]] = {
             name: deque(maxlen=max(1, math.ceil(config.keep_rate_window / config.log_every))) for name in self.targets
         }
@@ -132,10 +132,8 @@ class KeepRateWarning(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Compare, and start a new window after a warning."""
-        trained = {"image_keep_rate": ("both", "image"), "output_keep_rate": ("both", "output")}
         for name, window in self.windows.items():
-            aimed = self.config.method is None and self.config.sparsity_mode in trained[name]
-            if not aimed or not logs or name not in logs:
+            if not logs or name not in logs:
                 continue
             if state.global_step > self.config.keep_rate_window:
                 window.append(logs[name])

@@ -25,7 +25,12 @@ def run_method(config: RunConfig) -> Method:
             f"method={config.method!r}: in a run's file the settings of Dynamic-LLaVA stand in the section `sparsity`, "
             "and what is sparsified in train.sparsity_mode; leave `method` out"
         )
-    if not config.train.learning_rates:
+    if method.used_parts:
+        raise ValueError(
+            f"method={config.method!r} learns, and a checkpoint's settings say whose weights it holds: give it as "
+            "sparsity.method instead"
+        )
+    if not config.train.learning_rates(()):
         raise ValueError(
             f"train.tune={config.train.tune!r} with method={config.method!r} trains nothing: the method has no weights "
             "to learn; choose another tune"

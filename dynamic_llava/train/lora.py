@@ -1,7 +1,7 @@
 """LoRA: adapters in the language model's linear maps, saved as one folder, and merged into an ordinary checkpoint.
 
-An adapter folder is self-contained beside its base: adapter_model.safetensors holds the adapters and both predictors
-(the projector too, if it was trained), config.json the sparsity settings. It loads by plain peft:
+An adapter folder is self-contained beside its base: adapter_model.safetensors holds the adapters and what the method
+has learned (the projector too, if it was trained), config.json the sparsity settings. It loads by plain peft:
 
     config = DynamicLlavaConfig.from_pretrained(adapter)
     base = DynamicLlavaForConditionalGeneration.from_pretrained(base, config=config)  # a dense LLaVA-1.5 will do
@@ -18,19 +18,20 @@ from transformers import Trainer
 
 from dynamic_llava.config import LoraConfig, TrainConfig
 from dynamic_llava.model import DynamicLlavaForConditionalGeneration
+from dynamic_llava.model.learned import parts_of
 from dynamic_llava.processing import DynamicLlavaProcessor
 
 TARGETS = r".*\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 """Names of the maps that get an adapter: the seven of each decoder layer; no predictor, no head, no vision tower."""
-PREDICTORS, PROJECTOR = ("image_predictor", "output_predictor"), "multi_modal_projector"
+PROJECTOR = "multi_modal_projector"
 
 
 def add_adapters(model: DynamicLlavaForConditionalGeneration, config: LoraConfig, train: TrainConfig) -> peft.PeftModel:
-    """Return the model with new adapters (their product is 0) and trainable copies of both predictors.
+    """Return the model with new adapters (their product is 0) and trainable copies of what its method has learned.
 
     The projector is copied too where it has a learning rate. Initial values depend on train.seed alone.
     """
-    copied = [*PREDICTORS, *([PROJECTOR] if train.projector_learning_rate is not None else [])]
+    copied = [*parts_of(model.config.sparsity), *([PROJECTOR] if train.projector_learning_rate is not None else [])]
     settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,

@@ -5,13 +5,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from dynamic_llava.config import TrainConfig
+from dynamic_llava.config import SparsityConfig, TrainConfig
 from dynamic_llava.config.run import RunConfig
 from dynamic_llava.model.recomputation import recompute_activations
-from dynamic_llava.sparsity.predictors import ImagePredictor, OutputPredictor
+from dynamic_llava.model.switches import choose_method
 from dynamic_llava.train.lora import add_adapters
 
-LANGUAGE_MODEL, IMAGE_PREDICTOR, OUTPUT_PREDICTOR = "language_model", "image_predictor", "output_predictor"
+LANGUAGE_MODEL = "language_model"
 PROJECTOR, VISION_TOWER = "projector", "vision_tower"
 ADAPTERS, REPLACED = "adapters", "replaced"
 """Only with LoRA: the adapters, and the frozen originals of modules of which a copy is trained."""
@@ -45,14 +45,14 @@ def prepare(model: Any, config: RunConfig) -> Any:
 
 
 def parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Return the model's parameters by part; the head belongs to the language model. Every parameter has one part."""
+    """Return the model's parameters by part; the head belongs to the language model. Every parameter has one part.
+
+    What a method has learned is a part for each of the method's `parts`, under its name.
+    """
     owner: dict[int, str] = {}
+    own = learned_modules(model)
     for name, module in model.named_modules():  # from the outside inwards: the innermost part counts
-        part = _PART_OF_NAME.get(name.rsplit(".", 1)[-1])
-        if part is None and isinstance(module, ImagePredictor):
-            part = IMAGE_PREDICTOR
-        elif part is None and isinstance(module, OutputPredictor):
-            part = OUTPUT_PREDICTOR
+        part = own.get(id(module)) or _PART_OF_NAME.get(name.rsplit(".", 1)[-1])
         if part is not None:
             owner.update((id(parameter), part) for parameter in module.parameters())
     found: dict[str, list[nn.Parameter]] = {}
@@ -61,27 +61,46 @@ def parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return found
 
 
-def freeze(model: nn.Module, config: TrainConfig) -> None:
+def learned_modules(model: nn.Module) -> dict[int, str]:
+    """Return the names of the method's learned parts by the identity of their modules, or of peft's wraps of them."""
+    decoder = next(module for module in model.modules() if hasattr(module, "learner"))
+    return {id(getattr(decoder, part)): part for part in decoder.learner.parts}
+
+
+def learning_rates(config: TrainConfig, settings: SparsityConfig) -> dict[str, float]:
+    """Return the parts that a run trains, of a checkpoint with these settings, with their peak learning rates.
+
+    Raises ValueError where nothing would learn.
+    """
+    rates = config.learning_rates(choose_method(settings, **config.switches).used_parts)
+    if not rates:
+        raise ValueError(f"train.tune={config.tune!r} trains nothing with this method; choose another tune")
+    return rates
+
+
+def freeze(model: Any, config: TrainConfig) -> None:
     """Freeze what the run does not train: always the vision tower, unused predictors, and what `tune` leaves alone."""
+    rates = learning_rates(config, model.config.sparsity)
     for part, parameters in parts(model).items():
         for parameter in parameters:
-            parameter.requires_grad_(part in config.learning_rates)
+            parameter.requires_grad_(part in rates)
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: Any, config: TrainConfig) -> torch.optim.Optimizer:
     """Return AdamW with one parameter group per trained part, named by it (A.2: no weight decay)."""
     by_part = parts(model)
     groups: list[dict[str, Any]] = [
         {"name": part, "params": [p for p in by_part[part] if p.requires_grad], "lr": rate}
-        for part, rate in config.learning_rates.items()
+        for part, rate in learning_rates(config, model.config.sparsity).items()
     ]
     return torch.optim.AdamW(groups, weight_decay=config.weight_decay)
 
 
 def clip_separately(model: nn.Module, limit: float) -> dict[str, torch.Tensor]:
-    """Clip the gradient of each predictor, and of everything else together, to `limit`; return the norms before."""
+    """Clip the gradient of each learned part, and of everything else together, to `limit`; return the norms before."""
+    own = set(learned_modules(model).values())
     shares: dict[str, list[nn.Parameter]] = {}
     for part, parameters in parts(model).items():
-        share = part if part in (IMAGE_PREDICTOR, OUTPUT_PREDICTOR) else LANGUAGE_MODEL
+        share = part if part in own else LANGUAGE_MODEL
         shares.setdefault(share, []).extend(p for p in parameters if p.grad is not None)
     return {part: nn.utils.clip_grad_norm_(share, limit) for part, share in shares.items() if share}

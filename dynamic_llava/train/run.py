@@ -18,7 +18,9 @@ from dynamic_llava.config.run import RunConfig
 from dynamic_llava.data import Collator, SftDataset
 from dynamic_llava.data.prepare import BROKEN, write_broken
 from dynamic_llava.files import Lock, replace_file
+from dynamic_llava.methods import read_method
 from dynamic_llava.model import DynamicLlavaForConditionalGeneration
+from dynamic_llava.model.switches import choose_method
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.provenance import environment, versions
 from dynamic_llava.train.callbacks import (
@@ -45,7 +47,7 @@ from dynamic_llava.train.finished import (
 from dynamic_llava.train.health import Proving
 from dynamic_llava.train.inputs import run_inputs
 from dynamic_llava.train.lora import save_lora
-from dynamic_llava.train.optimizer import prepare
+from dynamic_llava.train.optimizer import learning_rates, prepare
 from dynamic_llava.train.stopping import NotFinite, Stopped, StopRequest
 from dynamic_llava.train.trainer import DynamicLlavaTrainer
 
@@ -67,9 +69,10 @@ def run(config: RunConfig) -> RunResult:
             raise ValueError(f"{name} is not set; give it in the configuration file or as --{name} on the command line")
     run_method(config)  # what cannot be is said before anything is read
     arguments = training_arguments(config)
+    _import_method(config)
     if zero_stage(arguments.get("deepspeed")) == 3:
         # Loading in parts overlooks what does not fit; from the names and shapes alone it is found at once.
-        DynamicLlavaForConditionalGeneration.check_checkpoint(config.model.source, sparsity=config.sparsity.to_dict())
+        DynamicLlavaForConditionalGeneration.check_checkpoint(config.model.source, sparsity=asdict(config.sparsity))
     joined = join(arguments)
     with together(Lock(config.folder / "run.lock", f"training in {config.folder}")):
         set_seed(config.train.seed)
@@ -131,11 +134,18 @@ def _train(
 def load(config: RunConfig) -> tuple[DynamicLlavaForConditionalGeneration, DynamicLlavaProcessor]:
     """Return the base model with the run's sparsity settings, and its processor."""
     base = config.model.source
+    _import_method(config)
     processor = DynamicLlavaProcessor.from_pretrained(base)  # first: what it refuses is known before weights are read
     model = DynamicLlavaForConditionalGeneration.from_pretrained(
-        base, sparsity=config.sparsity.to_dict(), dtype=getattr(torch, config.model.dtype)
+        base, sparsity=asdict(config.sparsity), dtype=getattr(torch, config.model.dtype)
     )
     return model, processor
+
+
+def _import_method(config: RunConfig) -> None:
+    """Import the class of a learned method of one's own: a run's file is its user's word, a checkpoint is not."""
+    if config.sparsity.method is not None:
+        read_method(config.sparsity.method, config.sparsity)
 
 
 def build_trainer(
@@ -147,6 +157,7 @@ def build_trainer(
 ) -> DynamicLlavaTrainer:
     """Return the trainer of a run; nothing is written before its `train()`. `joined` is what `join` has returned."""
     settings = config.train
+    method = choose_method(config.sparsity, **settings.switches)
     trainer = DynamicLlavaTrainer(
         model=model,
         args=joined if joined is not None else join(training_arguments(config)),
@@ -157,7 +168,7 @@ def build_trainer(
         callbacks=[
             MetricsFile(config.folder / "metrics.jsonl"),
             Progress(config.run_name),
-            KeepRateWarning(settings, config.sparsity),
+            KeepRateWarning(settings, method.keep_rates(config.sparsity)),
         ],
     )
     trainer.remove_callback(PrinterCallback)
@@ -177,7 +188,7 @@ def save(
     `inputs` is what it was trained on (`inputs.run_inputs`), which is recorded beside it.
     """
     settings = trainer.accelerator.unwrap_model(trainer.model).config
-    learned = config.train.learning_rates
+    learned = learning_rates(config.train, settings.sparsity)
     settings.untrained_predictors = [name for name in settings.untrained_predictors if name not in learned]
     with published(config.folder, least_bytes(trainer.model, optimizer=False)) as unfinished:
         folder = unfinished / "model"

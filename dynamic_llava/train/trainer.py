@@ -18,6 +18,7 @@ from dynamic_llava.data import FILLER, EpochSampler, SftDataset
 from dynamic_llava.data.prepare import BROKEN
 from dynamic_llava.layout import TokenLayout
 from dynamic_llava.model.decide import decided_outputs
+from dynamic_llava.model.learned import learned_costs
 from dynamic_llava.model.outputs import DynamicLlavaOutput, SparsityRecord
 from dynamic_llava.model.switches import choose_method
 from dynamic_llava.sparsity.noise import fold_key
@@ -67,7 +68,9 @@ class DynamicLlavaTrainer(Trainer):
         config = self.accelerator.unwrap_model(self.model).config
         self.sparsity: SparsityConfig = config.sparsity
         self.method = choose_method(self.sparsity, **train_config.switches)
-        self.flops = training_flops(llava_shape(config), self.sparsity, train_config, lora)
+        shape = llava_shape(config)
+        learned = learned_costs(self.sparsity, shape.decoder.hidden, self.method)
+        self.flops = training_flops(shape, self.sparsity, learned, train_config, lora)
         self.peak = peak_flops(train_config, self.args.device)
         self.meter = Meter()
         self.checkpoints: Checkpoints | None = None

@@ -5,10 +5,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dynamic_llava import DynamicLlavaForConditionalGeneration
 from dynamic_llava.costs import llava_shape, predictor_flops, training_flops
+from dynamic_llava.model.learned import learned_costs
+from dynamic_llava.model.switches import choose_method
 from dynamic_llava.train.optimizer import prepare
 from tests.builders import FIRST_WORD, IMAGE_TOKEN, VOCABULARY
 
 ROWS, TOKENS, BEFORE = 2, 40, 3
+
+
+def learned_of_run(shape, run):
+    """Return the costs of the learned parts, those of them learning that the run trains."""
+    chosen = choose_method(run.sparsity, sparsity=run.train.sparsity_mode)
+    return learned_costs(run.sparsity, shape.decoder.hidden, chosen)
 
 
 def counted_flops(run, config):
@@ -42,7 +50,7 @@ def check_training_flops(run, config):
     linear, attention = counted_flops(run, config)
     shape, sparsity, mode = llava_shape(config), run.sparsity, run.train.sparsity_mode
     image_tokens, width, blocks = shape.tokens_per_image, sparsity.predictor_width, sparsity.predictor_blocks
-    flops = training_flops(shape, sparsity, run.train, run.lora)
+    flops = training_flops(shape, sparsity, learned_of_run(shape, run), run.train, run.lora)
     outputs, tokens = ROWS * (TOKENS - BEFORE - image_tokens), ROWS * TOKENS
     whole = tokens * flops.per_token + ROWS * TOKENS * (TOKENS + 1) // 2 * flops.per_pair + ROWS * flops.per_image
     assert flops.of_batch(ROWS, TOKENS, ROWS, outputs) == whole + outputs * flops.per_output_token

@@ -171,11 +171,11 @@ def test_peaks_of_devices_by_name():
 
 def test_parameters_of_the_published_sizes():
     for name, total in (("7b", 7.063e9), ("13b", 13.351e9)):  # LLaVA-1.5 itself
-        counts = parameter_counts(LLAVA_SHAPES[name], SparsityConfig())
+        counts = parameter_counts(LLAVA_SHAPES[name], {})
         assert counts["vision_tower"] == 303_507_456
         dense = sum(counts[part] for part in ("language_model", "vision_tower", "projector"))
         assert dense == pytest.approx(total, rel=1e-4)
-    assert parameter_counts(LLAVA_SHAPES["7b"], SparsityConfig(), LoraConfig())["adapters"] == 319_815_680
+    assert parameter_counts(LLAVA_SHAPES["7b"], {}, LoraConfig())["adapters"] == 319_815_680
 
 
 WAYS = [
@@ -206,12 +206,12 @@ def test_an_images_flops_equal_counted_products():
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.model.get_image_features(torch.randn(2, 3, 56, 56))
     train = TrainConfig(sparsity_mode="none")
-    assert counter.get_total_flops() == 2 * training_flops(shape, config.sparsity, train).per_image
+    assert counter.get_total_flops() == 2 * training_flops(shape, config.sparsity, {}, train).per_image
     whole = TrainConfig(sparsity_mode="none", projector_learning_rate=1e-4)
     maps = shape.vision.hidden * 64, 64**2
     more = (
-        training_flops(shape, config.sparsity, whole).per_image
-        - training_flops(shape, config.sparsity, train).per_image
+        training_flops(shape, config.sparsity, {}, whole).per_image
+        - training_flops(shape, config.sparsity, {}, train).per_image
     )
     assert more == 2 * TOKENS_PER_IMAGE * (maps[0] + 2 * maps[1]), "weights of both maps, the input of the second"
 
@@ -220,12 +220,12 @@ def test_an_images_flops_equal_counted_products():
 def test_training_flops_near_six_per_parameter_and_token(name):
     shape, sparsity = LLAVA_SHAPES[name], SparsityConfig()
     embedded = shape.decoder.vocab * shape.decoder.hidden
-    weights = parameter_counts(shape, sparsity)["language_model"] - embedded
-    assert training_flops(shape, sparsity, TrainConfig()).per_token / weights == pytest.approx(6, rel=1e-3)
-    adapted = training_flops(shape, sparsity, TrainConfig(tune="lora"), LoraConfig(rank=1)).per_token
+    weights = parameter_counts(shape, {})["language_model"] - embedded
+    assert training_flops(shape, sparsity, {}, TrainConfig()).per_token / weights == pytest.approx(6, rel=1e-3)
+    adapted = training_flops(shape, sparsity, {}, TrainConfig(tune="lora"), LoraConfig(rank=1)).per_token
     assert adapted / weights == pytest.approx(4, rel=0.01)
     layers = shape.decoder.layers
-    alone = training_flops(shape, sparsity, TrainConfig(tune="predictors")).per_token
+    alone = training_flops(shape, sparsity, {}, TrainConfig(tune="predictors")).per_token
     assert alone / weights == pytest.approx(2 + 2 * (layers - 2) / layers, rel=0.02)
 
 

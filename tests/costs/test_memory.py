@@ -13,6 +13,7 @@ from dynamic_llava.sparsity.kernels import chunked
 from dynamic_llava.train.config import RunConfig
 from dynamic_llava.train.optimizer import build_optimizer, parts, prepare
 from tests.builders import FIRST_WORD, IMAGE_SIZE, IMAGE_TOKEN, TINY_SPARSITY, TOKENS_PER_IMAGE, tiny_config
+from tests.costs.counted import learned_of_run
 from tests.live_memory import LiveMemory, measure_step
 
 GIGA = 10**9
@@ -56,7 +57,8 @@ def batch_of(size):
 def calculated(shape, run, size, **sharding):
     spread = Sharding(**sharding) if sharding else None
     return training_memory(
-        shape, run.model, run.sparsity, run.train, run.lora, tokens=size[-1], sharding=spread
+        shape, run.model, run.sparsity, learned_of_run(shape, run), run.train, run.lora,
+        tokens=size[-1], sharding=spread,
     )  # fmt: skip
 
 
@@ -68,7 +70,7 @@ FROZEN = [(tune, numbers) for tune in ("lora", "predictors") for numbers in ("fl
 def test_weights_gradients_and_states_are_exact(tune, numbers):
     run = run_of(tune, numbers, projector_learning_rate=1e-4)
     model, shape = model_of(SMALL_VOCABULARY, run)
-    counts = parameter_counts(shape, run.sparsity, run.lora)
+    counts = parameter_counts(shape, learned_of_run(shape, run), run.lora)
     counted = {part: sum(p.numel() for p in found) for part, found in parts(model).items() if part != "replaced"}
     assert {part: count for part, count in counts.items() if count} == counted
     for parameter in model.parameters():
@@ -134,7 +136,7 @@ def test_the_measurement_sees_what_lives_and_what_passes():
 def test_zero_spreads_states_then_gradients_then_weights():
     shape, settings = LLAVA_SHAPES["7b"], {"bf16": True, "batch_size": 8, "gradient_checkpointing": True}
     run = RunConfig(model=ModelConfig(dtype="bfloat16"), train=TrainConfig(deepspeed="zero.json", **settings))
-    counts = parameter_counts(shape, run.sparsity)
+    counts = parameter_counts(shape, learned_of_run(shape, run))
     total, frozen = sum(counts.values()), counts["vision_tower"] + counts["projector"]
     learning = total - frozen
     for stage in (0, 1, 2, 3):

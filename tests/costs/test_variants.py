@@ -21,7 +21,7 @@ from dynamic_llava.costs import (
 from dynamic_llava.train.config import RunConfig
 from dynamic_llava.train.optimizer import parts, prepare
 from tests.builders import FIRST_WORD, HIDDEN, IMAGE_SIZE, IMAGE_TOKEN, LAYERS, VOCABULARY
-from tests.costs.counted import check_training_flops
+from tests.costs.counted import check_training_flops, learned_of_run
 from tests.costs.variants import VARIANTS, variant_config
 from tests.live_memory import measure_step
 
@@ -43,7 +43,7 @@ def test_parameters(name, lora):
     run = RunConfig(sparsity=config.sparsity, train=TrainConfig(tune="lora" if lora else "full"), lora=lora)
     found = parts(prepare(DynamicLlavaForConditionalGeneration(config), run))
     counted = {part: sum(p.numel() for p in tensors) for part, tensors in found.items() if part != "replaced"}
-    counts = parameter_counts(llava_shape(config), config.sparsity, lora)
+    counts = parameter_counts(llava_shape(config), learned_of_run(llava_shape(config), run), lora)
     assert {part: count for part, count in counts.items() if count} == counted
 
 
@@ -82,7 +82,9 @@ def test_flops_and_activations_of_a_training_step(name, tune):
     labels = batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE_TOKEN, -100)
     labels[:, :4] = -100
     kept, _ = measure_step(model, {**batch, "labels": labels}, autocast=False, tau=1.0)
-    memory = training_memory(shape, ModelConfig(dtype="float32"), run.sparsity, run.train, lora, tokens=160)
+    memory = training_memory(
+        shape, ModelConfig(dtype="float32"), run.sparsity, learned_of_run(shape, run), run.train, lora, tokens=160
+    )
     assert memory.activations == pytest.approx(kept, rel=0.1)
 
 

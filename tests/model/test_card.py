@@ -10,8 +10,8 @@ from transformers.utils import hub
 
 from dynamic_llava import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration, get_method
 from dynamic_llava.config import DataConfig, ModelConfig, TrainConfig
+from dynamic_llava.methods import Dynamic
 from dynamic_llava.model import card
-from dynamic_llava.model.untrained import PREDICTORS
 from dynamic_llava.train.config import RunConfig
 from dynamic_llava.train.run import run
 from tests.builders import (
@@ -25,6 +25,8 @@ from tests.builders import (
     tiny_config,
 )
 from tests.sft_builders import write_checkpoint, write_data
+
+PREDICTORS = Dynamic.parts
 
 WARNING = "sparse inference with newly initialised predictors"
 

@@ -9,7 +9,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import EetqConfig, GPTQConfig, TorchAoConfig
 
 from dynamic_llava import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
-from dynamic_llava.model.quantization import EXCLUDED, spare_predictors
+from dynamic_llava.model.quantization import spare_learned
 from tests.builders import TINY_SPARSITY, build_model, dense_twin, fixed_rows, predictors, prompts, tiny_config
 from tests.sft_builders import write_checkpoint
 
@@ -19,6 +19,14 @@ def without_package(kind, **settings):
     config = kind.__new__(kind)
     config.__dict__.update(settings)
     return config
+
+
+PARTS = ("image_predictor", "output_predictor")
+EXCLUDED = [f"model.language_model.{part}" for part in PARTS]
+
+
+def spare(settings):
+    return spare_learned(settings, PARTS)
 
 
 def bits_and_bytes(**switches):
@@ -46,7 +54,7 @@ def list_of(settings, field):
 @pytest.mark.parametrize("given", [None, ["lm_head", "model.vision_tower"], [*EXCLUDED, "lm_head"]], ids=str)
 def test_a_list_is_extended_and_the_default_kept(build, field, given):
     settings = build(given)
-    spared = list_of(spare_predictors(settings), field)
+    spared = list_of(spare(settings), field)
     assert set(EXCLUDED) <= set(spared)
     assert spared[: len(given or ["lm_head"])] == (given or ["lm_head"])
     assert len(spared) == len(set(spared)), "nothing twice"
@@ -55,19 +63,19 @@ def test_a_list_is_extended_and_the_default_kept(build, field, given):
 
 
 def test_a_list_is_found_under_the_methods_own_name():
-    assert list_of(spare_predictors({"load_in_4bit": True}), "llm_int8_skip_modules") == ["lm_head", *EXCLUDED]
-    assert list_of(spare_predictors({"quant_method": "hqq"}), "skip_modules") == ["lm_head", *EXCLUDED]
+    assert list_of(spare({"load_in_4bit": True}), "llm_int8_skip_modules") == ["lm_head", *EXCLUDED]
+    assert list_of(spare({"quant_method": "hqq"}), "skip_modules") == ["lm_head", *EXCLUDED]
 
 
 def test_a_method_that_excludes_nothing_is_refused():
     with pytest.raises(ValueError, match="GPTQConfig has no list of modules to leave out"):
-        spare_predictors(without_package(GPTQConfig, bits=4))
+        spare(without_package(GPTQConfig, bits=4))
 
 
 @pytest.mark.parametrize("given", [None, ["model.vision_tower", "model.multi_modal_projector"]])
 def test_transformers_would_replace_every_other_linear_layer(given):
     """The same question that its quantisers ask of each layer, on a model without memory."""
-    settings = spare_predictors(BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=given))
+    settings = spare(BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=given))
     with torch.device("meta"):
         model = DynamicLlavaForConditionalGeneration(tiny_config())
     excluded = HfQuantizer.get_modules_to_not_convert(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dynamic_llava.config import TrainConfig
-from dynamic_llava.costs import training_flops
+from dynamic_llava.costs import predictor_costs, training_flops
 from dynamic_llava.profile import checks, training_speed
 from dynamic_llava.profile.latency import (
     EAGER,
@@ -221,7 +221,8 @@ def test_generated_bytes_follow_the_longest_row():
 def test_a_training_step_and_its_mfu():
     report = training_report(SMALL, CPU, torch.float32, peak=1e11, rounds=1)
     row = report.rows[0]
-    flops = training_flops(SMALL.shape, SMALL.sparsity, TrainConfig())
+    learned = predictor_costs(SMALL.shape.decoder.hidden, SMALL.sparsity)
+    flops = training_flops(SMALL.shape, SMALL.sparsity, learned, TrainConfig())
     tokens = 64 + 9 + 448
     assert (row["layers"], row["tokens"], row["batch"]) == (4, tokens, 2)
     assert row["flops"] == flops.of_batch(2, tokens, 2, 2 * 448)

@@ -75,12 +75,12 @@ def test_costs_are_those_of_the_module(name, layers):
     config = config_of(name, layers)
     shape, projector = llava_shape(config), find_projector(name)(config, nn.GELU())
     assert shape.projector == ProjectorShape(*measure(config))
-    counts = parameter_counts(shape, config.sparsity)
+    counts = parameter_counts(shape, {})
     assert counts["projector"] == sum(weight.numel() for weight in projector.parameters())
     model = DynamicLlavaForConditionalGeneration(config)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.model.encode_images(torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE))
-    frozen = training_flops(shape, config.sparsity, TrainConfig(sparsity_mode="none"))
+    frozen = training_flops(shape, config.sparsity, {}, TrainConfig(sparsity_mode="none"))
     assert counter.get_total_flops() == 2 * frozen.per_image
 
 

@@ -8,6 +8,7 @@ import pytest
 from transformers import TrainerControl, TrainerState
 
 from dynamic_llava.config import SparsityConfig, TrainConfig
+from dynamic_llava.methods import Dynamic
 from dynamic_llava.train.callbacks import KeepRateWarning, MetricsFile, Progress
 
 
@@ -70,7 +71,7 @@ def test_progress_on_a_terminal_is_a_bar():
 @pytest.mark.parametrize(("rate", "warnings"), [(0.65, 1), (0.35, 1), (0.58, 0)])
 def test_a_keep_rate_off_target_is_warned_about_after_the_first_window(caplog, rate, warnings):
     config = TrainConfig(log_every=10, keep_rate_window=50, keep_rate_tolerance=0.1)
-    callback = KeepRateWarning(config, SparsityConfig())
+    callback = KeepRateWarning(config, Dynamic().keep_rates(SparsityConfig()))
     with caplog.at_level(logging.WARNING):
         feed(callback, range(10, 110, 10), line(output_keep_rate=rate, image_keep_rate=0.2))
     assert len(caplog.records) == warnings
@@ -83,7 +84,8 @@ def test_a_keep_rate_off_target_is_warned_about_after_the_first_window(caplog, r
 
 
 def test_what_is_not_sparsified_is_not_warned_about(caplog):
-    callback = KeepRateWarning(TrainConfig(sparsity_mode="image", keep_rate_window=10), SparsityConfig())
+    config = TrainConfig(keep_rate_window=10)
+    callback = KeepRateWarning(config, Dynamic(sparsity="image").keep_rates(SparsityConfig()))
     with caplog.at_level(logging.WARNING):
         feed(callback, (10, 20), line(output_keep_rate=1.0))
     assert not caplog.records

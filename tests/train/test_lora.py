@@ -14,7 +14,7 @@ from dynamic_llava.data import SftDataset
 from dynamic_llava.train.__main__ import main
 from dynamic_llava.train.config import RunConfig
 from dynamic_llava.train.lora import save_lora
-from dynamic_llava.train.optimizer import parts, prepare
+from dynamic_llava.train.optimizer import learning_rates, parts, prepare
 from dynamic_llava.train.run import build_trainer, load
 from tests.builders import LAYERS, TINY_SPARSITY, assert_same_logits, collate, dense_twin, fixed_rows, shared_model
 from tests.sft_builders import tiny_processor, write_checkpoint, write_data
@@ -59,7 +59,7 @@ def saved(tmp_path_factory, base, data):
     trainer = build_trainer(config, prepare(model, config), processor, SftDataset(config.data, processor))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for part in config.train.learning_rates:
+        for part in learning_rates(config.train, config.sparsity):
             for parameter in parts(trainer.model)[part]:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
     save_lora(trainer, processor, config.folder)
@@ -84,7 +84,7 @@ def test_new_adapters_change_nothing_and_sit_in_the_language_model(tmp_path, bas
     assert len(adapted) == 7 * LAYERS and all(".language_model.layers." in name for name in adapted)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     found = parts(model)
-    assert trainable == sum(p.numel() for part in config.train.learning_rates for p in found[part])
+    assert trainable == sum(p.numel() for part in learning_rates(config.train, config.sparsity) for p in found[part])
     assert not any(p.requires_grad for p in found["replaced"])
     originals = sum(p.numel() for part in ("image_predictor", "output_predictor") for p in found[part])
     assert sum(p.numel() for p in found["replaced"]) == originals

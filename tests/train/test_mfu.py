@@ -9,6 +9,7 @@ import torch
 
 from dynamic_llava.config import TrainConfig
 from dynamic_llava.costs import TrainingFlops, llava_shape, training_flops
+from dynamic_llava.model.learned import learned_costs
 from dynamic_llava.train.meter import Meter
 from dynamic_llava.train.mfu import batch_flops, peak_flops, peak_of
 from tests.builders import IMAGE_SIZE, build_model, collate, fixed_rows
@@ -35,7 +36,8 @@ def test_the_trainer_counts_real_tokens_of_real_samples(tmp_path):
     batch["sample_ids"] = torch.tensor([0, -1, 1, 2])
     batch["output_mask"][1] = False
     take_step(trainer, [dict(batch), dict(batch)])
-    flops = training_flops(llava_shape(model.config), model.config.sparsity, TrainConfig())
+    shape, settings = llava_shape(model.config), model.config.sparsity
+    flops = training_flops(shape, settings, learned_costs(settings, shape.decoder.hidden), TrainConfig())
     rows = [int(length) for place, length in enumerate(batch["attention_mask"].sum(1)) if place != 1]
     expected = sum(flops.per_token * n + flops.per_pair * n * (n + 1) // 2 for n in rows)
     expected += flops.per_image * len(batch["pixel_values"]) + flops.per_output_token * int(batch["output_mask"].sum())

@@ -12,7 +12,7 @@ from dynamic_llava.data import Collator, SftDataset
 from dynamic_llava.sparsity.noise import fold_key
 from dynamic_llava.sparsity.schedule import temperature
 from dynamic_llava.train.config import RunConfig
-from dynamic_llava.train.optimizer import parts, prepare
+from dynamic_llava.train.optimizer import learning_rates, parts, prepare
 from dynamic_llava.train.run import build_trainer, load, run
 from tests.builders import TINY_SPARSITY
 from tests.sft_builders import conversation, picture, write_checkpoint, write_data
@@ -166,7 +166,7 @@ def test_every_parameter_has_one_part_and_its_rate(tmp_path, base, data):
     assert sum(map(len, by_part.values())) == len(list(trainer.model.parameters()))
     assert not any(parameter.requires_grad for parameter in by_part["vision_tower"])
     groups = {group["name"]: group for group in trainer.create_optimizer().param_groups}
-    assert {name: group["lr"] for name, group in groups.items()} == config.train.learning_rates
+    assert {name: group["lr"] for name, group in groups.items()} == learning_rates(config.train, config.sparsity)
     assert groups["projector"]["lr"] == 3e-5 and groups["image_predictor"]["lr"] == 2e-4
     assert all(group["weight_decay"] == 0 for group in groups.values())
     head = trainer.model.lm_head.weight

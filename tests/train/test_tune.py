@@ -8,7 +8,7 @@ import torch
 from dynamic_llava.cli import read_yaml
 from dynamic_llava.config import LoraConfig, ModelConfig, TrainConfig
 from dynamic_llava.train.config import RunConfig
-from dynamic_llava.train.optimizer import parts, prepare
+from dynamic_llava.train.optimizer import learning_rates, parts, prepare
 from dynamic_llava.train.run import run
 from tests.builders import LAYERS, build_model, collate, fixed_rows
 from tests.sft_builders import write_checkpoint, write_data
@@ -57,7 +57,11 @@ def test_gradients_are_where_they_belong(tune, mode):
     backward(model, mode)
     wanted = LEARNING[tune] - {"image": {"output_predictor"}, "output": {"image_predictor"}}.get(mode, set())
     with_gradient = {part for part, found in parts(model).items() if any(p.grad is not None for p in found)}
-    assert with_gradient == wanted == set(TrainConfig(tune=tune, sparsity_mode=mode).learning_rates)
+    assert (
+        with_gradient
+        == wanted
+        == set(learning_rates(TrainConfig(tune=tune, sparsity_mode=mode), model.config.sparsity))
+    )
     for part in with_gradient:
         # An adapter's first map has the gradient 0 as long as its second is 0.
         assert sum(bool(p.grad.any()) for p in parts(model)[part]) >= len(parts(model)[part]) // 2
