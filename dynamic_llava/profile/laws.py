@@ -279,31 +279,32 @@ def memory_is_linear(device: torch.device, implementation: Any) -> None:
 
 
 def equals_filled_slots(device: torch.device, implementation: Any, shape: Sequence[int], dtype: torch.dtype) -> None:
-    """Each row is attention over its filled slots alone, in float64; Triton never reads the others.
+    """Each row, and each key head of its own length, is attention over its filled slots alone, in float64.
 
-    shape: B, H, K, W, D.
+    Triton never reads the others. shape: B, H, K, W, D.
     """
     torch.manual_seed(0)
     batch, heads, key_heads, slots, size = shape
     query = torch.randn(batch, heads, 1, size, dtype=dtype)
     keys, values = torch.randn(2, batch, key_heads, slots, size, dtype=dtype)
-    lengths = torch.randint(0, slots, (batch,))
-    lengths[0] = slots - 1
-    rows = []
-    for row, length in enumerate(lengths.tolist()):
-        cut = slice(row, row + 1)
-        filled = (x[cut, :, : length + 1].double() for x in (keys, values))
-        rows.append(F.scaled_dot_product_attention(query[cut].double(), *filled, enable_gqa=True))
-    expected = torch.cat(rows)
-    if implementation == "triton":
-        unfilled = (torch.arange(slots) > lengths[:, None])[:, None, :, None]
-        keys, values = (x.masked_fill(unfilled, torch.nan) for x in (keys, values))
-    given = (tensor.to(device) for tensor in (query, keys, values, lengths))
-    with torch.no_grad():
-        actual = ragged_attention(*given, implementation=implementation)
-    assert actual.dtype == dtype
-    tolerance = TOLERANCE.get(dtype, 2 * torch.finfo(dtype).eps)
-    assert_equal([actual.cpu().double()], [expected], tolerance, ["output"])
+    lengths_BK = torch.randint(0, slots, (batch, key_heads))
+    lengths_BK[0, 0] = slots - 1
+    for lengths in (lengths_BK[:, 0], lengths_BK):
+        each_BK = lengths.view(batch, -1).expand(batch, key_heads)
+        expected = query.new_empty(batch, key_heads, heads // key_heads, size, dtype=torch.float64)
+        for row, head in torch.cartesian_prod(torch.arange(batch), torch.arange(key_heads)).tolist():
+            end = int(each_BK[row, head]) + 1
+            its = query.unflatten(1, (key_heads, -1))[row, head, :, 0].double()
+            filled = (x[row, head, :end].double() for x in (keys, values))
+            expected[row, head] = F.scaled_dot_product_attention(its, *filled)
+        unfilled = (torch.arange(slots) > each_BK[..., None])[..., None] & (implementation == "triton")
+        read = (x.masked_fill(unfilled, torch.nan) for x in (keys, values))
+        with torch.no_grad():
+            given = (x.to(device) for x in (query, *read, lengths))
+            actual = ragged_attention(*given, implementation=implementation)
+        assert actual.dtype == dtype
+        tolerance = TOLERANCE.get(dtype, 2 * torch.finfo(dtype).eps)
+        assert_equal([actual.cpu().double()], [expected.view(actual.shape)], tolerance, ["output"])
 
 
 def follows_lengths(device: torch.device, implementation: Any) -> None:
