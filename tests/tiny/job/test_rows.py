@@ -1,7 +1,7 @@
 """The rows as data."""
 
 from dynamic_llava.config import SparsityConfig
-from dynamic_llava.eval.efficiency import runs_image_predictor
+from dynamic_llava.eval.efficiency import judging_flops
 from dynamic_llava.methods import Dense
 from dynamic_llava.model.switches import choose_method
 from dynamic_llava.tiny.job.rows import REFERENCE, equal_keep_rows, first_rows
@@ -26,7 +26,7 @@ def test_rows_are_distinct_and_hold_the_settings():
 def test_learned_rows_are_those_where_the_image_predictor_runs():
     settings = SparsityConfig()
     rows = first_rows(settings) + equal_keep_rows(settings, 0.5)
-    learned = {row.key for row in rows if runs_image_predictor(choose_method(settings, **row.switches))}
+    learned = {row.key for row in rows if judging_flops(settings, 64, 16, choose_method(settings, **row.switches))}
     assert learned == {
         "dynamic_image", REFERENCE, "uncached", "inside_random", "inside_alternate", "inside_topk",
     }  # fmt: skip
