@@ -304,9 +304,12 @@ def _is_dead(holder: dict[str, Any]) -> bool:
 
 
 def _near(file: Path, path: Path) -> bool:
-    """Whether `file` lies in, above or beside `path`."""
+    """Whether `file` lies in, above or beside `path`, or in an unfinished one of it: `path.part...`, `.path.part...`."""
     file, path = Path(os.path.abspath(file)), Path(os.path.abspath(path))
-    return file.is_relative_to(path) or path.is_relative_to(file) or file.parent == path.parent
+    if file.is_relative_to(path) or path.is_relative_to(file) or file.parent == path.parent:
+        return True
+    top = file.relative_to(path.parent).parts[0] if file.is_relative_to(path.parent) else ""
+    return ".part" in top and top.removeprefix(".").split(".part")[0] == path.name.removeprefix(".")
 
 
 def _unwritten(path: Path, error: OSError) -> str:

@@ -69,6 +69,17 @@ def test_a_file_that_was_only_read_is_not_called_unwritten(tmp_path):
         (tmp_path / "out" / "cache").mkdir()
 
 
+@pytest.mark.parametrize("unfinished", ["cache.partial", ".cache.partial", "cache.part", "cache.partial-7"])
+def test_a_file_of_an_unfinished_folder_names_the_finished_one(tmp_path, unfinished):
+    inner = tmp_path / "out" / unfinished / "images" / "0.png"
+    with pytest.raises(WriteError, match=r"out/cache could not be written .Operation not permitted"):  # noqa: SIM117
+        with writing(tmp_path / "out" / "cache"):
+            raise PermissionError(1, "Operation not permitted", str(inner))
+    with pytest.raises(PermissionError) as error, writing(tmp_path / "out" / "cache"):
+        raise PermissionError(1, "Operation not permitted", str(tmp_path / "out" / "cached.partial" / "0.png"))
+    assert not isinstance(error.value, WriteError)
+
+
 def test_an_amount_has_a_unit_that_suits_it():
     given = (0, 1, 999, 1000, 4_200_000, 13.5e9, 2e12)
     assert [amount(size) for size in given] == [

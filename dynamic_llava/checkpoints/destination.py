@@ -1,12 +1,11 @@
 """A new folder that appears under its name only when everything is in it."""
 
-import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dynamic_llava.files import amount
+from dynamic_llava.files import WriteError, amount, writing
 
 
 def check_destination(destination: Path) -> None:
@@ -20,30 +19,24 @@ def new_folder(destination: Path, needed: int) -> Iterator[Path]:
     """Give a folder to write into, beside `destination`; it takes that name when the block ends well.
 
     After an error nothing is left. What a killed process left, `.NAME.partial`, is removed by the next one.
-    `needed` is what will be written at least, in bytes. Raises ValueError for a disk that is or becomes full.
+    `needed` is what will be written at least, in bytes. Raises WriteError for a disk that is or becomes full or takes
+    nothing.
     """
     check_destination(destination)
     destination = destination.absolute()
-    destination.parent.mkdir(parents=True, exist_ok=True)
     partial = destination.with_name(f".{destination.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    free = shutil.disk_usage(destination.parent).free
-    if free < needed:
-        raise _full(destination, needed, f"only {amount(free)} are free")
-    partial.mkdir()
-    try:
-        yield partial
-        partial.replace(destination)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _full(destination, needed, "it became full while they were written") from None
-        raise
-    finally:
+    with writing(destination):
+        destination.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _full(destination: Path, needed: int, reason: str) -> ValueError:
-    return ValueError(
-        f"the disk of {destination.parent} has no room for the {amount(needed)} of {destination.name}: {reason}. "
-        "Free some space or choose another disk; nothing was left behind"
-    )
+        free = shutil.disk_usage(destination.parent).free
+        if free < needed:
+            raise WriteError(
+                f"the disk of {destination.parent} has no room for the {amount(needed)} of {destination.name}: only "
+                f"{amount(free)} are free. Free some space or choose another disk; nothing was left behind"
+            )
+        partial.mkdir()
+        try:
+            yield partial
+            partial.replace(destination)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)

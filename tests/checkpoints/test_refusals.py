@@ -16,6 +16,7 @@ from dynamic_llava.checkpoints.__main__ import main
 from dynamic_llava.checkpoints.convert import convert
 from dynamic_llava.checkpoints.destination import new_folder
 from dynamic_llava.checkpoints.plan import make_plan
+from dynamic_llava.files import EXIT_WRITE_FAILED, WriteError
 from tests.builders import build_model
 from tests.checkpoints.folders import clip_folder, original_config, original_folder, original_weights, write
 
@@ -31,7 +32,7 @@ def quiet(line):
 
 def refused(source, destination, **kwargs):
     """Return the message of a refused conversion; nothing may have been written."""
-    with pytest.raises((ValueError, FileNotFoundError)) as error:
+    with pytest.raises((ValueError, FileNotFoundError, WriteError)) as error:
         convert(source, destination, say=quiet, **kwargs)
     assert not destination.exists()
     assert not list(destination.parent.glob(".*.partial"))
@@ -286,11 +287,15 @@ def test_a_full_disk(model, tmp_path, monkeypatch):
         patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
         assert "only 1.0 kB are free" in refused(source, tmp_path / "new")
 
-    def fill(path, placements):
-        raise OSError(28, "No space left on device")
+    for number, words in ((28, "No space left"), (27, "File too large"), (30, "Read-only"), (1, "not permitted")):
 
-    monkeypatch.setattr(tensors, "_write_safetensors", fill)
-    assert "it became full" in refused(source, tmp_path / "new")
+        def fill(path, placements, error=number):
+            raise OSError(error, os.strerror(error))
+
+        monkeypatch.setattr(tensors, "_write_safetensors", fill)
+        said = refused(source, tmp_path / "new")
+        assert words in said and str(tmp_path) in said and f"{tmp_path / 'new'} could not be written" in said
+    assert main(["convert", str(source), str(tmp_path / "new")]) == EXIT_WRITE_FAILED
 
 
 def test_an_error_inside_leaves_nothing(tmp_path):

@@ -177,9 +177,16 @@ def report_result(work):
     return digests(work, "tiny.md") | {"pictures": sorted(path.name for path in work.glob("*.png"))}
 
 
-BUILD = (
-    "from pathlib import Path; from dynamic_llava.tiny.world.dataset import build_world; build_world(Path('world'), "
-)
+BUILD = """
+import sys
+from pathlib import Path
+from dynamic_llava.commands import exit_on_mistake
+from dynamic_llava.tiny.world.dataset import build_world
+try:
+    build_world(Path("world"), train=150, test=60)
+except (ValueError, OSError) as error:
+    sys.exit(exit_on_mistake(error))
+"""
 STOPPED = (75, -2, -15, 130, 143)
 TRAIN = ("-m", "dynamic_llava.train", "../inputs/run.yaml")
 LAUNCH = ("-m", "dynamic_llava.train.launch", "../inputs/run.yaml")
@@ -203,7 +210,7 @@ JOBS = {
         lambda work: digests(work, "new/*"), conversion_inputs,
     ),
     "world building": Job(
-        ("-c", f"{BUILD}train=150, test=60)"), lambda work: digests(work, "world/**/*"), lambda folder: None,
+        ("-c", BUILD), lambda work: digests(work, "world/**/*"), lambda folder: None,
     ),
     "sweep": Job(
         ("-m", "dynamic_llava.sweep", "../inputs/few.yaml"), sweep_result, sweep_inputs, stops=STOPPED,
