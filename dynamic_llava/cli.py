@@ -11,7 +11,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from dynamic_llava.commands import METHOD, METHOD_HELP, take_method
 from dynamic_llava.files import brief
@@ -215,7 +215,11 @@ def _check_keys(config_class: type, values: Mapping[str, Any], path: Path, prefi
         section = _section(types[key])
         if section is not None and isinstance(value, Mapping):
             _check_keys(section, value, path, f"{prefix}{key}.")
-        elif section is not None and not isinstance(value, _plain_kinds(types[key])):
+        elif (
+            section is not None
+            and get_origin(types[key]) not in (list, tuple)
+            and not isinstance(value, _plain(types[key]))
+        ):
             due = ", ".join(field.name for field in fields(section)[:3])
             raise ValueError(f"{path}: {prefix}{key} is {brief(value)}; lines of settings are due there: {due}, ...")
 
@@ -225,7 +229,7 @@ def _section(annotation: Any) -> type | None:
     return next((kind for kind in (annotation, *get_args(annotation)) if is_dataclass(kind)), None)
 
 
-def _plain_kinds(annotation: Any) -> tuple[type, ...]:
+def _plain(annotation: Any) -> tuple[type, ...]:
     """Return the types that a field takes beside a section: that of None for an optional one."""
     return tuple(kind for kind in get_args(annotation) if isinstance(kind, type) and not is_dataclass(kind))
 

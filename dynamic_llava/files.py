@@ -304,7 +304,7 @@ def _is_dead(holder: dict[str, Any]) -> bool:
 
 
 def _near(file: Path, path: Path) -> bool:
-    """Whether `file` lies in, above or beside `path`, or in an unfinished one of it: `path.part...`, `.path.part...`."""
+    """Whether `file` lies in, above or beside `path`, or in an unfinished one of it, `path.part...`."""
     file, path = Path(os.path.abspath(file)), Path(os.path.abspath(path))
     if file.is_relative_to(path) or path.is_relative_to(file) or file.parent == path.parent:
         return True

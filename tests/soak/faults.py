@@ -325,7 +325,7 @@ def meet(bench, process, fault, undisturbed):
     except subprocess.TimeoutExpired:
         os.killpg(again.pid, signal.SIGKILL)
         return f"started again, no end within {PATIENCE} s:\n{bench.said()[-1500:]}"
-    if again.returncode:
+    if again.returncode and not (again.returncode == 2 and bench.job.done in bench.said()):
         return f"started again, exit code {again.returncode} after\n{said[-800:]}\nthen\n{bench.said()[-1500:]}"
     return difference(bench, undisturbed[0])
 

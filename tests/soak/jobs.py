@@ -100,6 +100,8 @@ class Job:
     environment: dict = field(default_factory=dict)
     stops: tuple[int, ...] = (-2, -15, 130, 143)
     """Exit codes after SIGINT and SIGTERM; 0 is allowed when the job was about to end."""
+    done: str = "nothing"
+    """What the same command says, with exit code 2, where all was done before the kill."""
 
 
 def training_inputs(folder, **changes):
@@ -207,7 +209,7 @@ JOBS = {
     "evaluation": Job(EVALUATE, evaluation_result, evaluation_inputs),
     "conversion": Job(
         ("-m", "dynamic_llava.checkpoints", "convert", "../inputs/source", "new", "--dtype", "bfloat16"),
-        lambda work: digests(work, "new/*"), conversion_inputs,
+        lambda work: digests(work, "new/*"), conversion_inputs, done="new is there already and not empty",
     ),
     "world building": Job(
         ("-c", BUILD), lambda work: digests(work, "world/**/*"), lambda folder: None,
