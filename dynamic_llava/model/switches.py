@@ -15,7 +15,6 @@ from dynamic_llava.methods import (
     said_settings,
     settings_of,
 )
-from dynamic_llava.methods.registry import DEFAULT
 
 
 def choose_method(
@@ -40,9 +39,10 @@ def choose_method(
                 f"{sorted(given)} were given together with the method object {method}; set them on the object instead"
             )
         return method
-    if method is None and config.method is not None:
-        return _own_method(config, given)
-    said = said_settings(DEFAULT if method is None else method)
+    if method is None:
+        # Most calls, every step of a generation among them: nothing is parsed, so that a compiler can follow.
+        return _own_method(config, given) if config.method is not None else _dynamic(config, given)
+    said = said_settings(method)
     kind = method_class(said["name"])
     short = sorted(set(given) & {"sparsity", "output_threshold"})
     if short and not issubclass(kind, Dynamic):
@@ -67,10 +67,17 @@ def choose_method(
     return chosen
 
 
+def _dynamic(config: SparsityConfig, given: dict[str, Any]) -> Dynamic:
+    """Return Dynamic-LLaVA with a checkpoint's settings and a call's switches."""
+    chosen = replace(Dynamic.from_config(config), **given)
+    _refuse_idle_switches(chosen, given)
+    return chosen
+
+
 def _own_method(config: SparsityConfig, given: dict[str, Any]) -> Method:
     """Return the learned method of a checkpoint, or, with sparsity="none", the dense one."""
     if given == {"sparsity": "none"}:
-        return read_method(Dense.name, config)
+        return Dense()
     if given not in ({}, {"sparsity": "both"}):
         raise ValueError(
             f"{sorted(given)} are switches of Dynamic-LLaVA, and this checkpoint's method is {config.method!r}; leave "

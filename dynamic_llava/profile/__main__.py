@@ -53,9 +53,7 @@ def _parser() -> argparse.ArgumentParser:
 
     flops = command("flops", _flops, "FLOPs of the paper's tables: Eq. 13, and exact from the modules' shapes")
     tokens = command("tokens", _tokens, "token statistics (Table 8)")
-    memory = command(
-        "memory", _memory, "memory of a generation, calculated; or of a training run (CONFIG.yaml)", TRAINING_HELP
-    )
+    memory = command("memory", _memory, "memory of a generation, or of a training run (CONFIG.yaml)", TRAINING_HELP)
     latency = command("latency", _latency, "times of vision tower, prefill and steps, with and without cache; totals")
     roofline = command("roofline", _latency, "the same beside the limit of the device, measured in the same run")
     training = command("training", _training, "a training step's time, and its memory measured beside the calculation")

@@ -84,7 +84,7 @@ ENTRIES = {
     "data first-batch": lambda folder: command("data.__main__", "first-batch", run_file(folder)),
     "profile": lambda folder: command("profile.__main__", "memory", run_file(folder)),
     "eval": evaluation,
-    "chat": lambda folder: command("chat", "--model", folder, "--sparsity", "none"),
+    "chat": lambda folder: command("chat.__main__", "--model", folder, "--sparsity", "none"),
     "convert": lambda folder: command("checkpoints.__main__", "convert", folder, folder.parent / "new"),
     "check": lambda folder: command("checkpoints.__main__", "check", folder),
 }

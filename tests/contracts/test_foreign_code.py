@@ -150,7 +150,7 @@ def _auto(name, folder):
 
 
 COMMANDS = {
-    "chat": lambda folder: _command("chat", "--model", folder, "--sparsity", "none"),
+    "chat": lambda folder: _command("chat.__main__", "--model", folder, "--sparsity", "none"),
     "eval": lambda folder: _command("eval.__main__", *_evaluation(folder)),
     "train": lambda folder: _command("train.__main__", _run_file(folder)),
     "data check": lambda folder: _command("data.__main__", "check", _run_file(folder)),

@@ -57,7 +57,7 @@ LOADERS = {
     "files": checkpoint_files,
 }
 COMMANDS = {
-    "chat": lambda given, here: command("chat", "--model", given),
+    "chat": lambda given, here: command("chat.__main__", "--model", given),
     "eval": lambda given, here: command("eval.__main__", *evaluation(given, here)),
     "train": lambda given, here: command("train.__main__", run_file(given)),
     "data check": lambda given, here: command("data.__main__", "check", run_file(given)),
