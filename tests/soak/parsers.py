@@ -323,7 +323,9 @@ PARSERS = {
     "DeepSpeed files": Parser(deepspeeds, read_deepspeeds),
     "chat messages": Parser(chats, read_chats, names=("message", "content", "role")),
     "checkpoint settings": Parser(checkpoint, read_checkpoint, cases=600, names=("model",)),
-    "weights' heads": Parser(weights, read_weights, cases=300, names=("model.safetensors",)),
+    "weights' heads": Parser(
+        weights, read_weights, cases=300, names=("model.safetensors", "model-0000", "checkpoint of this configuration")
+    ),
     "other bases": Parser(other_bases, read_other_bases, cases=400, names=("chatml", "llama")),
     "other layouts": Parser(other_layouts, read_other_layouts, cases=300, names=("original", "published")),
     "records of a training": Parser(training_records, read_training_records, cases=60, names=("checkpoint-",)),
