@@ -313,6 +313,7 @@ def _near(file: Path, path: Path) -> bool:
 
 
 def _unwritten(path: Path, error: OSError) -> str:
+    path = path if path.name else Path(os.path.abspath(path))  # "." names nothing
     reason = error.strerror or str(error)
     if error.errno in NO_ROOM and error.errno != errno.EROFS:
         with suppress(OSError):

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from dynamic_llava.methods import Method
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.processing.prompts import IMAGE_PLACE
 
+Value = TypeVar("Value")
 READERS, BATCHES_AHEAD = 4, 2
 """Threads that read images, and how many batches they are ahead of the model."""
 
@@ -97,15 +98,30 @@ class WithinMemory:
                 f"question {brief(part[0].question.id)} alone does not fit into memory "
                 f"({reason.splitlines()[0][:200]}); free some, give --dtype bfloat16, or a smaller --max-new-tokens"
             )
-        self.rows = len(part) // 2
-        gc.collect()
-        if torch.accelerator.is_available():
-            torch.accelerator.empty_cache()
-        print(
-            f"out of memory at {len(part)} questions at once; going on with {self.rows}, which changes no answer in "
-            "float32",
-            file=sys.stderr,
-        )
+        self.rows = _halved(len(part))
+
+
+def fitting(measure: Callable[[int], Value], rows: int) -> Value:
+    """Return measure(rows), of half as many rows for as long as memory runs out; its error when one does not fit."""
+    while True:
+        try:
+            return measure(rows)
+        except (RuntimeError, MemoryError) as error:
+            if rows == 1 or not _is_out_of_memory(error):
+                raise
+        rows = _halved(rows)
+
+
+def _halved(rows: int) -> int:
+    """Free what can be freed, say that so many rows were too many, and return half of them."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+    print(
+        f"out of memory at {rows} questions at once; going on with {rows // 2}, which changes no answer in float32",
+        file=sys.stderr,
+    )
+    return rows // 2
 
 
 def _is_out_of_memory(error: Exception) -> bool:

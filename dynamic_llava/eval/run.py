@@ -25,6 +25,7 @@ from dynamic_llava.eval.answering import (
     WithinMemory,
     answer,
     by_length,
+    fitting,
     greedy,
     prompt_inputs,
     read_ahead,
@@ -206,8 +207,19 @@ class Evaluation:
         prefill = prefill_costs(shape, config.sparsity, every, per_image, method=self.method)
         with_image = [sum(map(len, one.image_kept)) for one in every if one.image_kept]
         kept = {"image_tokens_kept": statistics.fmean(with_image)} if with_image else {}
-        first = list(counted)[: self.options.batch_size]
-        timed, _ = next(read_ahead(questions, first, len(first), self.processor))
+        speed = fitting(lambda rows: self._speed(questions, list(counted)[:rows]), self.options.batch_size)
+        return {
+            **kept,
+            "image_tokens_per_layer": prefill["image_tokens_per_layer"],
+            "prefill_flop_exact": 1e9 * prefill["prefill_gflop_exact"],
+            "prefill_flop_paper": 1e9 * prefill["prefill_gflop_paper"],
+            "kv_bytes": mean_kv_bytes(shape, self.method, every, per_image, self.model.dtype.itemsize),
+            **speed,
+        }
+
+    def _speed(self, questions: Sequence[Question], places: Sequence[int]) -> dict[str, float]:
+        """Return the times of answering the questions at these places as one batch."""
+        timed, _ = next(read_ahead(questions, places, len(places), self.processor))
         speed = measure_speed(
             self.model,
             QueryBatch((), prompt_inputs(self.processor, timed)),
@@ -216,15 +228,7 @@ class Evaluation:
             tokens=TIMED_TOKENS,
             repeats=TIMED_REPEATS,
         )
-        return {
-            **kept,
-            "image_tokens_per_layer": prefill["image_tokens_per_layer"],
-            "prefill_flop_exact": 1e9 * prefill["prefill_gflop_exact"],
-            "prefill_flop_paper": 1e9 * prefill["prefill_gflop_paper"],
-            "kv_bytes": mean_kv_bytes(shape, self.method, every, per_image, self.model.dtype.itemsize),
-            **speed,
-            "speed_batch": len(timed),
-        }
+        return {**speed, "speed_batch": len(timed)}
 
 
 def evaluate(options: RunOptions) -> int:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -75,7 +76,8 @@ class AnswerStore:
         if missing := [place for place in range(self.count) if place not in found]:
             raise ValueError(f"{self._name}: questions without an answer, by place: {shown(missing)}")
         write_answers(self.path, [found[place] for place in range(self.count)])
-        for part in self._parts():
+        killed = [path for path in self._folder.glob(f"{self._name}.run.*") if path.suffix[1:].isdigit()]
+        for part in (*self._parts(), *killed):
             part.unlink()
         return self.path
 
@@ -92,8 +94,12 @@ class AnswerStore:
                 )
             # Every process writes the same; the name is its own until the file is whole.
             partial = self._record.with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps(self._settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-            os.replace(partial, self._record)
+            try:
+                partial.write_text(json.dumps(self._settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+                os.replace(partial, self._record)
+            finally:
+                with suppress(OSError):
+                    partial.unlink(missing_ok=True)
             return
         before = fields_of(read_json(self._record), {}, str(self._record))
         if before != self._settings:

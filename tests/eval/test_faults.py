@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dynamic_llava import DynamicLlavaForConditionalGeneration
 from dynamic_llava.eval import answering, predict, store, tasks
 from dynamic_llava.eval import run as runner
 from dynamic_llava.eval.__main__ import main
@@ -205,3 +206,21 @@ def test_a_batch_that_does_not_fit_is_halved(checkpoint, tmp_path, monkeypatch, 
     monkeypatch.setattr(runner, "answer", Memory(0, OUT_OF_MEMORY["python"]))
     assert run(checkpoint, "toy", tmp_path, tmp_path / "none", "--batch-size", 5) == 1
     assert "alone does not fit into memory" in summary(tmp_path / "none")["tasks"]["toy"]["error"]
+
+
+def test_costs_of_a_batch_that_does_not_fit_are_those_of_a_smaller_one(checkpoint, tmp_path, monkeypatch, capsys, toy):
+    """What takes memory is generating, for the answers as for the times of a row."""
+    generate, sizes = DynamicLlavaForConditionalGeneration.generate, []
+
+    def little_memory(self, *arguments, **settings):
+        sizes.append(len(settings["input_ids"]))
+        if sizes[-1] > 2:
+            raise OUT_OF_MEMORY["cpu"]
+        return generate(self, *arguments, **settings)
+
+    monkeypatch.setattr(DynamicLlavaForConditionalGeneration, "generate", little_memory)
+    assert run(checkpoint, "toy", tmp_path, tmp_path / "out", "--batch-size", 5) == 0
+    row = summary(tmp_path / "out")["tasks"]["toy"]
+    assert row["efficiency"]["speed_batch"]["value"] == 2 and not row["error"]
+    assert sizes.count(5) == 2, "once for the answers, once for the times"
+    assert capsys.readouterr().err.count("out of memory at 5 questions at once; going on with 2") == 2

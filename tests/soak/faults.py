@@ -5,6 +5,7 @@ Everything is real: the fault meets the command that a user starts, at a random 
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -339,7 +340,9 @@ def wrong_words(code, said, codes, bench):
         return f"a traceback:\n{end}"
     if code == 0:
         return None
-    lines = [line for line in said.splitlines() if line.startswith(("error: ", "failed: "))]
+    lines = [line for line in said.splitlines() if re.match(r"error: |failed: |[^:]*: failed: ", line)]
     if not lines:
         return f"exit code {code} and no line that says why:\n{end}"
-    return None if any("/" in line for line in lines) else f"no line names a place:\n{end}"
+    names = {path.name for path in (*bench.work.rglob("*"), *bench.folder.rglob("inputs/*"))} | {"world", "tiny.md"}
+    named = any("/" in line or any(name in line for name in names) for line in lines)
+    return None if named else f"no line names a place:\n{end}"
