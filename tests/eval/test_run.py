@@ -569,7 +569,7 @@ def test_two_processes_write_the_file_of_one(checkpoint, tmp_path, capfd):
 
 @pytest.mark.parametrize("options", [["--model", "x"], ["--limit", "5"], ["--output-folder", "x", "--tasks", "pope"]])
 def test_options_of_a_run_before_a_command_are_refused(options, capsys):
-    assert main([*options, "build-lvis"]) == 2
+    assert main([*options, "build-lvis", "--kind", "single", "--source", "x", "--output", "y"]) == 2
     assert f"error: {options[0]} stands before the command build-lvis, which ignores it" in capsys.readouterr().err
 
 

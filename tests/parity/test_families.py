@@ -35,7 +35,7 @@ def test_every_law(family, method, attention):
     )  # fmt: skip
     world = World(
         shape, method=METHODS[method], mode="both", turns=3, side="left", autocast="bfloat16", beams=2, returned=2,
-        temperature=1.0, rows=ROWS,
+        temperature=1.0, lengths="one", rows=ROWS,
     )  # fmt: skip
     assert len(Laws(world).check()) >= len(QUICK_LAWS) - 2
 
