@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -264,21 +265,29 @@ class Bench:
         return self.work / "cache" if self.job.own_cache else self.folder / "cache"
 
     def start(self, *, before=(), arguments=None, **more):
-        """Start the command, or other arguments, in a session of its own; `before` stands before the interpreter."""
+        """Start the command, or other arguments, in a session of its own; `before` stands before the interpreter.
+
+        What it says goes through a pipe, so that no limit on files is one on words.
+        """
         environment = surroundings(self.cache, self.mark, **self.job.environment, **more)
         with self.log.open("wb") as log:
-            return subprocess.Popen(
-                [*before, sys.executable, *(arguments or self.job.arguments)],
-                cwd=self.work,
-                env=environment,
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+            self.ear = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=log, start_new_session=True)
+        process = subprocess.Popen(
+            [*before, sys.executable, *(arguments or self.job.arguments)],
+            cwd=self.work,
+            env=environment,
+            stdout=self.ear.stdin,
+            stderr=self.ear.stdin,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        self.ear.stdin.close()
+        return process
 
     def said(self):
-        """Return what the latest process has said."""
+        """Return what the latest process has said, by now if something that it started goes on."""
+        with suppress(subprocess.TimeoutExpired):
+            self.ear.wait(2)
         return self.log.read_text(errors="replace")
 
     def undisturbed(self):
