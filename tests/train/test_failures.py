@@ -156,10 +156,13 @@ def test_a_step_is_what_it_would_be_without_the_skipped_sample(own, monkeypatch)
 
     def build_trainer(*arguments):
         trainer = build(*arguments)
-        count = trainer._count_batch
-        monkeypatch.setattr(
-            trainer, "_count_batch", lambda batch: seen.append(batch["sample_ids"].tolist()) or count(batch)
-        )
+        count = trainer._count
+
+        def noted(batches, device):
+            seen.extend(batch["sample_ids"].tolist() for batch in batches)
+            return count(batches, device)
+
+        monkeypatch.setattr(trainer, "_count", noted)
         return trainer
 
     monkeypatch.setattr(run_module, "build_trainer", build_trainer)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from dynamic_llava.config import DataConfig, LoraConfig, ModelConfig, SparsityConfig, TrainConfig
 from dynamic_llava.files import Lock
-from dynamic_llava.tiny.job.config import TinyJobConfig
+from dynamic_llava.tiny.job.config import JobConfig, TinyJobConfig
 from dynamic_llava.train.__main__ import main
 from dynamic_llava.train.config import RunConfig, changes, compared_settings
 from dynamic_llava.train.finished import MODEL_RECORD
@@ -158,15 +158,15 @@ VARIANTS = [
     {"train": TrainConfig(sparsity_mode="none")},
     {"train": TrainConfig(tune="lora")},
     {"train": TrainConfig(tune="lora"), "lora": LoraConfig(rank=8)},
-    {"data": DataConfig(), "tiny": TinyJobConfig()},
-    {"data": DataConfig(), "tiny": TinyJobConfig(questions=100)},
 ]
+JOBS = [TinyJobConfig(), TinyJobConfig(questions=100)]
 
 
 def test_runs_without_a_name_never_share_a_folder():
     unnamed = RunConfig(data=DataConfig(json="a/data.json"))
     names = [replace(unnamed, **variant).run_name for variant in VARIANTS]
-    assert len(set(names)) == len(VARIANTS)
+    names += [JobConfig(tiny=job).run_name for job in JOBS]
+    assert len(set(names)) == len(VARIANTS) + len(JOBS)
     assert all(re.fullmatch(r"(data|run)-\w{8}", name) for name in names), names
     same = [TrainConfig(resume=False), TrainConfig(batch_size=2), TrainConfig(log_every=1), TrainConfig(save_every=5)]
     assert {replace(unnamed, train=train).run_name for train in same} == {unnamed.run_name}
