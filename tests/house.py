@@ -28,7 +28,6 @@ def measure(root):
         "files": len(files),
         "lines": sum(lines_of(path) for path in files),
         "rooms (modules and packages at the top)": len({path.relative_to(package).parts[0] for path in files}) - 1,
-        "circles of rooms": len(circles(package, trees)),
         "functions": len(functions),
         "lines of a function, median": quantiles(lengths, n=10)[4],
         "lines of a function, nine in ten have at most": quantiles(lengths, n=10)[8],
@@ -52,36 +51,6 @@ def has_docstring(node):
 def glossary_words(page):
     rows = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     return len(rows) - 2  # the head of the table and its rule
-
-
-def circles(package, trees):
-    """Return the sets of rooms that import one another in a circle, entry points counted with their room."""
-    edges = {}
-    for path, tree in trees.items():
-        here = room(path.relative_to(package).with_suffix("").parts)
-        for node in ast.walk(tree):
-            modules = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
-            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            for head, *rest in (module.split(".") for module in modules):
-                if head == "dynamic_llava" and rest and room(rest) != here:
-                    edges.setdefault(here, set()).add(room(rest))
-    reach = {one: reachable(one, edges) for one in edges}
-    return {frozenset(b for b in reach[a] if a in reach.get(b, ())) for a in reach if a in reach[a]}
-
-
-def room(parts):
-    """The tiny world has three rooms and an entry point; every other package at the top is one."""
-    return "/".join(parts[:2]) if parts[0] == "tiny" and len(parts) > 1 else parts[0]
-
-
-def reachable(start, edges):
-    found, ahead = set(), list(edges.get(start, ()))
-    while ahead:
-        here = ahead.pop()
-        if here not in found:
-            found.add(here)
-            ahead += edges.get(here, ())
-    return found
 
 
 def table(columns):

@@ -5,6 +5,7 @@ processor, data preparation and the costs all ask `tokens`; nobody else knows ho
 Shape suffixes: I images, P features of one image, F width of a feature, n tokens of one image, D hidden size.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ Grid = tuple[int, int]
 """Rows and columns of patches of one image."""
 
 
-class Projector(nn.Module):
+class Projector(nn.Module, ABC):
     """Base of all projectors; a module, so what it learns is saved as `multi_modal_projector.*`."""
 
     name: ClassVar[str]
@@ -23,19 +24,19 @@ class Projector(nn.Module):
         super().__init__()
 
     @classmethod
+    @abstractmethod
     def tokens(cls, grid: Grid, class_token: bool = False) -> int:
         """Return n, the tokens of an image of so many patches; `class_token`: whether the tower's comes along.
 
         ValueError for a grid that the projector cannot serve.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, features_IPF: Tensor) -> Tensor:
         """Return (I, n, D) of an image's features, row by row, behind the class token's where that comes along.
 
         F is the tower's width times the number of its layers that the configuration's vision_feature_layer names.
         """
-        raise NotImplementedError
 
 
 def feature_width(config: Any) -> int:

@@ -74,6 +74,7 @@ def _job(words: list[str]) -> int:
     from dynamic_llava.train.__main__ import exit_code_of, hide_bars, log_to_stderr
 
     def work() -> int:
+        """Return the exit code; what goes wrong is told by `exit_code_of` as for any training."""
         config = load_config(JobConfig, words, f"{PROGRAM} job CONFIG.yaml", ABOUT_JOB)
         if (words[:1] and words[0].startswith("-")) or not words:
             raise ValueError(f"give the file of the job before its overrides: {PROGRAM} job configs/tiny.yaml")
