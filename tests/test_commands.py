@@ -22,7 +22,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"```bash\n(.*?)```", re.DOTALL)
 RUN_BY_CI = ("setup.sh", "test.sh", "test_lmms_eval.sh", "nltk_data.sh")
 """Scripts that .ci/run runs whole."""
-LONG = tuple(f"profile {name}" for name in ("latency", "roofline", "training", "curve", "attention", "benchmark"))
+MEASURES = ("latency", "roofline", "training", "curve", "attention", "benchmark", "data", "against")
+LONG = tuple(f"profile {name}" for name in MEASURES)
 """Commands whose arguments alone are checked."""
 WHOLE = ("profile flops", "profile tokens", "profile memory", "eval --tasks list", "sweep")
 """Commands that lack nothing here."""
