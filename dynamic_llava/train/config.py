@@ -17,6 +17,7 @@ COMPARED_BY_CONTENT = {"model.base", "data.json", "data.image_folder"}
 
 def run_method(config: RunConfig) -> Method:
     """Return what a run's training decides by; ValueError for a method that it cannot be trained under."""
+    import_learned(config)
     if config.method is None:
         return choose_method(config.sparsity, **config.train.switches)
     method = read_method(config.method, config.sparsity)
@@ -37,6 +38,12 @@ def run_method(config: RunConfig) -> Method:
         )
     check_training(method)
     return method
+
+
+def import_learned(config: RunConfig) -> None:
+    """Import the class of a learned method of one's own: a run's file is its user's word, a checkpoint is not."""
+    if config.sparsity.method is not None:
+        read_method(config.sparsity.method, config.sparsity)
 
 
 def compared_settings(config: RunConfig, processes: int) -> dict[str, Any]:

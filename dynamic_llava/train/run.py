@@ -18,7 +18,6 @@ from dynamic_llava.config.run import RunConfig
 from dynamic_llava.data import Collator, SftDataset
 from dynamic_llava.data.prepare import BROKEN, write_broken
 from dynamic_llava.files import Lock, replace_file
-from dynamic_llava.methods import read_method
 from dynamic_llava.model import DynamicLlavaForConditionalGeneration
 from dynamic_llava.model.switches import choose_method
 from dynamic_llava.processing import DynamicLlavaProcessor
@@ -33,7 +32,7 @@ from dynamic_llava.train.callbacks import (
     WandbLog,
 )
 from dynamic_llava.train.checkpoints import Checkpoints, compared_settings, least_bytes, published
-from dynamic_llava.train.config import run_method
+from dynamic_llava.train.config import import_learned, run_method
 from dynamic_llava.train.distributed import join, on_main, read_deepspeed, together, wait_for_all, zero_stage
 from dynamic_llava.train.failures import train
 from dynamic_llava.train.finished import (
@@ -69,7 +68,6 @@ def run(config: RunConfig) -> RunResult:
             raise ValueError(f"{name} is not set; give it in the configuration file or as --{name} on the command line")
     run_method(config)  # what cannot be is said before anything is read
     arguments = training_arguments(config)
-    _import_method(config)
     if zero_stage(arguments.get("deepspeed")) == 3:
         # Loading in parts overlooks what does not fit; from the names and shapes alone it is found at once.
         DynamicLlavaForConditionalGeneration.check_checkpoint(config.model.source, sparsity=asdict(config.sparsity))
@@ -134,18 +132,12 @@ def _train(
 def load(config: RunConfig) -> tuple[DynamicLlavaForConditionalGeneration, DynamicLlavaProcessor]:
     """Return the base model with the run's sparsity settings, and its processor."""
     base = config.model.source
-    _import_method(config)
+    import_learned(config)
     processor = DynamicLlavaProcessor.from_pretrained(base)  # first: what it refuses is known before weights are read
     model = DynamicLlavaForConditionalGeneration.from_pretrained(
         base, sparsity=asdict(config.sparsity), dtype=getattr(torch, config.model.dtype)
     )
     return model, processor
-
-
-def _import_method(config: RunConfig) -> None:
-    """Import the class of a learned method of one's own: a run's file is its user's word, a checkpoint is not."""
-    if config.sparsity.method is not None:
-        read_method(config.sparsity.method, config.sparsity)
 
 
 def build_trainer(

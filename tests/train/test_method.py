@@ -117,3 +117,15 @@ def test_mistakes_are_told_before_anything_is_written(world, tmp_path, more, mes
     assert train(world, tmp_path, **{**more, "train": world["train"] | more.get("train", {})}) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_learned_method_of_ones_own_is_imported_from_the_runs_file(world, tmp_path, monkeypatch):
+    """The file names a class whose module nothing has imported: a run's file is its user's word."""
+    source = "from dataclasses import dataclass\n\nfrom tests.toys.linear import Linear\n\n\n"
+    source += "@dataclass(frozen=True)\nclass Later(Linear):\n    pass\n"
+    (tmp_path / "not_imported_yet.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sparsity = {**world["sparsity"], "method": {"name": "not_imported_yet:Later", "image_keep_rate": 0.5}}
+    assert train(world, tmp_path, sparsity=sparsity) == 0
+    saved = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert saved["sparsity"]["method"] == sparsity["method"]
