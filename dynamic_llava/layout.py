@@ -127,6 +127,11 @@ class TokenLayout:
         masks = zip(*((one.valid, one.is_image, one.image_starts, one.output) for one in layouts), strict=True)
         return TokenLayout.of_starts(*(torch.cat(parts, dim=1) for parts in masks))
 
+    def packed(self, packing: "Packing") -> "TokenLayout":
+        """Return the layout of the packed tokens, with filler as padding; images keep their numbers."""
+        image = torch.where(packing.valid, packing.take(self.image), -1)
+        return TokenLayout(packing.take(self.valid) & packing.valid, image, packing.take(self.output) & packing.valid)
+
     def output_rank(self) -> Tensor:
         """(B, N) int64: the index of each output token among its row's output tokens (undefined elsewhere)."""
         return self.output.cumsum(1) - 1

@@ -71,12 +71,12 @@ def test_images_of_any_lengths_are_numbered_gathered_and_put_back(data):
     chosen = layout.select_rows(lambda mask: mask[order])
     again = [length for row in order for length, its in zip(lengths, rows, strict=True) if its == row]
     assert chosen.image_lengths().tolist() == again
-    log = DecisionLog(block=2)
+    log = DecisionLog(block=2, layers=9)
     chunks = [layout.select_rows(lambda mask: mask[:, :0]), layout]
     for chunk in chunks:
-        log.add(chunk, chunk.valid)
-    noted, keep = log.so_far()
+        log.add(chunk, 9 * chunk.valid)
+    noted, until = log.so_far()
     for other in (TokenLayout.joined(chunks), noted):
         for kind in ("valid", "image", "output"):
             assert torch.equal(getattr(other, kind), getattr(layout, kind)), kind
-    assert torch.equal(keep, layout.valid)
+    assert torch.equal(until, 9 * layout.valid)

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import torch
 
-from dynamic_llava import get_method
 from dynamic_llava.model.switches import choose_method
 from tests.builders import FIRST_WORD, IMAGE_TOKEN, VOCABULARY, assert_same_logits
 from tests.worlds import (
@@ -14,11 +13,11 @@ from tests.worlds import (
     TIE,
     Margins,
     Unjudged,
-    WatchedFastV,
     build,
     chunks,
     has_tie,
     images_given,
+    method_of,
     row_of,
     whole,
 )
@@ -38,11 +37,7 @@ class Laws:
         if world.method is None:
             self.switches["sparsity"] = world.mode
         else:
-            name, image, output = world.method
-            settings = {"image_keep_rate": image, "layer": world.shape.sparse_layer}
-            self.switches["method"] = (
-                WatchedFastV(**settings) if name == "fastv" else get_method(name, output_keep_rate=output, **settings)
-            )
+            self.switches["method"] = method_of(world)
         with Margins(self.model) as margins:
             out = self.model(**self.batch, labels=self.batch["input_ids"], **self.switches)
         self.refuse_ties(margins)
@@ -119,7 +114,7 @@ class Laws:
         for turn, out, _ in self.turns(self.parts, self.switches):
             self.assert_turn(turn, out.logits, self.expected, "live cache")
         assert out.sparsity.cache_lengths.tolist() == self.keep.sum(1).tolist()
-        assert out.sparsity.dense_cache_lengths.tolist() == self.real.sum(1).tolist()
+        assert out.sparsity.dense_cache_lengths.tolist() == self.record.seen_by(0).sum(1).tolist()
 
     def a_row_alone_equals_the_row_in_the_batch(self):
         for row in range(self.rows):

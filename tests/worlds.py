@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from dynamic_llava import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration, SparsityConfig
-from dynamic_llava.methods import FastV
-from dynamic_llava.model.families import FAMILIES
+from dynamic_llava.engine.families import FAMILIES
+from dynamic_llava.methods import FastV, PyramidDrop, get_method
 from dynamic_llava.sparsity import keep_margin
 from tests.builders import (
     BOS,
@@ -52,13 +52,21 @@ MODEL = {
     "seed": st.integers(0, 2**20),
 }
 """What a model is made of; a dimension may depend on what was drawn before it."""
+LOOK_BACK = ("fastv", "pyramiddrop")
+"""Methods that rank by the attention of the question's end; the second at two layers, where there are two."""
+BEFORE = ("divprune", "tome")
+"""Methods that choose or merge image tokens before the language model, by their likeness."""
 RATES = st.sampled_from([None, 0, 0.3, 0.5, 1])
 CALL = {
     "method": st.one_of(
         st.none(),
         st.builds(lambda image, output: ("random", image, output), RATES, RATES),
         st.builds(lambda image, output: ("structure", image, output), RATES, RATES),
-        st.builds(lambda image: ("fastv", image, None), st.sampled_from([0.2, 0.5, 1.0])),
+        st.builds(
+            lambda name, image: (name, image, None),
+            st.sampled_from([*LOOK_BACK, *BEFORE]),
+            st.sampled_from([0.2, 0.5, 1.0]),
+        ),
     ),
     "mode": st.sampled_from(["both", "image", "output"]),
     "lengths": st.sampled_from(["one", "any"]),
@@ -92,7 +100,7 @@ def worlds(draw):
     shape, call, rows = Shape(**draw_all(draw, MODEL)), draw_all(draw, CALL), []
     for _ in range(draw(st.integers(1, 3))):
         row = [draw(st.lists(PIECES, min_size=int(turn == 0), max_size=4)) for turn in range(call["turns"])]
-        if call["method"] is not None and call["method"][0] == "fastv":
+        if call["method"] is not None and call["method"][0] in LOOK_BACK:
             # Its row of attention is that of the question's end: images, then text, then answers alone.
             images = [piece for piece in row[0] if piece[0] == "image"]
             row = [[*images, ("text", 2)], *([("output", length) for _, length in turn] for turn in row[1:])]
@@ -171,15 +179,39 @@ class Margins:
             handle.remove()
 
 
+class Watched:
+    """Collects the attention that a method ranks by, as `Margins` does what the predictors say."""
+
+    def keep_image(self, cut, images, learned):
+        rows = zip(images.seen["question_row"], images.valid, strict=True)
+        self.images.extend(row[valid] for row, valid in rows)
+        return super().keep_image(cut, images, learned)
+
+
 @dataclass(frozen=True)
-class WatchedFastV(FastV):
-    """FastV that collects the attention it ranks by, as `Margins` does of the predictors."""
+class WatchedFastV(Watched, FastV):
+    """FastV, watched."""
 
     images: list = field(default_factory=list, compare=False)
 
-    def keep_image(self, cut, images, learned):
-        self.images.extend(row[its] for row, its in zip(images.seen["question_row"], images.valid, strict=True))
-        return super().keep_image(cut, images, learned)
+
+@dataclass(frozen=True)
+class WatchedPyramidDrop(Watched, PyramidDrop):
+    """PyramidDrop, watched."""
+
+    images: list = field(default_factory=list, compare=False)
+
+
+def method_of(world):
+    """Return the method object of a world that has one."""
+    shape, (name, image, output) = world.shape, world.method
+    if name == "pyramiddrop":
+        return WatchedPyramidDrop(tuple(sorted({shape.sparse_layer, shape.layers - 1})), image)
+    if name == "fastv":
+        return WatchedFastV(layer=shape.sparse_layer, image_keep_rate=image)
+    if name in BEFORE:
+        return get_method(name, image_keep_rate=image)
+    return get_method(name, image_keep_rate=image, output_keep_rate=output, layer=shape.sparse_layer)
 
 
 def has_tie(images, outputs, shape):

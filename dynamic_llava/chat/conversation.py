@@ -5,6 +5,7 @@ Shapes: 1 row, N tokens of the conversation.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,6 @@ from dynamic_llava.config import SparsityMode
 from dynamic_llava.costs import decoder_shape, kv_bytes
 from dynamic_llava.methods import Spelling
 from dynamic_llava.model import AdmissionCache, SparsityRecord
-from dynamic_llava.model.plan import one_cut
 from dynamic_llava.model.switches import choose_method
 from dynamic_llava.processing.prompts import IMAGE_PLACE
 
@@ -24,9 +24,9 @@ class CacheUse:
     """How full the cache of a conversation is, and how full a dense one would be. Tokens per layer; bytes in all."""
 
     sparse_tokens: int
-    """Tokens in each layer from the sparse one on; in every layer of a dense conversation."""
+    """Tokens in each layer behind a method's last cut; in every layer of a dense conversation."""
     dense_tokens: int
-    """Tokens in each layer below the sparse one: all that were fed."""
+    """Tokens that were fed, which each layer below a method's first cut holds."""
     bytes: int
     """Bytes of the filled slots, keys and values."""
     dense_bytes: int
@@ -111,8 +111,8 @@ class Conversation:
         self.cache: Any = None
         """The cache, between turns; an AdmissionCache unless the conversation is dense."""
         if not self.method.is_dense:
-            layers = config.text_config.num_hidden_layers
-            self.cache = AdmissionCache(layers, one_cut(self.method, layers).layer, config.sparsity.cache_block)
+            layers, block = config.text_config.num_hidden_layers, config.sparsity.cache_block
+            self.cache = AdmissionCache.for_method(self.method, layers, block)
         self.ids = torch.zeros(1, 0, dtype=torch.int64, device=self.model.device)
         """(1, N) int64: every token so far; the last one is fed with the next turn."""
         self.output_mask = self.ids.bool()
@@ -202,17 +202,13 @@ class Conversation:
         text = self.processor.decode(tokens).strip()
         return Answer(text, tokens, decisions[len(decisions) - fed :], steps.use(), ended)
 
-    def _use(self, sparse_tokens: int, dense_tokens: int) -> CacheUse:
-        def size(kept: int) -> int:
-            return kv_bytes(
-                self._shape,
-                dense_tokens,
-                kept=kept,
-                sparse_layer=self.cache.sparse_layer if isinstance(self.cache, AdmissionCache) else 0,
-                bytes_per_value=self.model.dtype.itemsize,
-            )
-
-        return CacheUse(sparse_tokens, dense_tokens, size(sparse_tokens), size(dense_tokens))
+    def _use(self, fed: int) -> CacheUse:
+        """Return how full the cache is after so many tokens."""
+        size = partial(kv_bytes, self._shape, bytes_per_value=self.model.dtype.itemsize)
+        if not isinstance(self.cache, AdmissionCache):
+            return CacheUse(fed, fed, size(fed), size(fed))
+        held = torch.stack([slots.open_lengths()[0] for slots in self.cache.groups]).tolist()
+        return CacheUse(held[-1], fed, size([held[group] for group in self.cache.group_of]), size(fed))
 
 
 class _Steps:
@@ -223,7 +219,7 @@ class _Steps:
 
     def __init__(
         self,
-        use: Callable[[int, int], CacheUse],
+        use: Callable[[int], CacheUse],
         prompt_tokens: int,
         cache: AdmissionCache | None,
         on_step: Callable[[Step], None] | None,
@@ -246,8 +242,7 @@ class _Steps:
 
     def use(self) -> CacheUse:
         """Return how full the cache is: without the last token, which has not been fed."""
-        fed = self._prompt_tokens + len(self.tokens) - 1
-        return self._make_use(fed if self._cache is None else int(self._cache.sparse.open_lengths()[0]), fed)
+        return self._make_use(self._prompt_tokens + len(self.tokens) - 1)
 
     def _decision(self) -> bool | None:
         if len(self.tokens) < 2:

@@ -13,8 +13,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from dynamic_llava.checkpoints.names import EMBEDDING, IMAGE_PREDICTOR, OUTPUT_PREDICTOR, TOWER, is_predictors
 from dynamic_llava.config import SparsityConfig
+from dynamic_llava.engine.learned import parts_of
 from dynamic_llava.model import DynamicLlavaConfig
-from dynamic_llava.model.learned import parts_of
 from dynamic_llava.model.supported import check_architecture
 from dynamic_llava.projectors import tokens_of
 from dynamic_llava.sparsity import budget

@@ -27,8 +27,8 @@ from dynamic_llava.checkpoints.vocabulary import (
     read_tokenizer,
     with_prompts,
 )
+from dynamic_llava.engine.learned import prefixes
 from dynamic_llava.model import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
-from dynamic_llava.model.learned import prefixes
 from dynamic_llava.processing.base_template import Ends
 from dynamic_llava.processing.folder import read_ends
 

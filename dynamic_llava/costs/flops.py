@@ -7,9 +7,11 @@ ratios hold. `flops_exact` counts the real module shapes, two operations per mul
 softmax, embeddings and the vision tower; the head is `head_flops`.
 
 In every function `tokens` is what layers below `sparse_layer` see and `kept` what the others see; kept=None is dense.
+`tokens` may also be a sequence, what each layer sees, which covers any method (`SparsityRecord.tokens_per_layer`).
 Training masks instead of removing, so `training_flops` counts every token; its bytes are in memory.py.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dynamic_llava.config import LoraConfig, SparsityConfig, TrainConfig
@@ -23,7 +25,13 @@ def average_tokens(total: float, kept: float, layers: int, sparse_layer: int) ->
 
 
 def flops_paper(
-    tokens: int, hidden: int, layers: int, *, kept: int | None = None, sparse_layer: int = 0, batch: int = 1
+    tokens: int | Sequence[int],
+    hidden: int,
+    layers: int,
+    *,
+    kept: int | None = None,
+    sparse_layer: int = 0,
+    batch: int = 1,
 ) -> int:
     """Return the FLOPs of Eq. 13: 32 B N C^2 + 4 B N^2 C in each layer."""
     groups = _layer_groups(tokens, kept, layers, sparse_layer)
@@ -31,7 +39,7 @@ def flops_paper(
 
 
 def flops_exact(
-    tokens: int,
+    tokens: int | Sequence[int],
     shape: DecoderShape,
     *,
     kept: int | None = None,
@@ -51,7 +59,7 @@ def flops_exact(
 
 
 def flops_decode_step(
-    tokens: int, shape: DecoderShape, *, kept: int | None = None, sparse_layer: int = 0, batch: int = 1
+    tokens: int | Sequence[int], shape: DecoderShape, *, kept: int | None = None, sparse_layer: int = 0, batch: int = 1
 ) -> int:
     """Return the FLOPs of the decoder layers for one new token with a cache of `tokens` (`kept` in sparse layers)."""
     groups = _layer_groups(tokens, kept, shape.layers, sparse_layer)
@@ -64,7 +72,7 @@ def head_flops(tokens: int, shape: DecoderShape) -> int:
 
 
 def prefill_flops(
-    tokens: int, shape: DecoderShape, *, kept: int | None = None, sparse_layer: int = 0, batch: int = 1
+    tokens: int | Sequence[int], shape: DecoderShape, *, kept: int | None = None, sparse_layer: int = 0, batch: int = 1
 ) -> int:
     """Return the FLOPs of a prefill, or of a decoding step without cache: causal attention, the head on one token.
 
@@ -152,7 +160,7 @@ def training_flops(
 
 def kv_bytes(
     shape: DecoderShape,
-    tokens: int,
+    tokens: int | Sequence[int],
     *,
     kept: int | None = None,
     sparse_layer: int = 0,
@@ -172,7 +180,7 @@ def weight_bytes(shape: DecoderShape, bytes_per_value: int = 2) -> int:
 
 def decode_step_bytes(
     shape: DecoderShape,
-    tokens: int,
+    tokens: int | Sequence[int],
     *,
     kept: int | None = None,
     sparse_layer: int = 0,
@@ -184,9 +192,17 @@ def decode_step_bytes(
     return weight_bytes(shape, bytes_per_value) + cached
 
 
-def _layer_groups(tokens: int, kept: int | None, layers: int, sparse_layer: int) -> list[tuple[int, int]]:
-    """Return (number of layers, tokens they see) of the dense and of the sparse group."""
+def _layer_groups(
+    tokens: int | Sequence[int], kept: int | None, layers: int, sparse_layer: int
+) -> list[tuple[int, int]]:
+    """Return (number of layers, tokens they see) of each group of layers."""
     _check_layers(layers, sparse_layer)
+    if not isinstance(tokens, int):
+        if len(tokens) != layers or kept is not None:
+            raise ValueError(
+                f"tokens has {len(tokens)} counts for {layers} layers, kept={kept}; give one count a layer, and no kept"
+            )
+        return [(1, count) for count in tokens]
     if kept is None:
         return [(layers, tokens)]
     if not 0 <= kept <= tokens:

@@ -190,6 +190,7 @@ def facts(prediction: Prediction) -> dict[str, Any]:
     return {
         "prompt_tokens": prediction.prompt_tokens,
         "image_kept": [len(kept) for kept in prediction.image_kept],
+        "image_seen": list(prediction.image_seen),
         "output_tokens": len(prediction.tokens),
         "output_kept": sum(prediction.output_kept),
         "tokens": list(prediction.tokens),

@@ -11,14 +11,13 @@ import torch
 from dynamic_llava.config import SparsityConfig
 from dynamic_llava.costs import (
     DecoderShape,
-    average_tokens,
     flops_paper,
     kv_bytes,
     prefill_flops,
 )
+from dynamic_llava.engine.learned import learned_costs
 from dynamic_llava.eval.predict import QueryBatch, to_device
 from dynamic_llava.methods import Method, Mixed
-from dynamic_llava.model.learned import learned_costs
 
 
 class Prefilled(Protocol):
@@ -30,7 +29,11 @@ class Prefilled(Protocol):
 
     @property
     def image_kept(self) -> Sequence[Sized]:
-        """The kept tokens of each image."""
+        """The tokens of each image that are kept to the end."""
+
+    @property
+    def image_seen(self) -> Sequence[int]:
+        """Per layer the image tokens that it sees, those of all images together."""
 
 
 @dataclass(frozen=True)
@@ -39,21 +42,25 @@ class Counted:
 
     prompt_tokens: int
     image_kept: tuple[range, ...]
+    image_seen: tuple[int, ...]
     output_tokens: int
     """Generated tokens, the end token included."""
     output_kept: int
     """Those kept of all but the last, which is never fed back."""
 
+    @classmethod
+    def read(cls, facts: Mapping[str, Any], method: Method, layers: int, tokens_per_image: int) -> "Counted":
+        """Return what an answer line records.
 
-def sparse_layer(method: Method, layers: int) -> int:
-    """Return the layer from which on a method's decision holds; 0 for a method that decides nowhere.
-
-    ValueError for a method of several cuts: counts of an answer line hold for two groups of layers.
-    """
-    cuts = method.cuts(layers)
-    if len(cuts) > 1:
-        raise ValueError(f"method {method.name!r} decides at {len(cuts)} layers; its costs cannot be counted")
-    return cuts[0].layer if cuts else 0
+        Lines of earlier versions lack `image_seen`; they are all of methods with one cut.
+        """
+        kept = [int(number) for number in facts["image_kept"]]
+        seen = facts.get("image_seen")
+        if seen is None:
+            below = next((cut.layer for cut in method.cuts(layers)), layers)
+            seen = [len(kept) * tokens_per_image] * below + [sum(kept)] * (layers - below)
+        images = tuple(map(range, kept))
+        return cls(facts["prompt_tokens"], images, tuple(seen), facts["output_tokens"], facts["output_kept"])
 
 
 def judging_flops(settings: SparsityConfig, hidden: int, tokens: int, method: Method) -> int:
@@ -79,16 +86,14 @@ def prefill_costs(
     `prefill_gflop_exact` counts the real module shapes on the whole prompt (causal attention, the head on one token,
     and what `method` has learned to judge images by); `prefill_gflop_paper` is Eq. 13 on the image tokens alone.
     """
-    layer = sparse_layer(method, shape.layers)
     judging = judging_flops(settings, shape.hidden, tokens_per_image, method)
     average, exact, paper = [], [], []
     for prediction in predictions:
         images = len(prediction.image_kept)
-        total, kept = images * tokens_per_image, sum(len(one) for one in prediction.image_kept)
-        text = prediction.prompt_tokens - total
-        average.append(average_tokens(total, kept, shape.layers, layer))
-        paper.append(flops_paper(total, shape.hidden, shape.layers, kept=kept, sparse_layer=layer))
-        exact.append(prefill_flops(text + total, shape, kept=text + kept, sparse_layer=layer) + images * judging)
+        text, seen = prediction.prompt_tokens - images * tokens_per_image, prediction.image_seen
+        average.append(statistics.fmean(seen))
+        paper.append(flops_paper(seen, shape.hidden, shape.layers))
+        exact.append(prefill_flops([text + tokens for tokens in seen], shape) + images * judging)
     return {
         "image_tokens_per_layer": statistics.fmean(average),
         "prefill_gflop_exact": statistics.fmean(exact) / 1e9,
@@ -104,20 +109,13 @@ def mean_kv_bytes(
     bytes_per_value: int,
 ) -> float:
     """Return the mean over answers of the keys and values that a cache holds of each when its last token is said."""
-    sizes, layer = [], sparse_layer(method, shape.layers)
+    sizes = []
+    below = next((cut.layer for cut in method.cuts(shape.layers) if cut.output), shape.layers)
     for said in answers:
-        fed = said.prompt_tokens + said.output_tokens - 1
-        dropped = sum(tokens_per_image - len(kept) for kept in said.image_kept)
-        dropped += said.output_tokens - 1 - said.output_kept
-        sizes.append(
-            kv_bytes(
-                shape,
-                fed,
-                kept=fed - dropped,
-                sparse_layer=layer,
-                bytes_per_value=bytes_per_value,
-            )
-        )
+        text, fed = said.prompt_tokens - len(said.image_kept) * tokens_per_image, said.output_tokens - 1
+        output = [fed] * below + [said.output_kept] * (shape.layers - below)
+        tokens = [text + image + its for image, its in zip(said.image_seen, output, strict=True)]
+        sizes.append(kv_bytes(shape, tokens, bytes_per_value=bytes_per_value))
     return statistics.fmean(sizes)
 
 

@@ -45,6 +45,8 @@ class Prediction:
     """Generated ids up to and including the end token, if it came."""
     image_kept: tuple[tuple[int, ...], ...]
     """Per image the kept tokens' offsets from the sparse layer on, all of them for a dense call."""
+    image_seen: tuple[int, ...]
+    """Per layer the image tokens that it sees, those of all images together."""
     output_kept: tuple[bool, ...]
     """One decision per generated token before the last (which is never fed back)."""
     prompt_tokens: int
@@ -86,7 +88,8 @@ def generate_answers(
             **switches,
         )
         finite.check()
-        found.update(zip(batch.places, _read(output, batch, processor, ends), strict=True))
+        read = _read(output, batch, processor, ends, model.config.text_config.num_hidden_layers)
+        found.update(zip(batch.places, read, strict=True))
     return [found[place] for place in sorted(found)]
 
 
@@ -123,11 +126,23 @@ def to_device(inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, T
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
-def _read(output: Any, batch: QueryBatch, processor: DynamicLlavaProcessor, ends: set[int]) -> Iterator[Prediction]:
+def seen_in_layers(record: Any, where_BN: Tensor, layers: int) -> Tensor:
+    """(B, L) int64: how many of the tokens where_BN (B, N) bool each layer sees; all of them without a record."""
+    if record is None:
+        return where_BN.sum(1, keepdim=True).expand(-1, layers)
+    return record.tokens_per_layer(where_BN)  # type: ignore[no-any-return]
+
+
+def _read(
+    output: Any, batch: QueryBatch, processor: DynamicLlavaProcessor, ends: set[int], layers: int
+) -> Iterator[Prediction]:
     """Cut each row of generate()'s output at its end token and pair it with what was kept of it."""
     prompt_BN = batch.inputs["input_ids"]
     answers = output.sequences[:, prompt_BN.shape[1] :].tolist()
     image_kept, decisions = _decisions(output.sparsity, prompt_BN, processor)
+    dense = output.sparsity is None
+    image_BN = prompt_BN == processor.image_token_id if dense else output.sparsity.layout.is_image
+    image_seen = seen_in_layers(output.sparsity, image_BN, layers).tolist()
     prompt_tokens = batch.inputs["attention_mask"].sum(1).tolist()
     lengths = [next((i + 1 for i, token in enumerate(row) if token in ends), len(row)) for row in answers]
     steps = output.sequences.shape[1] - prompt_BN.shape[1] - 1  # the last token is never fed back
@@ -139,6 +154,7 @@ def _read(output: Any, batch: QueryBatch, processor: DynamicLlavaProcessor, ends
             text=processor.decode(tokens).strip(),
             tokens=tokens,
             image_kept=image_kept[row],
+            image_seen=tuple(image_seen[row]),
             output_kept=(decisions[row] if decisions is not None else (True,) * length)[: length - 1],
             prompt_tokens=prompt_tokens[row],
             cache_bytes=filled[row],
@@ -168,12 +184,13 @@ def _cache_bytes(output: Any, fed: Sequence[int]) -> tuple[list[int], int]:
         return [0] * len(fed), 0
     sparse = record is not None
     filled, allocated = [0] * len(fed), 0
+    tokens_BL = record.tokens_per_layer() if sparse else None
     for index, layer in enumerate(cache.layers):
         stored = [s.data for s in layer.storages()] if sparse else [layer.keys, layer.values]
         slot = sum(tensor.shape[1] * tensor.shape[3] * tensor.element_size() for tensor in stored)
         allocated += sum(tensor.numel() * tensor.element_size() for tensor in stored)
         if sparse:
-            lengths = record.dense_cache_lengths if index < cache.sparse_layer else record.cache_lengths
+            lengths = tokens_BL[:, index]
             filled = [size + slot * count for size, count in zip(filled, lengths.tolist(), strict=True)]
         else:
             filled = [size + slot * count for size, count in zip(filled, fed, strict=True)]

@@ -8,7 +8,7 @@ import os
 import statistics
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -199,11 +199,16 @@ class Evaluation:
 
     def _costs(self, answers: Sequence[Answer], questions: Sequence[Question]) -> dict[str, float]:
         """Return means over the answers that record what they cost, and times on a batch of the first of them."""
-        counted = {one.metadata[PLACE]: _counted(one.metadata) for one in answers if "prompt_tokens" in one.metadata}
+        config, per_image = self.model.config, self.processor.tokens_per_image
+        shape = decoder_shape(config)
+        counted = {
+            one.metadata[PLACE]: Counted.read(one.metadata, self.method, shape.layers, per_image)
+            for one in answers
+            if "prompt_tokens" in one.metadata
+        }
         if not counted:
             return {}
-        every, config = list(counted.values()), self.model.config
-        shape, per_image = decoder_shape(config), self.processor.tokens_per_image
+        every = list(counted.values())
         prefill = prefill_costs(shape, config.sparsity, every, per_image, method=self.method)
         with_image = [sum(map(len, one.image_kept)) for one in every if one.image_kept]
         kept = {"image_tokens_kept": statistics.fmean(with_image)} if with_image else {}
@@ -352,11 +357,6 @@ def _check_image_files(questions: Sequence[Question]) -> None:
         raise FileNotFoundError(
             f"{len(missing)} of {len(images)} images are not in {images[0].folder}: {shown(missing)}"
         )
-
-
-def _counted(facts: Mapping[str, Any]) -> Counted:
-    kept = tuple(range(number) for number in facts["image_kept"])
-    return Counted(facts["prompt_tokens"], kept, facts["output_tokens"], facts["output_kept"])
 
 
 def _bar(title: str, total: int, done: int, shard: Shard) -> Any:

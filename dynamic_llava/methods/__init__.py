@@ -5,9 +5,11 @@ The rows stand in registry.py, which also reads a method from what a user writes
 
 from dynamic_llava.methods.base import Choice, Cut, Draw, Evidence, ImageTokens, Method, OneCut, OutputTokens
 from dynamic_llava.methods.dense import Dense
+from dynamic_llava.methods.divprune import DivPrune
 from dynamic_llava.methods.dynamic import Dynamic
 from dynamic_llava.methods.fastv import FastV
 from dynamic_llava.methods.mixed import Mixed
+from dynamic_llava.methods.pyramiddrop import PyramidDrop
 from dynamic_llava.methods.random import Random
 from dynamic_llava.methods.registry import (
     METHODS,
@@ -22,12 +24,14 @@ from dynamic_llava.methods.registry import (
     settings_of,
 )
 from dynamic_llava.methods.structure import Structure
+from dynamic_llava.methods.tome import ToMe
 
 __all__ = [
     "METHODS",
     "Choice",
     "Cut",
     "Dense",
+    "DivPrune",
     "Draw",
     "Dynamic",
     "Evidence",
@@ -37,9 +41,11 @@ __all__ = [
     "Mixed",
     "OneCut",
     "OutputTokens",
+    "PyramidDrop",
     "Random",
     "Spelling",
     "Structure",
+    "ToMe",
     "checkpoint_method",
     "describe_method",
     "get_method",

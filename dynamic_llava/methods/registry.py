@@ -19,14 +19,19 @@ from typing import Any, ClassVar, get_origin, get_type_hints
 from dynamic_llava.config import SparsityConfig
 from dynamic_llava.methods.base import Method
 from dynamic_llava.methods.dense import Dense
+from dynamic_llava.methods.divprune import DivPrune
 from dynamic_llava.methods.dynamic import Dynamic
 from dynamic_llava.methods.fastv import FastV
 from dynamic_llava.methods.mixed import Mixed
+from dynamic_llava.methods.pyramiddrop import PyramidDrop
 from dynamic_llava.methods.random import Random
 from dynamic_llava.methods.structure import Structure
+from dynamic_llava.methods.tome import ToMe
 from dynamic_llava.methods.values import UnreadableValue, read_value
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Dense, Dynamic, FastV, Mixed, Random, Structure)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (Dense, DivPrune, Dynamic, FastV, Mixed, PyramidDrop, Random, Structure, ToMe)
+}
 """Registered name -> class."""
 Spelling = Method | str | Mapping[str, Any]
 """A method, or what names one: a name, or a mapping of `name` and settings."""

@@ -10,12 +10,13 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
+from dynamic_llava.engine.cache import AdmissionCache
+from dynamic_llava.engine.cache_names import cache_of
+from dynamic_llava.engine.record import SparsityRecord
 from dynamic_llava.model.base_model import DynamicLlavaModel
-from dynamic_llava.model.cache import AdmissionCache
-from dynamic_llava.model.cache_names import cache_of
 from dynamic_llava.model.configuration import DynamicLlavaConfig
 from dynamic_llava.model.llava import DynamicLlavaForConditionalGeneration
-from dynamic_llava.model.outputs import DynamicLlavaOutput, SparsityRecord
+from dynamic_llava.model.outputs import DynamicLlavaOutput
 
 AutoConfig.register("dynamic_llava", DynamicLlavaConfig)
 AutoModel.register(DynamicLlavaConfig, DynamicLlavaModel)

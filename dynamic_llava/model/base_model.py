@@ -18,16 +18,16 @@ from transformers.models.llava.modeling_llava import LlavaModel, LlavaPreTrained
 from transformers.utils.generic import can_return_tuple
 
 from dynamic_llava.config import SparsityConfig
+from dynamic_llava.engine.cache import check_dense_cache
+from dynamic_llava.engine.cache_names import CACHE, is_live, one_cache
+from dynamic_llava.engine.families import FAMILIES
+from dynamic_llava.engine.plan import Plan, cuts_of
 from dynamic_llava.layout import TokenLayout, chunk_of
 from dynamic_llava.methods import Spelling
 from dynamic_llava.model.arguments import check_names, check_served, check_shapes, names_of
-from dynamic_llava.model.cache import check_dense_cache
-from dynamic_llava.model.cache_names import CACHE, is_live, one_cache
 from dynamic_llava.model.configuration import DynamicLlavaConfig
-from dynamic_llava.model.families import FAMILIES
 from dynamic_llava.model.images import ImageInputs, Inputs, check_images, features_of
 from dynamic_llava.model.outputs import DynamicModelOutput
-from dynamic_llava.model.plan import Plan, one_cut
 from dynamic_llava.model.switches import choose_method
 from dynamic_llava.projectors import find_projector
 
@@ -146,10 +146,16 @@ class DynamicLlavaModel(ImageInputs, DynamicLlavaPreTrainedModel, LlavaModel):
             plan["sample_key"] = torch.zeros(batch, dtype=torch.int64, device=image.device)
         if plan["keep_mask"] is not None:
             plan["keep_mask"] = _decisions(chunk_of("keep_mask", plan["keep_mask"], image, seen))
-        layers = self.config.text_config.num_hidden_layers
+        idle = plan["method"].is_dense and plan["keep_mask"] is None
+        cuts = () if idle else cuts_of(plan["method"], self.config.text_config.num_hidden_layers)
+        if plan["keep_mask"] is not None and not cuts:
+            raise ValueError(
+                f"keep_mask was given to method {plan['method'].name!r}, which never decides, so no layer is the first "
+                "that it could hold for; give it to a method with a cut, such as get_method('dense', layer=2)"
+            )
         outputs = self.language_model(
             inputs_embeds=self.embed(inputs, images, layout.is_image),
-            plan=Plan(cut=one_cut(plan["method"], layers), layout=layout, **plan),
+            plan=Plan(cuts=cuts, layout=layout, **plan),
             **given,
             **kwargs,
         )

@@ -15,16 +15,15 @@ from transformers.generation.logits_process import UnbatchedClassifierFreeGuidan
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
+from dynamic_llava.engine.cache import AdmissionCache, check_dense_cache
+from dynamic_llava.engine.cache_names import CACHE, cache_of, rename_cache
+from dynamic_llava.engine.learned import warn_untrained
+from dynamic_llava.engine.record import SparsityRecord
 from dynamic_llava.layout import TokenLayout, after_end
 from dynamic_llava.methods import Method
 from dynamic_llava.model.arguments import check_names, names_of, warn_past_positions
-from dynamic_llava.model.cache import AdmissionCache, check_dense_cache
-from dynamic_llava.model.cache_names import CACHE, cache_of, rename_cache
 from dynamic_llava.model.generation_modes import refuse_for_any_sparsity, refuse_misfits, refuse_unsupported, setting
 from dynamic_llava.model.images import Inputs, features_of
-from dynamic_llava.model.learned import warn_untrained
-from dynamic_llava.model.outputs import SparsityRecord
-from dynamic_llava.model.plan import one_cut
 from dynamic_llava.model.switches import check_compile, check_output_keep_rate, choose_method
 
 SWITCHES = ("sparsity", "method", "image_keep_rate", "output_threshold")
@@ -245,7 +244,7 @@ class SparseGeneration:
             generation.end_ids = generation_config._eos_token_tensor
             if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
                 layers, block = self.config.text_config.num_hidden_layers, self.config.sparsity.cache_block
-                model_kwargs[CACHE] = AdmissionCache(layers, one_cut(generation.method, layers).layer, block)
+                model_kwargs[CACHE] = AdmissionCache.for_method(generation.method, layers, block)
                 return None
         return super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, *args, **kwargs

@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dynamic_llava.engine.cache import AdmissionCache
+from dynamic_llava.engine.cache_names import CACHE
 from dynamic_llava.layout import chunk_of
-from dynamic_llava.model.cache import AdmissionCache
-from dynamic_llava.model.cache_names import CACHE
 
 NO_ROLL_BACK = "it rolls the cache back, and dropped tokens cannot be restored"
 REFUSED = {

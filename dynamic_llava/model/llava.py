@@ -15,14 +15,14 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 from transformers.utils.generic import can_return_tuple
 
 from dynamic_llava.config import SparsityMode
+from dynamic_llava.engine.cache_names import CACHE, is_live, one_cache
+from dynamic_llava.engine.learned import warn_untrained
 from dynamic_llava.methods import Method, Spelling
 from dynamic_llava.model.arguments import check_names, check_shapes, names_of
 from dynamic_llava.model.base_model import DynamicLlavaModel, DynamicLlavaPreTrainedModel
-from dynamic_llava.model.cache_names import CACHE, is_live, one_cache
 from dynamic_llava.model.configuration import DynamicLlavaConfig
 from dynamic_llava.model.generation import SparseGeneration
 from dynamic_llava.model.images import Inputs
-from dynamic_llava.model.learned import warn_untrained
 from dynamic_llava.model.loading import CheckedLoading
 from dynamic_llava.model.losses import language_model_loss, method_losses, total_loss
 from dynamic_llava.model.outputs import DynamicLlavaOutput, DynamicModelOutput
@@ -70,7 +70,7 @@ class DynamicLlavaForConditionalGeneration(
             ranks and accumulation; default: this batch.
         loss_scale: what the caller multiplies the loss by before the backward pass; mask_grad_clip is meant without it.
         logits_to_keep: make logits of the last so many tokens only (0: all), or of the indices given.
-        compile: run a single new token on a live sparse cache as one compiled graph (model/step.py); other passes run
+        compile: run a single new token on a live sparse cache as one compiled graph (engine/step.py); other passes run
             as ever.
     Other arguments of transformers' models (output_hidden_states, ...) are handed on; any other name is refused.
     """

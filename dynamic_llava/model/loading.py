@@ -12,12 +12,12 @@ import torch
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from dynamic_llava.config import SparsityConfig
+from dynamic_llava.engine.learned import parts_of, prefixes
+from dynamic_llava.engine.plan import cuts_of
 from dynamic_llava.files import give_usual_modes
 from dynamic_llava.methods import Method, settings_of
 from dynamic_llava.model.card import replace_generic_card, write_card
-from dynamic_llava.model.learned import parts_of, prefixes
 from dynamic_llava.model.places import CONVERT, check_place, refuse_adapter
-from dynamic_llava.model.plan import check_cuts
 from dynamic_llava.model.quantization import spare_learned
 from dynamic_llava.model.supported import check_architecture, check_size, refuse_code
 from dynamic_llava.model.weight_files import Head, WeightFiles, all_weight_files, holds_model
@@ -82,7 +82,7 @@ class CheckedLoading:
         Raises ValueError, before any weight is read, where the method decides by weights that the checkpoint lacks.
         """
         layers = cls.config_class.from_pretrained(source).text_config.num_hidden_layers  # type: ignore[attr-defined]
-        check_cuts(method, layers)
+        cuts_of(method, layers)
         check_learned(source, method)
         with nullcontext() if method.used_parts else new_weights_expected():
             return cls.from_pretrained(source, trust_remote_code=False, **kwargs)

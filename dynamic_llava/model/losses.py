@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from dynamic_llava.config import SparsityConfig
+from dynamic_llava.engine.record import SparsityRecord
 from dynamic_llava.methods import Method
-from dynamic_llava.model.outputs import SparsityRecord
 
 
 def language_model_loss(

@@ -8,7 +8,7 @@ import copy
 from collections.abc import Collection
 from typing import Any
 
-from dynamic_llava.model.learned import HOME
+from dynamic_llava.engine.learned import HOME
 
 _DEFAULT = ("lm_head",)
 """What transformers excludes by itself, but only where no list is given."""

@@ -13,9 +13,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import cached_file
 
 from dynamic_llava.costs import llava_shape, parameter_counts
+from dynamic_llava.engine.families import FAMILIES
+from dynamic_llava.engine.learned import learned_costs
 from dynamic_llava.files import brief
-from dynamic_llava.model.families import FAMILIES
-from dynamic_llava.model.learned import learned_costs
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 """Arguments of a `from_pretrained` that say where the files of a hub name are."""

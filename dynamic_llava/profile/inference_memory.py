@@ -14,7 +14,7 @@ import torch
 
 from dynamic_llava.config import SparsityConfig
 from dynamic_llava.costs import kv_bytes, parameter_counts
-from dynamic_llava.model.learned import learned_costs
+from dynamic_llava.engine.learned import learned_costs
 from dynamic_llava.profile.measuring import Peak, peak_memory
 from dynamic_llava.profile.presets import Preset, Way
 from dynamic_llava.profile.results import Column, Report

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dynamic_llava.model.step import compile_options
+from dynamic_llava.engine.step import compile_options
 from dynamic_llava.sparsity import masked_softmax_attention
 from dynamic_llava.sparsity.kernels.choice import triton_obstacle
 from dynamic_llava.sparsity.ragged_attention import ragged_attention

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from dynamic_llava.config import DataConfig, LoraConfig, ModelConfig, SparsityConfig, TrainConfig, checkpoint_source
 from dynamic_llava.costs import LLAVA_SHAPES, LlavaShape, llava_shape, parameter_counts
 from dynamic_llava.costs.memory import Sharding, TrainingMemory, training_memory
-from dynamic_llava.model.learned import learned_costs
+from dynamic_llava.engine.learned import learned_costs
 from dynamic_llava.model.switches import choose_method
 
 GB = 10**9

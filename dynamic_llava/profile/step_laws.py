@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from dynamic_llava.engine.cache_names import CACHE
 from dynamic_llava.methods import Method, get_method
 from dynamic_llava.model import cache_of
-from dynamic_llava.model.cache_names import CACHE
 from dynamic_llava.profile.laws import Laws, assert_equal
 from dynamic_llava.profile.presets import Preset, small_shape
 from dynamic_llava.profile.workload import IMAGE_TOKEN, build_model, method_of, random_ids

@@ -10,7 +10,7 @@ import torch
 from dynamic_llava.config import ModelConfig, TrainConfig
 from dynamic_llava.costs import training_flops
 from dynamic_llava.costs.memory import training_memory
-from dynamic_llava.model.learned import learned_costs
+from dynamic_llava.engine.learned import learned_costs
 from dynamic_llava.model.recomputation import recompute_activations
 from dynamic_llava.profile.measuring import Peak, Timing, peak_memory, time_in_turn
 from dynamic_llava.profile.presets import Preset

@@ -15,7 +15,7 @@ from dynamic_llava.costs import (
     prefill_flops,
     weight_bytes,
 )
-from dynamic_llava.model.learned import learned_costs
+from dynamic_llava.engine.learned import learned_costs
 from dynamic_llava.profile.measuring import time_in_turn
 from dynamic_llava.profile.presets import Preset, Way
 from dynamic_llava.profile.results import Column

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
+from dynamic_llava.engine.cache_names import CACHE
+from dynamic_llava.engine.step import compile_options
 from dynamic_llava.layout import TokenLayout
 from dynamic_llava.methods import Dynamic, Method, describe_method, print_method, read_method, settings_of
 from dynamic_llava.model import AdmissionCache, DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
-from dynamic_llava.model.cache_names import CACHE
-from dynamic_llava.model.step import compile_options
 from dynamic_llava.profile.presets import Preset, Way
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -195,8 +195,8 @@ def admission_cache(
     """
     batch, device = preset.batch, model.device
     cache = AdmissionCache(preset.shape.decoder.layers, preset.sparse_layer, model.config.sparsity.cache_block)
-    cache.open_dense(None, batch, preset.prompt, device)
-    cache.sparse.open(torch.full((batch,), preset.kept_prompt, device=device), preset.kept_prompt)
+    for slots, tokens in ((cache.dense, preset.prompt), (cache.sparse, preset.kept_prompt)):
+        slots.open(torch.full((batch,), tokens, device=device), tokens)
     _store(model, preset, cache, preset.prompt, preset.kept_prompt)
     _note(cache, preset, preset.prompt, preset.kept_prompt, image=preset.shape.tokens_per_image)
     for begun in range(0, outputs, CHUNK):
@@ -208,7 +208,7 @@ def admission_cache(
         cache.dense.place_chunk(dense_BN, dense_BN)
         cache.sparse.place_chunk(sparse_BK, sparse_BK)
         _store(model, preset, cache, ended - begun, after - before)
-        cache.commit_chunk(dense_BN, sparse_BK)
+        cache.commit_chunk([dense_BN, sparse_BK])
         _note(cache, preset, ended - begun, after - before)
     return cache
 
@@ -223,7 +223,8 @@ def _note(cache: AdmissionCache, preset: Preset, tokens: int, kept: int, image: 
         one.expand(preset.batch, -1)
         for one in (torch.ones_like(image_N), image_N, torch.full_like(image_N, not image), keep_N)
     )
-    cache.note(TokenLayout.build(image_BN, valid_BN, output_BN, image or None), keep_BN)
+    until_BN = torch.where(keep_BN, preset.shape.decoder.layers, preset.sparse_layer)
+    cache.note(TokenLayout.build(image_BN, valid_BN, output_BN, image or None), until_BN)
 
 
 def dense_cache(

@@ -172,17 +172,23 @@ class DecisionLog:
     One tensor for all passes, which grows in blocks: a decoding step adds four bytes a row, and no tensor.
     """
 
-    def __init__(self, block: int) -> None:
-        self.block = block
+    MOST_LAYERS = 255
+
+    def __init__(self, block: int, layers: int) -> None:
+        """Create it empty for a language model of so many layers. ValueError for more than a byte can number."""
+        if layers > self.MOST_LAYERS:
+            raise ValueError(f"layers={layers}: decisions are kept for language models of {self.MOST_LAYERS} layers")
+        self.block, self.layers = block, layers
         self.tokens = 0
         """N: columns so far; known on the host."""
-        self._kinds: Tensor | None = None  # (B, W, 4) bool: valid, image, output (or first token of an image), kept
+        self._kinds: Tensor | None = None  # (B, W, 4) uint8: valid, image, output (or first token of an image), until
 
-    def add(self, layout: TokenLayout, keep_BN: Tensor) -> None:
-        """Append a chunk and its decisions, (B, N) bool."""
+    def add(self, layout: TokenLayout, until_BN: Tensor) -> None:
+        """Append a chunk and what became of it: until_BN (B, N) int64, the first layer that no longer sees a token."""
         # No token is both image and output, so the two together can mark where an image begins.
         begins_BN = layout.output | layout.image_starts
-        chunk_BN4 = torch.stack([layout.valid, layout.is_image, begins_BN, keep_BN], dim=-1)
+        kinds = layout.valid, layout.is_image, begins_BN, until_BN
+        chunk_BN4 = torch.stack([one.to(torch.uint8) for one in kinds], dim=-1)
         end = self.tokens + chunk_BN4.shape[1]
         if self._kinds is None or end > self._kinds.shape[1]:
             self._grow(chunk_BN4, -(-end // self.block) * self.block)
@@ -191,20 +197,21 @@ class DecisionLog:
         self.tokens = end
 
     def so_far(self) -> tuple[TokenLayout, Tensor]:
-        """Return the layout of all tokens so far and their decisions, (B, N) bool, as copies. RuntimeError before any.
+        """Return the layout of all tokens so far and their `until`, (B, N) int64, as copies. RuntimeError before any.
 
         Later passes and choices of rows leave them alone.
         """
         if self._kinds is None:
             raise RuntimeError("nothing has been decided yet; add a first chunk")
-        valid, image, begins, keep = self._kinds[:, : self.tokens].movedim(-1, 0).clone().unbind()
-        return TokenLayout.of_starts(valid, image, image & begins, begins & ~image), keep
+        valid, image, begins, until = self._kinds[:, : self.tokens].movedim(-1, 0).unbind()
+        valid, image, begins = valid.bool(), image.bool(), begins.bool()
+        return TokenLayout.of_starts(valid, image, image & begins, begins & ~image), until.to(torch.int64)
 
     def latest(self) -> Tensor:
-        """(B,) bool: the decisions about the newest column. RuntimeError before any."""
+        """(B,) bool: whether the newest column stays to the end. RuntimeError before any."""
         if self._kinds is None:
             raise RuntimeError("nothing has been decided yet; add a first chunk")
-        return self._kinds[:, self.tokens - 1, 3]
+        return self._kinds[:, self.tokens - 1, 3] == self.layers
 
     def select_rows(self, choose: Callable[[Tensor], Tensor]) -> None:
         """Apply a choice of rows (reorder, repeat, select)."""

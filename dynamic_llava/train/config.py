@@ -6,8 +6,8 @@ from dataclasses import asdict
 from typing import Any
 
 from dynamic_llava.config.run import NOT_COMPARED, RunConfig, flat
+from dynamic_llava.engine.decide import check_training
 from dynamic_llava.methods import Dynamic, Method, print_method, read_method
-from dynamic_llava.model.decide import check_training
 from dynamic_llava.model.switches import choose_method
 
 SAMPLES_PER_STEP = "samples per optimizer step"

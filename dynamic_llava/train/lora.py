@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import Trainer
 
 from dynamic_llava.config import LoraConfig, TrainConfig
+from dynamic_llava.engine.learned import parts_of
 from dynamic_llava.model import DynamicLlavaForConditionalGeneration
-from dynamic_llava.model.learned import parts_of
 from dynamic_llava.processing import DynamicLlavaProcessor
 
 TARGETS = r".*\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"

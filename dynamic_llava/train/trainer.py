@@ -16,10 +16,11 @@ from dynamic_llava.config import LoraConfig, SparsityConfig, TrainConfig
 from dynamic_llava.costs import llava_shape, training_flops
 from dynamic_llava.data import FILLER, EpochSampler, SftDataset
 from dynamic_llava.data.prepare import BROKEN
+from dynamic_llava.engine.decide import decided_outputs
+from dynamic_llava.engine.learned import learned_costs
+from dynamic_llava.engine.record import SparsityRecord
 from dynamic_llava.layout import TokenLayout
-from dynamic_llava.model.decide import decided_outputs
-from dynamic_llava.model.learned import learned_costs
-from dynamic_llava.model.outputs import DynamicLlavaOutput, SparsityRecord
+from dynamic_llava.model.outputs import DynamicLlavaOutput
 from dynamic_llava.model.switches import choose_method
 from dynamic_llava.sparsity.noise import fold_key
 from dynamic_llava.sparsity.schedule import temperature

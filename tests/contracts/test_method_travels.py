@@ -11,10 +11,11 @@ import torch
 from dynamic_llava import METHODS, Conversation
 from dynamic_llava.chat.__main__ import main as chat
 from dynamic_llava.commands import method_words, take_method
+from dynamic_llava.costs import decoder_shape, kv_bytes
 from dynamic_llava.eval import run as runner
 from dynamic_llava.eval import tasks
 from dynamic_llava.eval.__main__ import main as evaluate
-from dynamic_llava.methods import print_method, read_method
+from dynamic_llava.methods import describe_method, print_method, read_method
 from dynamic_llava.model import DynamicLlavaForConditionalGeneration
 from dynamic_llava.processing.prompts import SYSTEM
 from tests.builders import build_model, dense_twin
@@ -85,7 +86,7 @@ def settings_of(name):
     """Return settings that are not the defaults, as far as a method has them."""
     if name == "mixed":
         return {"name": name, "image_by": settings_of("fastv"), "output_by": settings_of("random")}
-    known = {"layer": 3, "image_keep_rate": 0.25, "seed": 5}
+    known = {"layer": 3, "layers": [1, 3], "image_keep_rate": 0.25, "stage_keep_rate": 0.25, "seed": 5}
     method = read_method(name)
     return {"name": name} | {setting: value for setting, value in known.items() if hasattr(method, setting)}
 
@@ -128,7 +129,7 @@ def test_a_dense_checkpoint_is_benchmarked_with_any_method_that_learns_nothing(
     else:
         record = json.loads((out / "answers" / "toy.run.json").read_text())
         assert print_method(method).items() <= record["method"].items() and "sparsity" not in record
-        assert summary["sparsity"] is None and "layer 3" in summary["method"]
+        assert summary["sparsity"] is None and summary["method"] == describe_method(method)
         table = (out / "table.md").read_text()
         assert summary["method"] in table.splitlines()[0] and f"ours, method `{summary['method']}`" in table
 
@@ -186,6 +187,9 @@ def test_a_chat_with_a_dense_checkpoint(name, dense, monkeypatch, capsys, tmp_pa
     answers = [talk.ask("What is it?", [tmp_path / "a.png"]), talk.ask("And this?")]
     assert out.split() == " ".join(answer.text for answer in answers).split()
     assert all(str(answer.use) in err for answer in answers)
+    if talk.record is not None:
+        tokens = talk.record.tokens_per_layer()[0].tolist()
+        assert answers[1].use.bytes == kv_bytes(decoder_shape(model.config), tokens, bytes_per_value=4)
     # Two turns on one cache are one sequence, without a cache.
     start = talk.ids.shape[1] - len(answers[1].tokens)
     scratch = model.generate(

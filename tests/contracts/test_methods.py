@@ -8,8 +8,9 @@ import torch
 
 from dynamic_llava import METHODS, get_method
 from dynamic_llava.methods import Choice, Cut, Dynamic, FastV, Method, OneCut
-from dynamic_llava.sparsity import budget, gumbel_keep
+from dynamic_llava.sparsity import budget, gumbel_keep, top_k_keep
 from tests.builders import (
+    IMAGE_TOKEN,
     LAYERS,
     TOKENS_PER_IMAGE,
     assert_same_logits,
@@ -64,7 +65,12 @@ def test_prefill_and_generate_on_a_ragged_batch(name, batch):
     assert out.sparsity.keep_mask[prompt].bool().all()
     kept = (out.sparsity.keep_mask.bool() & out.sparsity.layout.valid).sum(1)
     assert out.sparsity.cache_lengths.tolist() == kept.tolist()
-    assert out.sparsity.dense_cache_lengths.tolist() == (inputs["attention_mask"].sum(1) + STEPS - 1).tolist()
+    stored = torch.stack([layer.slots.lengths for layer in out.cache.layers], 1)
+    assert torch.equal(stored, out.sparsity.tokens_per_layer()), "the cache holds other tokens than the record says"
+    assert torch.equal(stored[:, 0], out.sparsity.dense_cache_lengths)
+    above = get_method(name).cuts(LAYERS)[0].layer > 0
+    fed = inputs["attention_mask"].sum(1) + STEPS - 1
+    assert torch.equal(stored[:, 0], fed) == above, "every token is in the layers below the first cut, and only there"
 
 
 @torch.no_grad()
@@ -168,7 +174,7 @@ def test_every_registered_method_trains(name):
 
 @dataclasses.dataclass(frozen=True)
 class Elsewhere(Method):
-    """A method with any cuts."""
+    """A method with any cuts, which halves an image at each, and decides on output tokens where a cut says so."""
 
     name: ClassVar[str] = "elsewhere"
     training_free: ClassVar[bool] = True
@@ -178,14 +184,59 @@ class Elsewhere(Method):
     def cuts(self, layers):
         return self.where
 
+    def keep_image(self, cut, images, learned):
+        return top_k_keep(images.hidden.float().norm(dim=-1), rate=0.5, valid=images.valid)
 
-@pytest.mark.parametrize(
-    ("layers", "words"),
-    [((), "no layer"), ((1, 2), "layers 1, 2"), ((0,), "=0 is outside 1"), ((LAYERS,), "outside 1")],
-)
+    def keep_output(self, outputs, learned):
+        return outputs.rank % 3 > 0
+
+
+ROW = frozenset({"question_row"})
+SERVED = [
+    (), (Cut(0),), (Cut(1), Cut(2)), (Cut(0), Cut(LAYERS - 1)), (Cut(0, output=True),),
+    (Cut(2, ROW), Cut(3, output=True)), (Cut(1, output=True), Cut(4, ROW)),
+    tuple(Cut(layer) for layer in range(LAYERS)),
+]  # fmt: skip
+REFUSED = [
+    ((Cut(LAYERS),), f"decides at the layers .{LAYERS}., and this language model has {LAYERS}"),
+    ((Cut(-1),), "layers from 0"),
+    ((Cut(2), Cut(1)), "ascending"),
+    ((Cut(2), Cut(2)), "each once"),
+    ((Cut(1, output=True), Cut(2, output=True)), "let one cut say `output`"),
+    ((Cut(0, ROW),), "question_row at layer 0"),
+]
+
+
+@pytest.mark.parametrize("where", SERVED, ids=str)
 @torch.no_grad()
-def test_methods_that_the_engine_does_not_serve_are_refused(layers, words, batch):
-    method = Elsewhere(tuple(Cut(layer) for layer in layers))
+def test_a_method_may_decide_anywhere(where, batch):
+    """Cached, uncached and masked passes agree, and the record says what each layer has stored."""
+    model, method, inputs = shared_model(2), Elsewhere(where), prompts(batch)
+    cached = model.generate(**inputs, **CALL, method=method)
+    uncached = model.generate(**inputs, **CALL, method=method, use_cache=False)
+    assert torch.equal(cached.sequences, uncached.sequences)
+    steps = torch.stack(cached.logits, 1)
+    assert_same_logits(torch.stack(uncached.logits, 1), steps)
+    width = inputs["input_ids"].shape[1]
+    output = (torch.arange(width + STEPS) >= width).expand_as(cached.sequences)
+    taught = model(
+        input_ids=cached.sequences,
+        attention_mask=torch.nn.functional.pad(inputs["attention_mask"], (0, STEPS), value=1),
+        pixel_values=inputs["pixel_values"],
+        output_mask=output,
+        labels=cached.sequences,
+        method=method,
+    )
+    assert_same_logits(taught.logits[:, width - 1 : -1], steps)
+    assert torch.equal(taught.sparsity.until[:, :-1], cached.sparsity.until)
+    stored = torch.stack([layer.slots.lengths for layer in cached.cache.layers], 1)
+    assert torch.equal(stored, cached.sparsity.tokens_per_layer())
+
+
+@pytest.mark.parametrize(("where", "words"), REFUSED, ids=str)
+@torch.no_grad()
+def test_cuts_that_cannot_be_are_refused(where, words, batch):
+    method = Elsewhere(where)
     for call in (shared_model(), shared_model().generate):
         with pytest.raises(ValueError, match=words):
             call(**prompts(batch), method=method)
@@ -193,18 +244,39 @@ def test_methods_that_the_engine_does_not_serve_are_refused(layers, words, batch
 
 @dataclasses.dataclass(frozen=True)
 class Merging(OneCut):
-    """A method that merges every dropped token into the first of its image."""
+    """A method that merges every dropped token into the first of its image, by weights or in the mean."""
 
     name: ClassVar[str] = "merging"
 
+    layer: int = 0
+    first: float | None = None
+    """Weight of the first token; the others have the rest of 1, all the same."""
+
     def keep_image(self, cut, images, learned):
         keep_In = torch.zeros_like(images.valid).index_fill(1, torch.tensor([0]), True)
-        return Choice(keep_In, into=torch.zeros_like(keep_In, dtype=torch.int64))
+        others = (images.valid.sum(1, keepdim=True) - 1).clamp(min=1)
+        weight_In = None if self.first is None else torch.where(keep_In, self.first, (1 - self.first) / others)
+        return Choice(keep_In, into=torch.zeros_like(keep_In, dtype=torch.int64), weight=weight_In)
 
 
-def test_merging_is_refused(batch):
-    with torch.no_grad(), pytest.raises(ValueError, match=r"'merging' merges image tokens"):
-        shared_model()(**prompts(batch), method=Merging())
+@torch.no_grad()
+def test_tokens_are_merged_by_their_weights(batch):
+    """Equal weights are the mean; a weight of 1 for the heir is plain dropping; means are those of the features."""
+    model, inputs = shared_model(), prompts(batch)
+    mean, plain = (model(**inputs, method=method).logits for method in (Merging(), Merging(first=1.0)))
+    assert_same_logits(model(**inputs, method=Merging(first=1 / TOKENS_PER_IMAGE)).logits, mean)
+    assert (mean - plain).abs().max() > 0.1
+    keep = inputs["input_ids"] != IMAGE_TOKEN
+    firsts = keep.new_zeros(keep.shape)
+    for row, columns in enumerate(~keep):
+        firsts[row, columns.nonzero()[::TOKENS_PER_IMAGE, 0]] = True
+    kept = model(**inputs, keep_mask=keep | firsts, method=Elsewhere((Cut(0),))).logits
+    assert_same_logits(plain[keep], kept[keep], what="nothing merged")
+    features = torch.stack(list(model.model.encode_images(inputs["pixel_values"]).pooler_output))
+    features = features.mean(1, keepdim=True).expand_as(features)
+    means = {**inputs, "image_features": features, "pixel_values": None}
+    meant = model(**means, keep_mask=keep | firsts, method=Elsewhere((Cut(0),))).logits
+    assert_same_logits(mean[keep], meant[keep], what="means")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dynamic_llava import DynamicLlavaForConditionalGeneration
 from dynamic_llava.costs import llava_shape, predictor_flops, training_flops
-from dynamic_llava.model.learned import learned_costs
+from dynamic_llava.engine.learned import learned_costs
 from dynamic_llava.model.switches import choose_method
 from dynamic_llava.train.optimizer import prepare
 from tests.builders import FIRST_WORD, IMAGE_TOKEN, VOCABULARY

@@ -9,7 +9,7 @@ import torch
 from dynamic_llava import SparsityConfig
 from dynamic_llava.methods import METHODS, get_method
 from dynamic_llava.sparsity import budget
-from tests.builders import FIRST_WORD, HIDDEN, IMAGE_TOKEN, PAD, VOCABULARY, build_model, shared_model
+from tests.builders import FIRST_WORD, HIDDEN, IMAGE_TOKEN, LAYERS, PAD, VOCABULARY, build_model, shared_model
 
 ROWS = [[9], [16, 5], [], [1, 20, 7]]
 """Tokens of each image, row by row: neighbours where a row has several, and a row of text."""
@@ -45,15 +45,17 @@ def row_alone(batch, number):
 @pytest.mark.parametrize("rate", [0.2, 0.29, 0.5])
 @torch.no_grad()
 def test_every_image_has_a_budget_of_its_own(name, rate):
-    """floor(rate * n_i), exact in decimals, at least 1, for each image i (Structure keeps whole steps only)."""
+    """floor(rate * n_i), exact in decimals, at least 1, for each image i at each cut (Structure keeps whole steps)."""
     model, method = shared_model(), METHODS[name]
-    settings = {"image_keep_rate": rate} if "image_keep_rate" in method.__dataclass_fields__ else {}
+    settings = {one: rate for one in ("image_keep_rate", "stage_keep_rate") if one in method.__dataclass_fields__}
     out = model(**batch_of(ROWS), labels=batch_of(ROWS)["input_ids"], method=get_method(name, **settings))
     if out.sparsity is None:
         return  # a dense call has no record
     kept = [[len(image) for image in row] for row in out.sparsity.image_indices]
-    wanted = [[budget(rate, length, minimum=int(name != "structure")) for length in row] for row in ROWS]
-    assert kept == (wanted if settings else ROWS)
+    wanted = ROWS
+    for _ in get_method(name).cuts(LAYERS) if settings else ():
+        wanted = [[budget(rate, length, minimum=int(name != "structure")) for length in row] for row in wanted]
+    assert kept == wanted
 
 
 @pytest.mark.parametrize("relaxation", RELAXATIONS)

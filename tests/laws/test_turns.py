@@ -8,6 +8,7 @@ from dynamic_llava import METHODS, DynamicLlavaForConditionalGeneration, get_met
 from tests.builders import (
     IMAGE_SIZE,
     IMAGE_TOKEN,
+    LAYERS,
     TOKENS_PER_IMAGE,
     Row,
     assert_same_logits,
@@ -116,7 +117,7 @@ def test_turns_on_a_live_cache_equal_recomputation(examples):
                 decided = cache.record.keep_mask[index][cache.record.layout.valid[index]]
                 assert torch.equal(decided, record.keep_mask[0, : of_turn.stop].bool())
                 assert out.sparsity.cache_lengths[index] == decided.sum()
-                assert out.sparsity.dense_cache_lengths[index] == of_turn.stop
+                assert out.sparsity.dense_cache_lengths[index] == record.seen_by(0)[0, : of_turn.stop].sum()
 
 
 def alone(model, row, decide, **switches):
@@ -205,7 +206,8 @@ def test_images_behind_the_question_that_decides_are_refused_on_every_path(name)
     assert cache.get_seq_length() == 6, "a refused turn leaves the cache as it was"
     # The way out that the message names.
     whole = {key: value for key, value in inputs.items() if key != "output_mask"}
-    assert len(model(**whole, method=name, use_cache=True).sparsity.image_indices[0][0]) == TOKENS_PER_IMAGE // 2
+    left = TOKENS_PER_IMAGE // 2 ** len(get_method(name).cuts(LAYERS))
+    assert len(model(**whole, method=name, use_cache=True).sparsity.image_indices[0][0]) == left
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from dynamic_llava.checkpoints.convert import convert
 from dynamic_llava.config import DataConfig, LoraConfig, ModelConfig, TrainConfig
 from dynamic_llava.costs import llava_shape, parameter_counts, training_memory
 from dynamic_llava.data import SftDataset
-from dynamic_llava.model.learned import learned_costs
+from dynamic_llava.engine.learned import learned_costs
 from dynamic_llava.train.config import RunConfig
 from dynamic_llava.train.optimizer import learning_rates, parts, prepare
 from dynamic_llava.train.run import build_trainer, load, run

@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 from torch.profiler import ProfilerActivity, profile
 
 from dynamic_llava import get_method
-from dynamic_llava.model.step import _mark, decode_step
+from dynamic_llava.engine.step import _mark, decode_step
 from tests.builders import build_model, fixed_rows, prompts
 
 HALF = get_method("random", image_keep_rate=0.25, output_keep_rate=0.5)
@@ -80,7 +80,7 @@ def test_the_step_is_one_graph_that_growth_does_not_change(monkeypatch):
         _mark(inputs[-1])
         return traced(*inputs, **kwargs)
 
-    monkeypatch.setattr("dynamic_llava.model.decoder.decode_step", run)
+    monkeypatch.setattr("dynamic_llava.engine.decoder.decode_step", run)
     opened = OpenCache(build_model(cache_block=4))
     capacities = set()
     for _ in range(20):

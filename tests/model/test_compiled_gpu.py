@@ -32,13 +32,13 @@ def test_on_a_cpu(name):
 @pytest.mark.parametrize("name", LAWS)
 def test_a_law_notices_a_compiled_step_that_differs(monkeypatch, name):
     """In place of compiling, a step whose hidden states are off; then one whose decisions are."""
-    from dynamic_llava.model.step import decode_step
+    from dynamic_llava.engine.step import decode_step
 
     def off(*given, **switches):
         hidden_B1D, admit_B = decode_step(*given, **switches)
         return hidden_B1D + 0.1, admit_B
 
-    monkeypatch.setattr("dynamic_llava.model.decoder.compiled_step", off)
+    monkeypatch.setattr("dynamic_llava.engine.decoder.compiled_step", off)
     with pytest.raises(AssertionError, match=r"of its scale|off by|other tokens"):
         step_laws.step_laws(torch.device("cpu"))[name]()
 
@@ -47,16 +47,16 @@ def test_a_law_notices_a_compiled_step_that_differs(monkeypatch, name):
         return hidden_B1D, torch.zeros_like(admit_B)
 
     if "generations" in name:
-        monkeypatch.setattr("dynamic_llava.model.decoder.compiled_step", forgets)
+        monkeypatch.setattr("dynamic_llava.engine.decoder.compiled_step", forgets)
         with pytest.raises(AssertionError, match="other keep_mask"):
             step_laws.step_laws(torch.device("cpu"))[name]()
 
 
 def test_the_laws_need_growths(monkeypatch):
     """Storages that are large from the start would show nothing, and the law says so."""
-    from dynamic_llava.model.step import decode_step
+    from dynamic_llava.engine.step import decode_step
 
-    monkeypatch.setattr("dynamic_llava.model.decoder.compiled_step", decode_step)
+    monkeypatch.setattr("dynamic_llava.engine.decoder.compiled_step", decode_step)
     monkeypatch.setattr(step_laws, "GROWTHS", 6)
     with pytest.raises(AssertionError, match=r"storages grew from \d+ to \d+ slots only"):
         step_laws.generates_as_eager(torch.device("cpu"), step_laws.METHODS["random decisions"])

@@ -8,7 +8,7 @@ from transformers import AttentionInterface, LlavaForConditionalGeneration
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dynamic_llava import DynamicLlavaForConditionalGeneration
-from dynamic_llava.model.families import FAMILIES
+from dynamic_llava.engine.families import FAMILIES
 from tests.builders import TEXT_CONFIGS, assert_same_logits, build_model, collate, dense_twin, fixed_rows, tiny_config
 from tests.world_laws import QUICK_LAWS, Laws
 from tests.worlds import Shape, World
@@ -17,7 +17,10 @@ ROWS = (
     ((("text", 2), ("image", 0), ("text", 2)), (("output", 3), ("text", 1)), (("output", 4),)),
     ((("image", 0), ("text", 1)), (), (("output", 2),)),
 )
-METHODS = {"dynamic": None, "fastv": ("fastv", 0.5, None)}
+METHODS = {
+    "dynamic": None, "fastv": ("fastv", 0.5, None), "pyramiddrop": ("pyramiddrop", 0.5, None),
+    "tome": ("tome", 0.5, None),
+}  # fmt: skip
 
 
 def test_every_family_is_tried():

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from dynamic_llava.engine import attention
 from dynamic_llava.methods import dynamic
-from dynamic_llava.model import attention
 from dynamic_llava.sparsity.noise import fold_key
 from tests.golden_model import (
     OFFICIAL_IMAGE,

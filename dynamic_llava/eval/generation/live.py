@@ -1,6 +1,6 @@
 """Several dialogues on one live cache, fed chunk by chunk: what the paper's scripts do, for a batch of ragged rows.
 
-Shape suffixes: B rows, N tokens fed so far, Q tokens of a chunk, V vocabulary.
+Shape suffixes: B rows, L layers, N tokens fed so far, Q tokens of a chunk, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynamic_llava.eval.predict import NOT_FINITE, NotFinite
+from dynamic_llava.eval.predict import NOT_FINITE, NotFinite, seen_in_layers
 from dynamic_llava.methods import Method
 from dynamic_llava.model import cache_of
 
@@ -30,10 +30,11 @@ class LiveDialogues:
         self._valid_BN = torch.zeros(batch, 0, dtype=torch.bool, device=device)
         self._output_BN = self._valid_BN
         self._ragged = False
-        self.image_kept = torch.zeros(batch, dtype=torch.int64, device=device)
-        """(B,) image tokens that later layers kept."""
-        self.output_kept = torch.zeros_like(self.image_kept)
-        """(B,) output tokens that stay in the cache of the sparse layers."""
+        layers = model.config.text_config.num_hidden_layers
+        self.image_seen = torch.zeros(batch, layers, dtype=torch.int64, device=device)
+        """(B, L) image tokens that each layer sees."""
+        self.output_seen = torch.zeros_like(self.image_seen)
+        """(B, L) output tokens that each layer sees, which stay in its cache."""
 
     def feed(self, chunks: Sequence[Sequence[int]], *, output: bool) -> Tensor:
         """Feed each row its ids, which may be none; `output` says whether they belong to an answer.
@@ -66,14 +67,9 @@ class LiveDialogues:
         return result.logits[:, -1].float()
 
     def _count(self, record: Any, ids_BQ: Tensor, output_BQ: Tensor) -> None:
-        if record is None:
-            image_BQ = (ids_BQ == self.model.config.image_token_id) & ~output_BQ
-            self.image_kept += image_BQ.sum(1)
-            self.output_kept += output_BQ.sum(1)
-            return
-        kept_BQ = record.keep_mask.bool()
-        self.image_kept += (kept_BQ & record.layout.is_image).sum(1)
-        self.output_kept += (kept_BQ & record.layout.output).sum(1)
+        image_BQ, layers = (ids_BQ == self.model.config.image_token_id) & ~output_BQ, self.image_seen.shape[1]
+        self.image_seen += seen_in_layers(record, image_BQ, layers)
+        self.output_seen += seen_in_layers(record, output_BQ, layers)
 
 
 @torch.no_grad()

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from dynamic_llava.costs import DecoderShape, decoder_shape, flops_paper, kv_bytes
-from dynamic_llava.eval.efficiency import sparse_layer
 from dynamic_llava.eval.generation.dialogues import EncodedRound, RoundSeparator, encode_dialogue
 from dynamic_llava.eval.generation.live import LiveDialogues, answer_dialogues
 from dynamic_llava.eval.generation.teacher_forcing import Scored, score_dialogues
@@ -24,18 +23,18 @@ class Lengths:
     """The tokens of one dialogue, of all its rounds together."""
 
     image: int
-    image_kept: int
-    """Image tokens that the later layers see."""
+    image_seen: Sequence[int]
+    """Per layer the image tokens that it sees."""
     first_text: int
     """Text tokens of the first prompt, system text included."""
     text: int
     """Text tokens of all prompts."""
     output: int
     """Answer tokens that were fed; the last one of each answer is not."""
-    output_kept: int
-    """Those that stay in the cache of the sparse layers."""
+    output_seen: Sequence[int]
+    """Per layer those that it sees, and so stores."""
 
-    def fields(self, shape: DecoderShape, layer: int, bytes_per_value: int, *, several: bool) -> dict[str, int]:
+    def fields(self, shape: DecoderShape, bytes_per_value: int, *, several: bool) -> dict[str, int]:
         """Return lengths, memory and decode FLOPs by the names that answer lines give them.
 
         `decode_flop` is Table 3's: Eq. 13 on the output tokens in one pass. `decode_kv_bytes` is what the keys and
@@ -43,23 +42,22 @@ class Lengths:
         first prompt and at the end (the scripts read the device's allocation there, which is no property of a method).
         """
 
-        def filled(tokens: int, kept: int) -> int:
-            return kv_bytes(shape, tokens, kept=kept, sparse_layer=layer, bytes_per_value=bytes_per_value)
+        def filled(tokens: Sequence[int]) -> int:
+            return kv_bytes(shape, tokens, bytes_per_value=bytes_per_value)
+
+        opened = [image + self.first_text for image in self.image_seen]
+        ended = [image + self.text + output for image, output in zip(self.image_seen, self.output_seen, strict=True)]
 
         return {
             "total_token_length": self.image + self.text + self.output,
             # The scripts count the place of the image as one more token where there are several rounds.
             "instruct_token_length": self.text + several,
             "output_token_length": self.output,
-            "output_cache_length": self.output_kept,
-            "max_prefill_memory": filled(self.image + self.first_text, self.image_kept + self.first_text),
-            "max_decode_memory": filled(
-                self.image + self.text + self.output, self.image_kept + self.text + self.output_kept
-            ),
-            "decode_flop": flops_paper(
-                self.output, shape.hidden, shape.layers, kept=self.output_kept, sparse_layer=layer
-            ),
-            "decode_kv_bytes": filled(self.output, self.output_kept),
+            "output_cache_length": self.output_seen[-1],
+            "max_prefill_memory": filled(opened),
+            "max_decode_memory": filled(ended),
+            "decode_flop": flops_paper(self.output_seen, shape.hidden, shape.layers),
+            "decode_kv_bytes": filled(self.output_seen),
         }
 
 
@@ -69,8 +67,10 @@ class Generated:
 
     tokens: list[list[int]]
     """Ids per round, the end token included where it came."""
-    image_kept: int
-    output_kept: int
+    image_seen: list[int]
+    """Per layer the image tokens that it saw."""
+    output_seen: list[int]
+    """Per layer the fed answer tokens that it saw."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ def _generate(
     live = LiveDialogues(run.model, pixels, run.method, sample_key)
     prompts = [[one.prompt for one in row] for row in rows]
     said = answer_dialogues(live, prompts, run.max_new_tokens, set(ends if isinstance(ends, list) else [ends]))
-    kept = zip(live.image_kept.tolist(), live.output_kept.tolist(), strict=True)
-    return [Generated(tokens, *numbers) for tokens, numbers in zip(said, kept, strict=True)]
+    seen = zip(live.image_seen.tolist(), live.output_seen.tolist(), strict=True)
+    return [Generated(tokens, *numbers) for tokens, numbers in zip(said, seen, strict=True)]
 
 
 def _line(
@@ -142,11 +142,10 @@ def _line(
     image = run.processor.tokens_per_image
     text, first = sum(len(one.prompt) for one in row) - image, len(row[0].prompt) - image
     shape, size = decoder_shape(run.model.config), run.model.dtype.itemsize
-    layer = sparse_layer(run.method, shape.layers)
-    forced = Lengths(image, scored.image_kept, first, text, sum(len(one.answer) - 1 for one in row), scored.output_kept)
-    free = Lengths(image, said.image_kept, first, text, sum(len(one) - 1 for one in said.tokens), said.output_kept)
-    extra: dict[str, Any] = dict(forced.fields(shape, layer, size, several=several))
-    own = free.fields(shape, layer, size, several=several)
+    forced = Lengths(image, scored.image_seen, first, text, sum(len(one.answer) - 1 for one in row), scored.output_seen)
+    free = Lengths(image, said.image_seen, first, text, sum(len(one) - 1 for one in said.tokens), said.output_seen)
+    extra: dict[str, Any] = dict(forced.fields(shape, size, several=several))
+    own = free.fields(shape, size, several=several)
     extra |= {f"meteor_{name}": value for name, value in own.items()}
     perplexities = list(scored.perplexities)
     if several:
@@ -156,9 +155,10 @@ def _line(
         extra |= {"ppl": perplexities[0], "meteor": scores[0]}
     metadata = {
         "prompt_tokens": image + text,
-        "image_kept": [said.image_kept],
+        "image_kept": [said.image_seen[-1]],
+        "image_seen": said.image_seen,
         "output_tokens": free.output + 1,
-        "output_kept": said.output_kept,
+        "output_kept": said.output_seen[-1],
         "tokens": said.tokens,
     }
     return Measured("\n".join(texts), metadata, extra)

@@ -1,7 +1,8 @@
 """Perplexity of reference answers: one masked forward pass for whole dialogues, and the loop that it must equal.
 
 Dropped answer tokens are masked instead of removed, so every token is scored under the decisions that decoding would
-have taken. Shape suffixes: B rows, N tokens of the longest row, T answer tokens of a row, V vocabulary.
+have taken. Shape suffixes: B rows, N tokens of the longest row, T answer tokens of a row, V vocabulary, L
+layers.
 """
 
 import math
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from dynamic_llava.eval.generation.dialogues import EncodedRound
 from dynamic_llava.eval.generation.live import LiveDialogues
-from dynamic_llava.eval.predict import NOT_FINITE, NotFinite
+from dynamic_llava.eval.predict import NOT_FINITE, NotFinite, seen_in_layers
 from dynamic_llava.methods import Method
 
 LARGEST = 700.0
@@ -27,10 +28,10 @@ class Scored:
 
     perplexities: tuple[float, ...]
     """Per round exp(mean cross entropy over the answer's tokens and its `</s>`)."""
-    image_kept: int
-    """Image tokens that the later layers saw."""
-    output_kept: int
-    """Fed answer tokens, of all rounds, that stay."""
+    image_seen: list[int]
+    """Per layer the image tokens that it saw."""
+    output_seen: list[int]
+    """Per layer the fed answer tokens, of all rounds, that it saw."""
 
 
 @torch.no_grad()
@@ -49,8 +50,8 @@ def score_dialogues(
     feeds no token: in one pass such a question has no end.
     """
     model.eval()
-    device = model.device
-    looks = any(cut.sees for cut in method.cuts(model.config.text_config.num_hidden_layers))
+    device, layers = model.device, model.config.text_config.num_hidden_layers
+    looks = any(cut.sees for cut in method.cuts(layers))
     if looks and any(len(row) > 1 and len(row[0].answer) == 1 for row in rows):
         return score_step_by_step(model, rows, pixel_values, method, sample_key)
     fed = [_fed(row) for row in rows]
@@ -68,7 +69,8 @@ def score_dialogues(
         sample_key=None if sample_key is None else sample_key.to(device),
         use_cache=False,
     )
-    image_B, output_B = _kept(result.sparsity, ids_BN == model.config.image_token_id, output_BN)
+    image_BN = (ids_BN == model.config.image_token_id) & ~output_BN
+    image_BL, output_BL = (seen_in_layers(result.sparsity, where, layers).tolist() for where in (image_BN, output_BN))
     scored = []
     for number, (row, (_, _, places)) in enumerate(zip(rows, fed, strict=True)):
         logits_TV = model.lm_head(result.last_hidden_state[number, torch.tensor(places, device=device)]).float()
@@ -77,7 +79,7 @@ def score_dialogues(
         means = [part.double().mean().item() for part in nll_T.split([len(one.answer) for one in row])]
         if not all(mean < LARGEST for mean in means):
             raise NotFinite(NOT_FINITE)
-        scored.append(Scored(tuple(map(math.exp, means)), image_B[number], output_B[number]))
+        scored.append(Scored(tuple(map(math.exp, means)), image_BL[number], output_BL[number]))
     return scored
 
 
@@ -108,10 +110,10 @@ def score_step_by_step(
             for place, one in enumerate(now):
                 if step < len(one.answer):
                     nll[place][number].append(nll_B[place])
-    kept = zip(live.image_kept.tolist(), live.output_kept.tolist(), strict=True)
+    seen = zip(live.image_seen.tolist(), live.output_seen.tolist(), strict=True)
     return [
         Scored(tuple(math.exp(torch.stack(one).double().mean().item()) for one in row), image, output)
-        for row, (image, output) in zip(nll, kept, strict=True)
+        for row, (image, output) in zip(nll, seen, strict=True)
     ]
 
 
@@ -125,11 +127,3 @@ def _fed(row: Sequence[EncodedRound]) -> tuple[list[int], list[bool], list[int]]
         output += [False] * len(one.prompt) + [True] * (len(one.answer) - 1)
         places += range(len(ids) - len(one.answer), len(ids))
     return ids, output, places
-
-
-def _kept(record: Any, image_BN: Tensor, output_BN: Tensor) -> tuple[list[int], list[int]]:
-    """Return the kept image and output tokens of each row; all of them without a record (a dense pass)."""
-    if record is None:
-        return (image_BN & ~output_BN).sum(1).tolist(), output_BN.sum(1).tolist()
-    keep_BN, layout = record.keep_mask.bool(), record.layout
-    return (keep_BN & layout.is_image).sum(1).tolist(), (keep_BN & layout.output).sum(1).tolist()

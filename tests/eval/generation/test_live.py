@@ -44,8 +44,8 @@ def test_one_round_is_what_generate_says(sparsity):
         assert output.sequences[0, len(prompt[0]) :].tolist() == its[0]
         fed = len(its[0]) - 1
         kept = fed if output.sparsity is None else int(output.sparsity.output_decisions[0].sum())
-        assert live.output_kept[row] == kept <= fed
-        assert live.image_kept[row] == (4 if sparsity in ("both", "image") else TOKENS_PER_IMAGE)
+        assert live.output_seen[row, -1] == kept <= fed
+        assert live.image_seen[row, -1] == (4 if sparsity in ("both", "image") else TOKENS_PER_IMAGE)
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)
@@ -57,7 +57,8 @@ def test_rounds_of_ragged_rows_are_those_of_each_row_alone(sparsity):
     for row, its in enumerate(together):
         alone, one = answers([prompts[row]], pixels[row : row + 1], sparsity, {end})
         assert alone == [its]
-        assert (one.image_kept[0], one.output_kept[0]) == (live.image_kept[row], live.output_kept[row])
+        assert torch.equal(one.image_seen[0], live.image_seen[row])
+        assert torch.equal(one.output_seen[0], live.output_seen[row])
 
 
 def test_a_later_round_sees_the_models_own_answer_and_not_its_last_token():
@@ -72,4 +73,4 @@ def test_a_later_round_sees_the_models_own_answer_and_not_its_last_token():
 def test_a_limit_of_one_token_feeds_none():
     prompts, pixels = questions([4, 3])
     said, live = answers(prompts, pixels, "both", limit=1)
-    assert [len(one) for one in said[0]] == [1, 1] and live.output_kept.tolist() == [0]
+    assert [len(one) for one in said[0]] == [1, 1] and not live.output_seen.any()

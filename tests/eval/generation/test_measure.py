@@ -181,7 +181,11 @@ def test_lines_without_numbers_have_no_score(checkpoint, root):
 )
 def test_columns_of_table_3(shape, fed, kept, tflop, mebi):
     """TFLOPs as printed (2.75, 1.52, 5.36); keys and values of the output tokens alone, in bfloat16."""
-    found = Lengths(576, 115, 56, 56, fed, kept).fields(shape, 2, 2, several=False)
+
+    def behind(every, left):
+        return [every] * 2 + [left] * (shape.layers - 2)
+
+    found = Lengths(576, behind(576, 115), 56, 56, fed, behind(fed, kept)).fields(shape, 2, several=False)
     assert found["decode_flop"] / 1e12 == pytest.approx(tflop, abs=1e-3)
     assert found["decode_kv_bytes"] / 2**20 == pytest.approx(mebi, abs=0.05)
     assert found["max_decode_memory"] - found["max_prefill_memory"] == found["decode_kv_bytes"]

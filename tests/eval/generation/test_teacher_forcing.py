@@ -22,9 +22,11 @@ from tests.builders import (
 )
 from tests.sft_builders import character_tokenizer
 
-HOW = (*SPARSITY_MODES, "fastv", "random", "structure")
-IMAGE_KEPT = {"both": 4, "image": 4, "fastv": 8, "random": 3, "structure": 3}
+IMAGE_KEPT = {
+    "both": 4, "image": 4, "divprune": 3, "fastv": 8, "pyramiddrop": 2, "random": 3, "structure": 3, "tome": 8,
+}  # fmt: skip
 """Image tokens that the settings of the tests' model, and the defaults of the others, leave of 16."""
+HOW = (*SPARSITY_MODES, *(how for how in IMAGE_KEPT if how not in SPARSITY_MODES))
 SINGLE = [[(5, 30)], [(2, 1)], [(9, 12)]]
 SEVERAL = [[(4, 9), (3, 20), (6, 1)], [(7, 25)], [(2, 3), (5, 14)], [(3, 1), (2, 1), (2, 6), (4, 8)]]
 """Text tokens of a question and tokens of its answer, `</s>` included, by row and round."""
@@ -46,7 +48,7 @@ def dialogues(shape, seed=0):
 def assert_same(one_pass, loop):
     for ours, reference in zip(one_pass, loop, strict=True):
         assert ours.perplexities == pytest.approx(reference.perplexities, rel=1e-4)
-        assert (ours.image_kept, ours.output_kept) == (reference.image_kept, reference.output_kept)
+        assert (ours.image_seen, ours.output_seen) == (reference.image_seen, reference.output_seen)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -59,10 +61,10 @@ def test_one_pass_equals_the_cached_loop(shape, how, attention):
     assert_same(one_pass, score_step_by_step(model, rows, pixels, deciding(how)))
     fed = [sum(len(one.answer) - 1 for one in row) for row in rows]
     if how in ("both", "output", "random", "structure"):
-        assert 0 < sum(one.output_kept for one in one_pass) < sum(fed)
+        assert 0 < sum(one.output_seen[-1] for one in one_pass) < sum(fed)
     else:
-        assert [one.output_kept for one in one_pass] == fed
-    assert {one.image_kept for one in one_pass} == {IMAGE_KEPT.get(how, TOKENS_PER_IMAGE)}
+        assert [one.output_seen[-1] for one in one_pass] == fed
+    assert {one.image_seen[-1] for one in one_pass} == {IMAGE_KEPT.get(how, TOKENS_PER_IMAGE)}
 
 
 @pytest.mark.slow

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynamic_llava.model.attention import cache_mask
-from dynamic_llava.model.cache import StepCache
-from dynamic_llava.model.cache_names import CACHE
-from dynamic_llava.model.decide import admit_token
-from dynamic_llava.model.learned import learned_of
-from dynamic_llava.model.plan import Plan
+from dynamic_llava.engine.attention import cache_mask
+from dynamic_llava.engine.cache import StepCache
+from dynamic_llava.engine.cache_names import CACHE
+from dynamic_llava.engine.decide import admit_token
+from dynamic_llava.engine.learned import learned_of
+from dynamic_llava.engine.plan import Plan, Stage, stages_of
 
 SLOTS_DIMENSION = 2
 """Dimension of a storage (B, H, W, D) that grows."""
@@ -36,39 +36,38 @@ def decode_step(
 ) -> tuple[Tensor, Tensor]:
     """Run one token of each row through `decoder`, a SparseDecoder, on a live cache.
 
-    Returns the normed hidden states (B, 1, D) and the decisions (B,) bool; keys, values and lengths of the cache change
-    in place. Nothing is read on the host, and nothing is concatenated along the cache.
+    Returns the normed hidden states (B, 1, D) and `until`, (B, 1) int64: the first layer that will not see the token.
+    Keys, values and lengths of the cache change in place. Nothing is read on the host, nothing concatenated along the
+    cache.
     """
-    layout, sparse_layer = plan.layout, plan.cut.layer
     rotation = decoder.rotary_emb(hidden_B1D, position_ids=position_ids)
-    hidden_B1D = _layers(decoder, hidden_B1D, 0, sparse_layer, rotation, step, kwargs)
-    if plan.keep_mask is not None:
-        admit_B = plan.keep_mask[:, -1].bool() & layout.valid[:, 0]
-    else:
-        admit_B = admit_token(plan, learned_of(decoder), hidden_B1D, seen_outputs_B)
-    hidden_B1D = _layers(decoder, hidden_B1D, sparse_layer, len(decoder.layers), rotation, step, kwargs)
-    step.dense.admit(layout.valid[:, 0])
-    step.sparse.admit(admit_B)
-    return decoder.norm(hidden_B1D), admit_B
+    valid_B, layers = plan.layout.valid[:, 0], len(decoder.layers)
+    admit_B, until_B = valid_B, torch.where(valid_B, layers, 0)
+    for stage in stages_of(plan.cuts, layers):
+        if stage.first == plan.output_layer:
+            admit_B = admit_token(plan, learned_of(decoder), hidden_B1D, seen_outputs_B)
+            until_B = torch.where(valid_B & ~admit_B, stage.first, until_B)
+        hidden_B1D = _layers(decoder, hidden_B1D, stage, rotation, step, kwargs)
+        step.groups[stage.number].admit(admit_B)
+    return decoder.norm(hidden_B1D), until_B[:, None]
 
 
 def _layers(
     decoder: Any,
     hidden_B1D: Tensor,
-    first: int,
-    end: int,
+    stage: Stage,
     rotation: tuple[Tensor, Tensor],
     step: StepCache,
     kwargs: dict[str, Any],
 ) -> Tensor:
-    """Run layers first..end-1, which share their slots, on one new token per row."""
-    slots = step.slots_of(first)
+    """Run the layers of a stage, which share their slots, on one new token per row."""
+    slots = step.groups[stage.number]
     if decoder.config._attn_implementation == "sdpa":
         seen = {"filled": slots.lengths}
     else:
-        visible_B1W = slots.visible(step.keys[first].shape[2])
+        visible_B1W = slots.visible(step.keys[stage.first].shape[2])
         seen = {"attention_mask": cache_mask(visible_B1W, decoder.config._attn_implementation, hidden_B1D.dtype)}
-    for layer in decoder.layers[first:end]:
+    for layer in decoder.layers[stage.first : stage.end]:
         hidden_B1D = layer(hidden_B1D, position_embeddings=rotation, **{CACHE: step}, **seen, **kwargs)
     return hidden_B1D
 
@@ -99,9 +98,9 @@ def compiled_step(
     replayed = hidden_B1D.device.type != "cpu"
     if replayed:
         torch.compiler.cudagraph_mark_step_begin()
-    hidden_B1D, admit_B = _compiled(replayed)(decoder, hidden_B1D, plan, position_ids, seen_outputs_B, step)
+    hidden_B1D, until_B1 = _compiled(replayed)(decoder, hidden_B1D, plan, position_ids, seen_outputs_B, step)
     # A replay overwrites the outputs of the one before, and the record keeps the decisions of every step.
-    return hidden_B1D, admit_B.clone() if replayed else admit_B
+    return hidden_B1D, until_B1.clone() if replayed else until_B1
 
 
 @cache
@@ -130,5 +129,5 @@ def _mark(step: StepCache) -> None:
         if not hasattr(tensor, "_dynamo_dynamic_indices"):
             torch._dynamo.mark_dynamic(tensor, SLOTS_DIMENSION)
             torch._dynamo.mark_static_address(tensor)
-    for slots in (step.dense, step.sparse):
+    for slots in step.groups:
         torch._dynamo.mark_static_address(slots.lengths)

@@ -8,7 +8,7 @@ from transformers.models.mistral.modeling_mistral import MistralModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
-from dynamic_llava.model.decoder import SparseDecoder
+from dynamic_llava.engine.decoder import SparseDecoder
 
 
 class DynamicLlamaModel(SparseDecoder, LlamaModel):

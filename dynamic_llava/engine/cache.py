@@ -1,20 +1,21 @@
-"""The admission cache (sparsity/cache.py) as a transformers `Cache`: two groups of layers, two sets of row lengths.
+"""The admission cache (sparsity/cache.py) as a transformers `Cache`: groups of layers, each with its row lengths.
 
-Layers below the sparse layer store every token; the sparse layer and all later ones store kept image tokens, prompt
-tokens and admitted output tokens. Shape suffixes: B rows, H key-value heads, N tokens, D head dimension.
+The layers between two cuts of a method are a group. Those below the first cut store every token; the others store
+prompt tokens, and the image and output tokens that all cuts up to theirs have kept.
+Shape suffixes: B rows, H key-value heads, N tokens, D head dimension.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from dynamic_llava.config import check_sparse_layer
-from dynamic_llava.layout import Packing, TokenLayout
-from dynamic_llava.model.outputs import SparsityRecord
+from dynamic_llava.engine.plan import cuts_of
+from dynamic_llava.engine.record import SparsityRecord
+from dynamic_llava.layout import TokenLayout
+from dynamic_llava.methods import Method
 from dynamic_llava.sparsity.cache import AdmissionSlots, DecisionLog, SlotStorage, TokenSlots
 
 LIVE_CACHE_ATTENTION = ("sdpa", "eager")
@@ -134,13 +135,14 @@ class StepCache:
     """Per layer (B, H, W, D)."""
     values: list[Tensor]
     """Per layer (B, H, W, D)."""
-    dense: TokenSlots
-    sparse: TokenSlots
-    sparse_layer: int
+    groups: list[TokenSlots]
+    """Of each group of layers."""
+    group_of: list[int]
+    """Per layer the number of its group."""
 
     def slots_of(self, layer_idx: int) -> TokenSlots:
         """Return the slots of the group that a layer belongs to."""
-        return self.dense if layer_idx < self.sparse_layer else self.sparse
+        return self.groups[self.group_of[layer_idx]]
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store the token's key and value, (B, H, 1, D) each; returns the storages, (B, H, W, D), in value's dtype."""
@@ -152,12 +154,22 @@ class StepCache:
 class AdmissionCache(Cache):
     """The live state of one generation; belongs to its caller, never to the model."""
 
-    def __init__(self, num_layers: int, sparse_layer: int, block: int = 64) -> None:
-        """Create an empty cache; layers 0..sparse_layer-1 are dense. Raises ValueError for a layer out of range."""
-        check_sparse_layer(sparse_layer, num_layers)
-        self.sparse_layer = sparse_layer
-        self.dense, self.sparse = AdmissionSlots(block), AdmissionSlots(block)
-        self.decisions = DecisionLog(block)
+    def __init__(self, num_layers: int, cuts: int | Sequence[int], block: int = 64) -> None:
+        """Create an empty cache for a method that decides at the layers `cuts`, one or several, ascending.
+
+        Layers between two cuts are a group: they store the same tokens. Raises ValueError for a layer out of range.
+        """
+        self.cuts = (cuts,) if isinstance(cuts, int) else tuple(cuts)
+        if list(self.cuts) != sorted({*self.cuts}) or any(not 0 <= cut < num_layers for cut in self.cuts):
+            raise ValueError(
+                f"the cuts {self.cuts} do not fit a language model of {num_layers} layers; give layers from 0 to "
+                f"{num_layers - 1}, each once, in ascending order"
+            )
+        self.starts = (0, *(cut for cut in self.cuts if cut))
+        """The first layer of each group."""
+        self.groups = [AdmissionSlots(block) for _ in self.starts]
+        """Which slots the layers of a group have filled."""
+        self.decisions = DecisionLog(block, num_layers)
         """What was decided about every token seen so far."""
         self.seen_outputs: Tensor | None = None
         """(B,) int64: output tokens seen so far in each row."""
@@ -165,8 +177,24 @@ class AdmissionCache(Cache):
         """(B,) int64: images seen so far in each row."""
         self.positions_ahead: Tensor | None = None
         """(B, 1) int64: how far a row's positions are ahead of its columns, as in the opening chunk; None: 0."""
-        groups = [self.dense] * sparse_layer + [self.sparse] * (num_layers - sparse_layer)
-        super().__init__(layers=[AdmissionLayer(slots, self) for slots in groups])
+        self.group_of = [sum(layer >= start for start in self.starts) - 1 for layer in range(num_layers)]
+        """Per layer the number of its group."""
+        super().__init__(layers=[AdmissionLayer(self.groups[group], self) for group in self.group_of])
+
+    @classmethod
+    def for_method(cls, method: Method, num_layers: int, block: int = 64) -> "AdmissionCache":
+        """Create an empty cache for a method. ValueError where the method cannot decide in so many layers."""
+        return cls(num_layers, [cut.layer for cut in cuts_of(method, num_layers)], block)
+
+    @property
+    def dense(self) -> AdmissionSlots:
+        """The slots of the first group: below a method's first cut they hold every token."""
+        return self.groups[0]
+
+    @property
+    def sparse(self) -> AdmissionSlots:
+        """The slots of the last group: they hold what all cuts have kept."""
+        return self.groups[-1]
 
     @property
     def is_live(self) -> bool:
@@ -191,58 +219,44 @@ class AdmissionCache(Cache):
         """
         if not self.seen_tokens:
             return None
-        layout, keep_mask = self.decisions.so_far()
-        return SparsityRecord(layout, keep_mask, layout.output, *self.lengths())
+        layout, until = self.decisions.so_far()
+        layers = self.decisions.layers
+        return SparsityRecord(layout, until, layers, until == layers, layout.output, *self.lengths())
 
     def lengths(self) -> tuple[Tensor, Tensor]:
-        """(B,), (B,) int64: tokens in each sparse layer and in each layer below; copies, for they change in place."""
+        """(B,), (B,) int64: tokens in the last layer and in the first; copies, for they change in place."""
         return self.sparse.open_lengths().clone(), self.dense.open_lengths().clone()
-
-    def open_dense(self, valid_BN: Tensor | None, batch: int, tokens: int, device: torch.device) -> None:
-        """Begin the dense group with a chunk; valid_BN is None where nothing is padding."""
-        if valid_BN is None:
-            self.dense.open(torch.full((batch,), tokens, device=device), tokens)
-        else:
-            self.dense.open(valid_BN.sum(1), tokens, Packing.of(valid_BN))
 
     def begin_step(self) -> StepCache:
         """Reserve a slot in every row for one new token; storages grow here, outside the step itself."""
-        self.dense.reserve(1)
-        self.sparse.reserve(1)
+        for slots in self.groups:
+            slots.reserve(1)
         keys, values = zip(*(layer.grow() for layer in self.layers), strict=True)
-        return StepCache(
-            keys=list(keys),
-            values=list(values),
-            dense=TokenSlots(self.dense.open_lengths()),
-            sparse=TokenSlots(self.sparse.open_lengths()),
-            sparse_layer=self.sparse_layer,
-        )
+        groups = [TokenSlots(slots.open_lengths()) for slots in self.groups]
+        return StepCache(list(keys), list(values), groups, self.group_of)
 
-    def note(self, layout: TokenLayout, keep_BN: Tensor) -> None:
-        """Take note of a chunk that has been through all layers, and of its decisions (B, N) bool."""
-        self.decisions.add(layout, keep_BN)
+    def note(self, layout: TokenLayout, until_BN: Tensor) -> None:
+        """Take note of a chunk that has been through all layers, and of what became of it: until_BN (B, N) int64."""
+        self.decisions.add(layout, until_BN)
         outputs_B, images_B = layout.output.sum(1), layout.image_starts.sum(1)
         self.seen_outputs = outputs_B if self.seen_outputs is None else self.seen_outputs + outputs_B
         self.seen_images = images_B if self.seen_images is None else self.seen_images + images_B
 
-    def commit_chunk(self, dense_admit_BN: Tensor, sparse_admit_BK: Tensor) -> None:
-        """Admit a chunk's tokens in both groups and close the gaps that dropped tokens left."""
-        for layers, slots, admit in (
-            (self.layers[: self.sparse_layer], self.dense, dense_admit_BN),
-            (self.layers[self.sparse_layer :], self.sparse, sparse_admit_BK),
-        ):
-            source, target = slots.commit_chunk(admit)
-            for layer in layers:
-                for storage in layer.storages():
+    def commit_chunk(self, admits: Sequence[Tensor]) -> None:
+        """Admit a chunk's tokens, (B, K) bool in each group, and close the gaps that dropped tokens left."""
+        for number, (slots, admit_BK) in enumerate(zip(self.groups, admits, strict=True)):
+            source, target = slots.commit_chunk(admit_BK)
+            for group, layer in zip(self.group_of, self.layers, strict=True):
+                for storage in layer.storages() if group == number else ():
                     storage.move(source, target)
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.dense, self.sparse = AdmissionSlots(self.dense.block), AdmissionSlots(self.sparse.block)
-        for index, layer in enumerate(self.layers):
-            layer.slots = self.dense if index < self.sparse_layer else self.sparse
-        self.decisions = DecisionLog(self.dense.block)
+        self.groups = [AdmissionSlots(slots.block) for slots in self.groups]
+        for group, layer in zip(self.group_of, self.layers, strict=True):
+            layer.slots = self.groups[group]
+        self.decisions = DecisionLog(self.dense.block, self.decisions.layers)
         self.seen_outputs = self.seen_images = self.positions_ahead = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -261,12 +275,11 @@ class AdmissionCache(Cache):
         self._select_rows(lambda values: values[indices.to(values.device)])
 
     def _select_rows(self, choose: Callable[[Tensor], Tensor]) -> None:
-        for part in (self.dense, self.sparse, self.decisions):
+        for part in (*self.groups, self.decisions):
             part.select_rows(choose)
-        if self.seen_outputs is not None and self.seen_images is not None:
-            self.seen_outputs, self.seen_images = choose(self.seen_outputs), choose(self.seen_images)
-        if self.positions_ahead is not None:
-            self.positions_ahead = choose(self.positions_ahead)
+        for name in ("seen_outputs", "seen_images", "positions_ahead"):
+            if getattr(self, name) is not None:
+                setattr(self, name, choose(getattr(self, name)))
 
     def allocated_bytes(self) -> int:
         """Bytes of key and value storage, all layers."""
@@ -275,19 +288,19 @@ class AdmissionCache(Cache):
         )
 
 
-def check_cache(cache: Cache, sparse_layer: int, rows: int, implementation: str) -> None:
-    """Raise ValueError unless `cache` was opened by a sparse call with this sparse layer and number of rows, and
-    attention can read it.
+def check_cache(cache: Cache, cuts: Sequence[int], rows: int, implementation: str) -> None:
+    """Raise ValueError unless `cache` was opened by a sparse call with these cuts and number of rows, and attention can
+    read it.
     """
     if not isinstance(cache, AdmissionCache):
         raise ValueError(
             f"cache is a {type(cache).__name__}; sparse decoding needs the AdmissionCache that a sparse call "
             "returns, or sparsity='none'"
         )
-    if cache.sparse_layer != sparse_layer:
+    if cache.cuts != tuple(cuts):
         raise ValueError(
-            f"the cache was opened with sparse layer {cache.sparse_layer} and this call asks for "
-            f"{sparse_layer}; continue with the method it was opened with"
+            f"the cache was opened with {_named(cache.cuts)} and this call asks for {_named(cuts)}; continue with the "
+            "method it was opened with"
         )
     if cache.is_live and cache.batch_size != rows:
         raise ValueError(
@@ -295,6 +308,12 @@ def check_cache(cache: Cache, sparse_layer: int, rows: int, implementation: str)
             "tokens, or choose rows with cache.batch_select_indices or cache.batch_repeat_interleave"
         )
     check_attention(implementation)
+
+
+def _named(cuts: Sequence[int]) -> str:
+    if len(cuts) == 1:
+        return f"sparse layer {cuts[0]}"
+    return f"sparse layers {', '.join(map(str, cuts))}" if cuts else "no sparse layer"
 
 
 def check_dense_cache(cache: Cache | None) -> None:

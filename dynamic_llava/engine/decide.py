@@ -1,0 +1,267 @@
+"""Decisions at a cut, on the hidden states that enter its layer: hard at inference, sampled in training.
+
+Shape suffixes: B rows, N tokens, K tokens in flight, I images, n tokens of the longest image, T output tokens of the
+batch, D hidden size.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynamic_llava.config import SparsityConfig
+from dynamic_llava.engine.plan import Plan
+from dynamic_llava.layout import Packing, TokenLayout
+from dynamic_llava.methods import Choice, Cut, Draw, Evidence, ImageTokens, Method, OutputTokens
+from dynamic_llava.sparsity.noise import fold_key
+
+HOOKS = {"keep_image": "sample", "keep_output": "sample_output"}
+"""What a method defines to decide at inference, and to sample the same decision in training."""
+
+
+@dataclass(frozen=True)
+class Past:
+    """What a row has seen before this chunk, so that a token gets the same draw on every path; None without."""
+
+    images: Tensor | None = None
+    """(B,) int64: images seen."""
+    outputs: Tensor | None = None
+    """(B,) int64: output tokens seen."""
+
+
+@dataclass(frozen=True)
+class Flight:
+    """The tokens of a chunk that a stage computes: first all, after a cut that removes tokens some, packed."""
+
+    hidden: Tensor
+    """(B, K, D): what enters the next layer."""
+    layout: TokenLayout
+    """The kind of each; `valid` is False at filler too."""
+    kept: Tensor
+    """(B, K) bool: what all cuts so far have kept. A token that was dropped may have to be computed all the same."""
+    rotation: tuple[Tensor, Tensor]
+    """Cosines and sines of the tokens' positions, (1 or B, K, d) each."""
+    column: Tensor
+    """(B, K) int64: where in the chunk each token stands."""
+    is_whole: bool = True
+    """Whether no token has been left out, and they stand in their columns."""
+
+    @classmethod
+    def of(cls, hidden_BND: Tensor, layout: TokenLayout, rotation: tuple[Tensor, Tensor]) -> "Flight":
+        """All tokens of a chunk."""
+        columns_N = torch.arange(hidden_BND.shape[1], device=hidden_BND.device)
+        return cls(hidden_BND, layout, layout.valid, rotation, columns_N.expand(layout.valid.shape))
+
+    def packed(self, packing: Packing) -> "Flight":
+        """Only the packed tokens. Their rotations are packed, not positions: a family may make anything of those."""
+        rows = self.column.shape[0]
+        cos, sin = (packing.take(part.expand(rows, -1, -1)) for part in self.rotation)
+        return Flight(
+            hidden=packing.take(self.hidden),
+            layout=self.layout.packed(packing),
+            kept=packing.take(self.kept) & packing.valid,
+            rotation=(cos, sin),
+            column=packing.take(self.column),
+            is_whole=False,
+        )
+
+    def put(self, hidden_BKD: Tensor, length: int) -> Tensor:
+        """Put (B, K, D) of these tokens back in their columns, (B, length, D); where no token is left, zeros."""
+        if self.is_whole:
+            return hidden_BKD
+        source_BKD = hidden_BKD * self.layout.valid[..., None].to(hidden_BKD.dtype)
+        full_BND = hidden_BKD.new_zeros(hidden_BKD.shape[0], length, hidden_BKD.shape[-1])
+        return full_BND.scatter(1, self.column[..., None].expand_as(source_BKD), source_BKD)
+
+    @property
+    def standing(self) -> TokenLayout:
+        """The layout of what is still kept: other tokens count as padding, and are no image's."""
+        return replace(self.layout, valid=self.kept, image=torch.where(self.kept, self.layout.image, -1))
+
+
+def check_question(method: Method, late_BN: Tensor) -> None:
+    """Raise ValueError if a method that reads the question's attention has to decide on images behind the question.
+
+    late_BN (B, N) bool marks those image tokens: on a live cache any, elsewhere those behind the first output token.
+    """
+    if bool(late_BN.any()):
+        raise ValueError(
+            f"method {method.name!r} reads the attention of the first question's last token, so it cannot decide on an "
+            "image of a later turn; give all images in the first turn, or start a new cache with the whole "
+            "conversation as the prompt, earlier answers left out of output_mask"
+        )
+
+
+def decide(
+    plan: Plan, cut: Cut, learned: Any, flight: Flight, seen: dict[Evidence, Tensor], past: Past
+) -> tuple[Tensor, Tensor]:
+    """Decide at inference (Eq. 5, 11); returns what stays, (B, K) bool, and the hidden states, (B, K, D).
+
+    `learned` holds the method's own weights; `seen` holds (B, K) of each evidence. Nothing that an earlier cut has
+    dropped comes back, and prompt tokens stay. Hidden states change only where the method merges tokens. Decisions that
+    the caller has given hold from the first cut on.
+    """
+    if plan.keep_mask is not None:
+        return plan.keep_mask.gather(1, flight.column).bool() & flight.kept, flight.hidden
+    layout, keep_BK, hidden_BKD = flight.standing, flight.kept, flight.hidden
+    if bool(layout.is_image.any()):
+        answer = plan.method.keep_image(cut, _images(plan, layout, hidden_BKD, seen, past), learned)
+        keep_In, hidden_BKD = _taken(answer, layout, hidden_BKD)
+        keep_BK = layout.scatter_images(keep_In, keep_BK)
+    if cut.output and bool(layout.output.any()):
+        keep_T = plan.method.keep_output(_outputs(plan, flight, past), learned)
+        keep_BK = keep_BK.masked_scatter(layout.output, keep_T)
+    return keep_BK, hidden_BKD
+
+
+def admit_token(plan: Plan, learned: Any, hidden_B1D: Tensor, seen_B: Tensor) -> Tensor:
+    """Decide on the single new token of each row (Eq. 6), the seen_B-th of its output; returns (B,) bool. No host read.
+
+    Called at the one cut that decides on output tokens.
+    """
+    valid_B, output_B = plan.layout.valid[:, 0], plan.layout.output[:, 0]
+    if plan.keep_mask is not None:
+        return plan.keep_mask[:, -1].bool() & valid_B
+    outputs = OutputTokens(hidden=hidden_B1D[:, 0], rank=seen_B, key=plan.sample_key)
+    return (plan.method.keep_output(outputs, learned) | ~output_B) & valid_B
+
+
+def samples(method: Method) -> bool:
+    """Whether the method samples its decisions in training mode, with a gradient; others decide as at inference."""
+    return any(_definer(method, sample) is not Method for sample in HOOKS.values())
+
+
+def check_training(method: Method) -> None:
+    """Raise ValueError for a method that may have learned something that training would leave without a gradient.
+
+    Each decision must be the engine's default, or be sampled by a class that knows how it is taken at inference, or be
+    declared as free of anything to learn.
+    """
+    if all(_trains(method, keep, sample) for keep, sample in HOOKS.items()):
+        return
+    own = type(method).__name__
+    raise ValueError(
+        f"method {method.name!r} ({own}) cannot be used in training mode: its hooks decide by 0 or 1, so nothing that "
+        f"it learned would have a gradient. If {own} has nothing to learn, set `training_free: ClassVar[bool] = True` "
+        f"in the class {own}; if it has, define `sample` beside keep_image and `sample_output` beside keep_output, or "
+        "decide in your own training loop and give the decisions as keep_mask, whose gradient is exact "
+        "(dynamic_llava.sparsity.gumbel_keep makes such a mask), or call model.eval()"
+    )
+
+
+def _trains(method: Method, keep: str, sample: str) -> bool:
+    decides, draws = _definer(method, keep), _definer(method, sample)
+    if draws is not Method:
+        return issubclass(draws, decides)
+    fixed = method.training_free and issubclass(_definer(method, "training_free"), decides)
+    return decides is Method or fixed
+
+
+def _definer(method: Method, name: str) -> type:
+    """Return the class that defines an attribute of the method."""
+    return next(one for one in type(method).__mro__ if name in vars(one))
+
+
+def decided_outputs(layout: TokenLayout, settings: SparsityConfig) -> Tensor:
+    """(B, N) bool: the output tokens that training decides on, those of answers of `output_min_length` tokens."""
+    return layout.output & (layout.answer_lengths() >= settings.output_min_length)
+
+
+def sample(
+    plan: Plan, cut: Cut, learned: Any, flight: Flight, seen: dict[Evidence, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Let the method sample in a training pass, which removes nothing; arguments as of `decide`.
+
+    Returns what stays, (B, N) float32 with a gradient; the hidden states; and (B, N) bool, the output tokens that were
+    decided on. Each hook is called once whatever the batch holds, so that every rank of a distributed run gathers, and
+    has a gradient for, all parameters.
+    """
+    method, layout, hidden_BND = plan.method, flight.standing, flight.hidden
+    draw = Draw(tau=plan.tau, settings=plan.settings)
+    keep_BN = flight.kept.float()
+    if bool(layout.is_image.any()):
+        answer = method.sample(cut, _images(plan, layout, hidden_BND, seen, Past()), learned, draw)
+        keep_In, hidden_BND = _taken(answer, layout, hidden_BND)
+        keep_BN = layout.scatter_images(keep_In, keep_BN)
+    else:
+        answer = method.sample(cut, _no_image(plan, cut, hidden_BND), learned, draw)
+        keep_In = answer.keep if isinstance(answer, Choice) else answer
+        keep_BN = keep_BN + 0.0 * keep_In.float().sum()
+    decided_BN = decided_outputs(layout, plan.settings)
+    if not cut.output:
+        return keep_BN, hidden_BND, torch.zeros_like(decided_BN)
+    if not bool(layout.output.any()):
+        first_1 = torch.zeros(1, dtype=torch.int64, device=hidden_BND.device)
+        outputs = OutputTokens(hidden=hidden_BND[:1, 0], rank=first_1, key=plan.sample_key[:1])
+        keep_T = method.sample_output(outputs, learned, replace(draw, answer=first_1, place=first_1))
+        return keep_BN + 0.0 * keep_T.float().sum(), hidden_BND, decided_BN
+    answer_T, place_T = layout.answer_places()
+    outputs = _outputs(plan, flight, Past())
+    keep_T = method.sample_output(outputs, learned, replace(draw, answer=answer_T, place=place_T))
+    sampled_BN = keep_BN.masked_scatter(layout.output, keep_T.to(keep_BN.dtype))
+    return torch.where(decided_BN, sampled_BN, keep_BN), hidden_BND, decided_BN
+
+
+def _images(
+    plan: Plan, layout: TokenLayout, hidden_BKD: Tensor, seen: dict[Evidence, Tensor], past: Past
+) -> ImageTokens:
+    """Return the images of a flight as a method is shown them: of each, the tokens that are still kept."""
+    valid_In = layout.image_valid
+    place_I, rows_I = plan.layout.images_before(), plan.layout.image_rows()
+    if past.images is not None:
+        place_I = place_I + past.images[rows_I]
+    key_I = fold_key(plan.sample_key[rows_I], place_I)
+    return ImageTokens(
+        hidden=layout.gather_images(hidden_BKD),
+        valid=valid_In,
+        key=key_I[: len(valid_In)],  # the last images may have been dropped whole
+        seen={evidence: layout.gather_images(values_BK) for evidence, values_BK in seen.items()},
+    )
+
+
+def _no_image(plan: Plan, cut: Cut, hidden_BND: Tensor) -> ImageTokens:
+    """Return the first row as if it were an image, for a method that has to be asked although there is none."""
+    row_1ND = hidden_BND[:1]
+    return ImageTokens(
+        hidden=row_1ND,
+        valid=torch.ones(row_1ND.shape[:2], dtype=torch.bool, device=row_1ND.device),
+        key=plan.sample_key[:1],
+        seen={evidence: torch.zeros_like(row_1ND[..., 0]) for evidence in cut.sees},
+    )
+
+
+def _outputs(plan: Plan, flight: Flight, past: Past) -> OutputTokens:
+    layout = flight.layout
+    rank_BK = plan.layout.output_rank().gather(1, flight.column)
+    if past.outputs is not None:
+        rank_BK = rank_BK + past.outputs[:, None]
+    return OutputTokens(
+        hidden=flight.hidden[layout.output],
+        rank=rank_BK[layout.output],
+        key=plan.sample_key[:, None].expand_as(rank_BK)[layout.output],
+    )
+
+
+def _taken(answer: Tensor | Choice, layout: TokenLayout, hidden_BKD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the keep mask (I, n) of a method's answer, and the hidden states (B, K, D) with its tokens merged.
+
+    What becomes of a kept token is the sum of itself and of those that it takes over, each times its weight; without
+    weights, their mean.
+    """
+    if isinstance(answer, Tensor):
+        return answer, hidden_BKD
+    if answer.into is None:
+        return answer.keep, hidden_BKD
+    keep_In, hidden_InD = answer.keep.bool() & layout.image_valid, layout.gather_images(hidden_BKD)
+    itself_n = torch.arange(keep_In.shape[1], device=keep_In.device)
+    heir_In = torch.where(layout.image_valid & ~keep_In, answer.into, itself_n)
+    weight_In = torch.ones_like(hidden_InD[..., 0]) if answer.weight is None else answer.weight.to(hidden_InD.dtype)
+    weight_In = weight_In * layout.image_valid
+    merged_InD = torch.zeros_like(hidden_InD).scatter_add(
+        1, heir_In[..., None].expand_as(hidden_InD), hidden_InD * weight_In[..., None]
+    )
+    if answer.weight is None:
+        merged_InD = merged_InD / torch.zeros_like(weight_In).scatter_add(1, heir_In, weight_In).clamp(min=1)[..., None]
+    merged_InD = torch.where(keep_In[..., None], merged_InD, hidden_InD)
+    return answer.keep, hidden_BKD.masked_scatter(layout.is_image[..., None], merged_InD[layout.image_valid])

@@ -1,0 +1,265 @@
+"""One loop over the stages of a pass, and what the passes do differently in it.
+
+A method's cuts part the layers into stages; at a cut it decides, and the layers from there on see what it keeps:
+
+masked  every token passes every layer; MaskedSoftmax hides dropped ones (training, teacher forcing), or training sets
+        them to zero vectors (the ablation of Table 7)
+score   as masked, with inference's decisions; dropped image tokens, which nobody sees, are removed
+drop    only kept tokens go on (prefill, which opens a cache, and decoding without one)
+turn    a chunk of several tokens on a live cache (a later user turn)
+
+A dense pass is the parent's own, and a single token on a live cache is `step.py`. All give the same logits.
+Shape suffixes: B rows, N tokens, K tokens in flight, D hidden size.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import create_causal_mask
+
+from dynamic_llava.engine.attention import AttentionRow, cache_mask
+from dynamic_llava.engine.cache import AdmissionCache, check_attention
+from dynamic_llava.engine.cache_names import CACHE
+from dynamic_llava.engine.decide import Flight, Past, check_question, decide, sample, samples
+from dynamic_llava.engine.learned import learned_of
+from dynamic_llava.engine.plan import Plan, Stage, stages_of
+from dynamic_llava.layout import Packing
+from dynamic_llava.methods import Cut, Evidence
+from dynamic_llava.sparsity.decisions import entering_mask
+
+
+class Path(ABC):
+    """One pass over a chunk of tokens: what it does at a cut, and what the layers of a stage are given."""
+
+    def __init__(self, decoder: Any, plan: Plan, attention_mask: Tensor | None, position_ids: Tensor) -> None:
+        self.decoder, self.plan = decoder, plan
+        self.attention_mask, self.position_ids = attention_mask, position_ids
+
+    def check(self) -> None:
+        """Raise ValueError for a method that this pass cannot serve, before any layer has run."""
+        if self.plan.reads_attention:
+            check_question(self.plan.method, self.plan.layout.late_images())
+
+    def sees(self, cut: Cut | None) -> frozenset[Evidence]:
+        """Return the evidence that is gathered for a cut."""
+        return self.plan.sees(cut)
+
+    def decide(self, cut: Cut, flight: Flight, seen: dict[Evidence, Tensor]) -> Flight:
+        """Return the flight with what the method keeps of it; nothing is removed yet."""
+        kept_BK, hidden_BKD = decide(self.plan, cut, learned_of(self.decoder), flight, seen, Past())
+        return replace(flight, kept=kept_BK, hidden=hidden_BKD)
+
+    @abstractmethod
+    def enter(self, flight: Flight) -> Flight:
+        """Return the tokens that the stage behind a cut computes."""
+
+    @abstractmethod
+    def attend(self, stage: Stage, flight: Flight) -> tuple[Tensor | None, dict[str, Any]]:
+        """Return the mask of a stage's layers, and their other arguments."""
+
+    def shown(self, stage: Stage, hidden_BKD: Tensor) -> Tensor:
+        """Return the hidden states as a layer of the stage is given them."""
+        return hidden_BKD
+
+    def leave(self, stage: Stage, flight: Flight) -> None:  # noqa: B027  # most passes have nothing to note
+        """Take note of a stage that has run."""
+
+    def causal_mask(self, flight: Flight) -> Tensor | None:
+        """The mask of layers that see every token of the chunk."""
+        return create_causal_mask(self.decoder.config, flight.hidden, self.attention_mask, None, self.position_ids)  # type: ignore[no-any-return]
+
+    def cache_mask(self, visible_BKW: Tensor, flight: Flight) -> Tensor:
+        """(B, K, W) bool as the mask that attention takes."""
+        return cache_mask(visible_BKW, self.decoder.config._attn_implementation, flight.hidden.dtype)
+
+
+def run_stages(path: Path, flight: Flight, kwargs: dict[str, Any]) -> tuple[Flight, Tensor]:
+    """Run all layers on a chunk; `kwargs` are arguments of layers.
+
+    Returns the tokens that the last layer computed, and `until`, (B, N) int64: the first layer that no longer sees a
+    token, the number of layers where all see it, 0 at padding.
+    """
+    path.check()
+    plan, layers = path.plan, len(path.decoder.layers)
+    until_BN = torch.where(plan.layout.valid, layers, 0)
+    seen: dict[Evidence, Tensor] = {}
+    for stage in stages_of(plan.cuts, layers):
+        if stage.cut is not None:
+            decided = path.decide(stage.cut, flight, seen)
+            gone_BK = flight.kept & ~decided.kept
+            last_BK = torch.where(gone_BK, stage.first, until_BN.gather(1, flight.column))
+            until_BN = until_BN.scatter(1, flight.column, last_BK)
+            flight = path.enter(decided)
+        flight, seen = _run_layers(path, stage, flight, kwargs)
+        path.leave(stage, flight)
+    return flight, until_BN
+
+
+def _run_layers(
+    path: Path, stage: Stage, flight: Flight, kwargs: dict[str, Any]
+) -> tuple[Flight, dict[Evidence, Tensor]]:
+    """Run the layers of a stage; also return (B, K) of each evidence that the next cut sees."""
+    mask, arguments = path.attend(stage, flight)
+    row = _question_row(path.plan, flight) if "question_row" in path.sees(stage.next_cut) else None
+    hidden_BKD = flight.hidden
+    for index in range(stage.first, stage.end):
+        if row is not None and index == stage.end - 1:
+            arguments = {**arguments, "row": row}
+        # No position_ids here: with gaps in them, attention back ends would take one row for several packed sequences.
+        hidden_BKD = path.decoder.layers[index](
+            path.shown(stage, hidden_BKD), mask, position_embeddings=flight.rotation, **arguments, **kwargs
+        )
+    seen: dict[Evidence, Tensor] = {} if row is None or row.weights is None else {"question_row": row.weights}
+    return replace(flight, hidden=hidden_BKD), seen
+
+
+def _question_row(plan: Plan, flight: Flight) -> AttentionRow:
+    """The row of the last kept token before the row's first output token, over what is kept."""
+    answers_BN = plan.layout.output.cumsum(1) > 0
+    standing = replace(flight.standing, output=answers_BN.gather(1, flight.column))
+    return AttentionRow(standing.question_end(), flight.kept)
+
+
+class Masked(Path):
+    """Every token passes every layer, and from a cut on dropped tokens are hidden from all others."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.keep = self.plan.layout.valid
+        """(B, N): M, as it has been decided so far; bool, or float with a gradient."""
+        self.decided = self.plan.layout.output
+        """(B, N) bool: output tokens that a decision was made for."""
+        self.entering: list[Tensor] = []
+        """(B, N) float of each cut so far: M as it enters the attention behind it."""
+        self._zeroes = self.decoder.training and self.decoder.sparsity.dropped_tokens == "zero_vectors"
+
+    def decide(self, cut: Cut, flight: Flight, seen: dict[Evidence, Tensor]) -> Flight:
+        """Decide as inference does, or let the method sample in training; decisions may be given with a gradient."""
+        plan = self.plan
+        if plan.keep_mask is not None:
+            keep_BN = torch.where(flight.kept, plan.keep_mask, 0).to(plan.keep_mask.dtype)
+            hidden_BND = flight.hidden
+        elif self.decoder.training and samples(plan.method):
+            keep_BN, hidden_BND, decided_BN = sample(plan, cut, learned_of(self.decoder), flight, seen)
+            self.decided = decided_BN if cut.output or len(plan.cuts) == 1 else self.decided
+        else:
+            keep_BN, hidden_BND = decide(plan, cut, learned_of(self.decoder), flight, seen, Past())
+        self.keep = self.keep * keep_BN if self.entering and plan.keep_mask is None else keep_BN
+        self.entering.append(entering_mask(self.keep, self.decoder.sparsity.mask_grad_clip, plan.loss_scale))
+        return replace(flight, kept=flight.kept & (keep_BN != 0), hidden=hidden_BND)
+
+    def enter(self, flight: Flight) -> Flight:
+        """All tokens."""
+        return flight
+
+    def attend(self, stage: Stage, flight: Flight) -> tuple[Tensor | None, dict[str, Any]]:
+        """Causal before the first cut and with zero vectors; behind it MaskedSoftmax with the keep mask (Eq. 7)."""
+        if stage.cut is None or self._zeroes:
+            return self.causal_mask(flight), {}
+        padding_mask = None if self.attention_mask is None else self.plan.layout.valid
+        return self.entering[-1], {"padding_mask": padding_mask, "masked_softmax": self.decoder.sparsity.masked_softmax}
+
+    def shown(self, stage: Stage, hidden_BKD: Tensor) -> Tensor:
+        """With "zero_vectors", a dropped token as a zero vector on entering each layer.
+
+        Our reading of Table 7's "w/o MaskedSoftmax", in training alone: inference and scoring drop and hide as ever.
+        A zero vector has zero key, query and value: as a key it still takes its share exp(0) of every later token's
+        softmax, as a query it averages the values of its past. What the layer so writes into its residual stream is
+        zeroed again before the next one, because the decision holds for all later layers: zeroed once, the token would
+        be back, for all to see, one layer on. What the last layer writes stays: the loss of a dropped output token
+        counts and is finite, but the token predicts its successor without knowing itself, which is what the paper holds
+        against this way of training (Sec. 3.3.3).
+        M has the gradient of the products, <d loss / d (M h), h> summed over the layers; at a dropped token it passes
+        RMSNorm at zero, where the slope is 1 / sqrt(eps) whatever the size of h.
+        """
+        if stage.cut is None or not self._zeroes:
+            return hidden_BKD
+        return hidden_BKD * self.entering[-1][..., None].to(hidden_BKD.dtype)
+
+
+class Dropping(Path):
+    """Behind a cut only what is still needed is computed, packed to the left."""
+
+    every_step: ClassVar[bool] = False
+    """Whether every token that a step would have computed is computed too, not the newest alone."""
+
+    def enter(self, flight: Flight) -> Flight:
+        """The kept tokens, and those whose own hidden states are wanted although nobody else sees them."""
+        return flight.packed(Packing.of(flight.layout.computed(flight.kept, every_step=self.every_step)))
+
+
+class Drop(Dropping):
+    """A whole sequence, with a cache that it opens or without one."""
+
+    def __init__(self, *given: Any, cache: AdmissionCache | None) -> None:
+        super().__init__(*given)
+        self.cache = cache
+
+    def attend(self, stage: Stage, flight: Flight) -> tuple[Tensor | None, dict[str, Any]]:
+        """Causal; filler lies behind every kept token, so that it needs no mask."""
+        whole = stage.cut is None
+        if self.cache is not None:
+            valid_BK, padded = flight.layout.valid, whole and self.attention_mask is not None
+            packing = Packing.of(valid_BK) if padded else None
+            self.cache.groups[stage.number].open(valid_BK.sum(1), valid_BK.shape[1], packing)
+        mask = self.causal_mask(flight) if whole else create_causal_mask(self.decoder.config, flight.hidden, None, None)
+        return mask, {CACHE: self.cache}
+
+    def leave(self, stage: Stage, flight: Flight) -> None:
+        """A newest token that was dropped has taken part, and leaves the cache again."""
+        if self.cache is not None and stage.cut is not None:
+            self.cache.groups[stage.number].retract_last(flight.layout.valid.sum(1) > flight.kept.sum(1))
+
+
+class Score(Dropping):
+    """A whole sequence as decoding would have seen it: every token of an answer is computed."""
+
+    every_step = True
+
+    def check(self) -> None:
+        """Attention must take a mask of its own per row."""
+        check_attention(self.decoder.config._attn_implementation)
+        super().check()
+
+    def attend(self, stage: Stage, flight: Flight) -> tuple[Tensor | None, dict[str, Any]]:
+        """Behind a cut a token sees the kept ones before it, and itself."""
+        if stage.cut is None:
+            return self.causal_mask(flight), {}
+        itself_KK = torch.eye(flight.kept.shape[1], dtype=torch.bool, device=flight.kept.device)
+        return self.cache_mask((flight.kept[:, None] | itself_KK).tril(), flight), {}
+
+
+class Turn(Dropping):
+    """A chunk of several tokens on a live cache."""
+
+    every_step = True
+
+    def __init__(self, *given: Any, cache: AdmissionCache) -> None:
+        super().__init__(*given)
+        self.cache = cache
+        self.admits: list[Tensor] = []
+        """Of each stage so far (B, K) bool: the tokens that stay in the cache."""
+
+    def check(self) -> None:
+        """The attention of a question that has gone by cannot be read again."""
+        if self.plan.reads_attention:
+            check_question(self.plan.method, self.plan.layout.is_image)
+
+    def sees(self, cut: Cut | None) -> frozenset[Evidence]:
+        """Nothing: there is no image to decide on by it."""
+        return frozenset()
+
+    def decide(self, cut: Cut, flight: Flight, seen: dict[Evidence, Tensor]) -> Flight:
+        """Decide with what the rows have seen before; the cache knows it."""
+        past = Past(images=self.cache.seen_images, outputs=self.cache.seen_outputs)
+        kept_BK, hidden_BKD = decide(self.plan, cut, learned_of(self.decoder), flight, seen, past)
+        return replace(flight, kept=kept_BK, hidden=hidden_BKD)
+
+    def attend(self, stage: Stage, flight: Flight) -> tuple[Tensor | None, dict[str, Any]]:
+        """A token sees the slots that were filled, the kept tokens before it, and itself."""
+        self.admits.append(flight.kept)
+        visible_BKW = self.cache.groups[stage.number].place_chunk(flight.layout.valid, flight.kept)
+        return self.cache_mask(visible_BKW, flight), {CACHE: self.cache}

@@ -1,0 +1,106 @@
+"""What one pass of the language model is asked to do, and the stages that its layers fall into."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from torch import Tensor
+
+from dynamic_llava.config import SparsityConfig
+from dynamic_llava.layout import TokenLayout
+from dynamic_llava.methods import Cut, Evidence, Method
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a pass needs to know besides the hidden states; made once per call, changed by none."""
+
+    method: Method
+    cuts: tuple[Cut, ...]
+    """Where the method decides, in ascending order of layers."""
+    layout: TokenLayout
+    sample_key: Tensor
+    """(B,) int64: noise key of each sample."""
+    has_images: bool = False
+    """Whether the chunk has a token of an image; known on the host."""
+    masked: bool = False
+    """Keep the full length and mask (training, teacher forcing) instead of removing tokens."""
+    answers_only: bool = False
+    """Mask as inference decides; hidden states are wanted at prompt and answer tokens only."""
+    tau: float = 1.0
+    """Temperature of the relaxation."""
+    settings: SparsityConfig = field(default_factory=SparsityConfig)
+    """The checkpoint's settings, with what the call has overridden."""
+    keep_mask: Tensor | None = None
+    """(B, N): decisions given by the caller, which hold from the first cut on; the method is asked nothing."""
+    loss_scale: float = 1.0
+    """What the caller multiplies the loss by before the backward pass."""
+    compile: bool = False
+    """Run a single-token step as one compiled graph."""
+
+    def sees(self, cut: Cut | None) -> frozenset[Evidence]:
+        """Return what the method is shown at a cut beside hidden states; nothing where decisions are given."""
+        return frozenset() if cut is None or self.keep_mask is not None else cut.sees
+
+    @property
+    def output_layer(self) -> int | None:
+        """The layer from which on a new token may be dropped; None where every token stays."""
+        if self.keep_mask is not None:
+            return self.cuts[0].layer if self.cuts else None
+        return next((cut.layer for cut in self.cuts if cut.output), None)
+
+    @property
+    def reads_attention(self) -> bool:
+        """Whether the method is asked, and wants a row of attention to decide by."""
+        return any("question_row" in self.sees(cut) for cut in self.cuts)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Layers in a row that see the same tokens."""
+
+    number: int
+    """Its place among the stages, and that of its layers among the groups of a cache."""
+    first: int
+    """Its first layer."""
+    end: int
+    """The layer behind its last."""
+    cut: Cut | None
+    """The decision on what enters its first layer; None in the stage before a method's first cut."""
+    next_cut: Cut | None
+    """The decision on what its last layer gives."""
+
+
+def stages_of(cuts: Sequence[Cut], layers: int) -> tuple[Stage, ...]:
+    """Return the stages of a language model of so many layers; with no cut they are one."""
+    at = {cut.layer: cut for cut in cuts}
+    edges = [0, *(layer for layer in at if layer), layers]
+    return tuple(
+        Stage(number, first, end, at.get(first), at.get(end)) for number, (first, end) in enumerate(pairwise(edges))
+    )
+
+
+def cuts_of(method: Method, layers: int) -> tuple[Cut, ...]:
+    """Return the cuts of a method in a language model of so many layers.
+
+    Raises ValueError for a cut outside of it, two at one layer or in another order, two that decide on output tokens,
+    and one before the language model that asks for attention.
+    """
+    cuts = method.cuts(layers)
+    places = [cut.layer for cut in cuts]
+    if any(not 0 <= layer < layers for layer in places) or places != sorted(set(places)):
+        raise ValueError(
+            f"method {method.name!r} decides at the layers {places}, and this language model has {layers}; let it "
+            f"decide at layers from 0 (before the language model) to {layers - 1}, each once, in ascending order"
+        )
+    if sum(cut.output for cut in cuts) > 1:
+        raise ValueError(
+            f"method {method.name!r} decides on output tokens at {sum(cut.output for cut in cuts)} cuts; a token is "
+            "admitted to the cache once: let one cut say `output`"
+        )
+    if cuts and cuts[0].layer == 0 and cuts[0].sees:
+        raise ValueError(
+            f"method {method.name!r} asks for {', '.join(sorted(cuts[0].sees))} at layer 0, and no layer has attended "
+            "before it; let its first cut be at layer 1 or later, or see nothing"
+        )
+    return cuts
