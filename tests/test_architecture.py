@@ -55,7 +55,10 @@ PUBLIC_TRANSFORMERS = {"transformers", "transformers.utils"}
 """Everything below these is an internal that may change between releases."""
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_NESTING = 400, 80, 4
-PROTOCOL_NAMES = {"checkpoint_method", "Choice", "Cut", "Draw", "Evidence", "ImageTokens", "Method", "OutputTokens"}
+PROTOCOL_NAMES = {
+    "checkpoint_method", "Choice", "Cut", "Draw", "Evidence", "ImageTokens", "Method", "OutputTokens", "SlotEvidence",
+    "Slots",
+}  # fmt: skip
 METHOD_PROTOCOL = {"base", "registry"}
 """Modules of methods/ that concrete methods share; every other module there is one method."""
 

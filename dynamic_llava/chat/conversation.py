@@ -24,20 +24,23 @@ class CacheUse:
     """How full the cache of a conversation is, and how full a dense one would be. Tokens per layer; bytes in all."""
 
     sparse_tokens: int
-    """Tokens in each layer behind a method's last cut; in every layer of a dense conversation."""
+    """Tokens in each layer behind a method's last cut; in every layer of a dense conversation; where a method evicts,
+    the mean over layers and key heads."""
     dense_tokens: int
     """Tokens that were fed, which each layer below a method's first cut holds."""
     bytes: int
     """Bytes of the filled slots, keys and values."""
     dense_bytes: int
     """Bytes that a dense cache would hold."""
+    where: str = "in sparse layers"
+    """What `sparse_tokens` are counted in."""
 
     def __str__(self) -> str:
         if self.sparse_tokens == self.dense_tokens:
             return f"cache: {_readable(self.bytes)}, {self.dense_tokens} tokens in every layer"
         share = round(100 * self.bytes / self.dense_bytes)
         size = f"cache: {_readable(self.bytes)} of {_readable(self.dense_bytes)} dense ({share} %)"
-        return f"{size}, {self.sparse_tokens} of {self.dense_tokens} tokens in sparse layers"
+        return f"{size}, {self.sparse_tokens} of {self.dense_tokens} tokens {self.where}"
 
 
 @dataclass(frozen=True)
@@ -207,6 +210,10 @@ class Conversation:
         size = partial(kv_bytes, self._shape, bytes_per_value=self.model.dtype.itemsize)
         if not isinstance(self.cache, AdmissionCache):
             return CacheUse(fed, fed, size(fed), size(fed))
+        by_head = self.cache.head_lengths()
+        if by_head is not None:
+            mean = float(by_head.float().mean())
+            return CacheUse(round(mean), fed, round(mean * size(fed) / fed), size(fed), "in a head of a layer")
         held = torch.stack([slots.open_lengths()[0] for slots in self.cache.groups]).tolist()
         return CacheUse(held[-1], fed, size([held[group] for group in self.cache.group_of]), size(fed))
 

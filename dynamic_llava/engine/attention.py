@@ -60,6 +60,7 @@ def sparse_attention(
     padding_mask: Tensor | None = None,
     filled: Tensor | None = None,
     row: AttentionRow | None = None,
+    evicting: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend from queries (B, H, N, d), keys and values (B, K, N, d); returns (B, N, H, d), and weights as `base` does.
@@ -68,12 +69,16 @@ def sparse_attention(
     then the keep mask, (B, N) float, 1 = kept, its gradient is exact, and padding_mask is (B, N) bool, True = real
     token; both belong to a whole sequence. (The keep mask is a layer's second positional argument because a reentrant
     checkpoint gives gradients to positional arguments alone.) filled is (B,) int64: one new token of each row (N = 1)
-    attends to the slots that its row of an admission cache had filled before it, and to itself. row is read on the way.
+    attends to the slots that its row of an admission cache had filled before it, and to itself; (B, K) where key heads
+    have filled different ones. row is read on the way. evicting is the `engine.evict.Eviction` of a method that evicts.
     With none of them this is the implementation `base` itself. ValueError for a dropout with one of the first two.
     """
     scaling = kwargs["scaling"]
     if row is not None:
         row.read(query.to(value.dtype), key.to(value.dtype), scaling)
+    if evicting is not None:
+        plainly = partial(sparse_attention, base, module, query, key, value, **kwargs)
+        return evicting.attend(plainly, module.layer_idx, query, key, scaling, attention_mask)  # type: ignore[no-any-return]
     if masked_softmax is None and filled is None:
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager_attention_forward)
         named = Plainly(module) if READS_NAME in base else module
@@ -145,9 +150,9 @@ def register(base: str) -> None:
         _REGISTERED.add(base)
 
 
-def cache_mask(visible_BQW: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
-    """Return (B, Q, W) bool as the 4D mask of an attention implementation: bool for sdpa, additive for eager."""
-    visible = visible_BQW[:, None]
+def cache_mask(visible: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
+    """Return (B, Q, W) or (B, H, Q, W) bool as the 4D mask of an implementation: bool for sdpa, additive for eager."""
+    visible = visible[:, None] if visible.dim() == 3 else visible
     if implementation == "sdpa":
         return visible
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -69,12 +70,17 @@ class AdmissionLayer(CacheLayerMixin):
 
     def _show(self) -> tuple[Tensor, Tensor]:
         """Return keys and values, and let the attributes that transformers reads name them, not what they were."""
-        self.keys, self.values = (storage.data for storage in self.storages())
+        self.keys, self.values = (storage.data for storage in self.storages()[:2])
         return self.keys, self.values
 
     def storages(self) -> tuple[SlotStorage, ...]:
-        """The two storages, or none before the first chunk."""
+        """Keys and values, or none before the first chunk."""
         return () if self._keys is None or self._values is None else (self._keys, self._values)
+
+    def move(self, source_BQ: Tensor, target_BQ: Tensor) -> None:
+        """Move admitted tokens of a chunk to the front of its slots."""
+        for storage in self.storages():
+            storage.move(source_BQ, target_BQ)
 
     def get_seq_length(self) -> int:
         """Tokens seen so far, padding and dropped ones included: what `generate` slices its inputs by."""
@@ -139,6 +145,8 @@ class StepCache:
     """Of each group of layers."""
     group_of: list[int]
     """Per layer the number of its group."""
+    evicted: "AdmissionCache | None" = None
+    """The cache itself where a method evicts from it: each layer then has slots of its own."""
 
     def slots_of(self, layer_idx: int) -> TokenSlots:
         """Return the slots of the group that a layer belongs to."""
@@ -179,6 +187,8 @@ class AdmissionCache(Cache):
         """(B, 1) int64: how far a row's positions are ahead of its columns, as in the opening chunk; None: 0."""
         self.group_of = [sum(layer >= start for start in self.starts) - 1 for layer in range(num_layers)]
         """Per layer the number of its group."""
+        self.evicts = False
+        """Whether each key head of each layer keeps tokens of its own (`engine/evict.py`)."""
         super().__init__(layers=[AdmissionLayer(self.groups[group], self) for group in self.group_of])
 
     @classmethod
@@ -221,11 +231,17 @@ class AdmissionCache(Cache):
             return None
         layout, until = self.decisions.so_far()
         layers = self.decisions.layers
-        return SparsityRecord(layout, until, layers, until == layers, layout.output, *self.lengths())
+        return SparsityRecord(
+            layout, until, layers, until == layers, layout.output, *self.lengths(), self.head_lengths()
+        )
 
     def lengths(self) -> tuple[Tensor, Tensor]:
         """(B,), (B,) int64: tokens in the last layer and in the first; copies, for they change in place."""
         return self.sparse.open_lengths().clone(), self.dense.open_lengths().clone()
+
+    def head_lengths(self) -> Tensor | None:
+        """(B, L, K) int64: tokens that each key head of each layer holds; None where nothing is evicted."""
+        return torch.stack([layer.slots.open_lengths() for layer in self.layers], 1) if self.evicts else None
 
     def begin_step(self) -> StepCache:
         """Reserve a slot in every row for one new token; storages grow here, outside the step itself."""
@@ -233,7 +249,7 @@ class AdmissionCache(Cache):
             slots.reserve(1)
         keys, values = zip(*(layer.grow() for layer in self.layers), strict=True)
         groups = [TokenSlots(slots.open_lengths()) for slots in self.groups]
-        return StepCache(list(keys), list(values), groups, self.group_of)
+        return StepCache(list(keys), list(values), groups, self.group_of, self if self.evicts else None)
 
     def note(self, layout: TokenLayout, until_BN: Tensor) -> None:
         """Take note of a chunk that has been through all layers, and of what became of it: until_BN (B, N) int64."""
@@ -247,8 +263,8 @@ class AdmissionCache(Cache):
         for number, (slots, admit_BK) in enumerate(zip(self.groups, admits, strict=True)):
             source, target = slots.commit_chunk(admit_BK)
             for group, layer in zip(self.group_of, self.layers, strict=True):
-                for storage in layer.storages() if group == number else ():
-                    storage.move(source, target)
+                if group == number:
+                    layer.move(source, target)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -282,7 +298,7 @@ class AdmissionCache(Cache):
                 setattr(self, name, choose(getattr(self, name)))
 
     def allocated_bytes(self) -> int:
-        """Bytes of key and value storage, all layers."""
+        """Bytes of key and value storage, all layers; where a method evicts, of what it sees of the tokens too."""
         return sum(
             storage.data.numel() * storage.data.element_size() for layer in self.layers for storage in layer.storages()
         )

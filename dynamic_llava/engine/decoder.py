@@ -15,6 +15,7 @@ from dynamic_llava.config import SparsityConfig
 from dynamic_llava.engine.attention import register, serve_sparsely
 from dynamic_llava.engine.cache import AdmissionCache, check_cache
 from dynamic_llava.engine.decide import Flight, check_training
+from dynamic_llava.engine.evict import check_eviction, let_evict
 from dynamic_llava.engine.learned import attach, check_weights, initialize_rest
 from dynamic_llava.engine.paths import Drop, Masked, Path, Score, Turn, run_stages
 from dynamic_llava.engine.plan import Plan
@@ -71,6 +72,7 @@ class SparseDecoder:
             check_weights(plan.method, self.learner)
         if self.training and plan.keep_mask is None and (plan.masked or torch.is_grad_enabled()):
             check_training(plan.method)
+        check_eviction(plan.method, cached=bool(use_cache or cache is not None) and not plan.masked)
         given = self, plan, attention_mask, position_ids
         if plan.answers_only or plan.masked:
             path: Path = Score(*given) if plan.answers_only else Masked(*given)
@@ -80,6 +82,7 @@ class SparseDecoder:
             cache = AdmissionCache(self.config.num_hidden_layers, cuts, self.sparsity.cache_block)
         if cache is not None:
             check_cache(cache, cuts, inputs_embeds.shape[0], self.config._attn_implementation)
+            let_evict(cache, plan.method)
         if cache is None or not cache.is_live:
             return self._run(Drop(*given, cache=cache), inputs_embeds, cache, kwargs)
         if inputs_embeds.shape[1] == 1 and not plan.has_images:
@@ -135,4 +138,5 @@ def _noted(record: SparsityRecord, cache: AdmissionCache | None) -> SparsityReco
     if cache is not None:
         cache.note(record.layout, record.until)
         record.cache_lengths, record.dense_cache_lengths = cache.lengths()
+        record.head_lengths = cache.head_lengths()
     return record

@@ -13,6 +13,7 @@ Shape suffixes: B rows, N tokens, K tokens in flight, D hidden size.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -24,6 +25,7 @@ from dynamic_llava.engine.attention import AttentionRow, cache_mask
 from dynamic_llava.engine.cache import AdmissionCache, check_attention
 from dynamic_llava.engine.cache_names import CACHE
 from dynamic_llava.engine.decide import Flight, Past, check_question, decide, sample, samples
+from dynamic_llava.engine.evict import Chunk, Eviction, Opening
 from dynamic_llava.engine.learned import learned_of
 from dynamic_llava.engine.plan import Plan, Stage, stages_of
 from dynamic_llava.layout import Packing
@@ -70,6 +72,14 @@ class Path(ABC):
     def causal_mask(self, flight: Flight) -> Tensor | None:
         """The mask of layers that see every token of the chunk."""
         return create_causal_mask(self.decoder.config, flight.hidden, self.attention_mask, None, self.position_ids)  # type: ignore[no-any-return]
+
+    def evicting(self, kind: Callable[..., Eviction], flight: Flight, cache: AdmissionCache | None) -> dict[str, Any]:
+        """Return the arguments of a stage's layers where the method evicts from them."""
+        if cache is None or not self.plan.method.evicts:
+            return {}
+        implementation = self.decoder.config._attn_implementation
+        stage = kind(self.plan.method, cache, flight.layout, flight.kept, implementation)
+        return {CACHE: stage, "evicting": stage}
 
     def cache_mask(self, visible_BKW: Tensor, flight: Flight) -> Tensor:
         """(B, K, W) bool as the mask that attention takes."""
@@ -206,7 +216,7 @@ class Drop(Dropping):
             packing = Packing.of(valid_BK) if padded else None
             self.cache.groups[stage.number].open(valid_BK.sum(1), valid_BK.shape[1], packing)
         mask = self.causal_mask(flight) if whole else create_causal_mask(self.decoder.config, flight.hidden, None, None)
-        return mask, {CACHE: self.cache}
+        return mask, {CACHE: self.cache} | self.evicting(Opening, flight, self.cache)
 
     def leave(self, stage: Stage, flight: Flight) -> None:
         """A newest token that was dropped has taken part, and leaves the cache again."""
@@ -262,4 +272,5 @@ class Turn(Dropping):
         """A token sees the slots that were filled, the kept tokens before it, and itself."""
         self.admits.append(flight.kept)
         visible_BKW = self.cache.groups[stage.number].place_chunk(flight.layout.valid, flight.kept)
-        return self.cache_mask(visible_BKW, flight), {CACHE: self.cache}
+        arguments = {CACHE: self.cache} | self.evicting(Chunk, flight, self.cache)
+        return self.cache_mask(visible_BKW, flight), arguments

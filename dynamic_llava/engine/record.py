@@ -37,7 +37,7 @@ class SparsityRecord:
     """The kind of each token."""
     until: Tensor
     """(B, N) int64: the first layer that no longer sees the token; the number of layers where all see it, 0 at padding.
-    What a layer sees, stores and attends to follows from it, whatever the method."""
+    What a layer sees, stores and attends to follows from it, whatever the method, before anything is evicted."""
     layers: int
     """L: layers of the language model."""
     keep_mask: Tensor
@@ -49,6 +49,9 @@ class SparsityRecord:
     """(B,) int64: tokens in the cache of the last layer; None without a cache."""
     dense_cache_lengths: Tensor | None = None
     """(B,) int64: tokens in the cache of the first layer."""
+    head_lengths: Tensor | None = None
+    """(B, L, K) int64: tokens that each key head of each layer still holds; None without a cache, and for a method that
+    evicts nothing. `until` and the other lengths count the tokens that a layer was given."""
     entering_masks: tuple[Tensor, ...] = ()
     """(B, N) float of each cut: the keep mask as it entered the attention behind it, in a masked pass."""
 
@@ -136,6 +139,7 @@ class SparsityRecord:
             sparsified_output=choose(self.sparsified_output),
             cache_lengths=None if self.cache_lengths is None else choose(self.cache_lengths),
             dense_cache_lengths=None if self.dense_cache_lengths is None else choose(self.dense_cache_lengths),
+            head_lengths=None if self.head_lengths is None else choose(self.head_lengths),
         )
 
     def __repr__(self) -> str:
@@ -150,6 +154,9 @@ class SparsityRecord:
                 parts.append(f"kept {sum(row.output_decisions)} of {len(row.output_decisions)} output tokens")
             if row.cache_length is not None:
                 parts.append(f"cache {row.cache_length} tokens, below the sparse layer {row.dense_cache_length}")
+            if self.head_lengths is not None:
+                fewest, most = self.head_lengths[number].aminmax()
+                parts.append(f"heads hold {int(fewest)} to {int(most)} of them")
             lines.append(f"  row {number}: {'; '.join(parts) or 'prompt tokens only'}")
         return "\n".join(lines)
 

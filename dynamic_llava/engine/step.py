@@ -18,6 +18,7 @@ from dynamic_llava.engine.attention import cache_mask
 from dynamic_llava.engine.cache import StepCache
 from dynamic_llava.engine.cache_names import CACHE
 from dynamic_llava.engine.decide import admit_token
+from dynamic_llava.engine.evict import Token
 from dynamic_llava.engine.learned import learned_of
 from dynamic_llava.engine.plan import Plan, Stage, stages_of
 
@@ -47,29 +48,26 @@ def decode_step(
         if stage.first == plan.output_layer:
             admit_B = admit_token(plan, learned_of(decoder), hidden_B1D, seen_outputs_B)
             until_B = torch.where(valid_B & ~admit_B, stage.first, until_B)
-        hidden_B1D = _layers(decoder, hidden_B1D, stage, rotation, step, kwargs)
+        given = _given(decoder, plan, stage, hidden_B1D, step, admit_B)
+        for layer in decoder.layers[stage.first : stage.end]:
+            hidden_B1D = layer(hidden_B1D, position_embeddings=rotation, **given, **kwargs)
         step.groups[stage.number].admit(admit_B)
     return decoder.norm(hidden_B1D), until_B[:, None]
 
 
-def _layers(
-    decoder: Any,
-    hidden_B1D: Tensor,
-    stage: Stage,
-    rotation: tuple[Tensor, Tensor],
-    step: StepCache,
-    kwargs: dict[str, Any],
-) -> Tensor:
-    """Run the layers of a stage, which share their slots, on one new token per row."""
+def _given(
+    decoder: Any, plan: Plan, stage: Stage, hidden_B1D: Tensor, step: StepCache, admit_B: Tensor
+) -> dict[str, Any]:
+    """Return the arguments of a stage's layers: the cache, and what the token sees of it."""
+    implementation = decoder.config._attn_implementation
+    if step.evicted is not None:
+        token = Token(plan.method, step.evicted, plan.layout, admit_B[:, None], implementation)
+        return {CACHE: token, "evicting": token}
     slots = step.groups[stage.number]
-    if decoder.config._attn_implementation == "sdpa":
-        seen = {"filled": slots.lengths}
-    else:
-        visible_B1W = slots.visible(step.keys[stage.first].shape[2])
-        seen = {"attention_mask": cache_mask(visible_B1W, decoder.config._attn_implementation, hidden_B1D.dtype)}
-    for layer in decoder.layers[stage.first : stage.end]:
-        hidden_B1D = layer(hidden_B1D, position_embeddings=rotation, **{CACHE: step}, **seen, **kwargs)
-    return hidden_B1D
+    if implementation == "sdpa":
+        return {CACHE: step, "filled": slots.lengths}
+    visible_B1W = slots.visible(step.keys[stage.first].shape[2])
+    return {CACHE: step, "attention_mask": cache_mask(visible_B1W, implementation, hidden_B1D.dtype)}
 
 
 def compiled_step(

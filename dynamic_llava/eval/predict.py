@@ -187,11 +187,13 @@ def _cache_bytes(output: Any, fed: Sequence[int]) -> tuple[list[int], int]:
     tokens_BL = record.tokens_per_layer() if sparse else None
     for index, layer in enumerate(cache.layers):
         stored = [s.data for s in layer.storages()] if sparse else [layer.keys, layer.values]
-        slot = sum(tensor.shape[1] * tensor.shape[3] * tensor.element_size() for tensor in stored)
+        slot = sum(tensor.shape[3] * tensor.element_size() for tensor in stored[:2])  # keys and values of one head
         allocated += sum(tensor.numel() * tensor.element_size() for tensor in stored)
-        if sparse:
-            lengths = tokens_BL[:, index]
-            filled = [size + slot * count for size, count in zip(filled, lengths.tolist(), strict=True)]
+        if not sparse:
+            counts = [stored[0].shape[1] * tokens for tokens in fed]
+        elif record.head_lengths is not None:
+            counts = record.head_lengths[:, index].sum(1).tolist()
         else:
-            filled = [size + slot * count for size, count in zip(filled, fed, strict=True)]
+            counts = (stored[0].shape[1] * tokens_BL[:, index]).tolist()
+        filled = [size + slot * count for size, count in zip(filled, counts, strict=True)]
     return filled, allocated

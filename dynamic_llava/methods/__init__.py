@@ -3,11 +3,23 @@
 The rows stand in registry.py, which also reads a method from what a user writes, and prints it back.
 """
 
-from dynamic_llava.methods.base import Choice, Cut, Draw, Evidence, ImageTokens, Method, OneCut, OutputTokens
+from dynamic_llava.methods.base import (
+    Choice,
+    Cut,
+    Draw,
+    Evidence,
+    ImageTokens,
+    Method,
+    OneCut,
+    OutputTokens,
+    SlotEvidence,
+    Slots,
+)
 from dynamic_llava.methods.dense import Dense
 from dynamic_llava.methods.divprune import DivPrune
 from dynamic_llava.methods.dynamic import Dynamic
 from dynamic_llava.methods.fastv import FastV
+from dynamic_llava.methods.h2o import H2O
 from dynamic_llava.methods.mixed import Mixed
 from dynamic_llava.methods.pyramiddrop import PyramidDrop
 from dynamic_llava.methods.random import Random
@@ -23,10 +35,12 @@ from dynamic_llava.methods.registry import (
     said_settings,
     settings_of,
 )
+from dynamic_llava.methods.streaming_llm import StreamingLLM
 from dynamic_llava.methods.structure import Structure
 from dynamic_llava.methods.tome import ToMe
 
 __all__ = [
+    "H2O",
     "METHODS",
     "Choice",
     "Cut",
@@ -43,7 +57,10 @@ __all__ = [
     "OutputTokens",
     "PyramidDrop",
     "Random",
+    "SlotEvidence",
+    "Slots",
     "Spelling",
+    "StreamingLLM",
     "Structure",
     "ToMe",
     "checkpoint_method",

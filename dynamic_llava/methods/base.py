@@ -4,7 +4,9 @@ A method says at which layers it decides (its cuts) and answers there which toke
 padding, positions, masks, packing and the cache. `keep_image` decides on image tokens, `keep_output` on output tokens,
 one at a time or many at once. `learned` is the method's own weights: for Dynamic-LLaVA, a module with the children
 `image_predictor` and `output_predictor`, functions from hidden states (..., D) to logits (..., 2): drop, keep.
-Shape suffixes: I images, n tokens of the longest image, T output tokens of the batch, D hidden size.
+A method may also evict: `evict` is asked after each layer's attention which of the tokens that its key heads hold stay.
+Shape suffixes: I images, n tokens of the longest image, T output tokens of the batch, D hidden size; B rows, K key
+heads, W slots of a cache.
 """
 
 from collections.abc import Mapping
@@ -21,6 +23,10 @@ from dynamic_llava.layout import TokenLayout
 Evidence = Literal["question_row"]
 """What a cut may be shown beside the hidden states. question_row: (I, n) head-mean attention, in the layer before the
 cut, of the last token before the row's first answer to each image token."""
+SlotEvidence = Literal["mass", "latest", "place"]
+"""What `evict` may be shown of each stored token, (B, K, W). mass: float32, the attention that it has received from all
+tokens so far, summed over the query heads of the key head; latest: float32, the same from the last `latest_queries`
+tokens of this pass alone; place: int64, how many tokens its row had before it in this layer, evicted ones included."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,31 @@ class Record(Protocol):
 
 
 @dataclass(frozen=True)
+class Slots:
+    """What `evict` is shown: the tokens that the key heads of one layer hold, right after the layer has attended."""
+
+    filled: Tensor
+    """(B, K, W) bool: slots that hold a token; they come first, from a head's oldest token to its newest."""
+    tokens: Tensor
+    """(B,) int64: tokens that the layer has been given so far, evicted ones included and padding not."""
+    outputs: Tensor
+    """(B,) int64: how many of `tokens` are output tokens."""
+    seen: Mapping[SlotEvidence, Tensor] = field(default_factory=dict)
+    """What the method sees (`evict_sees`); whatever at unfilled slots."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B, K) int64: tokens that each head holds."""
+        return self.filled.sum(-1)
+
+    def newest(self, count: int | Tensor) -> Tensor:
+        """(B, K, W) bool: the newest `count` tokens of each head, an int or (B,) int64: one count per row."""
+        count_B11 = count[:, None, None] if isinstance(count, Tensor) else count
+        place_W = torch.arange(self.filled.shape[-1], device=self.filled.device)
+        return self.filled & (place_W >= self.lengths[..., None] - count_B11)
+
+
+@dataclass(frozen=True)
 class Method:
     """Base of all methods: a frozen bag of settings, no state. Registered under `name` in methods.METHODS."""
 
@@ -106,6 +137,8 @@ class Method:
     """Whether training mode decides as inference does, by 0 or 1: nothing of the method is learned, the model is tuned
     under its fixed rule. The class that defines the hooks declares it; inherited, it says nothing about new hooks. A
     method that learns defines `sample` beside `keep_image`, `sample_output` beside `keep_output`."""
+    evict_sees: ClassVar[frozenset[SlotEvidence]] = frozenset()
+    """What `evict` is shown in `Slots.seen`; computed only where it is asked for."""
 
     @classmethod
     def settings_from(cls, config: SparsityConfig) -> dict[str, Any]:
@@ -164,6 +197,24 @@ class Method:
     def keep_output(self, outputs: OutputTokens, learned: Any) -> Tensor:
         """(T,) bool, True where an output token stays (its keys and values are admitted); default: all stay."""
         return torch.ones_like(outputs.rank, dtype=torch.bool)
+
+    @property
+    def evicts(self) -> bool:
+        """Whether stored tokens are evicted; caches then have lengths of their own in each layer and key head."""
+        return type(self).evict is not Method.evict
+
+    @property
+    def latest_queries(self) -> int:
+        """How many of a pass's last tokens count for the evidence `latest`."""
+        return 1
+
+    def evict(self, layer: int, slots: Slots) -> Tensor | None:
+        """(B, K, W) bool, True where a stored token stays, whatever at unfilled slots; None: all stay, the default.
+
+        Asked in each layer, after a prefill, after each later chunk, and after each decoded token, the new token among
+        the stored ones if it was admitted. Rows and key heads must not influence one another.
+        """
+        return None
 
     def sample(self, cut: Cut, images: ImageTokens, learned: Any, draw: Draw) -> Tensor | Choice:
         """(I, n) float, 0 or 1, with a gradient to the method's weights: `keep_image` in training; default: the same.

@@ -33,6 +33,12 @@ class Mixed(Method):
                 "give both the same `layer`"
             )
 
+        if evicting := [one.name for one in self._deciding if one.evicts]:
+            raise ValueError(
+                f"{' and '.join(map(repr, evicting))} evicts stored tokens, which would not be asked here; use such a "
+                "method alone"
+            )
+
     @property
     def _deciding(self) -> tuple[OneCut, ...]:
         return tuple(one for one in (self.image_by, self.output_by) if one is not None)

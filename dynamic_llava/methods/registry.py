@@ -22,15 +22,18 @@ from dynamic_llava.methods.dense import Dense
 from dynamic_llava.methods.divprune import DivPrune
 from dynamic_llava.methods.dynamic import Dynamic
 from dynamic_llava.methods.fastv import FastV
+from dynamic_llava.methods.h2o import H2O
 from dynamic_llava.methods.mixed import Mixed
 from dynamic_llava.methods.pyramiddrop import PyramidDrop
 from dynamic_llava.methods.random import Random
+from dynamic_llava.methods.streaming_llm import StreamingLLM
 from dynamic_llava.methods.structure import Structure
 from dynamic_llava.methods.tome import ToMe
 from dynamic_llava.methods.values import UnreadableValue, read_value
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Dense, DivPrune, Dynamic, FastV, Mixed, PyramidDrop, Random, Structure, ToMe)
+    method.name: method
+    for method in (Dense, DivPrune, Dynamic, FastV, H2O, Mixed, PyramidDrop, Random, StreamingLLM, Structure, ToMe)
 }
 """Registered name -> class."""
 Spelling = Method | str | Mapping[str, Any]

@@ -17,6 +17,7 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 
 from dynamic_llava.engine.cache import AdmissionCache, check_dense_cache
 from dynamic_llava.engine.cache_names import CACHE, cache_of, rename_cache
+from dynamic_llava.engine.evict import check_eviction, check_search
 from dynamic_llava.engine.learned import warn_untrained
 from dynamic_llava.engine.record import SparsityRecord
 from dynamic_llava.layout import TokenLayout, after_end
@@ -79,7 +80,11 @@ class SparseGeneration:
             switches["sparsity"] = "none"  # a draft is checked by another model, and rolled back
         method = choose_method(self.config.sparsity, **switches)
         check_output_keep_rate(kwargs.get("output_keep_rate"), trains=False)
-        check_compile(bool(kwargs.get("compile")), method, cached=setting(settings, kwargs, "use_cache") is not False)
+        cached, beams = (setting(settings, kwargs, name) for name in ("use_cache", "num_beams"))
+        check_compile(bool(kwargs.get("compile")), method, cached=cached is not False)
+        check_eviction(method, cached=cached is not False)
+        if (beams or 1) > 1:
+            check_search(method, len(self.model.language_model.layers))
         refuse_for_any_sparsity(settings, kwargs)
         for name in ROWS_OF_IMAGES:
             if kwargs.get(name) is None or not len(kwargs[name]):
@@ -99,7 +104,7 @@ class SparseGeneration:
         if isinstance(result, Tensor):
             return result
         result.cache = cache_of(result)
-        if (setting(settings, kwargs, "num_beams") or 1) > 1:
+        if (beams or 1) > 1:
             given = {**kwargs, "input_ids": inputs if inputs is not None else kwargs.get("input_ids")}
             ends = setting(settings, kwargs, "eos_token_id")
             result.sparsity = self._replay(result.sequences, generation, ends, given)
@@ -303,7 +308,7 @@ class SparseGeneration:
             image_features=features,
             vision_feature_select_strategy=strategy,
             output_mask=output,
-            method=generation.method,
+            method=Method() if generation.method.evicts else generation.method,  # what is evicted was kept before
             sample_key=None if key is None else key.repeat_interleave(repeats, dim=0),
             masked=True,
             position_ids=(mask.cumsum(1) - 1).clamp(min=0),

@@ -117,6 +117,11 @@ def check_compile(compile: bool, method: Method, *, cached: bool) -> None:
             "compile=True compiles decoding on an admission cache, and a dense call has no admission cache; "
             "leave it out and use transformers' cache_implementation='static'"
         )
+    if method.evicts:
+        raise ValueError(
+            f"compile=True compiles steps whose layers share their slots, and method {method.name!r} evicts tokens "
+            "from each layer and key head apart; leave it out"
+        )
     if not cached:
         raise ValueError("compile=True compiles cached decoding steps; leave it out, or let the call use its cache")
 

@@ -28,7 +28,9 @@ def reads_question(method):
     return any("question_row" in cut.sees for cut in method().cuts(layers=4))
 
 
-WITH_LATER_IMAGES = sorted(name for name, one in METHODS.items() if not (reads_question(one) or one().is_dense))
+WITH_LATER_IMAGES = sorted(
+    name for name, one in METHODS.items() if not (reads_question(one) or one().is_dense or one().evicts)
+)
 ATTENTION = st.sampled_from(["sdpa", "eager"])
 PER_TOKEN = ("input_ids", "attention_mask", "output_mask", "keep_mask")
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamic_llava import METHODS, Method, SparsityConfig
-from dynamic_llava.methods import Dynamic, FastV, describe_method, get_method, print_method, read_method, settings_of
+from dynamic_llava.methods import Dynamic, FastV, describe_method, get_method, print_method, read_method
 from dynamic_llava.model.switches import choose_method
 
 CHECKPOINT = SparsityConfig(sparse_layer=4, image_keep_rate=0.3, image_selection="threshold", output_threshold=0.5)
@@ -117,7 +117,7 @@ def test_spellings_of_one_method_are_one(name):
     assert len({read_method(one) for one in spelled}) == 1
     assert len({read_method(one, CHECKPOINT) for one in spelled}) == 1
     assert {print_method(read_method(one))["name"] for one in spelled} == {name}
-    if "layer" in settings_of(METHODS[name]):
+    if "layer" in METHODS[name].settings_from(CHECKPOINT):
         assert read_method(name, CHECKPOINT).layer == 4
         assert read_method({"name": name, "layer": 3}, CHECKPOINT).layer == 3
     chosen = choose_method(CHECKPOINT, method=name)
