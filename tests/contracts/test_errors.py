@@ -88,7 +88,7 @@ def test_unknown_sparsity(call, inputs, mode):
 
 
 def test_unknown_method(call, inputs):
-    refused(call, "'h2o'", "'dynamic'", "'fastv'", **inputs, method="h2o")
+    refused(call, "'no_method'", "'dynamic'", "'fastv'", **inputs, method="no_method")
 
 
 def test_a_method_that_is_no_method(call, inputs):
