@@ -8,6 +8,7 @@ A message's parts stand on lines of their own: an image in front of a question g
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from dynamic_llava.files import brief
 from dynamic_llava.processing.image_processor import ImageInput
 from dynamic_llava.processing.prompts import IMAGE_PLACE, PromptFormat, Turn, conversation_prompt
 
@@ -73,8 +74,8 @@ def read_chat(messages: Sequence[Message]) -> Chat:
         expected = ("user", "assistant")[(number - first) % 2]
         if role != expected:
             raise ValueError(
-                f"message {number} has role {role!r} where {expected!r} belongs; a conversation is an optional system "
-                "message, then user and assistant by turns"
+                f"message {number} has role {brief(role)} where {expected!r} belongs; a conversation is an optional "
+                "system message, then user and assistant by turns"
             )
     spoken = texts[first:]
     if not spoken:
@@ -117,10 +118,10 @@ def chat_prompt(
 def _text(message: Message, number: int, images: list[ImageInput | None]) -> str:
     """Return the text of a message with its `<image>` places; append its images to `images`."""
     if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-        raise ValueError(f"message {number} is {message!r}; a message is a dict with 'role' and 'content'")
+        raise ValueError(f"message {number} is {brief(message)}; a message is a dict with 'role' and 'content'")
     role, content = message["role"], message["content"]
     if role not in ("system", "user", "assistant"):
-        raise ValueError(f"message {number} has role {role!r}; choose 'system', 'user' or 'assistant'")
+        raise ValueError(f"message {number} has role {brief(role)}; choose 'system', 'user' or 'assistant'")
     if isinstance(content, str):
         return content
     if not isinstance(content, list | tuple):
@@ -137,7 +138,7 @@ def _part(part: Any, role: str, number: int, images: list[ImageInput | None]) ->
         part, kind = {"type": "image", "url": found.get("url") if isinstance(found, Mapping) else found}, "image"
     if kind != "image":
         raise ValueError(
-            f"message {number} holds {part!r}; a part is {{'type': 'text', 'text': ...}} or {{'type': 'image', "
+            f"message {number} holds {brief(part)}; a part is {{'type': 'text', 'text': ...}} or {{'type': 'image', "
             "'image' or 'path': ...}"
         )
     if role != "user":

@@ -131,6 +131,7 @@ def test_a_batch_is_its_rows(processor, side):
         ([{"role": "system", "content": "a"}], "a system message alone"),
         ([{"role": "tool", "content": "a"}], "message 0 has role 'tool'; choose"),
         ([{"role": "user"}], "a message is a dict with 'role' and 'content'"),
+        (["x" * 5000], r"message 0 is 'x{1,60}\.\.\.x{1,60}'; a message is a dict"),
         ([{"role": "user", "content": 3}], "content of type int"),
         ([user({"type": "video", "path": "a.mp4"})], "message 0 holds .*a.mp4"),
         ([user({"type": "text"})], "message 0 holds"),

@@ -21,11 +21,14 @@ from tests.soak.ledger import Ledger
 from tests.soak.table import Page, is_whole, merged, totals
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("kills", "worlds", "fuzz", "faults", "long_runs", "determinism")
-"""Modules of this package, the longest first. Each has MINUTES (of one core, in an hour of two), SHARDS,
+PARTS = ("kills", "faults", "fuzz", "long_runs", "determinism", "worlds")
+"""Modules of this package in their order; what the others leave of their time goes to the last. Each has MINUTES (of
+one core, in an hour of two), SHARDS,
 `planned(shard)`: check -> cases, and `run(ledger, shard, seed, folder)`."""
 ENDING = 40
 """Seconds at the end that no part gets: for the last cases and the table."""
+LEAST = 15
+"""A part that would get fewer seconds does not begin: its imports alone would take them."""
 GRACE = 20
 """Seconds that a part may go on with its last case."""
 
@@ -133,7 +136,6 @@ class Soak:
         self.slots = max(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
         shards = {name: import_module(f"tests.soak.{name}").SHARDS for name in parts}
         self.shards = [Shard(name, number, self.folder) for name in parts for number in range(shards[name])]
-        self.shards.sort(key=lambda shard: -shard.weight)
 
     def run(self):
         """Run everything; return 0 when all planned cases ran and passed."""
@@ -141,9 +143,9 @@ class Soak:
         end = begun + self.seconds - min(ENDING, self.seconds / 5)
         waiting, running = list(self.shards), []
         try:
-            while waiting or running:
+            while (waiting and end - time.monotonic() > LEAST) or running:
                 running = [shard for shard in running if shard.is_running()]
-                while waiting and len(running) < self.slots:
+                while waiting and len(running) < self.slots and end - time.monotonic() > LEAST:
                     shard = waiting.pop(0)
                     shard.start(self._share(shard, waiting, running, end), self.seed, self.folder)
                     running.append(shard)

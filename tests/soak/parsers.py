@@ -321,7 +321,9 @@ PARSERS = {
     "run configurations": Parser(configurations, read_configurations, cases=1000),
     "sweep configurations": Parser(sweeps, read_sweeps, cases=600),
     "DeepSpeed files": Parser(deepspeeds, read_deepspeeds),
-    "chat messages": Parser(chats, read_chats, names=("message", "content", "role")),
+    "chat messages": Parser(
+        chats, read_chats, names=("message", "content", "role", "conversation", "image file", "a text")
+    ),
     "checkpoint settings": Parser(checkpoint, read_checkpoint, cases=600, names=("model",)),
     "weights' heads": Parser(
         weights, read_weights, cases=300, names=("model.safetensors", "model-0000", "checkpoint of this configuration")
