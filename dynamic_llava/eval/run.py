@@ -1,6 +1,6 @@
 """`python -m dynamic_llava.eval --model ... --tasks ...`: a model's answers to benchmarks, scored, with their costs.
 
-A task that fails is reported and the others go on; answers lie in files as they come (store.py), so that the same
+A task that fails is reported and the others go on; answers lie in files as they come (folder.py), so that the same
 command, run again, goes on where it was.
 """
 
@@ -32,18 +32,17 @@ from dynamic_llava.eval.answering import (
 )
 from dynamic_llava.eval.answers import Answer, read_answers
 from dynamic_llava.eval.efficiency import Counted, mean_kv_bytes, measure_speed, prefill_costs
-from dynamic_llava.eval.folder import check_folder, write_tables
+from dynamic_llava.eval.folder import PLACE, AnswerStore, check_folder, identity_of, write_tables
 from dynamic_llava.eval.identity import IMAGE, check_images, method_settings, model_settings, question_settings
 from dynamic_llava.eval.options import RunOptions
 from dynamic_llava.eval.predict import QueryBatch, hide_library_progress
 from dynamic_llava.eval.reading import SHOWN, shown
 from dynamic_llava.eval.score import score_table
 from dynamic_llava.eval.shard import Shard, joined_processes, own_device
-from dynamic_llava.eval.store import PLACE, AnswerStore, identity_of
 from dynamic_llava.eval.summary import SIZES, Summary, TaskRow, page
-from dynamic_llava.eval.task_list import missing_files, task_label
-from dynamic_llava.eval.tasks import Question, Task
-from dynamic_llava.eval.tasks.base import SKIPPED, ImageFile, naming
+from dynamic_llava.eval.tasks import Question, Task, missing_files, task_label
+from dynamic_llava.eval.tasks.base import SKIPPED, naming
+from dynamic_llava.eval.tasks.questions import ImageFile
 from dynamic_llava.files import EXIT_WRITE_FAILED, WriteError
 from dynamic_llava.methods import Method, describe_method
 from dynamic_llava.model import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dynamic_llava.eval.report import MISSING, code, markdown
 from dynamic_llava.eval.score import SPARSITIES
 from dynamic_llava.eval.tasks import Score, Submission, Task
+from dynamic_llava.eval.writing import MISSING, code, markdown
 
 SIZES = {(4096, 32): "7b", (5120, 40): "13b"}
 """(hidden size, layers) of a decoder -> the paper's name of its size."""

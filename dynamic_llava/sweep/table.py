@@ -5,7 +5,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from dynamic_llava.eval.report import MISSING, markdown
+from dynamic_llava.eval.writing import MISSING, markdown
 from dynamic_llava.files import replace_file
 from dynamic_llava.provenance import environment
 from dynamic_llava.sweep.config import TINY, SweepColumn

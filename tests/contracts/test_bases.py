@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from dynamic_llava import Conversation, DynamicLlavaConfig, DynamicLlavaForConditionalGeneration, DynamicLlavaProcessor
 from dynamic_llava.eval.answering import Asked, prompt_inputs
-from dynamic_llava.eval.tasks.base import Question
+from dynamic_llava.eval.tasks.questions import Question
 from dynamic_llava.model.supported import check_architecture
 from tests.base_folders import LLAMA_3, OTHER_PARTS, THINKS, write_base
 from tests.builders import TINY_SPARSITY

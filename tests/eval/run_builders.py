@@ -6,7 +6,8 @@ from transformers import GenerationConfig
 
 from dynamic_llava.eval.__main__ import main
 from dynamic_llava.eval.answering import prompt_inputs, read_ahead
-from dynamic_llava.eval.tasks.base import DataFile, ImageFile, Question, Task, paper_numbers
+from dynamic_llava.eval.tasks.base import DataFile, Task, paper_numbers
+from dynamic_llava.eval.tasks.questions import ImageFile, Question
 from tests.builders import PAD, build_model
 from tests.eval.task_data import save_picture
 from tests.sft_builders import tiny_processor

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dynamic_llava import DynamicLlavaForConditionalGeneration
-from dynamic_llava.eval import answering, predict, store, tasks
+from dynamic_llava.eval import answering, folder, predict, tasks, writing
 from dynamic_llava.eval import run as runner
 from dynamic_llava.eval.__main__ import main
 from dynamic_llava.eval.answers import Answer, write_answers
-from dynamic_llava.eval.tasks import get_task, workbook
+from dynamic_llava.eval.tasks import get_task
 from dynamic_llava.files import EXIT_WRITE_FAILED
 from tests.eval.run_builders import Toy, ragged_checkpoint, run, summary, toy_data
 from tests.eval.task_data import TASK_DATA
@@ -88,12 +88,12 @@ def refusing(patch, name, error):
         if name in str(path):
             raise error
 
-    opened, replaced, appended = Path.open, Path.replace, store.append_answers
+    opened, replaced, appended = Path.open, Path.replace, folder.append_answers
     patch.setattr(
         Path, "open", lambda path, mode="r", *a, **k: ("w" in mode and check(path)) or opened(path, mode, *a, **k)
     )
     patch.setattr(Path, "replace", lambda path, target: check(target) or replaced(path, target))
-    patch.setattr(store, "append_answers", lambda file, answers: check(file.name) or appended(file, answers))
+    patch.setattr(folder, "append_answers", lambda file, answers: check(file.name) or appended(file, answers))
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def test_a_file_of_scoring_that_cannot_be_written_is_named(tmp_path, capsys, tas
     for error in (FULL, READ_ONLY):
         with pytest.MonkeyPatch.context() as patch:
             refusing(patch, name, error)
-            patch.setattr(workbook.os, "replace", lambda *_, error=error: (_ for _ in ()).throw(error))
+            patch.setattr(writing.os, "replace", lambda *_, error=error: (_ for _ in ()).throw(error))
             assert main(list(map(str, given))) == EXIT_WRITE_FAILED
         said = capsys.readouterr().err
         assert said.startswith(f"error: {tmp_path}/") and error.strerror in said and said.count("\n") == 1

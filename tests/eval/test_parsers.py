@@ -11,8 +11,8 @@ import pytest
 from hypothesis import strategies as st
 
 from dynamic_llava.eval.answers import Answer, write_answers
+from dynamic_llava.eval.folder import AnswerStore
 from dynamic_llava.eval.generation.build import BuildOptions, build
-from dynamic_llava.eval.store import AnswerStore
 from dynamic_llava.eval.tasks import TASKS, get_task
 from tests.eval.task_data import TASK_DATA, save_hub
 from tests.properties import few_or_many, for_all

@@ -206,19 +206,19 @@ def test_an_interrupted_run_goes_on_where_it_was(checkpoint, tmp_path, monkeypat
 
 KILLER = """
 import os, signal, sys
-from dynamic_llava.eval import store, tasks
+from dynamic_llava.eval import folder, tasks
 from dynamic_llava.eval.__main__ import main
 from tests.eval.run_builders import Toy
 tasks.TASKS["toy"] = Toy
-append, batches = store.AnswerStore.append, []
+append, batches = folder.AnswerStore.append, []
 def cut(self, answers):
     append(self, answers)
     batches.append(answers)
     if len(batches) == 2:
-        self._file.write(store.append_answers.__doc__[:20])
+        self._file.write(folder.append_answers.__doc__[:20])
         self._file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
-store.AnswerStore.append = cut
+folder.AnswerStore.append = cut
 main(sys.argv[1:])
 """
 

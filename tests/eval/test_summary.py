@@ -9,9 +9,9 @@ import pytest
 
 from dynamic_llava.costs import LLAVA_7B, LLAVA_13B, flops_paper
 from dynamic_llava.eval.folder import write_tables
-from dynamic_llava.eval.report import markdown
 from dynamic_llava.eval.summary import PAPER_COSTS, SIZES, Summary, TaskRow, page
 from dynamic_llava.eval.tasks import Submission, get_task
+from dynamic_llava.eval.writing import markdown
 
 POPE = get_task("pope")
 SCORE = POPE.result(

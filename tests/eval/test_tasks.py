@@ -10,7 +10,8 @@ import pytest
 from dynamic_llava.eval.answers import Answer, read_answers, write_answers
 from dynamic_llava.eval.score import score_table
 from dynamic_llava.eval.tasks import GROUPS, TASKS, get_task, get_tasks
-from dynamic_llava.eval.tasks.base import GENERATION, PAPER_TABLE1, SHORT, ImageData, ImageFile, Metric, Question, Score
+from dynamic_llava.eval.tasks.base import GENERATION, PAPER_TABLE1, SHORT, Metric, Score
+from dynamic_llava.eval.tasks.questions import ImageData, ImageFile, Question
 from tests.eval.task_data import TASK_DATA, save_hub
 from tests.sft_builders import picture
 

@@ -17,8 +17,8 @@ from dynamic_llava.config import DataConfig
 from dynamic_llava.data import SftDataset
 from dynamic_llava.eval.__main__ import main as eval_main
 from dynamic_llava.eval.answers import Answer, write_answers
+from dynamic_llava.eval.folder import AnswerStore
 from dynamic_llava.eval.generation.build import BuildOptions, build
-from dynamic_llava.eval.store import AnswerStore
 from dynamic_llava.eval.tasks import get_task
 from dynamic_llava.processing.images import load_image
 from dynamic_llava.sweep.config import SweepConfig

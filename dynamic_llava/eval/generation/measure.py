@@ -14,7 +14,7 @@ import torch
 from dynamic_llava.costs import DecoderShape, decoder_shape, flops_paper, kv_bytes
 from dynamic_llava.eval.generation.dialogues import EncodedRound, RoundSeparator, encode_dialogue
 from dynamic_llava.eval.generation.live import LiveDialogues, answer_dialogues
-from dynamic_llava.eval.generation.teacher_forcing import Scored, score_dialogues
+from dynamic_llava.eval.generation.perplexity import Scored, score_dialogues
 from dynamic_llava.eval.metrics.meteor import nltk_meteor
 
 

@@ -1,16 +1,21 @@
-"""The benchmarks behind one protocol (base.py). A new one is one file and one row here; no torch is imported."""
+"""The benchmarks behind one protocol (base.py). A new one is one file and one row here; no torch is imported.
 
-from dynamic_llava.eval.tasks.base import GENERATION, PAPER_TABLE1, Question, Score, Submission, Task
+`task_list` is what `--tasks list` prints: each task, its files, which of them are missing, and where to get those.
+"""
+
+from pathlib import Path
+
+from dynamic_llava.eval.tasks.base import GENERATION, PAPER_TABLE1, Score, Submission, Task
 from dynamic_llava.eval.tasks.cvbench import CvBench2d
 from dynamic_llava.eval.tasks.generation import LvisMulti, LvisSingle, ShareGpt4v
 from dynamic_llava.eval.tasks.gqa import Gqa
 from dynamic_llava.eval.tasks.hub import HubData
-from dynamic_llava.eval.tasks.llava_bench import LlavaBench
+from dynamic_llava.eval.tasks.judged import LlavaBench, MmVet
 from dynamic_llava.eval.tasks.mmbench import MmBench
 from dynamic_llava.eval.tasks.mme import Mme
-from dynamic_llava.eval.tasks.mmvet import MmVet
 from dynamic_llava.eval.tasks.mmvp import Mmvp
 from dynamic_llava.eval.tasks.pope import Pope
+from dynamic_llava.eval.tasks.questions import Question
 from dynamic_llava.eval.tasks.realworldqa import RealWorldQa
 from dynamic_llava.eval.tasks.scienceqa import ScienceQa
 from dynamic_llava.eval.tasks.seed import Seed
@@ -71,6 +76,43 @@ def get_tasks(names: str) -> list[Task]:
     return list(found.values())
 
 
+def task_label(task: Task) -> str:
+    """Return the name that asks for this task: with its split where one was asked for."""
+    return task.name if task.split is None else f"{task.name}:{task.split}"
+
+
+def missing_files(task: Task, root: Path) -> list[tuple[Path, str]]:
+    """Return (path, where to get it) of what a task reads below `root` and is not there."""
+    needed = [(root / file.path, file.get) for file in task.needed_files()]
+    return [(path, get) for path, get in needed if not path.exists()]
+
+
+def task_list(root: Path) -> str:
+    """Return all tasks and splits as text, a line a file."""
+    lines = [f"data root: {root}; groups: {', '.join(GROUPS)}"]
+    for kind in TASKS.values():
+        lines += ["", f"{kind.name}  ({kind.title}{''.join(f', {group}' for group in kind.groups)})"]
+        for split in kind.splits or (None,):
+            lines += _split_lines(kind(split), root)
+        if kind.hub is not None:
+            config = f", configuration {kind.hub.config}" if kind.hub.config else ""
+            lines.append(f"  or --source hf: {kind.hub.dataset}{config}")
+        if kind.send_to:
+            lines.append(f"  answers go to: {kind.send_to}")
+    return "\n".join(lines)
+
+
+def _split_lines(task: Task, root: Path) -> list[str]:
+    missing = {path for path, _ in missing_files(task, root)}
+    state = f"{len(missing)} missing" if missing else "ready"
+    lines = [f"  {task_label(task)}: {state}"]
+    for file in task.needed_files():
+        absent = root / file.path in missing
+        lines.append(f"    {'MISSING' if absent else 'found  '}  {file.path}  ({file.holds})")
+        lines += [f"             get it from {file.get}"] if absent else []
+    return lines
+
+
 __all__ = [
     "GENERATION",
     "GROUPS",
@@ -83,4 +125,7 @@ __all__ = [
     "Task",
     "get_task",
     "get_tasks",
+    "missing_files",
+    "task_label",
+    "task_list",
 ]

@@ -8,15 +8,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from hashlib import sha256
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from dynamic_llava.eval.answers import Answer, read_answers
-from dynamic_llava.eval.reading import NAME, NO_PATH, TEXT, brief, fields_of, read_json_lines, shown
-from dynamic_llava.eval.tasks.files import inside
+from dynamic_llava.eval.reading import shown
 from dynamic_llava.eval.tasks.hub import HubData
-from dynamic_llava.files import file_digest
+from dynamic_llava.eval.tasks.questions import Question
 
 SHORT = "\nAnswer the question using a single word or phrase."
 """Suffix of short answers."""
@@ -42,81 +40,6 @@ LLAVA_EVAL = "LLaVA's eval.zip (https://github.com/haotian-liu/LLaVA/blob/main/d
 
 PaperNumbers = Mapping[str, Mapping[str, Mapping[str, float]]]
 """Metric -> "7b" | "13b" -> sparsity ("none", "image", "both") -> what the paper prints, in the metric's unit."""
-
-
-class ImageSource(Protocol):
-    """An image that is read when it is needed."""
-
-    @property
-    def name(self) -> str:
-        """What error messages call it."""
-
-    def load(self) -> Any:
-        """Return the Pillow image in RGB; FileNotFoundError or ValueError where it is missing or broken."""
-
-    def digest(self) -> str:
-        """Return what tells its encoded content from another's; OSError or ValueError where it cannot be read."""
-
-
-@dataclass(frozen=True)
-class ImageFile:
-    """An image file named by the data, `name` relative to `folder`; it may not leave the folder."""
-
-    folder: Path
-    name: str
-
-    def path(self) -> Path:
-        """Return the file. ValueError when the name is absolute or leaves the folder (by `..` or a symbolic link)."""
-        return inside(self.folder, self.name)
-
-    def load(self) -> Any:
-        """Return the Pillow image in RGB; FileNotFoundError when it is missing, ValueError when it is broken."""
-        from dynamic_llava.processing.images import load_image
-
-        return load_image(self.path())
-
-    def digest(self) -> str:
-        """Return the digest of the file."""
-        return file_digest(self.path())
-
-
-@dataclass(frozen=True)
-class ImageData:
-    """An encoded image (PNG, JPEG, ...) that stands in the data itself."""
-
-    data: bytes = field(repr=False)
-    name: str
-
-    def load(self) -> Any:
-        """Return the Pillow image in RGB; ValueError when it is broken."""
-        from dynamic_llava.processing.images import decode_image
-
-        return decode_image(self.data, self.name)
-
-    def digest(self) -> str:
-        """Return the digest of the encoded image."""
-        return sha256(self.data).hexdigest()
-
-
-@dataclass(frozen=True)
-class Question:
-    """One question as the runner asks it."""
-
-    id: int | str
-    """`question_id` of its answer line; not always unique (MME, TextVQA), its place among the questions is."""
-    text: str
-    """The prompt with its suffix, without conversation template and `<image>`; the image is placed first."""
-    image: ImageSource | None = None
-    """Its image; None for a question of text alone."""
-    prompt: str | None = None
-    """What the answer line records as prompt where that is not `text` (MMBench, ScienceQA)."""
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    """Further fields of its answer line (MMBench's round_id, options, option_char)."""
-
-    @property
-    def logged_prompt(self) -> str:
-        """The prompt of the answer line."""
-        return self.text if self.prompt is None else self.prompt
 
 
 @dataclass(frozen=True)
@@ -351,35 +274,3 @@ def naming(answers: Path) -> Iterator[None]:
         raise
     except ValueError as error:
         raise ValueError(f"{answers} is not taken: {error}") from None
-
-
-def left_out(part: bool, missing: Sequence[Any], known: int) -> list[str]:
-    """Return the warning that only a part of the `known` questions is scored; none where nothing is `missing`."""
-    if not part or not missing:
-        return []
-    return [f"a part of the questions: {known - len(missing)} of {known} are answered, and the numbers are over these"]
-
-
-QUESTION_LINE = {"question_id": NAME, "text": TEXT, "image": NO_PATH}
-"""Fields of a line of a LLaVA question file."""
-
-
-def llava_questions(path: Path, folder: Path, *, repeated_ids: bool = False) -> list[tuple[Question, dict[str, Any]]]:
-    """Return the questions of a LLaVA question file (JSON lines), each with its raw line; images lie in `folder`.
-
-    A line has question_id, text, an image unless it is a question of text alone, and more (category). Raises ValueError
-    that names file and line for a broken line, and for an id that occurs twice unless `repeated_ids`.
-    """
-    found: list[tuple[Question, dict[str, Any]]] = []
-    lines: dict[str, int] = {}
-    for number, line in read_json_lines(path):
-        place = f"{path}:{number}"
-        fields_of(line, QUESTION_LINE, place)
-        name, text, image = line["question_id"], line["text"], line.get("image")
-        if not repeated_ids and str(name) in lines:
-            raise ValueError(f"{place}: question {brief(name)} stands already in line {lines[str(name)]}")
-        lines[str(name)] = number
-        found.append((Question(name, text, ImageFile(folder, image) if image else None), line))
-    if not found:
-        raise ValueError(f"{path} holds no questions")
-    return found

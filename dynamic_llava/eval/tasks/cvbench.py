@@ -11,21 +11,11 @@ from statistics import fmean
 from typing import Any
 
 from dynamic_llava.eval.answers import Answer
-from dynamic_llava.eval.metrics.letters import first_character
+from dynamic_llava.eval.metrics.choices import first_character
 from dynamic_llava.eval.reading import NAME, PATH, TEXT, brief, fields_of, optional, read_json_lines
-from dynamic_llava.eval.tasks.base import (
-    LETTER,
-    PAPER_TABLE1,
-    SHORT_TOKENS,
-    DataFile,
-    ImageFile,
-    Question,
-    Score,
-    Task,
-    paper_numbers,
-)
-from dynamic_llava.eval.tasks.choices import meet
+from dynamic_llava.eval.tasks.base import LETTER, PAPER_TABLE1, SHORT_TOKENS, DataFile, Score, Task, paper_numbers
 from dynamic_llava.eval.tasks.hub import HubData, read_hub
+from dynamic_llava.eval.tasks.questions import ImageFile, Question, meet
 
 ROWS, IMAGES = "cvbench/test_2d.jsonl", "cvbench"
 SITE = "https://huggingface.co/datasets/nyu-visionx/CV-Bench"

@@ -17,16 +17,14 @@ from dynamic_llava.eval.tasks.base import (
     LONG_TOKENS,
     SKIPPED,
     DataFile,
-    ImageFile,
     PaperNumbers,
-    Question,
     Said,
     Score,
     Task,
     paper_numbers,
 )
-from dynamic_llava.eval.tasks.files import missing_answers, unknown_answers
 from dynamic_llava.eval.tasks.hub import HubData
+from dynamic_llava.eval.tasks.questions import ImageFile, Question, missing_answers, unknown_answers
 
 IMAGE_PLACE = "<image>"
 LVIS, LVIS_IMAGES = "lvis_vqa", "lvis_vqa/images"

@@ -19,15 +19,12 @@ from dynamic_llava.eval.tasks.base import (
     SHORT,
     SHORT_TOKENS,
     DataFile,
-    Question,
     Score,
     Task,
-    left_out,
-    llava_questions,
     paper_numbers,
 )
-from dynamic_llava.eval.tasks.files import missing_answers, unknown_answers
 from dynamic_llava.eval.tasks.hub import HubData, read_hub
+from dynamic_llava.eval.tasks.questions import Question, left_out, llava_questions, missing_answers, unknown_answers
 
 QUESTIONS, IMAGES = "gqa/llava_gqa_testdev_balanced.jsonl", "gqa/data/images"
 LABELS = "gqa/data/testdev_balanced_questions.json"

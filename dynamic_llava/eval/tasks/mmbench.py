@@ -16,7 +16,7 @@ from statistics import fmean
 from typing import Any
 
 from dynamic_llava.eval.answers import Answer, one_per_question
-from dynamic_llava.eval.metrics.letters import read_mmbench
+from dynamic_llava.eval.metrics.choices import read_mmbench
 from dynamic_llava.eval.reading import TEXT, WHOLE, brief, fields_of, optional, shown
 from dynamic_llava.eval.reading import read_table as read_cells
 from dynamic_llava.eval.tasks.base import (
@@ -24,18 +24,22 @@ from dynamic_llava.eval.tasks.base import (
     LONG_TOKENS,
     PAPER_TABLE1,
     DataFile,
-    ImageData,
-    ImageSource,
-    Question,
     Score,
     Submission,
     Task,
     paper_numbers,
 )
-from dynamic_llava.eval.tasks.choices import meet, option_lines
-from dynamic_llava.eval.tasks.files import missing_answers, unknown_answers
 from dynamic_llava.eval.tasks.hub import HubData, read_hub
-from dynamic_llava.eval.tasks.workbook import write_workbook
+from dynamic_llava.eval.tasks.questions import (
+    ImageData,
+    ImageSource,
+    Question,
+    meet,
+    missing_answers,
+    option_lines,
+    unknown_answers,
+)
+from dynamic_llava.eval.writing import write_workbook
 
 TABLE = "mmbench/mmbench_dev_20230712.tsv"
 TABLE_URL = "https://download.openmmlab.com/mmclassification/datasets/mmbench/mmbench_dev_20230712.tsv"

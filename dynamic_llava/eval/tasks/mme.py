@@ -17,14 +17,12 @@ from dynamic_llava.eval.tasks.base import (
     SHORT,
     SHORT_TOKENS,
     DataFile,
-    Question,
     Score,
     Task,
-    llava_questions,
     paper_numbers,
 )
-from dynamic_llava.eval.tasks.files import missing_answers
 from dynamic_llava.eval.tasks.hub import HubData, read_hub
+from dynamic_llava.eval.tasks.questions import Question, llava_questions, missing_answers
 
 QUESTIONS, RELEASE = "MME/llava_mme.jsonl", "MME/MME_Benchmark_release_version"
 MME_SITE = "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation"

@@ -15,21 +15,11 @@ from statistics import fmean
 from typing import Any
 
 from dynamic_llava.eval.answers import Answer
-from dynamic_llava.eval.metrics.letters import read_option
+from dynamic_llava.eval.metrics.choices import read_option
 from dynamic_llava.eval.reading import TEXT, brief, read_table, shown
-from dynamic_llava.eval.tasks.base import (
-    LETTER,
-    PAPER_TABLE1,
-    SHORT_TOKENS,
-    DataFile,
-    ImageFile,
-    Question,
-    Score,
-    Task,
-    paper_numbers,
-)
-from dynamic_llava.eval.tasks.choices import meet, option_lines
+from dynamic_llava.eval.tasks.base import LETTER, PAPER_TABLE1, SHORT_TOKENS, DataFile, Score, Task, paper_numbers
 from dynamic_llava.eval.tasks.hub import HubData, read_hub
+from dynamic_llava.eval.tasks.questions import ImageFile, Question, meet, option_lines
 
 TABLE, IMAGES = "mmvp/Questions.csv", "mmvp/MMVP Images"
 MMVP_SITE = "https://huggingface.co/datasets/MMVP/MMVP"

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 
 from dynamic_llava.eval.answers import Answer, one_per_question
-from dynamic_llava.eval.metrics.yes_no import says_yes_or_no, yes_no_scores
+from dynamic_llava.eval.metrics.choices import says_yes_or_no, yes_no_scores
 from dynamic_llava.eval.reading import NAME, TEXT, Kind, brief, fields_of, read_json_lines, shown
 from dynamic_llava.eval.tasks.base import (
     LLAVA_EVAL,
@@ -18,15 +18,12 @@ from dynamic_llava.eval.tasks.base import (
     SHORT,
     SHORT_TOKENS,
     DataFile,
-    Question,
     Score,
     Task,
-    left_out,
-    llava_questions,
     paper_numbers,
 )
-from dynamic_llava.eval.tasks.files import missing_answers, unknown_answers
 from dynamic_llava.eval.tasks.hub import HubData, read_hub
+from dynamic_llava.eval.tasks.questions import Question, left_out, llava_questions, missing_answers, unknown_answers
 
 QUESTIONS, IMAGES, LABELS = "pope/llava_pope_test.jsonl", "pope/val2014", "pope/coco"
 CATEGORIES = ("adversarial", "popular", "random")

@@ -11,20 +11,11 @@ from statistics import fmean
 from typing import Any
 
 from dynamic_llava.eval.answers import Answer
-from dynamic_llava.eval.metrics.letters import read_letter
+from dynamic_llava.eval.metrics.choices import read_letter
 from dynamic_llava.eval.reading import NAME, PATH, TEXT, fields_of, read_list
-from dynamic_llava.eval.tasks.base import (
-    PAPER_TABLE1,
-    SHORT_TOKENS,
-    DataFile,
-    ImageFile,
-    Question,
-    Score,
-    Task,
-    paper_numbers,
-)
-from dynamic_llava.eval.tasks.choices import meet
+from dynamic_llava.eval.tasks.base import PAPER_TABLE1, SHORT_TOKENS, DataFile, Score, Task, paper_numbers
 from dynamic_llava.eval.tasks.hub import HubData, read_hub
+from dynamic_llava.eval.tasks.questions import ImageFile, Question, meet
 
 DATA, IMAGES = "realworldqa/data.json", "realworldqa/images"
 SITE = "https://huggingface.co/datasets/lmms-lab/RealWorldQA (a list of image_path, question, answer; its images)"

@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from dynamic_llava.eval.answers import Answer
-from dynamic_llava.eval.metrics.letters import SCIENCEQA_LETTERS, read_scienceqa, scienceqa_choice
+from dynamic_llava.eval.metrics.choices import SCIENCEQA_LETTERS, read_scienceqa, scienceqa_choice
 from dynamic_llava.eval.reading import (
     LIST,
     NAME,
@@ -33,14 +33,12 @@ from dynamic_llava.eval.tasks.base import (
     LONG_TOKENS,
     PAPER_TABLE1,
     DataFile,
-    ImageFile,
-    Question,
     Score,
     Task,
     paper_numbers,
 )
-from dynamic_llava.eval.tasks.choices import meet, option_lines
 from dynamic_llava.eval.tasks.hub import HubData, read_hub
+from dynamic_llava.eval.tasks.questions import ImageFile, Question, meet, option_lines
 
 QUESTIONS, IMAGES = "scienceqa/llava_test_CQM-A.json", "scienceqa/images/test"
 PROBLEMS, SPLITS = "scienceqa/problems.json", "scienceqa/pid_splits.json"

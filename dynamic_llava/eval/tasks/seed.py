@@ -18,16 +18,13 @@ from dynamic_llava.eval.tasks.base import (
     PAPER_TABLE1,
     SHORT_TOKENS,
     DataFile,
-    Question,
     Score,
     Submission,
     Task,
-    left_out,
-    llava_questions,
     paper_numbers,
 )
-from dynamic_llava.eval.tasks.files import missing_answers, unknown_answers
 from dynamic_llava.eval.tasks.hub import HubData, read_hub
+from dynamic_llava.eval.tasks.questions import Question, left_out, llava_questions, missing_answers, unknown_answers
 from dynamic_llava.eval.writing import write_lines
 
 QUESTIONS, LABELS = "seed_bench/llava-seed-bench.jsonl", "seed_bench/SEED-Bench.json"

@@ -13,8 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from dynamic_llava.eval.answers import Answer
-from dynamic_llava.eval.metrics.soft_accuracy import normalised_accuracy
-from dynamic_llava.eval.metrics.vqa_normalise import normalise
+from dynamic_llava.eval.metrics.vqa import normalise, normalised_accuracy
 from dynamic_llava.eval.reading import LIST, NAME, TEXT, TEXTS, Kind, brief, fields_of, read_json, shown
 from dynamic_llava.eval.tasks.base import (
     LLAVA_EVAL,
@@ -22,13 +21,12 @@ from dynamic_llava.eval.tasks.base import (
     SHORT,
     SHORT_TOKENS,
     DataFile,
-    Question,
     Score,
     Task,
-    llava_questions,
     paper_numbers,
 )
 from dynamic_llava.eval.tasks.hub import HubData, read_hub
+from dynamic_llava.eval.tasks.questions import Question, llava_questions
 
 QUESTIONS, IMAGES = "textvqa/llava_textvqa_val_v051_ocr.jsonl", "textvqa/train_images"
 LABELS = "textvqa/TextVQA_0.5.1_val.json"

@@ -10,8 +10,7 @@ from statistics import fmean
 from typing import Any, ClassVar
 
 from dynamic_llava.eval.answers import Answer, one_per_question
-from dynamic_llava.eval.metrics.soft_accuracy import normalised_accuracy
-from dynamic_llava.eval.metrics.vqa_normalise import normalise
+from dynamic_llava.eval.metrics.vqa import normalise, normalised_accuracy
 from dynamic_llava.eval.reading import LIST, NAME, PATH, TEXT, TEXTS, brief, fields_of, optional, read_list, shown
 from dynamic_llava.eval.tasks.base import (
     LLAVA_EVAL,
@@ -19,17 +18,20 @@ from dynamic_llava.eval.tasks.base import (
     SHORT_TOKENS,
     UNANSWERABLE,
     DataFile,
-    ImageFile,
-    Question,
     Score,
     Submission,
     Task,
-    left_out,
-    llava_questions,
     paper_numbers,
 )
-from dynamic_llava.eval.tasks.files import missing_answers, unknown_answers
 from dynamic_llava.eval.tasks.hub import HubData, read_hub
+from dynamic_llava.eval.tasks.questions import (
+    ImageFile,
+    Question,
+    left_out,
+    llava_questions,
+    missing_answers,
+    unknown_answers,
+)
 from dynamic_llava.eval.writing import write_json
 
 TEST, TEST_IMAGES = "vizwiz/llava_test.jsonl", "vizwiz/test"

@@ -16,8 +16,7 @@ from statistics import fmean
 from typing import Any, ClassVar
 
 from dynamic_llava.eval.answers import Answer, one_per_question
-from dynamic_llava.eval.metrics.soft_accuracy import server_accuracy
-from dynamic_llava.eval.metrics.vqa_normalise import normalise
+from dynamic_llava.eval.metrics.vqa import normalise, server_accuracy
 from dynamic_llava.eval.reading import LIST, NAME, TEXT, WHOLE, fields_of, optional, read_json, shown
 from dynamic_llava.eval.tasks.base import (
     LLAVA_EVAL,
@@ -25,17 +24,20 @@ from dynamic_llava.eval.tasks.base import (
     SHORT,
     SHORT_TOKENS,
     DataFile,
-    ImageFile,
-    Question,
     Score,
     Submission,
     Task,
-    left_out,
-    llava_questions,
     paper_numbers,
 )
-from dynamic_llava.eval.tasks.files import missing_answers, unknown_answers
 from dynamic_llava.eval.tasks.hub import HubData, read_hub
+from dynamic_llava.eval.tasks.questions import (
+    ImageFile,
+    Question,
+    left_out,
+    llava_questions,
+    missing_answers,
+    unknown_answers,
+)
 from dynamic_llava.eval.writing import write_json
 
 TEST_DEV = "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl"

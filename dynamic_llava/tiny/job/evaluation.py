@@ -12,7 +12,7 @@ from dynamic_llava.config import SparsityConfig
 from dynamic_llava.costs import decoder_shape
 from dynamic_llava.eval import predict
 from dynamic_llava.eval.efficiency import measure_speed, prefill_costs
-from dynamic_llava.eval.metrics.yes_no import yes_no_scores
+from dynamic_llava.eval.metrics.choices import yes_no_scores
 from dynamic_llava.methods import Method
 from dynamic_llava.model import DynamicLlavaForConditionalGeneration
 from dynamic_llava.model.switches import choose_method

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dynamic_llava.eval.report import MISSING, markdown
+from dynamic_llava.eval.writing import MISSING, markdown
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dynamic_llava.config import SparsityConfig
-from dynamic_llava.eval.report import markdown
+from dynamic_llava.eval.writing import markdown
 from dynamic_llava.tiny.job.tables import mean_and_interval
 
 Metrics = Mapping[str, Mapping[str, float]]

@@ -7,7 +7,7 @@ import pytest
 from dynamic_llava.eval.__main__ import main
 from dynamic_llava.eval.answers import Answer, read_answers, write_answers
 from dynamic_llava.eval.tasks import get_task
-from dynamic_llava.eval.tasks.llava_bench import read_review, scores_in
+from dynamic_llava.eval.tasks.judged import read_review, scores_in
 from tests.eval.task_data import TASK_DATA, save_hub, write_lines
 
 BENCH, VET = get_task("llava_bench"), get_task("mmvet")

@@ -1,5 +1,6 @@
-"""One masked pass equals the cached loop, token by token, for one and several rounds and ragged batches."""
+"""One masked pass equals the cached loop, token by token, for ragged batches of one and several rounds; their speed."""
 
+import json
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from dynamic_llava.config import SPARSITY_MODES
 from dynamic_llava.eval.generation.dialogues import EncodedRound, encode_dialogue
-from dynamic_llava.eval.generation.teacher_forcing import score_dialogues, score_step_by_step
+from dynamic_llava.eval.generation.perplexity import measure_ppl_speed, score_dialogues, score_step_by_step, write_speed
 from dynamic_llava.processing.prompts import SYSTEM
 from tests.builders import (
     BOS,
@@ -21,6 +22,7 @@ from tests.builders import (
     words,
 )
 from tests.sft_builders import character_tokenizer
+from tests.test_architecture import ROOT
 
 IMAGE_KEPT = {
     "both": 4, "image": 4, "divprune": 3, "fastv": 8, "pyramiddrop": 2, "random": 3, "structure": 3, "tome": 8,
@@ -150,3 +152,29 @@ def test_an_attention_without_masks_of_its_own_is_refused():
     model.model.language_model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="'flash_attention_2' cannot decode on an admission cache, nor score answers"):
         score_dialogues(model, rows, pixels, deciding("both"))
+
+
+TIMES = 8
+
+
+@pytest.mark.slow
+def test_one_pass_is_at_least_eight_times_faster_and_equal(tmp_path):
+    found = measure_ppl_speed(repeats=3)
+    assert found.difference < 1e-4
+    assert found.ratio >= TIMES, found.describe()
+    written = json.loads(write_speed(found, tmp_path / "speed.json").read_text())
+    assert written["ratio"] == found.ratio and written["environment"]["torch"]
+
+
+def test_the_committed_measurement():
+    written = json.loads((ROOT / "docs" / "results" / "ppl_speed.json").read_text())
+    sizes = {"hidden": 256, "layers": 8, "image_tokens": 576, "answer_tokens": 256, "batch": 1}
+    assert written["sizes"].items() >= sizes.items() and written["device"] == "cpu"
+    assert written["ratio"] == pytest.approx(written["loop_s"] / written["one_pass_s"]) and written["ratio"] >= TIMES
+    assert abs(written["perplexity"] / written["loop_perplexity"] - 1) < 1e-4
+    assert {"seed", "date", "environment"} <= set(written)
+
+
+def test_no_repeats_is_refused():
+    with pytest.raises(ValueError, match="repeats=0 is not possible"):
+        measure_ppl_speed(repeats=0)

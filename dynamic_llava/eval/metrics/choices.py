@@ -1,17 +1,26 @@
-"""How a chosen option is read from a free answer, one function a benchmark (standard library only).
+"""How a chosen option, or yes and no, is read from a free answer, one function a benchmark (standard library only).
 
-The published rules differ, and what each of them does not read decides scores; benchmarks share none.
+The published rules differ, and what each of them does not read decides scores; benchmarks share none. For yes
+and no there are also POPE's precision, recall and F1, "yes" being positive.
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 SCIENCEQA_LETTERS = "ABCDE"
+
 _SCIENCEQA_SENTENCE = re.compile(r"The answer is ([A-Z]).")
+
 _ANSWER = re.compile(r"answer is|answer:", re.IGNORECASE)
+
 _LETTER = re.compile(r"\(?([a-z])(?:\)|\s*$|\s*\n|[.:,](?:\s|$))", re.IGNORECASE)
 """b in or before a bracket, alone on its line, or with one mark and then a space or the end."""
+
 _MMBENCH_MARKS = str.maketrans({mark: " " for mark in ".()[],:;!*#{}"})
+
+_YES = re.compile(r"\byes\b", re.IGNORECASE)
+
 LAST_WORDS = 4
 """MMBench's letter stands among so many last words: the article of "A man holding a bat." does not."""
 
@@ -79,3 +88,54 @@ def first_character(text: str) -> str:
     "" for an answer without one. It is whatever stands first: "Cat" is "c".
     """
     return answer_tail(text).strip().strip(".() ")[:1].casefold()
+
+
+def read_yes_no(text: str) -> str:
+    """Read a free answer as "yes" or "no" exactly as POPE's script does.
+
+    Cut at the first full stop, delete commas, split at single spaces; any word "No", "not" or "no" makes it "no",
+    everything else (an empty answer too) is "yes".
+    """
+    words = text.split(".", 1)[0].replace(",", "").split(" ")
+    return "no" if any(word in ("No", "not", "no") for word in words) else "yes"
+
+
+def says_yes_or_no(text: str) -> bool:
+    """Return whether an answer says either word at all: it is read as "no", or "yes" stands in what is read of it."""
+    return read_yes_no(text) == "no" or _YES.search(text.split(".", 1)[0]) is not None
+
+
+def yes_no_scores(answers: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:
+    """POPE's measures for free answers against labels "yes" / "no", each as a share (0..1).
+
+    Returns accuracy, precision, recall, f1, yes_rate (of the answers) and `undefined`, the names of measures whose
+    denominator was zero (they are reported as 0). ValueError when lengths differ or a label is neither yes nor no.
+    """
+    if len(answers) != len(labels) or not labels:
+        raise ValueError(f"{len(answers)} answers for {len(labels)} labels; give one answer per label, at least one")
+    unknown = sorted(set(labels) - {"yes", "no"})
+    if unknown:
+        raise ValueError(f"labels {unknown} are not known; give 'yes' or 'no'")
+    read = [read_yes_no(answer) for answer in answers]
+    pairs = list(zip(read, labels, strict=True))
+    true_yes, false_yes = pairs.count(("yes", "yes")), pairs.count(("yes", "no"))
+    true_no, false_no = pairs.count(("no", "no")), pairs.count(("no", "yes"))
+    undefined: list[str] = []
+
+    def share(name: str, part: float, whole: float) -> float:
+        if whole == 0:
+            undefined.append(name)
+            return 0.0
+        return part / whole
+
+    precision = share("precision", true_yes, true_yes + false_yes)
+    recall = share("recall", true_yes, true_yes + false_no)
+    f1 = share("f1", 2 * precision * recall, precision + recall)
+    return {
+        "accuracy": (true_yes + true_no) / len(pairs),
+        "precision": precision,
+        "recall": recall,
+        "f1": f1,
+        "yes_rate": read.count("yes") / len(read),
+        "undefined": undefined,
+    }

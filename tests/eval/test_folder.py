@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dynamic_llava.eval.answers import Answer, read_answers
-from dynamic_llava.eval.store import AnswerStore, differences
+from dynamic_llava.eval.folder import AnswerStore, differences
 from dynamic_llava.files import WriteError
 
 SETTINGS = {"model": {"config": {"layers": 2, "names": ["a"]}, "dtype": "float32"}, "tokens": 8}
@@ -126,7 +126,7 @@ def test_ids_follow_from_settings_and_place(tmp_path):
 def test_nothing_is_left_of_a_record_that_could_not_be_written(tmp_path, monkeypatch):
     """Neither by the process itself, nor by one that was killed while it wrote."""
     with monkeypatch.context() as patch:
-        patch.setattr("dynamic_llava.eval.store.os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+        patch.setattr("dynamic_llava.eval.folder.os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
         with pytest.raises(WriteError, match="full"):
             AnswerStore(tmp_path, "toy", {}, 1)
     assert not list(tmp_path.iterdir())

@@ -4,8 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamic_llava.eval.metrics.soft_accuracy import leave_one_out, normalised_accuracy, server_accuracy
-from dynamic_llava.eval.metrics.vqa_normalise import CONTRACTIONS, MARKS, normalise, normalise_as_server
+from dynamic_llava.eval.metrics.vqa import (
+    CONTRACTIONS,
+    MARKS,
+    leave_one_out,
+    normalise,
+    normalise_as_server,
+    normalised_accuracy,
+    server_accuracy,
+)
 
 
 @pytest.mark.parametrize(

@@ -1,24 +1,36 @@
-"""How VQA answers are normalised before they are compared: the VQA server's rules, and those of M4C's processor.
+"""How VQA answers are normalised (by the VQA server's rules and those of M4C's processor), and their soft accuracy.
 
 `normalise` is what VQAv2 and VizWiz submissions and TextVQA use; `normalise_as_server` is its later part, which the
 VQA server applies by itself. Their oddities decide scores and are kept: the punctuation test looks at the unchanged
 text, and only the first 32 full stops go (a flag stands where the published code wants a count).
+
+The soft accuracy of a short answer against those of several people: it is right when three others said so. Each
+person's answer is left out once; with n equal answers among the others the prediction is worth min(1, n / 3); the mean
+over the people is its accuracy. Left out is one record, not every record of the same text.
 """
 
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 
 MARKS = ';/[]"{}()=+\\_-><@`,?!'
 """Punctuation in the order in which it is treated; full stops and apostrophes have rules of their own."""
+
 FULL_STOPS = 32
 """How many full stops are deleted at most: the value of re.UNICODE."""
+
 NUMBERS = {
     "none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4",
     "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10",
 }  # fmt: skip
+
 ARTICLES = ("a", "an", "the")
 
+ENOUGH = 3
+"""So many others make an answer fully right."""
+
 _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
+
 _FULL_STOP = re.compile(r"\.(?!\d)")
 
 _APOSTROPHES = """
@@ -29,11 +41,13 @@ they'll they're they've 'twas wasn't we've weren't what'll what're what's what'v
 who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've
 """
 """Words that are found without their apostrophe."""
+
 _TWO_APOSTROPHES = """
 he'd've I'd've it'd've mightn't've shouldn't've somebody'd've someone'd've something'd've there'd've they'd've who'd've
 wouldn't've you'd've
 """
 """Words that are found without the first or without the second apostrophe: hed've, he'dve."""
+
 _OTHERS = {
     "couldn'tve": "couldn't've",
     "couldnt've": "couldn't've",
@@ -106,3 +120,28 @@ def _without_punctuation(text: str) -> str:
 def _without_articles(text: str) -> str:
     words = [NUMBERS.get(word, word) for word in text.lower().split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+def leave_one_out(prediction: str, answers: Sequence[str]) -> float:
+    """Return the soft accuracy (0..1) of a prediction by string equality; ValueError without an answer."""
+    if not answers:
+        raise ValueError("a question without human answers has no accuracy")
+    equal = [answer == prediction for answer in answers]
+    return sum(min(1.0, (sum(equal) - own) / ENOUGH) for own in equal) / len(answers)
+
+
+def normalised_accuracy(text: str, answers: Sequence[str]) -> float:
+    """Return the accuracy (0..1) of an answer as TextVQA and VizWiz count it: `normalise` on both sides."""
+    return leave_one_out(normalise(text), [normalise(answer) for answer in answers])
+
+
+def server_accuracy(submitted: str, answers: Sequence[str]) -> float:
+    """Return the accuracy (0..1) that the VQA server gives a submitted answer.
+
+    Both sides are normalised only where the people disagree. Where all gave one and the same answer, the strings
+    themselves are compared, white space apart.
+    """
+    submitted, answers = one_line(submitted), [one_line(answer) for answer in answers]
+    if len(set(answers)) > 1:
+        submitted, answers = normalise_as_server(submitted), [normalise_as_server(answer) for answer in answers]
+    return leave_one_out(submitted, answers)
