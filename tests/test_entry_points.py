@@ -33,14 +33,14 @@ HELP = {
     "tiny.__main__": ["", "job", "page", "budgets", "measure"],
     "tiny.train_base": [""],
     "train.__main__": [""],
-    "train.launch.__main__": [""],
+    "train.launch": [""],
 }  # fmt: skip
 """Every module that `python -m` runs, with its commands."""
 PAGES = [(module, page) for module, pages in HELP.items() for page in pages]
 EXTRA_OF = {
     "chat.__main__": None, "checkpoints.__main__": "convert", "data.__main__": "train", "eval.__main__": "eval",
     "profile.__main__": "train", "sweep.__main__": "train", "tiny.__main__": "train", "tiny.train_base": "train",
-    "train.__main__": "train", "train.launch.__main__": "train",
+    "train.__main__": "train", "train.launch": "train",
 }  # fmt: skip
 TWINS = [{"--output-folder", "--output-dir"}, {"--batch-size", "--batch"}, {"--output", "--out"}]
 ALWAYS_THERE = {"yaml", "tqdm", "filelock"}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from dynamic_llava import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration, SparsityConfig
-from dynamic_llava.engine.families import FAMILIES
+from dynamic_llava.engine.decoder import FAMILIES
 from dynamic_llava.methods import FastV, PyramidDrop, get_method
 from dynamic_llava.sparsity import keep_margin
 from tests.builders import (

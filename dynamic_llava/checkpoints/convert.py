@@ -1,23 +1,33 @@
-"""Conversion of checkpoints: everything is checked first, then tensors pass through one by one."""
+"""Conversion of checkpoints: everything is checked first, then tensors pass through one by one.
+
+The new folder appears under its name only when everything is in it, tokenizer, prompts and image preparation included.
+"""
 
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig, LlavaConfig
 
 from dynamic_llava.checkpoints.configs import config_to_hf
-from dynamic_llava.checkpoints.destination import check_destination, new_folder
+from dynamic_llava.checkpoints.layouts import read_json
 from dynamic_llava.checkpoints.plan import Conversion, Dtype, Target, make_plan
-from dynamic_llava.checkpoints.processors import write_processor
+from dynamic_llava.checkpoints.sources import Source
 from dynamic_llava.checkpoints.tensors import write_weights
+from dynamic_llava.checkpoints.vocabulary import Vocabulary
+from dynamic_llava.files import WriteError, amount, writing
+from dynamic_llava.model import DynamicLlavaConfig
 from dynamic_llava.model.card import write_card
 from dynamic_llava.model.weight_files import WeightFiles
+from dynamic_llava.processing import DynamicLlavaImageProcessor, DynamicLlavaProcessor
+from dynamic_llava.processing.folder import write_json
 
 SHARD_BYTES = 5_000_000_000
 """Most bytes of one file of weights."""
 _GENERATION = "generation_config.json"
+_PIXELS = "preprocessor_config.json"
 
 
 def convert(
@@ -88,3 +98,83 @@ def _write_configs(folder: Path, plan: Conversion) -> None:
     if plan.to == "dynamic-llava":
         write_card(folder, plan.config)
     config.save_pretrained(folder)
+
+
+def check_destination(destination: Path) -> None:
+    """Raise ValueError unless `destination` is free: not there, or an empty folder."""
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise ValueError(f"{destination} is there already and not empty; choose another folder, or remove it")
+
+
+@contextmanager
+def new_folder(destination: Path, needed: int) -> Iterator[Path]:
+    """Give a folder to write into, beside `destination`; it takes that name when the block ends well.
+
+    After an error nothing is left. What a killed process left, `.NAME.partial`, is removed by the next one.
+    `needed` is what will be written at least, in bytes. Raises WriteError for a disk that is or becomes full or takes
+    nothing.
+    """
+    check_destination(destination)
+    destination = destination.absolute()
+    partial = destination.with_name(f".{destination.name}.partial")
+    with writing(destination):
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(destination.parent).free
+        if free < needed:
+            raise WriteError(
+                f"the disk of {destination.parent} has no room for the {amount(needed)} of {destination.name}: only "
+                f"{amount(free)} are free. Free some space or choose another disk; nothing was left behind"
+            )
+        partial.mkdir()
+        try:
+            yield partial
+            partial.replace(destination)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_processor(
+    folder: Path,
+    source: Source,
+    config: DynamicLlavaConfig,
+    vocabulary: Vocabulary,
+    to: Target,
+    say: Callable[[str], None],
+) -> None:
+    """Write the processor's files; without a tokenizer in the source only those about images, and say so."""
+    image_size, colours = config.vision_config.image_size, _colours(source)
+    if vocabulary.tokenizer is None:
+        write_json(folder / _PIXELS, DynamicLlavaImageProcessor(image_size, **colours).to_dict())
+        say(f"{source.folder} holds no tokenizer, so there is no processor of text; the model itself is whole")
+        return
+    DynamicLlavaProcessor(
+        vocabulary.tokenizer,
+        image_size,
+        config.vision_config.patch_size,
+        image_token_id=vocabulary.image_id,
+        feature_select=config.vision_feature_select_strategy,
+        projector=config.projector,
+        **colours,
+        chat_template=vocabulary.chat_template,
+        ends=vocabulary.ends,
+    ).save_pretrained(folder)
+    if to == "llava-hf":
+        _name_processor(folder, "LlavaProcessor")
+
+
+def _colours(source: Source) -> dict[str, Any]:
+    """Return the source's own mean and deviation of colours; without any, none, which means CLIP's."""
+    found = source.config.get("image_processor") or {}
+    for folder in (source.folder, source.base, source.vision_tower):
+        if not found and folder is not None and (folder / _PIXELS).is_file():
+            found = read_json(folder / _PIXELS)
+    return {name: found[name] for name in ("image_mean", "image_std") if name in found}
+
+
+def _name_processor(folder: Path, name: str) -> None:
+    """Let transformers find its own class, which knows nothing of ours."""
+    for path in (folder / "processor_config.json", folder / "tokenizer_config.json"):
+        values = read_json(path) if path.is_file() else {}
+        if "processor_class" in values:
+            write_json(path, {**values, "processor_class": name})

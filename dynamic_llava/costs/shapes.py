@@ -250,7 +250,7 @@ def llava_shape(config: Any) -> LlavaShape:
 
 
 def _counted(config: Any) -> ProjectorShape:
-    from dynamic_llava.projectors.measured import measure
+    from dynamic_llava.projectors.registry import measure
 
     return ProjectorShape(*measure(config))
 

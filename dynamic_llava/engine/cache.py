@@ -2,9 +2,12 @@
 
 The layers between two cuts of a method are a group. Those below the first cut store every token; the others store
 prompt tokens, and the image and output tokens that all cuts up to theirs have kept.
+transformers calls the cache `past_key_values` until 5.23 and `cache` from 5.24 on; this library says `cache`, and takes
+and gives the earlier name as well, whichever transformers is installed.
 Shape suffixes: B rows, H key-value heads, N tokens, D head dimension.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from dynamic_llava.engine.plan import cuts_of
 from dynamic_llava.engine.record import SparsityRecord
@@ -19,8 +23,35 @@ from dynamic_llava.layout import TokenLayout
 from dynamic_llava.methods import Method
 from dynamic_llava.sparsity.cache import AdmissionSlots, DecisionLog, SlotStorage, TokenSlots
 
+EARLIER = "past_key_values"
+CACHE = "cache" if "cache" in inspect.signature(LlamaDecoderLayer.forward).parameters else EARLIER
+"""Argument of transformers' layers, and key of the arguments that `generate` hands from step to step."""
 LIVE_CACHE_ATTENTION = ("sdpa", "eager")
 """Attention implementations that can read a cache whose rows have different lengths."""
+
+
+def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """Return the cache that was given under either name. ValueError when both were."""
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values are two names of one argument; give one of them")
+    return cache if cache is not None else past_key_values
+
+
+def rename_cache(kwargs: dict[str, Any]) -> None:
+    """Give the cache among keyword arguments, if any, the installed transformers' name. ValueError when it is twice."""
+    cache = one_cache(kwargs.pop("cache", None), kwargs.pop(EARLIER, None))
+    if cache is not None:
+        kwargs[CACHE] = cache
+
+
+def cache_of(output: Any) -> Cache | None:
+    """Return the cache of a model's or of generate's output; None where there is none."""
+    return getattr(output, CACHE, None)
+
+
+def is_live(cache: Cache | None) -> bool:
+    """Whether a cache has seen tokens."""
+    return cache is not None and cache.get_seq_length() > 0
 
 
 class AdmissionLayer(CacheLayerMixin):

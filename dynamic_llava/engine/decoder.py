@@ -1,5 +1,6 @@
-"""The sparse decoder, over any family of transformers': it chooses the pass that a call needs, and runs it.
+"""The sparse decoder, which chooses the pass that a call needs and runs it; FAMILIES has a row for each it carries.
 
+A family's layers must hand keyword arguments on to transformers' attention interface, and see every earlier token.
 Shape suffixes: B rows, N tokens, D hidden size.
 """
 
@@ -8,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
+from transformers.models.llama.modeling_llama import LlamaModel
+from transformers.models.mistral.modeling_mistral import MistralModel
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -28,7 +33,7 @@ from dynamic_llava.methods import Method
 class SparseDecoder:
     """What a decoder of transformers' gets to be sparse: a method's weights, and passes whose layers see what is kept.
 
-    A base of the families' classes (families.py), before transformers' own model class.
+    A base of the families' classes (FAMILIES), before transformers' own model class.
     """
 
     learner: Method | None = None
@@ -140,3 +145,28 @@ def _noted(record: SparsityRecord, cache: AdmissionCache | None) -> SparsityReco
         record.cache_lengths, record.dense_cache_lengths = cache.lengths()
         record.head_lengths = cache.head_lengths()
     return record
+
+
+class DynamicLlamaModel(SparseDecoder, LlamaModel):
+    """Sparse Llama, the decoder of LLaVA-1.5 (Vicuna)."""
+
+
+class DynamicMistralModel(SparseDecoder, MistralModel):
+    """Sparse Mistral without a sliding window, as from version 0.2 on."""
+
+
+class DynamicQwen2Model(SparseDecoder, Qwen2Model):
+    """Sparse Qwen2 (and Qwen2.5): queries, keys and values have biases."""
+
+
+class DynamicQwen3Model(SparseDecoder, Qwen3Model):
+    """Sparse Qwen3: queries and keys are normed, and a head's width is its own."""
+
+
+FAMILIES: dict[str, type[SparseDecoder]] = {
+    "llama": DynamicLlamaModel,
+    "mistral": DynamicMistralModel,
+    "qwen2": DynamicQwen2Model,
+    "qwen3": DynamicQwen3Model,
+}
+"""model_type of a text_config -> the decoder that carries it."""

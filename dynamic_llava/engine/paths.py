@@ -22,8 +22,7 @@ from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
 from dynamic_llava.engine.attention import AttentionRow, cache_mask
-from dynamic_llava.engine.cache import AdmissionCache, check_attention
-from dynamic_llava.engine.cache_names import CACHE
+from dynamic_llava.engine.cache import CACHE, AdmissionCache, check_attention
 from dynamic_llava.engine.decide import Flight, Past, check_question, decide, sample, samples
 from dynamic_llava.engine.evict import Chunk, Eviction, Opening
 from dynamic_llava.engine.learned import learned_of

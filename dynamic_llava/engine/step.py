@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from dynamic_llava.engine.attention import cache_mask
-from dynamic_llava.engine.cache import StepCache
-from dynamic_llava.engine.cache_names import CACHE
+from dynamic_llava.engine.cache import CACHE, StepCache
 from dynamic_llava.engine.decide import admit_token
 from dynamic_llava.engine.evict import Token
 from dynamic_llava.engine.learned import learned_of

@@ -22,10 +22,9 @@ from dynamic_llava.methods.base import (
     keep_all_image,
 )
 from dynamic_llava.sparsity.decisions import evenly_spaced, threshold_keep, top_k_by_answer, top_k_keep
-from dynamic_llava.sparsity.losses import keep_rate_loss
 from dynamic_llava.sparsity.noise import fold_key, gumbel_noise
 from dynamic_llava.sparsity.predictors import ImagePredictor, OutputPredictor, keep_margin
-from dynamic_llava.sparsity.relaxations import RELAXATIONS
+from dynamic_llava.sparsity.training import RELAXATIONS, keep_rate_loss
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
-from dynamic_llava.engine.cache import AdmissionCache
-from dynamic_llava.engine.cache_names import cache_of
+from dynamic_llava.engine.cache import AdmissionCache, cache_of
 from dynamic_llava.engine.record import SparsityRecord
 from dynamic_llava.model.base_model import DynamicLlavaModel
 from dynamic_llava.model.configuration import DynamicLlavaConfig

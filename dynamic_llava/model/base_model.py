@@ -18,9 +18,8 @@ from transformers.models.llava.modeling_llava import LlavaModel, LlavaPreTrained
 from transformers.utils.generic import can_return_tuple
 
 from dynamic_llava.config import SparsityConfig
-from dynamic_llava.engine.cache import check_dense_cache
-from dynamic_llava.engine.cache_names import CACHE, is_live, one_cache
-from dynamic_llava.engine.families import FAMILIES
+from dynamic_llava.engine.cache import CACHE, check_dense_cache, is_live, one_cache
+from dynamic_llava.engine.decoder import FAMILIES
 from dynamic_llava.engine.plan import Plan, cuts_of
 from dynamic_llava.layout import TokenLayout, chunk_of
 from dynamic_llava.methods import Spelling

@@ -6,9 +6,8 @@ from transformers import LlavaConfig
 
 from dynamic_llava.config import SparsityConfig, check_sparse_layer
 from dynamic_llava.engine.learned import check_names, parts_of
-from dynamic_llava.model.places import check_place
-from dynamic_llava.model.quantization import spare_learned
-from dynamic_llava.model.supported import check_architecture, check_kernels, naming_config, refuse_trust
+from dynamic_llava.model.loading import spare_learned
+from dynamic_llava.model.supported import check_architecture, check_kernels, check_place, naming_config, refuse_trust
 from dynamic_llava.projectors import DEFAULT, image_tokens
 
 

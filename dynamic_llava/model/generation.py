@@ -15,15 +15,21 @@ from transformers.generation.logits_process import UnbatchedClassifierFreeGuidan
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
-from dynamic_llava.engine.cache import AdmissionCache, check_dense_cache
-from dynamic_llava.engine.cache_names import CACHE, cache_of, rename_cache
+from dynamic_llava.engine.cache import CACHE, AdmissionCache, cache_of, check_dense_cache, rename_cache
 from dynamic_llava.engine.evict import check_eviction, check_search
 from dynamic_llava.engine.learned import warn_untrained
 from dynamic_llava.engine.record import SparsityRecord
 from dynamic_llava.layout import TokenLayout, after_end
 from dynamic_llava.methods import Method
-from dynamic_llava.model.arguments import check_names, names_of, warn_past_positions
-from dynamic_llava.model.generation_modes import refuse_for_any_sparsity, refuse_misfits, refuse_unsupported, setting
+from dynamic_llava.model.arguments import (
+    check_names,
+    names_of,
+    refuse_for_any_sparsity,
+    refuse_misfits,
+    refuse_unsupported,
+    setting,
+    warn_past_positions,
+)
 from dynamic_llava.model.images import Inputs, features_of
 from dynamic_llava.model.switches import check_compile, check_output_keep_rate, choose_method
 

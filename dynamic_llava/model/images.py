@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.processing_utils import MultiModalData as MultiModalData  # what servers of models ask processing/ for
 
 from dynamic_llava.layout import TokenLayout
 from dynamic_llava.model.arguments import check_shapes

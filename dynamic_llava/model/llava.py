@@ -1,6 +1,7 @@
 """Dynamic-LLaVA on transformers, with the language-model head: what users load, train and generate with.
 
-A dense call is handed to the parent, transformers' own LLaVA.
+A dense call is handed to the parent, transformers' own LLaVA. Training minimises the cross entropy of the labelled
+tokens plus the losses of the method itself (Eq. 10).
 Shape suffixes: B rows, N tokens, I images of the batch in row order, n tokens of one image, D hidden size.
 """
 
@@ -14,9 +15,10 @@ from transformers.cache_utils import Cache
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration, LlavaPreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
-from dynamic_llava.config import SparsityMode
-from dynamic_llava.engine.cache_names import CACHE, is_live, one_cache
+from dynamic_llava.config import SparsityConfig, SparsityMode
+from dynamic_llava.engine.cache import CACHE, is_live, one_cache
 from dynamic_llava.engine.learned import warn_untrained
+from dynamic_llava.engine.record import SparsityRecord
 from dynamic_llava.methods import Method, Spelling
 from dynamic_llava.model.arguments import check_names, check_shapes, names_of
 from dynamic_llava.model.base_model import DynamicLlavaModel, DynamicLlavaPreTrainedModel
@@ -24,7 +26,6 @@ from dynamic_llava.model.configuration import DynamicLlavaConfig
 from dynamic_llava.model.generation import SparseGeneration
 from dynamic_llava.model.images import Inputs
 from dynamic_llava.model.loading import CheckedLoading
-from dynamic_llava.model.losses import language_model_loss, method_losses, total_loss
 from dynamic_llava.model.outputs import DynamicLlavaOutput, DynamicModelOutput
 from dynamic_llava.model.switches import check_compile, check_output_keep_rate, check_temperature, choose_method
 
@@ -236,3 +237,51 @@ def _check_labels(tokens: Tensor | None, labels: Tensor | None, shift_labels: Te
 
 
 FORWARD_NAMES = names_of(DynamicLlavaForConditionalGeneration) | {"shift_labels"}
+
+
+def language_model_loss(
+    logits: Tensor,
+    labels: Tensor,
+    vocab_size: int | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Cross entropy of predicting each labelled token from the position before it; () float32.
+
+    The model's `loss_function`, with the arguments of transformers': logits (B, N, V), labels (B, N) int64, or
+    shift_labels (B, N), what each token shall predict. num_items_in_batch is the number of labelled tokens to divide by
+    (the global batch), by default those of this batch. A batch without any gives 0, not NaN.
+    """
+    targets = nn.functional.pad(labels, (0, 1), value=ignore_index)[:, 1:] if shift_labels is None else shift_labels
+    targets = targets.to(logits.device).flatten()
+    total = nn.functional.cross_entropy(
+        logits.float().flatten(0, -2), targets, ignore_index=ignore_index, reduction="sum"
+    )
+    if num_items_in_batch is None:
+        num_items_in_batch = (targets != ignore_index).sum().clamp(min=1)
+    return total / torch.as_tensor(num_items_in_batch, device=total.device)
+
+
+def method_losses(
+    method: Method,
+    record: SparsityRecord,
+    settings: SparsityConfig,
+    samples: Mapping[str, Tensor] | Tensor | int | None,
+) -> dict[str, Tensor]:
+    """Return the losses of the method itself by name, () float32 each.
+
+    `samples` is what each is divided by: counts by name, one count for all, or by default the batch's own samples.
+    """
+    counted = method.loss_samples(record.layout, record.sparsified_output, settings)
+    if samples is None:
+        samples = {name: where_B.sum().clamp(min=1) for name, where_B in counted.items()}
+    if not isinstance(samples, Mapping):
+        samples = dict.fromkeys(counted, torch.as_tensor(samples, device=record.keep_mask.device))
+    return method.losses(record, samples, settings)
+
+
+def total_loss(lm_loss: Tensor, terms: Mapping[str, Tensor], method: Method, settings: SparsityConfig) -> Tensor:
+    """Return what is minimised: the language model's loss and the method's own, weighted (Eq. 10); () float32."""
+    return lm_loss + method.loss_weight(settings) * sum(terms.values()) if terms else lm_loss

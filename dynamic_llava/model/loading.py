@@ -1,8 +1,12 @@
-"""Loading that never leaves a tensor random by accident: only a predictor as a whole may be missing, and is named."""
+"""Loading that never leaves a tensor random by accident: only a predictor as a whole may be missing, and is named.
 
+Quantised loading leaves the learned parts alone: they are few weights, and decide what the layers above see.
+"""
+
+import copy
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
@@ -12,14 +16,19 @@ import torch
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from dynamic_llava.config import SparsityConfig
-from dynamic_llava.engine.learned import parts_of, prefixes
+from dynamic_llava.engine.learned import HOME, parts_of, prefixes
 from dynamic_llava.engine.plan import cuts_of
 from dynamic_llava.files import give_usual_modes
 from dynamic_llava.methods import Method, settings_of
 from dynamic_llava.model.card import replace_generic_card, write_card
-from dynamic_llava.model.places import CONVERT, check_place, refuse_adapter
-from dynamic_llava.model.quantization import spare_learned
-from dynamic_llava.model.supported import check_architecture, check_size, refuse_code
+from dynamic_llava.model.supported import (
+    CONVERT,
+    check_architecture,
+    check_place,
+    check_size,
+    refuse_adapter,
+    refuse_code,
+)
 from dynamic_llava.model.weight_files import Head, WeightFiles, all_weight_files, holds_model
 
 logger = logging.getLogger(__name__)
@@ -29,6 +38,11 @@ _OTHER_SOURCES = ("state_dict", "subfolder", "variant", "gguf_file")
 
 
 _EXPECTED = ContextVar("new weights are expected", default=False)
+_LEFT_OUT_ANYWAY = ("lm_head",)
+"""What transformers excludes by itself, but only where no list is given."""
+_LEAVING_OUT = ("modules_to_not_convert", "llm_int8_skip_modules", "skip_modules")
+"""What the list is called: in torchao and most others, in bitsandbytes, in HQQ."""
+_LEAVING_OUT_BY_METHOD = {"bitsandbytes": "llm_int8_skip_modules", "hqq": "skip_modules"}
 
 
 @contextmanager
@@ -283,3 +297,40 @@ def check_loaded(source: str, info: dict[str, Any]) -> None:
 def _some(names: list[str], limit: int = 5) -> str:
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def spare_learned(settings: Any, parts: Collection[str]) -> Any:
+    """Return a copy of quantisation settings that exclude the learned `parts`, and what they exclude already.
+
+    They keep the number format of the checkpoint, or of `dtype`. `settings` is a configuration of transformers
+    (BitsAndBytesConfig, TorchAoConfig, ...), or the dict of one as it stands in config.json. Raises ValueError for a
+    configuration that cannot exclude anything.
+    """
+    settings = copy.deepcopy(settings)
+    if isinstance(settings, dict):
+        field = _field_of_dict(settings)
+        settings[field] = _with_learned(settings.get(field), parts)
+        return settings
+    field = next((name for name in _LEAVING_OUT if hasattr(settings, name)), "")
+    if not field:
+        raise ValueError(
+            f"{type(settings).__name__} has no list of modules to leave out ({', '.join(_LEAVING_OUT)}), so it would "
+            "quantise what a method has learned; use BitsAndBytesConfig, TorchAoConfig or another one with such a list"
+        )
+    setattr(settings, field, _with_learned(getattr(settings, field), parts))
+    return settings
+
+
+def _field_of_dict(settings: dict[str, Any]) -> str:
+    present = [name for name in _LEAVING_OUT if name in settings]
+    if present:
+        return present[0]
+    # bitsandbytes need not say its name: transformers knows it by these two switches.
+    switched = settings.get("load_in_8bit") or settings.get("load_in_4bit")
+    method = "bitsandbytes" if switched else str(settings.get("quant_method", ""))
+    return _LEAVING_OUT_BY_METHOD.get(method, "modules_to_not_convert")
+
+
+def _with_learned(given: list[str] | None, parts: Collection[str]) -> list[str]:
+    excluded = list(_LEFT_OUT_ANYWAY if given is None else given)
+    return excluded + [name for name in (f"{HOME}.{part}" for part in parts) if name not in excluded]

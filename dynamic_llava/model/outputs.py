@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 
-from dynamic_llava.engine.cache_names import EARLIER
+from dynamic_llava.engine.cache import EARLIER
 from dynamic_llava.engine.record import RowRecord, SparsityRecord
 
 

@@ -8,12 +8,13 @@ from transformers import AutoTokenizer, LlavaConfig
 from transformers.utils import cached_file
 
 from dynamic_llava.files import brief
-from dynamic_llava.model.places import check_place, refuse_adapter
 from dynamic_llava.model.supported import (
     HUB_ARGUMENTS,
     check_architecture,
+    check_place,
     naming_config,
     read_settings_file,
+    refuse_adapter,
     refuse_code,
 )
 from dynamic_llava.processing.base_template import Ends

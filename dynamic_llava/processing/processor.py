@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
-from dynamic_llava.model.multimodal import MultiModalData
+from dynamic_llava.model.images import MultiModalData
 from dynamic_llava.processing import images as image_io
 from dynamic_llava.processing.base_template import Ends, check_rendering, find_format
 from dynamic_llava.processing.folder import (

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from dynamic_llava.engine.cache_names import CACHE
+from dynamic_llava.engine.cache import CACHE
 from dynamic_llava.methods import Method, get_method
 from dynamic_llava.model import cache_of
 from dynamic_llava.profile.laws import Laws, assert_equal

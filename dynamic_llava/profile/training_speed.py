@@ -11,11 +11,11 @@ from dynamic_llava.config import ModelConfig, TrainConfig
 from dynamic_llava.costs import training_flops
 from dynamic_llava.costs.memory import training_memory
 from dynamic_llava.engine.learned import learned_costs
-from dynamic_llava.model.recomputation import recompute_activations
 from dynamic_llava.profile.measuring import Peak, Timing, peak_memory, time_in_turn
 from dynamic_llava.profile.presets import Preset
 from dynamic_llava.profile.results import Column, Report
 from dynamic_llava.profile.workload import BEFORE_IMAGE, IMAGE_TOKEN, build_model, random_ids
+from dynamic_llava.train.optimizer import recompute_activations
 
 ANSWER = 448
 """Learned tokens of a sample; with the image and its prompt about the mixture's mean length."""

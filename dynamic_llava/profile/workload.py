@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from dynamic_llava.engine.cache_names import CACHE
+from dynamic_llava.engine.cache import CACHE
 from dynamic_llava.engine.step import compile_options
 from dynamic_llava.layout import TokenLayout
 from dynamic_llava.methods import Dynamic, Method, describe_method, print_method, read_method, settings_of

@@ -1,9 +1,17 @@
-"""The projectors that have a name, and the one place where the number of an image's tokens is asked for."""
+"""The projectors that have a name, and what others ask of them: the number of an image's tokens, and costs.
+
+Costs are counted on the module itself, with tensors on `meta`, so that a new projector needs no formula.
+"""
 
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
-from dynamic_llava.projectors.base import Grid, Projector
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from dynamic_llava.projectors.base import Grid, Projector, feature_width
 from dynamic_llava.projectors.mlp import Mlp
 
 PROJECTORS: dict[str, type[Projector]] = {projector.name: projector for projector in (Mlp,)}
@@ -60,3 +68,44 @@ def image_tokens(config: Any, strategy: str | None = None) -> int:
     vision = config.vision_config
     strategy = strategy if strategy is not None else config.vision_feature_select_strategy
     return tokens_of(vision.image_size, vision.patch_size, strategy, getattr(config, "projector", DEFAULT))
+
+
+class Measured(NamedTuple):
+    """Counts for one image."""
+
+    parameters: int
+    """Weights and biases; of the whole projector, not of one image."""
+    forward: int
+    """FLOPs of the matrix products."""
+    backward: int
+    """FLOPs of their gradients, of weights and of inputs other than the features."""
+    kept: int
+    """Values that the forward pass keeps for the backward pass, weights not counted."""
+
+
+def measure(config: Any) -> Measured:
+    """Return the costs of the projector of a LlavaConfig or DynamicLlavaConfig."""
+    vision = config.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2 + STRATEGIES[config.vision_feature_select_strategy]
+    with torch.device("meta"):
+        projector = find_projector(getattr(config, "projector", DEFAULT))(config, nn.GELU())
+        features_1PF = torch.empty(1, patches, feature_width(config))
+    weights = {id(weight) for weight in projector.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if id(tensor) not in weights and id(tensor._base) not in weights:
+            kept[id(tensor if tensor._base is None else tensor._base)] = tensor
+        return tensor
+
+    with torch.enable_grad():
+        with FlopCounterMode(display=False) as forward, saved_tensors_hooks(keep, lambda tensor: tensor):
+            tokens_1nD = projector(features_1PF)
+        with FlopCounterMode(display=False) as backward:
+            tokens_1nD.sum().backward()
+    return Measured(
+        parameters=sum(weight.numel() for weight in projector.parameters()),
+        forward=forward.get_total_flops(),
+        backward=backward.get_total_flops(),
+        kept=sum(tensor.numel() for tensor in kept.values()),
+    )

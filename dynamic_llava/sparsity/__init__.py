@@ -1,12 +1,10 @@
 """The paper, in torch alone: predictors, decisions, keep-rate regulariser, MaskedSoftmax attention, admission cache."""
 
 from dynamic_llava.sparsity.decisions import budget, clip_mask_gradient, gumbel_keep, threshold_keep, top_k_keep
-from dynamic_llava.sparsity.losses import keep_rate_loss
 from dynamic_llava.sparsity.masked_softmax import masked_softmax_attention, masked_softmax_weights
 from dynamic_llava.sparsity.noise import fold_key, gumbel_noise, uniform_noise
 from dynamic_llava.sparsity.predictors import ImagePredictor, OutputPredictor, keep_margin
-from dynamic_llava.sparsity.relaxations import RELAXATIONS
-from dynamic_llava.sparsity.schedule import temperature
+from dynamic_llava.sparsity.training import RELAXATIONS, keep_rate_loss, temperature
 
 __all__ = [
     "RELAXATIONS",

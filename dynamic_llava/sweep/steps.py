@@ -14,8 +14,8 @@ from typing import Any
 
 from dynamic_llava.config.run import RunConfig
 from dynamic_llava.files import file_digest, replace_file
+from dynamic_llava.train.config import file_inputs
 from dynamic_llava.train.finished import is_finished, trained_otherwise
-from dynamic_llava.train.inputs import file_inputs
 
 log = logging.getLogger(__name__)
 

@@ -81,8 +81,7 @@ def _job(words: list[str]) -> int:
         import torch  # not before --help and a mistyped key have been answered
 
         from dynamic_llava.tiny.job.job import main as run_job
-        from dynamic_llava.train.launch.plan import plan_alone
-        from dynamic_llava.train.launch.supervise import supervise
+        from dynamic_llava.train.launch import plan_alone, supervise
 
         devices = torch.accelerator.device_count()
         launch = plan_alone("the tiny world's main job", MODULE, devices=devices, environment=os.environ)

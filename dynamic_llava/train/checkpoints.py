@@ -20,10 +20,9 @@ from typing import Any
 import torch
 
 from dynamic_llava.files import give_usual_modes, replace_file, writing
-from dynamic_llava.train.config import COMPARED_BY_CONTENT, changes
+from dynamic_llava.train.config import COMPARED_BY_CONTENT, changed_inputs, changes
 from dynamic_llava.train.config import compared_settings as compared_settings
 from dynamic_llava.train.distributed import on_main, wait_for_all
-from dynamic_llava.train.inputs import changed_inputs
 from dynamic_llava.train.stopping import SaveError
 
 log = logging.getLogger(__name__)

@@ -15,10 +15,10 @@ from dynamic_llava.files import replace_file, writing
 from dynamic_llava.train.config import (
     COMPARED_BY_CONTENT,
     SAMPLES_PER_STEP,
+    changed_inputs,
     changes,
     compared_settings,
 )
-from dynamic_llava.train.inputs import changed_inputs
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def write_record(model: Path, config: RunConfig, processes: int, inputs: Mapping
 def trained_otherwise(config: RunConfig, inputs: Mapping[str, str], processes: int | None = None) -> list[str]:
     """Return in what the model of a run's folder differs from what `config` and `inputs` ask for, a line each.
 
-    `inputs` (`inputs.file_inputs` or all of `inputs.run_inputs`) are compared as far as they are given, but for the
+    `inputs` (`file_inputs` or all of `run_inputs`) are compared as far as they are given, but for the
     DeepSpeed file, which changes no finished model; `processes` None stands for as many as there were then. Raises
     ValueError when the folder does not say how the model was trained.
     """

@@ -1,11 +1,22 @@
-"""Collects a training window's numbers on the device and reduces them once, when a line is logged."""
+"""Collects a training window's numbers on the device and reduces them once, when a line is logged.
 
+Among them is the model FLOPs utilisation (MFU): which share of the devices' peak the training's FLOPs reach.
+"""
+
+import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
+
+from dynamic_llava.config import TrainConfig
+from dynamic_llava.costs import TrainingFlops, device_peak
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -75,3 +86,36 @@ class Meter:
         if peak is not None:
             values["mfu"] = totals[-1] / (seconds * accelerator.num_processes * peak)
         return values
+
+
+def batch_flops(flops: TrainingFlops, inputs: Mapping[str, Tensor], lengths_B: Tensor) -> Tensor:
+    """Return the FLOPs of forward and backward pass of a batch, () float64, without reading anything on the host.
+
+    lengths_B (B,) integer: real tokens of each row; padding is work that does not count.
+    """
+    lengths = lengths_B.double()
+    pictures = inputs.get("pixel_values")
+    images = 0 if pictures is None else len(pictures)
+    text = flops.per_token * lengths + flops.per_pair * lengths * (lengths + 1) / 2
+    return text.sum() + flops.per_image * images + flops.per_output_token * inputs["output_mask"].sum()
+
+
+def peak_flops(config: TrainConfig, device: torch.device) -> float | None:
+    """Return the peak of one device in FLOP/s: train.peak_tflops, or what its name tells; None where nobody knows."""
+    if config.peak_tflops is not None:
+        return config.peak_tflops * 1e12
+    if device.type == "cpu":
+        return None
+    name = torch.get_device_module(device).get_device_name(device)
+    tflops = peak_of(name)
+    if tflops is None:
+        if PartialState().is_main_process:
+            log.warning("the peak of %r is not known, so mfu is not logged; set train.peak_tflops to log it", name)
+        return None
+    return tflops * 1e12
+
+
+def peak_of(name: str) -> float | None:
+    """Return the dense bfloat16 peak in TFLOP/s of a device of this name, or None."""
+    peak = device_peak(name)
+    return None if peak is None else peak.tflops

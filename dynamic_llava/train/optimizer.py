@@ -7,7 +7,6 @@ from torch import nn
 
 from dynamic_llava.config import SparsityConfig, TrainConfig
 from dynamic_llava.config.run import RunConfig
-from dynamic_llava.model.recomputation import recompute_activations
 from dynamic_llava.model.switches import choose_method
 from dynamic_llava.train.lora import add_adapters
 
@@ -104,3 +103,15 @@ def clip_separately(model: nn.Module, limit: float) -> dict[str, torch.Tensor]:
         share = part if part in own else LANGUAGE_MODEL
         shares.setdefault(share, []).extend(p for p in parameters if p.grad is not None)
     return {part: nn.utils.clip_grad_norm_(share, limit) for part, share in shares.items() if share}
+
+
+def recompute_activations(model: Any) -> None:
+    """Switch gradient checkpointing on, without gradients at the inputs.
+
+    transformers' own switch also makes the embeddings of tokens and patches require gradients, which only its reentrant
+    variant needs: the frozen vision tower and frozen layers below the predictors would all run backward, for nothing.
+    """
+    # Renamed within transformers 5.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    model.disable_input_require_grads()

@@ -32,7 +32,7 @@ from dynamic_llava.train.callbacks import (
     WandbLog,
 )
 from dynamic_llava.train.checkpoints import Checkpoints, compared_settings, least_bytes, published
-from dynamic_llava.train.config import import_learned, run_method
+from dynamic_llava.train.config import import_learned, run_inputs, run_method
 from dynamic_llava.train.distributed import join, on_main, read_deepspeed, together, wait_for_all, zero_stage
 from dynamic_llava.train.failures import train
 from dynamic_llava.train.finished import (
@@ -44,7 +44,6 @@ from dynamic_llava.train.finished import (
     write_record,
 )
 from dynamic_llava.train.health import Proving
-from dynamic_llava.train.inputs import run_inputs
 from dynamic_llava.train.lora import save_lora
 from dynamic_llava.train.optimizer import learning_rates, prepare
 from dynamic_llava.train.stopping import NotFinite, Stopped, StopRequest
@@ -177,7 +176,7 @@ def save(
 ) -> None:
     """Write the trained model into the run's folder, where it appears when it is whole; every process calls it.
 
-    `inputs` is what it was trained on (`inputs.run_inputs`), which is recorded beside it.
+    `inputs` is what it was trained on (`run_inputs`), which is recorded beside it.
     """
     settings = trainer.accelerator.unwrap_model(trainer.model).config
     learned = learning_rates(config.train, settings.sparsity)

@@ -23,12 +23,11 @@ from dynamic_llava.layout import TokenLayout
 from dynamic_llava.model.outputs import DynamicLlavaOutput
 from dynamic_llava.model.switches import choose_method
 from dynamic_llava.sparsity.noise import fold_key
-from dynamic_llava.sparsity.schedule import temperature
+from dynamic_llava.sparsity.training import temperature
 from dynamic_llava.train.checkpoints import Checkpoints, least_bytes
 from dynamic_llava.train.failures import agree_on_failure, handle_unread
 from dynamic_llava.train.health import check_finite, trained_weights
-from dynamic_llava.train.meter import Meter
-from dynamic_llava.train.mfu import batch_flops, peak_flops
+from dynamic_llava.train.meter import Meter, batch_flops, peak_flops
 from dynamic_llava.train.optimizer import build_optimizer, clip_separately
 
 Batch = dict[str, Tensor]

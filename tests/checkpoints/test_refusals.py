@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 from dynamic_llava import DynamicLlavaForConditionalGeneration
 from dynamic_llava.checkpoints import tensors
 from dynamic_llava.checkpoints.__main__ import main
-from dynamic_llava.checkpoints.convert import convert
-from dynamic_llava.checkpoints.destination import new_folder
+from dynamic_llava.checkpoints.convert import convert, new_folder
 from dynamic_llava.checkpoints.plan import make_plan
 from dynamic_llava.files import EXIT_WRITE_FAILED, WriteError
 from tests.builders import build_model

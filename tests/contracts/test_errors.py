@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from dynamic_llava import DynamicLlavaConfig, SparsityConfig, get_method
-from dynamic_llava.model.generation_modes import NO_LLAVA, REFUSED
+from dynamic_llava.model.arguments import NO_LLAVA, REFUSED
 from tests.builders import (
     IMAGE_TOKEN,
     LAYERS,

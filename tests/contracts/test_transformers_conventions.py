@@ -12,7 +12,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.logging import warning_once
 
 from dynamic_llava import DynamicLlavaForConditionalGeneration
-from dynamic_llava.engine.cache_names import CACHE
+from dynamic_llava.engine.cache import CACHE
 from dynamic_llava.model.arguments import DENSE_ONLY, PASSED_ON
 from dynamic_llava.model.base_model import TAKES_ENCODED
 from tests.builders import (

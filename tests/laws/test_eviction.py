@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from dynamic_llava.engine.families import FAMILIES
+from dynamic_llava.engine.decoder import FAMILIES
 from dynamic_llava.methods import H2O, Method, OneCut, SlotEvidence, StreamingLLM
 from tests.builders import (
     IMAGE_TOKEN,

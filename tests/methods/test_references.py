@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from dynamic_llava import get_method
-from dynamic_llava.engine.families import FAMILIES
+from dynamic_llava.engine.decoder import FAMILIES
 from dynamic_llava.sparsity import budget
 from tests.builders import IMAGE_TOKEN, LAYERS, assert_same_logits, build_model, collate, fixed_rows
 

@@ -9,7 +9,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import EetqConfig, GPTQConfig, TorchAoConfig
 
 from dynamic_llava import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
-from dynamic_llava.model.quantization import spare_learned
+from dynamic_llava.model.loading import spare_learned
 from tests.builders import TINY_SPARSITY, build_model, dense_twin, fixed_rows, predictors, prompts, tiny_config
 from tests.sft_builders import write_checkpoint
 

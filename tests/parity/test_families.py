@@ -8,7 +8,7 @@ from transformers import AttentionInterface, LlavaForConditionalGeneration
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dynamic_llava import DynamicLlavaForConditionalGeneration
-from dynamic_llava.engine.families import FAMILIES
+from dynamic_llava.engine.decoder import FAMILIES
 from tests.builders import TEXT_CONFIGS, assert_same_logits, build_model, collate, dense_twin, fixed_rows, tiny_config
 from tests.world_laws import QUICK_LAWS, Laws
 from tests.worlds import Shape, World

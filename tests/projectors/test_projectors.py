@@ -18,7 +18,7 @@ from dynamic_llava import DynamicLlavaConfig, DynamicLlavaForConditionalGenerati
 from dynamic_llava.config import DataConfig, ModelConfig, TrainConfig
 from dynamic_llava.costs import ProjectorShape, llava_shape, parameter_counts, training_flops
 from dynamic_llava.projectors import PROJECTORS, Mlp, find_projector, image_tokens, name_of, tokens_of
-from dynamic_llava.projectors.measured import measure
+from dynamic_llava.projectors.registry import measure
 from dynamic_llava.train.config import RunConfig
 from dynamic_llava.train.run import run
 from tests.builders import IMAGE_SIZE, PATCH, TINY_SPARSITY, tiny_config

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+from dynamic_llava.engine.evict import attention_mass, latest
 from dynamic_llava.layout import Packing
 from dynamic_llava.sparsity.cache import AdmissionSlots, SlotStorage, TokenSlots
-from dynamic_llava.sparsity.evidence import attention_mass, latest
 from dynamic_llava.sparsity.ragged_attention import ragged_attention
 from tests.properties import few_or_many, for_all
 
@@ -179,7 +179,7 @@ def test_mass_is_the_sum_of_the_attention_weights(examples, monkeypatch):
     )
     def check(seed, batch, queries, slots, numbers):
         torch.manual_seed(seed)
-        monkeypatch.setattr("dynamic_llava.sparsity.evidence.PART_NUMBERS", numbers)
+        monkeypatch.setattr("dynamic_llava.engine.evict.PART_NUMBERS", numbers)
         query, keys = torch.randn(batch, 6, queries, SIZE), torch.randn(batch, 2, slots, SIZE)
         seen, valid = torch.rand(batch, 2, queries, slots) < 0.6, torch.rand(batch, queries) < 0.8
         counts = latest(valid, 3)

@@ -18,8 +18,8 @@ from dynamic_llava.sweep import steps, table
 from dynamic_llava.sweep.__main__ import main
 from dynamic_llava.sweep.run import lock_of, run_plan
 from dynamic_llava.sweep.table import results, write_table
+from dynamic_llava.train.config import file_inputs
 from dynamic_llava.train.finished import write_record
-from dynamic_llava.train.inputs import file_inputs
 from tests.sweep.fakes import SWEEP, FakeSweep
 
 ALL = [

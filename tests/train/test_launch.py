@@ -11,9 +11,7 @@ from pathlib import Path
 import pytest
 
 from dynamic_llava.train import stopping
-from dynamic_llava.train.launch.__main__ import main
-from dynamic_llava.train.launch.plan import plan, plan_alone
-from dynamic_llava.train.launch.supervise import supervise
+from dynamic_llava.train.launch import main, plan, plan_alone, supervise
 from dynamic_llava.train.stopping import LAUNCH_FOLDER, StopRequest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -202,7 +200,7 @@ subprocess.run([sys.executable, "-c", pathlib.Path("watched.py").read_text()])
 SUPERVISED = """
 import os, sys
 from pathlib import Path
-from dynamic_llava.train.launch.supervise import supervise
+from dynamic_llava.train.launch import supervise
 Path("launcher").write_text(str(os.getpid()))
 supervise([sys.executable, "-c", Path("agent.py").read_text()], os.environ)
 """

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from dynamic_llava.config import DataConfig, ModelConfig, TrainConfig
 from dynamic_llava.data import Collator, SftDataset
 from dynamic_llava.sparsity.noise import fold_key
-from dynamic_llava.sparsity.schedule import temperature
+from dynamic_llava.sparsity.training import temperature
 from dynamic_llava.train.config import RunConfig
 from dynamic_llava.train.optimizer import learning_rates, parts, prepare
 from dynamic_llava.train.run import build_trainer, load, run

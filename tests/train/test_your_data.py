@@ -16,7 +16,7 @@ from dynamic_llava.tiny.__main__ import main as tiny_main
 from dynamic_llava.tiny.job.config import JobConfig
 from dynamic_llava.train.__main__ import main
 from dynamic_llava.train.config import RunConfig
-from dynamic_llava.train.launch.__main__ import main as launch_main
+from dynamic_llava.train.launch import main as launch_main
 from tests.sft_builders import write_data
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -1,11 +1,50 @@
-"""Which launcher a run needs and why: plain python, torchrun or deepspeed, from the visible devices and the run."""
+"""`python -m dynamic_llava.train.launch CONFIG.yaml [overrides]`: says how it starts the run and why, and starts it.
+
+`plan` chooses plain python, torchrun or deepspeed, and the number of processes, from the visible devices and the run;
+`supervise` runs such a launcher as a child process, passes a wish to stop on to it, and returns its exit code.
+"""
 
 import os
+import signal
 import socket
+import subprocess
+import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from dynamic_llava.cli import load_config
+from dynamic_llava.commands import entry_point, exit_on_mistake
+from dynamic_llava.config.run import RunConfig
+from dynamic_llava.files import Lock
+from dynamic_llava.train.__main__ import DESCRIPTION, PROGRAM
+from dynamic_llava.train.stopping import LAUNCH_FOLDER, LAUNCHER_LOCK, SIGNALS
 
 MODULE = "dynamic_llava.train"
+
+
+@entry_point("train")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Start the run that the command line describes; --help and mistakes are answered here, once and at once."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        config = load_config(RunConfig, given, PROGRAM, DESCRIPTION)
+        import torch  # not before --help and a mistyped key have been answered
+
+        launch = plan(
+            devices=torch.accelerator.device_count(),
+            deepspeed=config.train.deepspeed is not None,
+            environment=os.environ,
+        )
+    except (ValueError, FileNotFoundError) as error:
+        return exit_on_mistake(error)
+    print(launch.reason, file=sys.stderr, flush=True)
+    command = launch.command(sys.executable, given)
+    if not launch.launcher:
+        os.execv(command[0], command)
+    return supervise(command, {**launch.environment, **os.environ})
 
 
 @dataclass(frozen=True)
@@ -76,6 +115,40 @@ def plan_alone(title: str, module: str, *, devices: int, environment: Mapping[st
     return Launch(reason, _torchrun(1, ("--standalone",), module))
 
 
+def supervise(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run `command` to its end; return the exit code that the training left, else the command's own.
+
+    The first signal asks the run to save and stop; the second ends it at once. The command gets a session of its own,
+    so that a terminal's Ctrl-C reaches this process alone. When this process is killed its lock is free, and the
+    training, which watches it, ends too.
+    """
+    with tempfile.TemporaryDirectory(prefix="dynamic-llava-launch-") as folder:
+        stop, left = Path(folder) / "stop", Path(folder) / "exit-code"
+        lock = Lock(Path(folder) / LAUNCHER_LOCK, "launching a training").take()
+        started: list[subprocess.Popen[bytes]] = []
+
+        def pass_on(number: int, frame: FrameType | None) -> None:
+            if stop.exists() and started:
+                os.killpg(started[0].pid, signal.SIGTERM)
+                return
+            stop.touch()
+            print("asked the run to save and stop; a second signal ends it at once", file=sys.stderr, flush=True)
+
+        former = {number: signal.signal(number, pass_on) for number in (*SIGNALS, signal.SIGHUP)}
+        try:
+            started.append(
+                subprocess.Popen(command, env={**environment, LAUNCH_FOLDER: folder}, start_new_session=True)
+            )
+            code = started[0].wait()
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+            lock.release()
+        if code and left.exists():
+            return int(left.read_text(encoding="utf-8"))
+        return code if code >= 0 else 128 - code
+
+
 def _launched(environment: Mapping[str, str]) -> str:
     """Say which process of another launcher this is; empty for one that was started by itself."""
     if "RANK" not in environment or "WORLD_SIZE" not in environment:
@@ -134,3 +207,7 @@ def _free_port() -> int:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,8 +10,7 @@ import torch
 from dynamic_llava.config import TrainConfig
 from dynamic_llava.costs import TrainingFlops, llava_shape, training_flops
 from dynamic_llava.engine.learned import learned_costs
-from dynamic_llava.train.meter import Meter
-from dynamic_llava.train.mfu import batch_flops, peak_flops, peak_of
+from dynamic_llava.train.meter import Meter, batch_flops, peak_flops, peak_of
 from tests.builders import IMAGE_SIZE, build_model, collate, fixed_rows
 from tests.sft_builders import take_step, trainer_around
 

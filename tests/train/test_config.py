@@ -15,8 +15,7 @@ import dynamic_llava.train.run as run_module
 from dynamic_llava.config import DataConfig, ModelConfig, TrainConfig
 from dynamic_llava.data import SftDataset
 from dynamic_llava.train.checkpoints import MARKER
-from dynamic_llava.train.config import RunConfig
-from dynamic_llava.train.inputs import changed_inputs, file_inputs, run_inputs
+from dynamic_llava.train.config import RunConfig, changed_inputs, file_inputs, run_inputs
 from dynamic_llava.train.run import run
 from tests.builders import TINY_SPARSITY
 from tests.sft_builders import picture, tiny_processor, write_checkpoint, write_data
