@@ -10,12 +10,10 @@ from dynamic_llava.model import DynamicLlavaConfig, DynamicLlavaForConditionalGe
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.processing.prompts import conversation_prompt
 from dynamic_llava.tiny.base.model import tiny_config
-from dynamic_llava.tiny.base.tokenizer import build_tokenizer
-from dynamic_llava.tiny.job.asking import Query
-from dynamic_llava.tiny.job.testset import TestSet
-from dynamic_llava.tiny.world.descriptions import REQUESTS, describe, scene_attributes
-from dynamic_llava.tiny.world.questions import KINDS, ask
+from dynamic_llava.tiny.base.sequences import build_tokenizer
+from dynamic_llava.tiny.job.testset import Query, TestSet
 from dynamic_llava.tiny.world.scenes import IMAGE_SIZE, PATCH_SIZE, sample_pictures
+from dynamic_llava.tiny.world.texts import KINDS, REQUESTS, ask, describe, scene_attributes
 
 SPARSITY = {"predictor_width": 16, "predictor_heads": 2, "predictor_mlp": 32, "predictor_blocks": 1, "cache_block": 8}
 

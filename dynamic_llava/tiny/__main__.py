@@ -110,7 +110,7 @@ def _budgets(given: argparse.Namespace) -> None:
     """Write budgets.json, budgets.md and budgets.png into the job's folder, from all of its finished seeds."""
     from dynamic_llava.files import replace_file
     from dynamic_llava.model import DynamicLlavaConfig
-    from dynamic_llava.tiny.job.budgets import accuracy_by_budget, budget_table, mean_by_budget
+    from dynamic_llava.tiny.job.measure import accuracy_by_budget, budget_table, mean_by_budget
     from dynamic_llava.tiny.job.testset import read_test_set
     from dynamic_llava.tiny.world.dataset import build_world
     from dynamic_llava.viz.curves import draw_budget_curves

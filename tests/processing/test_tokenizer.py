@@ -25,8 +25,8 @@ from dynamic_llava.processing.prompts import (
     encode_conversation,
     encode_prompt,
 )
-from dynamic_llava.tiny.world.descriptions import STYLES, describe
 from dynamic_llava.tiny.world.scenes import sample_scene
+from dynamic_llava.tiny.world.texts import STYLES, describe
 
 BOS_ID, PER_IMAGE = 1, 4
 SPECIALS = ("<unk>", "<s>", "</s>", "<pad>")

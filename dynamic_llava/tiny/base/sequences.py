@@ -1,26 +1,119 @@
-"""Training rows of the base: one picture's prompt prefix, then several independent conversations about this picture.
+"""The tiny world's text as token ids: a word-level tokenizer, and the training rows of the base.
 
-Only the base's training packs like this (disclosed). The conversations of a row do not see one another: the mask is
+The tokenizer knows every word of the questions, the descriptions and the vicuna_v1 prompt. Words carry their leading
+space (`▁red`), punctuation stands alone, and a piece of text always starts with a space mark, as with LLaMA's
+tokenizer: text may be cut at `<image>` or `</s>` without changing the ids, and decode(encode(text)) == text.
+
+A row is one picture's prompt prefix, then several independent conversations about this picture. Only the base's
+training packs like this (disclosed). The conversations of a row do not see one another: the mask is
 block-diagonal behind the shared prefix and positions restart there, so each of them is exactly what it would be alone.
 In one plain causal sequence answers leak between the turns: the loss falls and single questions stay wrong.
 
 Legend: B rows, N tokens, T targets, R referring tokens, P patches.
 """
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from dynamic_llava.processing.prompts import encode_conversation
-from dynamic_llava.tiny.base.tokenizer import IMAGE
-from dynamic_llava.tiny.world.descriptions import describe, sample_request
-from dynamic_llava.tiny.world.questions import KINDS, Question, ask
-from dynamic_llava.tiny.world.scenes import TOKENS_PER_IMAGE, Scene
+from dynamic_llava.tiny.world.scenes import (
+    BACKGROUNDS,
+    COLORS,
+    COLUMNS,
+    ROWS,
+    SHAPES,
+    SIZES,
+    TOKENS_PER_IMAGE,
+    Scene,
+    sample_scene,
+)
+from dynamic_llava.tiny.world.texts import (
+    KINDS,
+    NUMBERS,
+    REQUESTS,
+    STYLES,
+    ShortQuestion,
+    ask,
+    describe,
+    sample_request,
+)
+
+PAD, BOS, EOS, UNK, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
+
+SPECIAL = (PAD, BOS, EOS, UNK, IMAGE)
+
+_MARK = "\u2581"
+
+_PUNCTUATION = ".,?"
 
 _SHORT_WEIGHT = 3.0
+
 _REPEATED_KINDS = ("count_by", "exist")
+
+
+def build_tokenizer(prompt_texts: list[str]) -> PreTrainedTokenizerFast:
+    """The tokenizer over the world's words and those of `prompt_texts` (system prompt and roles).
+
+    The vocabulary does not depend on any random draw; ids are the special tokens, then punctuation, then sorted words.
+    """
+    words = _world_words() | _words(" ".join(prompt_texts))
+    entries = [*SPECIAL, f"{_MARK}\n", *_PUNCTUATION, *sorted(_MARK + word for word in words)]
+    backend = Tokenizer(models.WordLevel({entry: i for i, entry in enumerate(entries)}, unk_token=UNK))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(" +$"), "removed"),
+            pre_tokenizers.Split("\n", "isolated"),
+            pre_tokenizers.Metaspace(replacement=_MARK, prepend_scheme="always"),
+            pre_tokenizers.Split(Regex(f"[{_PUNCTUATION}]"), "isolated"),
+        ]
+    )
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace(f"{_MARK}\n", "\n"),
+            decoders.Replace(_MARK, " "),
+            decoders.Fuse(),
+            decoders.Replace("\n ", "\n"),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    backend.add_special_tokens(list(SPECIAL))
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, entries.index(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNK,
+        pad_token=PAD,
+        additional_special_tokens=[IMAGE],
+        padding_side="left",
+        model_max_length=1024,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _words(text: str) -> set[str]:
+    return {word for word in re.split(rf"[\s{re.escape(_PUNCTUATION)}]+", text) if word}
+
+
+def _world_words() -> set[str]:
+    """Every attribute word, and the words of the templates as met in 300 fixed scenes (far more than they need)."""
+    words = {w for group in (COLORS, SHAPES, SIZES, BACKGROUNDS, ROWS, COLUMNS, NUMBERS, ("Yes", "No")) for w in group}
+    words |= _words(" ".join(request for requests in REQUESTS.values() for request in requests))
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        scene = sample_scene(rng)
+        for style in STYLES:
+            words |= _words(describe(scene, style).text)
+        for question in (ask(scene, kind, rng) for kind in KINDS):
+            words |= _words(question.text) if question else set()
+    return words
 
 
 @dataclass(frozen=True)
@@ -68,7 +161,7 @@ class SegmentWriter:
         """Ids of the ordinary single-question prompt, for evaluation."""
         return self._encode([(f"<image>\n{question}", None)])
 
-    def conversation(self, questions: list[Question]) -> Segment:
+    def conversation(self, questions: list[ShortQuestion]) -> Segment:
         """One conversation of one or more turns; a single turn is remembered, as most of them repeat."""
         turns = [(q.text, q.answer) for q in questions]
         key = turns[0] if len(turns) == 1 else None
@@ -110,7 +203,7 @@ class SegmentWriter:
 
 def sample_row(scene: Scene, writer: SegmentWriter, rng: np.random.Generator, questions: int) -> list[Segment]:
     """One description and about `questions` short questions; every third row joins some of them into genuine turns."""
-    asked: dict[str, Question] = {}
+    asked: dict[str, ShortQuestion] = {}
     for i in range(questions):
         kind = KINDS[i] if i < len(KINDS) else _REPEATED_KINDS[i % len(_REPEATED_KINDS)]
         question = ask(scene, kind, rng)

@@ -17,12 +17,11 @@ from dynamic_llava.methods import Method
 from dynamic_llava.model import DynamicLlavaForConditionalGeneration
 from dynamic_llava.model.switches import choose_method
 from dynamic_llava.processing import DynamicLlavaProcessor
-from dynamic_llava.tiny.job import asking
+from dynamic_llava.tiny.job import testset
 from dynamic_llava.tiny.job.config import TinyJobConfig
 from dynamic_llava.tiny.job.rows import CACHED_SUBSET, REFERENCE, UNCACHED, Row, equal_keep_rows, first_rows, method_row
-from dynamic_llava.tiny.job.scores import accuracy_by_kind, patch_overlap
-from dynamic_llava.tiny.job.testset import EXISTENCE, TestSet
-from dynamic_llava.tiny.world.descriptions import parse_attributes
+from dynamic_llava.tiny.job.testset import EXISTENCE, TestSet, accuracy_by_kind, patch_overlap
+from dynamic_llava.tiny.world.texts import parse_attributes
 
 OVERLAP_ROWS = (REFERENCE, "dynamic_image", "fastv", "random_image")
 """Rows whose kept patches are compared with the objects."""
@@ -80,9 +79,9 @@ class _Inputs:
     @classmethod
     def of(cls, processor: DynamicLlavaProcessor, test: TestSet, batch_size: int) -> "_Inputs":
         return cls(
-            asking.prompt_batches(processor, test.questions, batch_size),
-            asking.prompt_batches(processor, test.descriptions, batch_size),
-            asking.answer_batches(processor, test.descriptions, batch_size),
+            testset.prompt_batches(processor, test.questions, batch_size),
+            testset.prompt_batches(processor, test.descriptions, batch_size),
+            testset.answer_batches(processor, test.descriptions, batch_size),
         )
 
 
@@ -113,7 +112,7 @@ class Evaluator:
         self.test, self.config, self.say, self.method = test, config, say, method
         self.whole = _Inputs.of(self.processor, test, config.batch_size)
         self.subset = _Inputs.of(self.processor, self._subset_of(test), config.batch_size)
-        self.timing = asking.prompt_batches(
+        self.timing = testset.prompt_batches(
             self.processor, test.descriptions[: config.timing_batch], config.timing_batch
         )[0]
         self.rows: list[dict[str, Any]] = []
@@ -159,11 +158,11 @@ class Evaluator:
         self.say(f"  {title:<32} {shown}  ({seconds:.1f} s)")
 
     def _likelihood(self, row: Row, inputs: _Inputs) -> dict[str, float]:
-        forced = asking.likelihood(
+        forced = testset.likelihood(
             self.models[row.model], inputs.answers, switches=row.switches, title=f"{row.title}: perplexity"
         )
         return {
-            "ppl": asking.perplexity(forced.nll, forced.tokens),
+            "ppl": testset.perplexity(forced.nll, forced.tokens),
             "keep_image": forced.image_keep_rate,
             "keep_output_forced": forced.output_keep_rate,
         }
@@ -299,7 +298,7 @@ def quality(output: RowOutput, test: TestSet) -> dict[str, float]:
     return metrics
 
 
-def _pope_f1(texts: Sequence[str], questions: Sequence[asking.Query]) -> float | None:
+def _pope_f1(texts: Sequence[str], questions: Sequence[testset.Query]) -> float | None:
     """Mean F1 over POPE's subsets, as POPE's headline number; None without existence questions."""
     subsets: dict[str, list[tuple[str, str]]] = {}
     for text, question in zip(texts, questions, strict=True):

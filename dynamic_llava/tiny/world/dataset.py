@@ -21,9 +21,8 @@ from PIL import Image
 
 from dynamic_llava.config import cache_folder
 from dynamic_llava.files import Lock, writing
-from dynamic_llava.tiny.world.descriptions import describe, sample_request
-from dynamic_llava.tiny.world.questions import KINDS, NEGATIVES, Question, ask
 from dynamic_llava.tiny.world.scenes import GRID, PATCH_SIZE, Picture, Scene, SceneObject, render_scene, sample_scene
+from dynamic_llava.tiny.world.texts import KINDS, NEGATIVES, ShortQuestion, ask, describe, sample_request
 
 FORMAT_VERSION = 1
 MARKER = "world.json"
@@ -169,7 +168,7 @@ def _train_samples(scenes: dict[str, Scene], rng: np.random.Generator) -> list[S
     return [samples[i] for i in rng.permutation(len(samples))]
 
 
-def _ask_first(scene: Scene, number: int, rng: np.random.Generator) -> Question:
+def _ask_first(scene: Scene, number: int, rng: np.random.Generator) -> ShortQuestion:
     """A question of the kind whose turn it is, or of the next kind that the scene allows (size always does)."""
     asked = (ask(scene, KINDS[(number + shift) % len(KINDS)], rng) for shift in range(len(KINDS)))
     return next(question for question in asked if question is not None)
@@ -211,7 +210,7 @@ def _test_samples(scenes: dict[str, Scene], rng: np.random.Generator) -> list[Sa
 
 def _spread(
     scenes: dict[str, Scene], kind: str, count: int, rng: np.random.Generator, **how: Any
-) -> list[tuple[str, Question]]:
+) -> list[tuple[str, ShortQuestion]]:
     """`count` questions of one kind, on different images as long as there are enough that allow it."""
     names, found = list(scenes), []
     for _ in range(20):
@@ -224,7 +223,7 @@ def _spread(
     raise ValueError(f"{len(names)} test images give too few questions of kind {kind!r}; ask for more test images")
 
 
-def _test_question(name: str, question: Question, subset: str | None = None) -> Sample:
+def _test_question(name: str, question: ShortQuestion, subset: str | None = None) -> Sample:
     extra: dict[str, Any] = {"answer": question.answer, "referents": list(question.referents)}
     if subset is not None:
         extra["pope"] = subset

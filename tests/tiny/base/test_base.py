@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, LlavaForConditionalGeneration
 from dynamic_llava.processing.images import preprocess
 from dynamic_llava.processing.prompts import SYSTEM
 from dynamic_llava.tiny import BASE_WEIGHTS
-from dynamic_llava.tiny.base.evaluate import description_scores, question_accuracy, sample_questions
-from dynamic_llava.tiny.base.tokenizer import build_tokenizer
+from dynamic_llava.tiny.base.pipeline import description_scores, question_accuracy, sample_questions
+from dynamic_llava.tiny.base.sequences import build_tokenizer
 from dynamic_llava.tiny.base.vision import pixel_values
 from dynamic_llava.tiny.world.scenes import sample_pictures
 

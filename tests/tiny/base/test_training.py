@@ -13,19 +13,14 @@ from transformers import LlavaForConditionalGeneration
 from dynamic_llava.cli import read_yaml
 from dynamic_llava.processing.prompts import SYSTEM, encode_conversation
 from dynamic_llava.tiny.base.alignment import AlignmentSettings, initialise_decoder, word_targets
-from dynamic_llava.tiny.base.evaluate import sample_questions
-from dynamic_llava.tiny.base.export import export, folded
-from dynamic_llava.tiny.base.grounding import AttentionTap, grounding_loss
-from dynamic_llava.tiny.base.language import CachedWorld, LanguageSettings, train_language
-from dynamic_llava.tiny.base.model import build_tiny_llava, build_tower, tiny_config
+from dynamic_llava.tiny.base.language import AttentionTap, CachedWorld, LanguageSettings, grounding_loss, train_language
+from dynamic_llava.tiny.base.model import build_tiny_llava, build_tower, export, folded, tiny_config
 from dynamic_llava.tiny.base.optim import MuonAdamW, cosine_factor, trapezoid_factor
-from dynamic_llava.tiny.base.pipeline import BaseConfig, train_base
-from dynamic_llava.tiny.base.sequences import SegmentWriter, collate, sample_row
-from dynamic_llava.tiny.base.tokenizer import build_tokenizer
+from dynamic_llava.tiny.base.pipeline import BaseConfig, sample_questions, train_base
+from dynamic_llava.tiny.base.sequences import SegmentWriter, build_tokenizer, collate, sample_row
 from dynamic_llava.tiny.base.vision import VisionSettings, patch_labels, pixel_values, train_tower
-from dynamic_llava.tiny.world.descriptions import describe
-from dynamic_llava.tiny.world.questions import KINDS, Question
 from dynamic_llava.tiny.world.scenes import BACKGROUNDS, COLORS, SHAPES, SIZES, sample_pictures
+from dynamic_llava.tiny.world.texts import KINDS, ShortQuestion, describe
 
 IMAGE_ID = 4
 SCENES, PICTURES = sample_pictures(6, (21,))
@@ -56,14 +51,14 @@ def packed_rows(writer, questions=6):
 
 
 def test_segments_are_the_ordinary_conversation(tokenizer, writer):
-    question = Question("color", "What color is the ring?", "red", (0,))
+    question = ShortQuestion("color", "What color is the ring?", "red", (0,))
     single = encode_conversation(tokenizer, [("<image>\nWhat color is the ring?", "red")], 64, IMAGE_ID)
     segment = writer.conversation([question])
     assert [*writer.prefix, *segment.ids] == single.input_ids
     learned = [-100] * len(writer.prefix)
     learned += [token if weight else -100 for token, weight in zip(segment.ids, segment.weight, strict=True)]
     assert learned == single.labels
-    turns = writer.conversation([question, Question("count", "How many objects are there?", "two", (0, 1))])
+    turns = writer.conversation([question, ShortQuestion("count", "How many objects are there?", "two", (0, 1))])
     expected = [("<image>\nWhat color is the ring?", "red"), ("How many objects are there?", "two")]
     assert [*writer.prefix, *turns.ids] == encode_conversation(tokenizer, expected, 64, IMAGE_ID).input_ids
     assert sum(w > 0 for w in turns.weight) == 4

@@ -11,7 +11,7 @@ from dynamic_llava.eval import predict
 from dynamic_llava.methods import Random
 from dynamic_llava.model import DynamicLlavaForConditionalGeneration
 from dynamic_llava.processing import DynamicLlavaProcessor
-from dynamic_llava.tiny.job import asking
+from dynamic_llava.tiny.job import testset
 from dynamic_llava.tiny.job.config import TinyJobConfig
 from dynamic_llava.tiny.job.evaluation import Evaluator
 from dynamic_llava.tiny.job.rows import equal_keep_rows
@@ -139,7 +139,7 @@ def test_predictions_do_not_depend_on_the_batch(world, model, switches):
     test = world[1].first(5, 3)
     answered = []
     for size in (1, 5):
-        batches = asking.prompt_batches(model[1], test.questions, size)
+        batches = testset.prompt_batches(model[1], test.questions, size)
         answered.append(predict.generate_answers(*model, batches, max_new_tokens=8, switches=switches))
     fields = ("tokens", "image_kept", "output_kept", "prompt_tokens", "text")
     for alone, together in zip(*answered, strict=True):
@@ -148,21 +148,21 @@ def test_predictions_do_not_depend_on_the_batch(world, model, switches):
 
 def test_perplexity_is_the_sum_over_samples(world, model):
     test = world[1].first(1, 3)
-    together = asking.likelihood(
-        model[0], asking.answer_batches(model[1], test.descriptions, 3), switches={"sparsity": "both"}
+    together = testset.likelihood(
+        model[0], testset.answer_batches(model[1], test.descriptions, 3), switches={"sparsity": "both"}
     )
     alone = [
-        asking.likelihood(model[0], asking.answer_batches(model[1], [query], 1), switches={"sparsity": "both"})
+        testset.likelihood(model[0], testset.answer_batches(model[1], [query], 1), switches={"sparsity": "both"})
         for query in test.descriptions
     ]
     assert together.tokens == sum(one.tokens for one in alone)
     assert together.nll == pytest.approx(sum(one.nll for one in alone), rel=1e-5)
-    assert asking.perplexity(together.nll, together.tokens) > 1
+    assert testset.perplexity(together.nll, together.tokens) > 1
 
 
 def test_perplexity_scores_the_answer_and_its_end(world, model):
     query = world[1].descriptions[0]
-    batch = asking.answer_batches(model[1], [query], 1)[0]
+    batch = testset.answer_batches(model[1], [query], 1)[0]
     labels = batch.inputs["labels"][0]
     scored = labels[labels != -100].tolist()
     assert model[1].decode(scored[:-1]).strip() == query.answer

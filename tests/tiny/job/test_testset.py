@@ -1,14 +1,22 @@
-"""The test split read back: queries, proportions, truth; and the settings of the job."""
+"""The test split read back (queries, proportions, truth), its settings, and what answers are worth, by hand."""
 
+import math
 from collections import Counter
 
 import pytest
+import torch
 
 from dynamic_llava.tiny.job.config import TinyJobConfig
-from dynamic_llava.tiny.job.testset import read_test_set
+from dynamic_llava.tiny.job.testset import (
+    accuracy_by_kind,
+    answer_nll,
+    normalise_answer,
+    patch_overlap,
+    perplexity,
+    read_test_set,
+)
 from dynamic_llava.tiny.world.dataset import build_world
-from dynamic_llava.tiny.world.descriptions import parse_attributes
-from dynamic_llava.tiny.world.questions import KINDS
+from dynamic_llava.tiny.world.texts import KINDS, parse_attributes
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +77,55 @@ def test_too_many_questions_are_refused(folder):
 def test_settings_are_checked(settings, message):
     with pytest.raises(ValueError, match=message):
         TinyJobConfig(**settings)
+
+
+def test_answers_are_compared_without_case_stop_and_spaces():
+    assert normalise_answer("  Blue .\n") == "blue"
+    assert normalise_answer("dark  blue. And more") == "dark blue"
+
+
+def test_accuracy_by_kind_weights_questions_not_kinds():
+    scores = accuracy_by_kind(["red", "Two.", "blue", "one"], ["red", "two", "green", "two"], ["b", "a", "b", "b"])
+    assert scores == {"a": 1.0, "b": pytest.approx(1 / 3), "all": 0.5}
+    assert list(scores) == ["a", "b", "all"]
+
+
+def test_accuracy_refuses_unequal_lengths_and_nothing():
+    with pytest.raises(ValueError, match="1 answers, 2 truths"):
+        accuracy_by_kind(["a"], ["a", "b"], ["k", "k"])
+    with pytest.raises(ValueError, match="at least one"):
+        accuracy_by_kind([], [], [])
+
+
+def test_overlap_by_hand():
+    # image 0: objects {0,1} and {5}; kept {1, 2, 3}. image 1: object {4}; kept {4}.
+    scores = patch_overlap([[1, 2, 3], [4]], [[[0, 1], [5]], [[4]]], patches=8)
+    assert scores["precision"] == pytest.approx(2 / 4)
+    assert scores["recall"] == pytest.approx(2 / 4)
+    assert scores["iou"] == pytest.approx(2 / 6)
+    assert scores["objects_hit"] == pytest.approx(2 / 3)
+    assert scores["object_share"] == pytest.approx(4 / 16)
+    assert scores["kept_share"] == pytest.approx(4 / 16)
+
+
+def test_overlap_refuses_worlds_without_objects():
+    with pytest.raises(ValueError, match="no image has"):
+        patch_overlap([[0]], [[]], patches=4)
+
+
+def test_answer_nll_counts_labelled_tokens_only():
+    logits = torch.zeros(2, 4, 3)
+    logits[0, 1, 2] = math.log(2.0)  # p(2) = 2 / 4 at position 1
+    labels = torch.tensor([[-100, -100, 2, 0], [-100, -100, -100, 1]])
+    nll, count = answer_nll(logits, labels)
+    assert count.tolist() == [2, 1]
+    assert nll[0].item() == pytest.approx(math.log(2) + math.log(3), rel=1e-6)
+    assert nll[1].item() == pytest.approx(math.log(3), rel=1e-6)
+    assert perplexity(nll.sum().item(), 3) == pytest.approx((2 * 9) ** (1 / 3), rel=1e-6)
+
+
+def test_perplexity_errors():
+    with pytest.raises(ValueError, match="0 tokens"):
+        perplexity(0.0, 0)
+    with pytest.raises(ValueError, match="do not belong"):
+        answer_nll(torch.zeros(1, 3, 2), torch.zeros(1, 4, dtype=torch.long))

@@ -16,9 +16,8 @@ from PIL import Image
 from dynamic_llava.files import WriteError
 from dynamic_llava.tiny.world import dataset
 from dynamic_llava.tiny.world.dataset import build_world, image_path, load_truth
-from dynamic_llava.tiny.world.descriptions import describe
-from dynamic_llava.tiny.world.questions import KINDS, NEGATIVES
 from dynamic_llava.tiny.world.scenes import render_scene, sample_scene
+from dynamic_llava.tiny.world.texts import KINDS, NEGATIVES, describe
 
 ROOT = Path(__file__).resolve().parents[2]
 

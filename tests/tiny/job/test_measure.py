@@ -2,7 +2,7 @@
 
 import pytest
 
-from dynamic_llava.tiny.job.budgets import (
+from dynamic_llava.tiny.job.measure import (
     ATTENTION,
     CHANCE,
     DENSE,

@@ -1,14 +1,30 @@
-"""Tables, targets and the results page, from made-up results."""
+"""Tables, intervals, targets and the results page, from made-up results."""
 
 import json
+import math
 
 import pytest
 
 from dynamic_llava.config import SparsityConfig
 from dynamic_llava.tiny.__main__ import main
-from dynamic_llava.tiny.job.page import ANALYSIS, report_text, write_readme_table, write_results_page
-from dynamic_llava.tiny.job.tables import MetricColumn, aggregate, answer_columns, table
-from dynamic_llava.tiny.job.targets import Target, target_table, targets
+from dynamic_llava.tiny.job.page import (
+    ANALYSIS,
+    MeanTarget,
+    report_text,
+    target_table,
+    targets,
+    write_readme_table,
+    write_results_page,
+)
+from dynamic_llava.tiny.job.tables import (
+    MetricColumn,
+    aggregate,
+    answer_columns,
+    mean_and_interval,
+    student_t_probability,
+    student_t_quantile,
+    table,
+)
 
 ENVIRONMENT = {
     "torch": "2", "transformers": "5", "python": "3", "machine": "m", "cores": 2, "threads": 2, "commit": "c",
@@ -95,10 +111,10 @@ def test_a_target_without_its_row_is_not_run():
 
 
 def test_bounds_are_inclusive_unless_strict():
-    assert Target("t", lambda m: 0.0, least=6).met(6.0)
-    assert not Target("t", lambda m: 0.0, least=0, strict=True).met(0.0)
-    assert Target("t", lambda m: 0.0, 45, 55).bounds() == "45 to 55"
-    assert Target("t", lambda m: 0.0, most=2).bounds() == "at most 2"
+    assert MeanTarget("t", lambda m: 0.0, least=6).met(6.0)
+    assert not MeanTarget("t", lambda m: 0.0, least=0, strict=True).met(0.0)
+    assert MeanTarget("t", lambda m: 0.0, 45, 55).bounds() == "45 to 55"
+    assert MeanTarget("t", lambda m: 0.0, most=2).bounds() == "at most 2"
 
 
 def test_the_report_names_seeds_amounts_and_agreement():
@@ -153,3 +169,20 @@ def test_the_page_command_reads_a_run_folder(tmp_path, capsys):
     assert "`made so`" in page.read_text() and "20 to 30" in page.read_text()  # the bounds follow the run's settings
     assert main(["page", str(tmp_path / "none"), "--page", str(page)]) == 2
     assert "config.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("degrees", "quantile"), [(1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (9, 2.26216), (30, 2.04227)]
+)
+def test_student_t_quantiles_of_the_tables(degrees, quantile):
+    assert student_t_quantile(0.95, degrees) == pytest.approx(quantile, rel=1e-5)
+    assert student_t_probability(quantile, degrees) == pytest.approx(0.95, abs=1e-5)
+
+
+def test_interval_of_five_seeds_by_hand():
+    mean, half = mean_and_interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3.0
+    assert half == pytest.approx(2.77645 * math.sqrt(2.5 / 5), rel=1e-5)
+    assert mean_and_interval([7.0]) == (7.0, None)
+    with pytest.raises(ValueError, match="at least one"):
+        mean_and_interval([])

@@ -5,10 +5,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from dynamic_llava.processing.prompts import SYSTEM, conversation_prompt
-from dynamic_llava.tiny.base.tokenizer import SPECIAL, build_tokenizer
-from dynamic_llava.tiny.world.descriptions import REQUESTS, STYLES, describe
-from dynamic_llava.tiny.world.questions import KINDS, ask
+from dynamic_llava.tiny.base.sequences import SPECIAL, build_tokenizer
 from dynamic_llava.tiny.world.scenes import sample_scene
+from dynamic_llava.tiny.world.texts import KINDS, REQUESTS, STYLES, ask, describe
 
 
 @pytest.fixture(scope="module")
