@@ -185,14 +185,17 @@ def answer(run: ModelRun, asked: Sequence[Asked]) -> list[Said]:
 def facts(prediction: Prediction) -> dict[str, Any]:
     """Return what answer lines record of a prediction; nothing of it depends on the rest of the batch.
 
-    The last token is never fed back, so nothing is decided about it: `output_kept` counts those before.
+    The last token is never fed back, so nothing is decided about it: `output_kept` counts those before. What key heads
+    hold is recorded where a method evicts, for it does not follow from the other counts.
     """
+    held = {} if prediction.heads_hold is None else {"heads_hold": prediction.heads_hold}
     return {
         "prompt_tokens": prediction.prompt_tokens,
         "image_kept": [len(kept) for kept in prediction.image_kept],
         "image_seen": list(prediction.image_seen),
         "output_tokens": len(prediction.tokens),
         "output_kept": sum(prediction.output_kept),
+        **held,
         "tokens": list(prediction.tokens),
     }
 

@@ -47,6 +47,8 @@ class Counted:
     """Generated tokens, the end token included."""
     output_kept: int
     """Those kept of all but the last, which is never fed back."""
+    heads_hold: int | None = None
+    """Tokens that the key heads of all layers hold together at the end, where a method evicts."""
 
     @classmethod
     def read(cls, facts: Mapping[str, Any], method: Method, layers: int, tokens_per_image: int) -> "Counted":
@@ -60,7 +62,8 @@ class Counted:
             below = next((cut.layer for cut in method.cuts(layers)), layers)
             seen = [len(kept) * tokens_per_image] * below + [sum(kept)] * (layers - below)
         images = tuple(map(range, kept))
-        return cls(facts["prompt_tokens"], images, tuple(seen), facts["output_tokens"], facts["output_kept"])
+        counts = facts["output_tokens"], facts["output_kept"], facts.get("heads_hold")
+        return cls(facts["prompt_tokens"], images, tuple(seen), *counts)
 
 
 def judging_flops(settings: SparsityConfig, hidden: int, tokens: int, method: Method) -> int:
@@ -84,7 +87,8 @@ def prefill_costs(
     """Average image tokens per layer and prefill FLOPs of the prompts that were answered, means over the rows.
 
     `prefill_gflop_exact` counts the real module shapes on the whole prompt (causal attention, the head on one token,
-    and what `method` has learned to judge images by); `prefill_gflop_paper` is Eq. 13 on the image tokens alone.
+    and what `method` judges by: its weights, and attention that it is shown); `prefill_gflop_paper` is Eq. 13 on the
+    image tokens alone.
     """
     judging = judging_flops(settings, shape.hidden, tokens_per_image, method)
     average, exact, paper = [], [], []
@@ -93,7 +97,9 @@ def prefill_costs(
         text, seen = prediction.prompt_tokens - images * tokens_per_image, prediction.image_seen
         average.append(statistics.fmean(seen))
         paper.append(flops_paper(seen, shape.hidden, shape.layers))
-        exact.append(prefill_flops([text + tokens for tokens in seen], shape) + images * judging)
+        entering = [text + tokens for tokens in seen]
+        evidence = method.evidence_flops(entering, shape, causal=True)
+        exact.append(prefill_flops(entering, shape) + evidence + images * judging)
     return {
         "image_tokens_per_layer": statistics.fmean(average),
         "prefill_gflop_exact": statistics.fmean(exact) / 1e9,
@@ -112,6 +118,9 @@ def mean_kv_bytes(
     sizes = []
     below = next((cut.layer for cut in method.cuts(shape.layers) if cut.output), shape.layers)
     for said in answers:
+        if said.heads_hold is not None:
+            sizes.append(said.heads_hold * 2 * shape.head_width * bytes_per_value)
+            continue
         text, fed = said.prompt_tokens - len(said.image_kept) * tokens_per_image, said.output_tokens - 1
         output = [fed] * below + [said.output_kept] * (shape.layers - below)
         tokens = [text + image + its for image, its in zip(said.image_seen, output, strict=True)]

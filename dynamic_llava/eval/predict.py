@@ -13,7 +13,9 @@ from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers import logging as transformers_logging
 
-from dynamic_llava.model import cache_of
+from dynamic_llava.methods import Method
+from dynamic_llava.model import AdmissionCache, cache_of
+from dynamic_llava.model.switches import choose_method
 from dynamic_llava.processing import DynamicLlavaProcessor
 
 
@@ -51,6 +53,8 @@ class Prediction:
     """One decision per generated token before the last (which is never fed back)."""
     prompt_tokens: int
     """Length of the prompt, image tokens included."""
+    heads_hold: int | None
+    """Tokens that the key heads of all layers hold together when the last token is said; None: nothing is evicted."""
     cache_bytes: int
     """Bytes of the row's keys and values in the cache when the batch ended (filled slots); 0 without a cache."""
     allocated_bytes: int
@@ -75,12 +79,14 @@ def generate_answers(
     model.eval()
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
+    method = choose_method(model.config.sparsity, **switches)
     found: dict[int, Prediction] = {}
     for batch in progress(batches, title):
-        finite = Finite()
+        finite, held = Finite(), Held(model, method) if use_cache and method.evicts else None
         output = model.generate(
             **to_device(batch.inputs, model.device),
-            logits_processor=LogitsProcessorList([finite]),
+            **({} if held is None else {"cache": held.cache}),
+            logits_processor=LogitsProcessorList([finite, *([] if held is None else [held])]),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             use_cache=use_cache,
@@ -88,7 +94,7 @@ def generate_answers(
             **switches,
         )
         finite.check()
-        read = _read(output, batch, processor, ends, model.config.text_config.num_hidden_layers)
+        read = _read(output, batch, processor, ends, model.config.text_config.num_hidden_layers, held)
         found.update(zip(batch.places, read, strict=True))
     return [found[place] for place in sorted(found)]
 
@@ -109,6 +115,27 @@ class Finite(LogitsProcessor):
         """Raise NotFinite unless all logits so far were finite."""
         if self._all is not None and not bool(self._all):
             raise NotFinite(NOT_FINITE)
+
+
+class Held(LogitsProcessor):
+    """Counts after each pass what the key heads of a cache hold, for a method that evicts; logits stay as they are."""
+
+    def __init__(self, model: Any, method: Method) -> None:
+        layers = model.config.text_config.num_hidden_layers
+        self.cache = AdmissionCache.for_method(method, layers, model.config.sparsity.cache_block)
+        self._passes: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the logits (B, V) as they came."""
+        lengths_BLK = self.cache.head_lengths()
+        assert lengths_BLK is not None, "the method evicts"
+        self._passes.append(lengths_BLK.sum((1, 2)))
+        return scores
+
+    def when_said(self, lengths: Sequence[int]) -> list[int]:
+        """Return what all heads of each row held when its last token was said, the lengths[row]-th."""
+        by_row = torch.stack(self._passes, 1).tolist()
+        return [row[length - 1] for row, length in zip(by_row, lengths, strict=True)]
 
 
 def progress(items: Iterable[Any], title: str) -> Iterable[Any]:
@@ -134,7 +161,12 @@ def seen_in_layers(record: Any, where_BN: Tensor, layers: int) -> Tensor:
 
 
 def _read(
-    output: Any, batch: QueryBatch, processor: DynamicLlavaProcessor, ends: set[int], layers: int
+    output: Any,
+    batch: QueryBatch,
+    processor: DynamicLlavaProcessor,
+    ends: set[int],
+    layers: int,
+    held: Held | None,
 ) -> Iterator[Prediction]:
     """Cut each row of generate()'s output at its end token and pair it with what was kept of it."""
     prompt_BN = batch.inputs["input_ids"]
@@ -148,6 +180,7 @@ def _read(
     steps = output.sequences.shape[1] - prompt_BN.shape[1] - 1  # the last token is never fed back
     fed = [prompt + min(length, steps) for prompt, length in zip(prompt_tokens, lengths, strict=True)]
     filled, allocated = _cache_bytes(output, fed)
+    heads_hold = [None] * len(lengths) if held is None else held.when_said(lengths)
     for row, (length, sequence) in enumerate(zip(lengths, answers, strict=True)):
         tokens = tuple(sequence[:length])
         yield Prediction(
@@ -157,6 +190,7 @@ def _read(
             image_seen=tuple(image_seen[row]),
             output_kept=(decisions[row] if decisions is not None else (True,) * length)[: length - 1],
             prompt_tokens=prompt_tokens[row],
+            heads_hold=heads_hold[row],
             cache_bytes=filled[row],
             allocated_bytes=allocated // len(answers),
         )

@@ -211,7 +211,8 @@ class Evaluation:
         prefill = prefill_costs(shape, config.sparsity, every, per_image, method=self.method)
         with_image = [sum(map(len, one.image_kept)) for one in every if one.image_kept]
         kept = {"image_tokens_kept": statistics.fmean(with_image)} if with_image else {}
-        if not self.method.evicts:  # what heads hold after evictions does not follow from an answer's counts
+        # What heads hold after evictions does not follow from other counts, and the first lines of such runs lack it.
+        if not self.method.evicts or all(one.heads_hold is not None for one in every):
             kept["kv_bytes"] = mean_kv_bytes(shape, self.method, every, per_image, self.model.dtype.itemsize)
         speed = fitting(lambda rows: self._speed(questions, list(counted)[:rows]), self.options.batch_size)
         return {

@@ -9,7 +9,7 @@ Shape suffixes: I images, n tokens of the longest image, T output tokens of the 
 heads, W slots of a cache.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dynamic_llava.config import SparsityConfig
-from dynamic_llava.costs import PartCosts
+from dynamic_llava.costs import DecoderShape, PartCosts
 from dynamic_llava.layout import TokenLayout
 
 Evidence = Literal["question_row"]
@@ -215,6 +215,17 @@ class Method:
         the stored ones if it was admitted. Rows and key heads must not influence one another.
         """
         return None
+
+    def evidence_flops(self, tokens: Sequence[int], shape: DecoderShape, *, causal: bool = False) -> int:
+        """Return the FLOPs of the attention that the method is shown in a prefill in which layers see `tokens`.
+
+        It is recomputed from queries and keys: of one query before a cut that sees `question_row`, of all queries in
+        each layer, with their sum, for each of `mass` and `latest`. causal=True counts visible pairs only.
+        """
+        rows = [tokens[cut.layer - 1] for cut in self.cuts(len(tokens)) if "question_row" in cut.sees]
+        pairs = sum(n * (n + 1) // 2 if causal else n * n for n in tokens)
+        kinds = len(self.evict_sees & {"mass", "latest"})
+        return 2 * (sum(rows) * shape.query_width + kinds * pairs * (shape.query_width + shape.kv_heads))
 
     def sample(self, cut: Cut, images: ImageTokens, learned: Any, draw: Draw) -> Tensor | Choice:
         """(I, n) float, 0 or 1, with a gradient to the method's weights: `keep_image` in training; default: the same.

@@ -24,10 +24,9 @@ def test_flops_and_bytes_of_a_prefill(name):
     assert len(tokens) == LAYERS and tokens == sorted(tokens, reverse=True)
     where = [name for name in counter.get_flop_counts() if name.rpartition(".")[0].endswith("language_model.layers")]
     counted = sum(sum(counter.get_flop_counts()[name].values()) for name in where)
-    rows = sum(2 * tokens[cut.layer - 1] * shape.query_width for cut in method.cuts(LAYERS) if cut.sees)
-    if "mass" in method.evict_sees:  # all queries and keys once more, and the sums over a key head's queries
-        rows += sum(2 * n * n * (shape.query_width + shape.kv_heads) for n in tokens)
-    assert len(where) == LAYERS and counted == flops_exact(tokens, shape) + rows
+    evidence = method.evidence_flops(tokens, shape)
+    assert bool(evidence) == (bool(method.evict_sees & {"mass"}) or any(cut.sees for cut in method.cuts(LAYERS)))
+    assert len(where) == LAYERS and counted == flops_exact(tokens, shape) + evidence
     if method.evicts:
         return  # what heads hold does not follow from what layers see
     assert kv_bytes(shape, tokens, bytes_per_value=4) == out.cache.allocated_bytes()
