@@ -22,10 +22,10 @@ from dynamic_llava.projectors.registry import measure
 from dynamic_llava.train.config import RunConfig
 from dynamic_llava.train.run import run
 from tests.builders import IMAGE_SIZE, PATCH, TINY_SPARSITY, tiny_config
-from tests.projectors.pooled import Pooled
 from tests.sft_builders import character_tokenizer, picture, write_data
+from tests.toys.pooled import Pooled
 
-OWN = "tests.projectors.pooled:Pooled"
+OWN = "tests.toys.pooled:Pooled"
 EVERY = [*PROJECTORS, OWN]
 LAYERS = [-2, [-3, -1]]
 
