@@ -5,7 +5,7 @@ images, answers) stand in any order, so that a turn may end in anything; a row m
 later feature adds its dimension to one of the two tables, and its law to `tests/world_laws.py`.
 """
 
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import field, make_dataclass, replace
 from functools import lru_cache
 from types import FunctionType
 
@@ -15,7 +15,7 @@ from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGener
 
 from dynamic_llava import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration, SparsityConfig
 from dynamic_llava.engine.decoder import FAMILIES
-from dynamic_llava.methods import FastV, PyramidDrop, get_method
+from dynamic_llava.methods import METHODS, get_method
 from dynamic_llava.sparsity import keep_margin
 from tests.builders import (
     BOS,
@@ -52,21 +52,24 @@ MODEL = {
     "seed": st.integers(0, 2**20),
 }
 """What a model is made of; a dimension may depend on what was drawn before it."""
-LOOK_BACK = ("fastv", "pyramiddrop")
-"""Methods that rank by the attention of the question's end; the second at two layers, where there are two."""
-BEFORE = ("divprune", "tome")
-"""Methods that choose or merge image tokens before the language model, by their likeness."""
+LOOK_BACK = tuple(
+    name for name, one in METHODS.items() if any("question_row" in cut.sees for cut in one().cuts(layers=4))
+)
+"""Methods that rank by the attention of the question's end, at one layer or, where there are two, at two."""
+ANY_RATE = ("random", "structure", "mixed")
+"""Methods with a rate of image tokens and one of output tokens, which may be anything."""
+DROPPING = tuple(
+    name
+    for name, one in METHODS.items()
+    if not (one().is_dense or one().evicts or name == "dynamic" or name in ANY_RATE)
+)
+"""All other methods that drop or merge image tokens, at a rate above 0, and keep what is stored."""
 RATES = st.sampled_from([None, 0, 0.3, 0.5, 1])
 CALL = {
     "method": st.one_of(
         st.none(),
-        st.builds(lambda image, output: ("random", image, output), RATES, RATES),
-        st.builds(lambda image, output: ("structure", image, output), RATES, RATES),
-        st.builds(
-            lambda name, image: (name, image, None),
-            st.sampled_from([*LOOK_BACK, *BEFORE]),
-            st.sampled_from([0.2, 0.5, 1.0]),
-        ),
+        st.tuples(st.sampled_from(ANY_RATE), RATES, RATES),
+        st.tuples(st.sampled_from(DROPPING), st.sampled_from([0.2, 0.5, 1.0]), st.none()),
     ),
     "mode": st.sampled_from(["both", "image", "output"]),
     "lengths": st.sampled_from(["one", "any"]),
@@ -188,30 +191,25 @@ class Watched:
         return super().keep_image(cut, images, learned)
 
 
-@dataclass(frozen=True)
-class WatchedFastV(Watched, FastV):
-    """FastV, watched."""
-
-    images: list = field(default_factory=list, compare=False)
-
-
-@dataclass(frozen=True)
-class WatchedPyramidDrop(Watched, PyramidDrop):
-    """PyramidDrop, watched."""
-
-    images: list = field(default_factory=list, compare=False)
+@lru_cache
+def watched(kind):
+    """Return a class of methods, watched."""
+    images = field(default_factory=list, compare=False)
+    return make_dataclass(f"Watched{kind.__name__}", [("images", list, images)], bases=(Watched, kind), frozen=True)
 
 
 def method_of(world):
     """Return the method object of a world that has one."""
     shape, (name, image, output) = world.shape, world.method
-    if name == "pyramiddrop":
-        return WatchedPyramidDrop(tuple(sorted({shape.sparse_layer, shape.layers - 1})), image)
-    if name == "fastv":
-        return WatchedFastV(layer=shape.sparse_layer, image_keep_rate=image)
-    if name in BEFORE:
-        return get_method(name, image_keep_rate=image)
-    return get_method(name, image_keep_rate=image, output_keep_rate=output, layer=shape.sparse_layer)
+    if name == "mixed":
+        parts = {"image_by": ("random", image, None), "output_by": ("structure", None, output)}
+        return get_method(name, **{part: method_of(replace(world, method=its)) for part, its in parts.items()})
+    known = {
+        "layer": shape.sparse_layer, "layers": tuple(sorted({shape.sparse_layer, shape.layers - 1})),
+        "image_keep_rate": image, "stage_keep_rate": image, "output_keep_rate": output,
+    }  # fmt: skip
+    kind = watched(METHODS[name]) if name in LOOK_BACK else METHODS[name]
+    return kind(**{setting: value for setting, value in known.items() if setting in METHODS[name].__dataclass_fields__})
 
 
 def has_tie(images, outputs, shape):

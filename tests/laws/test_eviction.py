@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from dynamic_llava.engine.decoder import FAMILIES
 from dynamic_llava.methods import H2O, Method, OneCut, SlotEvidence, StreamingLLM
+from dynamic_llava.methods import METHODS as REGISTERED
 from tests.builders import (
     IMAGE_TOKEN,
     LAYERS,
@@ -150,7 +151,17 @@ CASES = {
     "with a cut": (WithACut(), with_a_cut),
 }
 METHODS = st.sampled_from(sorted(CASES))
-MODELS = st.builds(lru_cache(build_model), KV_HEADS, ATTENTION, family=st.sampled_from(sorted(FAMILIES)))
+model_of = lru_cache(build_model)
+MODELS = st.builds(model_of, KV_HEADS, ATTENTION, family=st.sampled_from(sorted(FAMILIES)))
+every_family_and_case = pytest.mark.parametrize(
+    ("family", "case"),
+    [
+        pytest.param(family, case, marks=() if (i + j) % len(FAMILIES) == 0 else pytest.mark.slow)
+        for i, family in enumerate(FAMILIES)
+        for j, case in enumerate(CASES)
+    ],
+)
+"""All; in the fast set every case meets one family."""
 CALL = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
 
 
@@ -158,6 +169,11 @@ def reference(model, row, case):
     method, rule = CASES[case]
     cut = {"cut": 2, "keeps": kept_at_the_cut} if method.cuts(LAYERS) else {}
     return NeverRemove(model, row, rule(method), method.latest_queries, **cut)
+
+
+def test_every_registered_method_that_evicts_is_tried():
+    evicting = {name for name, method in REGISTERED.items() if method().evicts}
+    assert evicting <= {method.name for method, _ in CASES.values()}
 
 
 @few_or_many
@@ -179,13 +195,13 @@ def test_generation_equals_never_removing(examples):
 def test_turns_equal_never_removing(examples):
     """Turns of any tokens on a live cache, padding on either side and inside, rows that say nothing in a turn."""
 
-    @for_all(examples, conversations(), KV_HEADS, ATTENTION, METHODS)
-    def check(conversation, kv_heads, attention, case):
-        check_turns(shared_model(kv_heads, attention), case, *conversation)
+    @for_all(examples, conversations(), MODELS, METHODS)
+    def check(conversation, model, case):
+        check_turns(model, case, *conversation)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_turns_of_every_kind_equal_never_removing(case):
+@every_family_and_case
+def test_turns_of_every_kind_equal_never_removing(family, case):
     """An image, an answer whose newest token a cut drops, single tokens, silence, padding before and behind."""
     parts = [
         [[("text", 2), ("image", 0), ("text", 2), ("output", 2)], [("text", 3), ("output", 1)], [("output", 1)]],
@@ -194,7 +210,7 @@ def test_turns_of_every_kind_equal_never_removing(case):
     ]
     batch = [make_row([piece for part in row for piece in part], index) for index, row in enumerate(parts)]
     ends = [[0, *torch.tensor([1 + size(row[0]), size(row[1]), size(row[2])]).cumsum(0).tolist()] for row in parts]
-    check_turns(shared_model(2), case, batch, ends, ["right", "right", "left"])
+    check_turns(model_of(2, family=family), case, batch, ends, ["right", "right", "left"])
 
 
 def size(part):
@@ -244,21 +260,17 @@ def continued(model, cache, tokens, method, steps=4):
     return torch.cat(seen, 1)
 
 
-@pytest.fixture(params=sorted(CASES))
-def case(request):
-    return request.param
-
-
 def opened(model, batch, case):
     inputs = prompts(batch)
     out = model(**inputs, use_cache=True, method=CASES[case][0])
     return out.cache, torch.randint(4, 100, (len(batch), 4), generator=torch.Generator().manual_seed(5))
 
 
+@every_family_and_case
 @torch.no_grad()
-def test_a_clone_and_chosen_rows_go_on_alone(case):
+def test_a_clone_and_chosen_rows_go_on_alone(family, case):
     """A copied cache, a row repeated and rows in another order give what each row gives alone, and leave no trace."""
-    model, batch = shared_model(2), fixed_rows(seed=60, output=0)
+    model, batch = model_of(2, family=family), fixed_rows(seed=60, output=0)
     cache, tokens = opened(model, batch, case)
     chosen = torch.tensor([2, 0, 2])
     twin = copy.deepcopy(cache)
@@ -284,9 +296,10 @@ def test_a_clone_and_chosen_rows_go_on_alone(case):
 @pytest.mark.parametrize(
     "call", [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}], ids=["beams", "sample"]
 )
+@every_family_and_case
 @torch.no_grad()
-def test_searched_and_sampled_rows_equal_never_removing(case, call):
-    model, batch, steps = shared_model(2), fixed_rows(seed=61, output=0), 6
+def test_searched_and_sampled_rows_equal_never_removing(family, case, call):
+    model, batch, steps = model_of(2, family=family), fixed_rows(seed=61, output=0), 6
     torch.manual_seed(0)
     call = {**CALL, "output_scores": True, "max_new_tokens": steps, "method": CASES[case][0], **call}
     if "num_beams" in call and CASES[case][0].cuts(LAYERS):
@@ -330,9 +343,10 @@ def test_what_is_held_is_what_is_stored_and_said():
     assert out.cache.record.head_lengths.equal(held) and "heads hold" in repr(out.sparsity)
 
 
-def test_what_eviction_cannot_serve_is_refused():
+@pytest.mark.parametrize("name", [name for name, method in REGISTERED.items() if method().evicts])
+def test_what_eviction_cannot_serve_is_refused(name):
     model, batch = shared_model(), fixed_rows(seed=63, output=0)
-    inputs, method = prompts(batch), H2O()
+    inputs, method = prompts(batch), REGISTERED[name]()
     ids, answer = inputs["input_ids"], torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
     answer[:, -1] = True
     refused = {

@@ -105,18 +105,25 @@ def test_padding_of_shorter_images_reaches_no_score():
             torch.testing.assert_close(mine[:length], predictor(image[None, :length])[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("sparsity", ["both", "none"])
+@pytest.mark.parametrize(
+    "how", [{"sparsity": "both"}, {"sparsity": "none"}, *({"method": name} for name in METHODS)], ids=str
+)
 @pytest.mark.parametrize("cached", [True, False])
 @torch.no_grad()
-def test_generating_from_images_of_any_length(sparsity, cached):
+def test_generating_from_images_of_any_length(how, cached):
     """Each row says what it says alone; a dense generation is transformers' own on the same embeddings."""
     model, batch = shared_model(), batch_of(ROWS, answer=0)
-    call = {"max_new_tokens": 6, "do_sample": False, "use_cache": cached}
+    keys = torch.arange(len(ROWS)) + 5
+    call = {"max_new_tokens": 6, "do_sample": False, "use_cache": cached, **how}
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "image_features")}
-    answers = model.generate(**inputs, **call, sparsity=sparsity)[:, batch["input_ids"].shape[1] :]
+    if not cached and "method" in how and METHODS[how["method"]]().evicts:
+        with pytest.raises(ValueError, match=f"'{how['method']}' evicts"):
+            model.generate(**inputs, **call)
+        return
+    answers = model.generate(**inputs, **call, sample_key=keys)[:, batch["input_ids"].shape[1] :]
     for number in range(len(ROWS)):
         alone = {name: value for name, value in row_alone(batch, number).items() if name != "output_mask"}
-        said = model.generate(**alone, **call, sparsity=sparsity)
+        said = model.generate(**alone, **call, sample_key=keys[number : number + 1])
         assert torch.equal(said[0, alone["input_ids"].shape[1] :], answers[number]), f"row {number}"
 
 
