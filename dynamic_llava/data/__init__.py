@@ -7,10 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dynamic_llava.data.collate import Collator
     from dynamic_llava.data.llava_json import LlavaSample, read_samples, resolve_image
     from dynamic_llava.data.sampling import FILLER, EpochSampler
-    from dynamic_llava.data.sft import SftDataset, SftSample, Unread, UnreadError
+    from dynamic_llava.data.sft import Collator, SftDataset, SftSample, Unread, UnreadError
 
 __all__ = [
     "FILLER",
@@ -26,7 +25,7 @@ __all__ = [
 ]
 
 _HOME_OF = {
-    "Collator": "collate",
+    "Collator": "sft",
     "LlavaSample": "llava_json",
     "read_samples": "llava_json",
     "resolve_image": "llava_json",

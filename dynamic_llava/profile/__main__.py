@@ -219,7 +219,7 @@ def _memory(options: Any) -> int:
 
 def _latency(options: Any) -> int:
     from dynamic_llava.profile import latency
-    from dynamic_llava.profile.work import measure_limits
+    from dynamic_llava.profile.measuring import measure_limits
     from dynamic_llava.profile.workload import device_asked, dtype_asked
 
     preset, device = _preset(options), device_asked(options.device)
@@ -241,9 +241,9 @@ def _latency(options: Any) -> int:
 
 def _training(options: Any) -> int:
     from dynamic_llava.costs import device_peak
+    from dynamic_llava.profile.measuring import measure_limits
     from dynamic_llava.profile.results import device_name
-    from dynamic_llava.profile.training_speed import training_report
-    from dynamic_llava.profile.work import measure_limits
+    from dynamic_llava.profile.training import training_report
     from dynamic_llava.profile.workload import device_asked, dtype_asked
 
     preset, device = _preset(options), device_asked(options.device)
@@ -270,7 +270,7 @@ def _curve(options: Any) -> int:
 def draw_curve(report: "Report", path: Path, title: str, device_gib: float | None = None) -> str:
     """Draw the curve report where matplotlib is installed; return a line that says what was done."""
     try:
-        from dynamic_llava.viz.cost_curves import draw_cost_curves
+        from dynamic_llava.viz.curves import draw_cost_curves
     except ImportError as error:
         return f"no picture was drawn: {missing_package(error, 'train') or error}"
     return f"wrote {draw_cost_curves(path, report.rows, device_gib=device_gib, title=title)}"
@@ -380,7 +380,7 @@ def _data(options: Any) -> int:
 def _training_memory(arguments: Sequence[str]) -> int:
     from dynamic_llava.cli import choose_command, read_yaml
     from dynamic_llava.config.run import RunConfig
-    from dynamic_llava.profile.memory import MemoryCommand, memory_report
+    from dynamic_llava.profile.training import MemoryCommand, memory_report
 
     command = choose_command({"memory": MemoryCommand}, arguments, PROGRAM, TRAINING_HELP)
     run = read_yaml(RunConfig, command.config)

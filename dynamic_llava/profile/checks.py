@@ -1,6 +1,6 @@
 """What goals are set for: ratios and shares that follow from rows of times, and what is looked at for its own sake.
 
-Each function returns numbers by name; `summary.py` says what they should be. Ratios of ways that took turns in one
+Each function returns numbers by name; `summary.py` says what they should be. Ratios of what took turns in one
 process hold on a busy machine where times do not, because both sides of a ratio see the same load.
 """
 
@@ -13,9 +13,8 @@ import torch
 from dynamic_llava.costs import DevicePeak, device_peak
 from dynamic_llava.model import cache_of
 from dynamic_llava.profile.latency import Bench
-from dynamic_llava.profile.measuring import time_in_turn
+from dynamic_llava.profile.measuring import step_work, time_in_turn
 from dynamic_llava.profile.presets import Preset
-from dynamic_llava.profile.work import step_work
 from dynamic_llava.profile.workload import (
     Decoding,
     build_model,
@@ -80,13 +79,13 @@ def _step_values(steps: Mapping[tuple[str, str], Mapping[str, Any]], peak: Devic
 def prefill_values(preset: Preset, rows: Rows, device: str) -> dict[str, float]:
     """Return a prefill's share of the device's peak for each way, and its time over a dense one's by that of FLOPs."""
     peak, name = device_peak(device), f"prefill_{preset.name}"
-    ways = {row["way"]: row for row in rows if row["phase"] == "prefill" and row["seconds"]}
+    by_way = {row["way"]: row for row in rows if row["phase"] == "prefill" and row["seconds"]}
     found: dict[str, float] = {}
     if peak is not None:
-        for way, row in ways.items():
+        for way, row in by_way.items():
             found[f"{name}_{way}_mfu"] = row["flops"] / row["seconds"] / (peak.tflops * 1e12)
-    if len(ways) == 2:
-        both, dense = ways["both"], ways["dense"]
+    if len(by_way) == 2:
+        both, dense = by_way["both"], by_way["dense"]
         found[f"{name}_over_flops"] = both["seconds"] / dense["seconds"] / (both["flops"] / dense["flops"])
     return found
 
@@ -99,11 +98,11 @@ def dropped_tokens_ratio(bench: Bench) -> dict[str, float]:
     """
     preset, outputs = bench.preset, bench.preset.outputs[-1]
     longer = replace(preset, output_keep_rate=preset.output_keep_rate / 2)
-    ways = {
+    timed = {
         "usual": sparse_decoding(bench.model, preset, "both", outputs).step,
         "more dropped": sparse_decoding(bench.model, longer, "both", 2 * outputs).step,
     }
-    times = time_in_turn(ways, bench.device, bench.effort.step_rounds, calls=bench.effort.step_calls, warmup=2)
+    times = time_in_turn(timed, bench.device, bench.effort.step_rounds, calls=bench.effort.step_calls, warmup=2)
     usual = step_work(preset, "both", bench.value_bytes, outputs).bytes
     more = step_work(longer, "both", bench.value_bytes, 2 * outputs).bytes
     return {"step_more_dropped": times["more dropped"].median / times["usual"].median / (more / usual)}
@@ -111,7 +110,7 @@ def dropped_tokens_ratio(bench: Bench) -> dict[str, float]:
 
 @torch.no_grad()
 def compiled_decoding(preset: Preset, device: torch.device, dtype: torch.dtype, steps: int = 64) -> dict[str, float]:
-    """Return how much faster a compiled step is, its graphs and breaks, and whether both ways say the same tokens.
+    """Return how much faster a compiled step is, its graphs and breaks, and whether the eager one says the same tokens.
 
     Needs a C++ compiler on a CPU.
     """
@@ -133,8 +132,8 @@ def compiled_decoding(preset: Preset, device: torch.device, dtype: torch.dtype, 
         "compiled_breaks": float(sum(counters["graph_break"].values())),
         "compiled_same_tokens": float(all(map(torch.equal, said[False], said[True]))),
     }
-    ways = {compile: sparse_decoding(model, preset, "both", steps, compile=compile).step for compile in (False, True)}
-    times = time_in_turn(ways, device, 48, warmup=3)
+    timed = {compile: sparse_decoding(model, preset, "both", steps, compile=compile).step for compile in (False, True)}
+    times = time_in_turn(timed, device, 48, warmup=3)
     return found | {"compiled_speedup": times[False].median / times[True].median}
 
 

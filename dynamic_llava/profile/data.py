@@ -25,10 +25,9 @@ from tqdm import tqdm
 
 from dynamic_llava.config import DataConfig
 from dynamic_llava.data.chunks import worker_count
-from dynamic_llava.data.collate import Collator
 from dynamic_llava.data.llava_json import resolve_image
 from dynamic_llava.data.sampling import EpochSampler, padding_share
-from dynamic_llava.data.sft import SftDataset
+from dynamic_llava.data.sft import Collator, SftDataset
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.processing.images import load_image
 from dynamic_llava.provenance import environment

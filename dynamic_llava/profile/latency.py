@@ -16,10 +16,21 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria
 
-from dynamic_llava.profile.measuring import Timing, attempt, describe, summary, synchronize, time_in_turn
+from dynamic_llava.profile.measuring import (
+    LIMIT_COLUMNS,
+    DeviceLimits,
+    Timing,
+    attempt,
+    describe,
+    limit_notes,
+    summary,
+    synchronize,
+    time_in_turn,
+    with_limit,
+    work_of,
+)
 from dynamic_llava.profile.presets import Preset, Way
 from dynamic_llava.profile.results import Column, Report
-from dynamic_llava.profile.work import LIMIT_COLUMNS, DeviceLimits, limit_notes, with_limit, work_of
 from dynamic_llava.profile.workload import (
     Prompt,
     build_model,
@@ -104,8 +115,8 @@ class Bench:
         calls = self.effort.step_calls if step else 1
         warmup = STEP_WARMUP if step else 1
         if self.effort.by_turns:
-            ways = {key: make() for key, make in makers.items()}
-            yield from time_in_turn(ways, self.device, rounds, calls=calls, warmup=warmup).items()
+            timed = {key: make() for key, make in makers.items()}
+            yield from time_in_turn(timed, self.device, rounds, calls=calls, warmup=warmup).items()
             return
         for key, make in makers.items():
             yield key, attempt(key, partial(self._alone, make, rounds, calls, warmup))

@@ -21,10 +21,17 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dynamic_llava.layout import Packing
 from dynamic_llava.methods import Cut, ImageTokens, OutputTokens
-from dynamic_llava.profile.measuring import Timing, attempt, describe, time_in_turn
+from dynamic_llava.profile.measuring import (
+    Timing,
+    attempt,
+    describe,
+    output_predictor_work,
+    prefill_work,
+    step_work,
+    time_in_turn,
+)
 from dynamic_llava.profile.presets import Preset, small_shape
 from dynamic_llava.profile.results import Column, Report
-from dynamic_llava.profile.work import output_predictor_work, prefill_work, step_work
 from dynamic_llava.profile.workload import BEFORE_IMAGE, build_model, method_of, sparse_decoding
 from dynamic_llava.sparsity import masked_softmax_attention
 from dynamic_llava.sparsity.ragged_attention import ragged_attention
@@ -63,9 +70,9 @@ def attention_rows(
     def masked(implementation: Any) -> Callable[[], Tensor]:
         return lambda: masked_softmax_attention(query, key, value, keep, implementation=implementation)
 
-    ways = {"plain": _both_passes(plain, inputs[:3], upstream)}
-    ways |= {name: _both_passes(masked(name), inputs, upstream) for name in implementations}
-    times = time_in_turn(ways, device, rounds, calls=calls)
+    timed = {"plain": _both_passes(plain, inputs[:3], upstream)}
+    timed |= {name: _both_passes(masked(name), inputs, upstream) for name in implementations}
+    times = time_in_turn(timed, device, rounds, calls=calls)
     for name in implementations:
         yield {
             "tokens": tokens,
@@ -114,7 +121,7 @@ def ragged_rows(
     rounds: int = 5,
     calls: int = 1,
 ) -> Rows:
-    """Yield the time of attention from one token per row to rows filled by a half to all, each way when it is measured.
+    """Yield the time of attention from one token per row to rows filled by a half to all, each row when it is measured.
 
     "plain" is torch's attention over rows that are all filled, without a mask. Bytes are keys and values of filled
     slots, which is what has to be read.
@@ -124,15 +131,15 @@ def ragged_rows(
     keys, values = torch.randn(2, batch, heads, slots, width, device=device, dtype=dtype)
     lengths = torch.linspace(slots // 2, slots - 1, batch, device=device).long()
     filled, one = int((lengths + 1).sum()), 2 * heads * width * dtype.itemsize
-    ways: dict[str, Callable[[], Any]] = {
+    timed: dict[str, Callable[[], Any]] = {
         name: partial(ragged_attention, query, keys, values, lengths, implementation=name) for name in implementations
     }
-    ways["plain"] = partial(scaled_dot_product_attention, query, keys, values)
-    for name, way in ways.items():
+    timed["plain"] = partial(scaled_dot_product_attention, query, keys, values)
+    for name, call in timed.items():
         moved = one * (batch * slots if name == "plain" else filled)
         row = {"batch": batch, "slots": slots, "implementation": name, "bytes": moved, "seconds": None}
         with torch.no_grad():
-            timing = attempt((name, batch, slots), partial(_one, way, device, rounds, calls))
+            timing = attempt((name, batch, slots), partial(_one, call, device, rounds, calls))
         if isinstance(timing, Exception):
             yield row | {"phase": "ragged", "way": f"{batch} x {slots}", "engine": name, "failed": describe(timing)}
             continue
@@ -140,8 +147,8 @@ def ragged_rows(
         yield row | spread | {"rate": moved / timing.median}
 
 
-def _one(way: Callable[[], Any], device: torch.device, rounds: int, calls: int) -> Timing:
-    return time_in_turn({"one": way}, device, rounds, calls=calls, warmup=2)["one"]
+def _one(call: Callable[[], Any], device: torch.device, rounds: int, calls: int) -> Timing:
+    return time_in_turn({"one": call}, device, rounds, calls=calls, warmup=2)["one"]
 
 
 def ragged_report(dtype: torch.dtype, heads: int, width: int) -> Report:
@@ -174,8 +181,8 @@ def predictor_shares(preset: Preset, device: torch.device, dtype: torch.dtype, r
     model = build_model(small, device, dtype)
     early, late = preset.sparse_layer, preset.shape.decoder.layers - preset.sparse_layer
     outputs = preset.outputs[0] // 2
-    ways = _prefill_calls(model, small) | _step_calls(model, small, outputs)
-    times = time_in_turn(ways, device, rounds)
+    timed = _prefill_calls(model, small) | _step_calls(model, small, outputs)
+    times = time_in_turn(timed, device, rounds)
     prefill = early * times["whole"].median + late * times["kept"].median
     step = (early + late) / small.shape.decoder.layers * times["step"].median
     value_bytes, one = dtype.itemsize, replace(preset, batch=1)

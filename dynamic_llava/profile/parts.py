@@ -33,7 +33,7 @@ from dynamic_llava.profile.latency import (
     vision_rows,
 )
 from dynamic_llava.profile.laws import kernel_laws
-from dynamic_llava.profile.measuring import describe
+from dynamic_llava.profile.measuring import DeviceLimits, describe, measure_limits, with_limit
 from dynamic_llava.profile.operations import (
     attention_report,
     attention_rows,
@@ -45,8 +45,7 @@ from dynamic_llava.profile.presets import PRESETS, WAYS, Preset, small_shape
 from dynamic_llava.profile.results import Column, Report, Results, device_name, measured_on, read
 from dynamic_llava.profile.step_laws import step_laws
 from dynamic_llava.profile.tables import curve_report, decoding_report, paper_report, prefill_report, tokens_report
-from dynamic_llava.profile.training_speed import training_report
-from dynamic_llava.profile.work import DeviceLimits, measure_limits, with_limit
+from dynamic_llava.profile.training import training_report
 from dynamic_llava.provenance import versions
 
 STEPS = (Variant("both"), Variant("dense"), Variant("both", True), Variant("dense", True), Variant("image"))

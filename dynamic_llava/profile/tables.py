@@ -19,9 +19,9 @@ from dynamic_llava.costs import (
     kv_bytes,
 )
 from dynamic_llava.profile.inference_memory import inference_memory
+from dynamic_llava.profile.measuring import prefill_work, step_work, vision_work
 from dynamic_llava.profile.presets import PRESETS, Preset, Way
 from dynamic_llava.profile.results import Column, Report
-from dynamic_llava.profile.work import prefill_work, step_work, vision_work
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ from types import FrameType
 from typing import Any
 
 from dynamic_llava.files import Lock
-from dynamic_llava.sweep.plan import PlannedRow, SweepPlan
-from dynamic_llava.sweep.steps import Step
+from dynamic_llava.sweep.plan import PlannedRow, SweepPlan, SweepStep
 from dynamic_llava.train.stopping import EXIT_STOPPED, Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -39,7 +38,7 @@ def _run_row(planned: PlannedRow, failures: dict[str, str], say: Callable[[str],
         _failed(evaluation, failures, say)
 
 
-def _failed(step: Step, failures: dict[str, str], say: Callable[[str], None]) -> bool:
+def _failed(step: SweepStep, failures: dict[str, str], say: Callable[[str], None]) -> bool:
     """Do a step unless it is done; note and say why it failed, once for all rows that share it."""
     key = str(step.folder)
     if key in failures:
@@ -58,7 +57,7 @@ def _failed(step: Step, failures: dict[str, str], say: Callable[[str], None]) ->
     return False
 
 
-def _execute(step: Step) -> None:
+def _execute(step: SweepStep) -> None:
     """Run a step's command to its end. ValueError when it fails, or when another process is at it.
 
     The command holds the lock as well, so that a killed sweep's training is not started a second time.
@@ -78,7 +77,7 @@ def _execute(step: Step) -> None:
         raise ValueError("its command ended well but the result is not there")
 
 
-def lock_of(step: Step) -> Path:
+def lock_of(step: SweepStep) -> Path:
     """Return the file that is locked while a step runs; it lies beside the step's folder."""
     return step.folder.with_name(f".{step.folder.name}.lock")
 

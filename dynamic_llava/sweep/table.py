@@ -9,8 +9,7 @@ from dynamic_llava.eval.writing import MISSING, markdown
 from dynamic_llava.files import replace_file
 from dynamic_llava.provenance import environment
 from dynamic_llava.sweep.config import TINY, SweepColumn
-from dynamic_llava.sweep.plan import PlannedRow, SweepPlan
-from dynamic_llava.sweep.steps import EvaluationStep
+from dynamic_llava.sweep.plan import EvaluationStep, PlannedRow, SweepPlan
 
 SERVER_SCORES = "server.json"
 """In an evaluation's folder, written by hand: {"score": 77.6}, what the benchmark's server or judge answered."""

@@ -12,10 +12,10 @@ import torch
 
 from dynamic_llava.methods import FastV
 from dynamic_llava.profile.__main__ import draw_curve, main
+from dynamic_llava.profile.measuring import prefill_work
 from dynamic_llava.profile.presets import PRESETS, find_preset
 from dynamic_llava.profile.results import read
 from dynamic_llava.profile.tables import curve_report
-from dynamic_llava.profile.work import prefill_work
 from dynamic_llava.profile.workload import method_of, preset_under
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,7 +82,7 @@ def test_curves_and_their_picture(tmp_path, capsys, monkeypatch):
         main(["curve", "--preset", "table14", "--tokens", "40", "--plot", str(picture), "--device-memory", "80"]) == 0
     )
     assert f"wrote {picture}" in capsys.readouterr().out and picture.stat().st_size > 10_000
-    monkeypatch.setitem(sys.modules, "dynamic_llava.viz.cost_curves", None)
+    monkeypatch.setitem(sys.modules, "dynamic_llava.viz.curves", None)
     said = draw_curve(curve_report(PRESETS["table14"], 10), tmp_path / "none.png", "")
     assert said.startswith("no picture was drawn") and not (tmp_path / "none.png").exists()
 

@@ -11,7 +11,7 @@ import torch
 
 from dynamic_llava.config import TrainConfig
 from dynamic_llava.costs import predictor_costs, training_flops
-from dynamic_llava.profile import checks, training_speed
+from dynamic_llava.profile import checks, training
 from dynamic_llava.profile.latency import (
     EAGER,
     Bench,
@@ -26,12 +26,21 @@ from dynamic_llava.profile.latency import (
     uncached_rows,
     vision_rows,
 )
-from dynamic_llava.profile.measuring import Peak, Timing, peak_memory, seconds_of, summary, time_in_turn
+from dynamic_llava.profile.measuring import (
+    DeviceLimits,
+    Peak,
+    Timing,
+    measure_limits,
+    peak_memory,
+    seconds_of,
+    summary,
+    time_in_turn,
+    with_limit,
+)
 from dynamic_llava.profile.presets import PRESETS, Preset, small_shape
 from dynamic_llava.profile.results import Column, Report, measured_on
 from dynamic_llava.profile.summary import GOALS, GPU_GOALS, Goal, goals_report, slug, unmeasured_page
-from dynamic_llava.profile.training_speed import training_report
-from dynamic_llava.profile.work import DeviceLimits, measure_limits, with_limit
+from dynamic_llava.profile.training import training_report
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -241,13 +250,13 @@ def test_a_training_step_that_does_not_fit_runs_fewer_layers(monkeypatch):
             raise torch.OutOfMemoryError("full")
         return Timing(2.0, 2.0, 2.0, 1, 2.0), Peak(2**30, "told")
 
-    monkeypatch.setattr(training_speed, "_measured_step", step)
+    monkeypatch.setattr(training, "_measured_step", step)
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     report = training_report(PRESETS["7b-b8"], CPU, torch.float32, peak=1e11)
     assert tried == [32, 16, 8] and report.rows[0]["layers"] == 8
     assert report.notes[-1].startswith("8 of 32 layers")
     monkeypatch.setattr(
-        training_speed, "_measured_step", lambda *given: (_ for _ in ()).throw(torch.OutOfMemoryError("full"))
+        training, "_measured_step", lambda *given: (_ for _ in ()).throw(torch.OutOfMemoryError("full"))
     )
     with pytest.raises(torch.OutOfMemoryError):
         training_report(PRESETS["7b-b8"], CPU, torch.float32, peak=1e11)

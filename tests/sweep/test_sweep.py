@@ -14,7 +14,8 @@ from dynamic_llava.commands import take_method
 from dynamic_llava.eval.summary import Summary, TaskRow
 from dynamic_llava.eval.tasks import get_task
 from dynamic_llava.methods import get_method, print_method
-from dynamic_llava.sweep import steps, table
+from dynamic_llava.sweep import plan as planning
+from dynamic_llava.sweep import table
 from dynamic_llava.sweep.__main__ import main
 from dynamic_llava.sweep.run import lock_of, run_plan
 from dynamic_llava.sweep.table import results, write_table
@@ -213,7 +214,7 @@ class Killed(BaseException):
 
 def test_killed_at_any_kind_of_write_it_goes_on_and_repeats_nothing_finished(sweep, monkeypatch):
     """The last write is in turn each of a row's (begun, complete, results.json, table.md), and the very last."""
-    real, plan, left = steps.replace_file, sweep.plan(), 0
+    real, plan, left = planning.replace_file, sweep.plan(), 0
 
     def write(path, text):
         nonlocal left
@@ -227,7 +228,7 @@ def test_killed_at_any_kind_of_write_it_goes_on_and_repeats_nothing_finished(swe
 
     for moment in (0, 4, 5, 6, 7, 13):
         with monkeypatch.context() as patch:
-            patch.setattr(steps, "replace_file", write)
+            patch.setattr(planning, "replace_file", write)
             patch.setattr(table, "replace_file", write)
             left = moment
             with pytest.raises(Killed):

@@ -10,7 +10,7 @@ from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from safetensors.torch import load_file, save_file
 
 from dynamic_llava.config import DataConfig, ModelConfig, TrainConfig
-from dynamic_llava.profile.memory import sharding_of
+from dynamic_llava.profile.training import sharding_of
 from dynamic_llava.tiny.job.config import JobConfig
 from dynamic_llava.train import distributed
 from dynamic_llava.train.config import RunConfig

@@ -1,4 +1,6 @@
-"""Dialogues about an image as token ids, the way the paper's scripts feed them.
+"""Dialogues about an image: as token ids, and several of them on one live cache, fed chunk by chunk in ragged rows.
+
+Both are as in the paper's scripts, for a batch.
 
 The first question is a prompt (vicuna_v1), its image in front. How later questions are fed is the round separator:
 
@@ -6,11 +8,19 @@ official  `USER:{question}ASSISTANT:`, without spaces, start token, or the `</s>
           what the paper's numbers come from)
 template  `</s>USER: {question} ASSISTANT:`, what the model was trained on; that `</s>` counts as part of the question.
           A base with a chat template of its own has its own words and end token here
+
+Shape suffixes: B rows, L layers, N tokens fed so far, Q tokens of a chunk, V vocabulary.
 """
 
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+import torch
+from torch import Tensor
+
+from dynamic_llava.eval.predict import NOT_FINITE, NotFinite, seen_in_layers
+from dynamic_llava.methods import Method
+from dynamic_llava.model import cache_of
 from dynamic_llava.processing.prompts import (
     IMAGE_PLACE,
     VICUNA_V1,
@@ -76,3 +86,92 @@ def _answer_ids(tokenizer: Any, answer: str, form: PromptFormat) -> list[int]:
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+class LiveDialogues:
+    """The state of B dialogues: their cache, and what was kept of them. Nothing of it is left on the model."""
+
+    def __init__(self, model: Any, pixel_values: Tensor, method: Method, sample_key: Tensor | None = None) -> None:
+        """Begin; pixel_values (B, 3, S, S) holds each row's image, whose places lie in the row's first chunk.
+
+        sample_key (B,) int64 are the noise keys of a method that draws; 0 by default.
+        """
+        self.model, self.method = model, method
+        self._key_B = None if sample_key is None else sample_key.to(model.device)
+        batch, device = pixel_values.shape[0], model.device
+        self._pixels: Tensor | None = pixel_values.to(device, model.dtype)
+        self._cache: Any = None
+        self._valid_BN = torch.zeros(batch, 0, dtype=torch.bool, device=device)
+        self._output_BN = self._valid_BN
+        self._ragged = False
+        layers = model.config.text_config.num_hidden_layers
+        self.image_seen = torch.zeros(batch, layers, dtype=torch.int64, device=device)
+        """(B, L) image tokens that each layer sees."""
+        self.output_seen = torch.zeros_like(self.image_seen)
+        """(B, L) output tokens that each layer sees, which stay in its cache."""
+
+    def feed(self, chunks: Sequence[Sequence[int]], *, output: bool) -> Tensor:
+        """Feed each row its ids, which may be none; `output` says whether they belong to an answer.
+
+        Returns (B, V) float32 logits behind the last token of each row; those of a row without ids mean nothing.
+        """
+        width = max(map(len, chunks))
+        self._ragged |= any(len(chunk) != width for chunk in chunks)
+        device = self._valid_BN.device
+        ids_BQ = torch.tensor([[0] * (width - len(chunk)) + list(chunk) for chunk in chunks], device=device)
+        lengths_B = torch.tensor([len(chunk) for chunk in chunks], device=device)
+        valid_BQ = torch.arange(width, device=device) >= width - lengths_B[:, None]
+        self._valid_BN = torch.cat([self._valid_BN, valid_BQ], dim=1)
+        self._output_BN = torch.cat([self._output_BN, valid_BQ & output], dim=1)
+        position_BN = (self._valid_BN.cumsum(1) - 1).clamp(min=0)  # padding has no position of its own
+        result = self.model(
+            input_ids=ids_BQ,
+            pixel_values=self._pixels,
+            attention_mask=self._valid_BN.long() if self._ragged else None,
+            output_mask=self._output_BN,
+            position_ids=position_BN[:, -width:],
+            cache=self._cache,
+            use_cache=True,
+            method=self.method,
+            sample_key=self._key_B,
+            logits_to_keep=1,
+        )
+        self._count(result.sparsity, ids_BQ, valid_BQ & output)
+        self._cache, self._pixels = cache_of(result), None
+        return result.logits[:, -1].float()
+
+    def _count(self, record: Any, ids_BQ: Tensor, output_BQ: Tensor) -> None:
+        image_BQ, layers = (ids_BQ == self.model.config.image_token_id) & ~output_BQ, self.image_seen.shape[1]
+        self.image_seen += seen_in_layers(record, image_BQ, layers)
+        self.output_seen += seen_in_layers(record, output_BQ, layers)
+
+
+@torch.no_grad()
+def answer_dialogues(
+    dialogues: LiveDialogues, prompts: Sequence[Sequence[Sequence[int]]], max_new_tokens: int, ends: set[int]
+) -> list[list[list[int]]]:
+    """Answer each row's prompts greedily, one round after another, earlier answers of its own staying in the cache.
+
+    Returns ids per row and round, up to and including a token of `ends`, at most `max_new_tokens`. The last token of an
+    answer, whichever it is, is never fed. ValueError when logits are not finite.
+    """
+    said: list[list[list[int]]] = [[] for _ in prompts]
+    for number in range(max(map(len, prompts))):
+        logits_BV = dialogues.feed([row[number] if number < len(row) else [] for row in prompts], output=False)
+        left = [row for row, its in enumerate(prompts) if number < len(its)]
+        finite = torch.ones((), dtype=torch.bool, device=logits_BV.device)
+        for row in left:
+            said[row].append([])
+        while left:
+            finite &= logits_BV[left].isfinite().all()
+            tokens = logits_BV.argmax(-1).tolist()
+            for row in left:
+                said[row][-1].append(tokens[row])
+            left = [row for row in left if tokens[row] not in ends and len(said[row][-1]) < max_new_tokens]
+            if left:
+                fed = set(left)
+                chunks = [[token] if row in fed else [] for row, token in enumerate(tokens)]
+                logits_BV = dialogues.feed(chunks, output=True)
+        if not bool(finite):
+            raise NotFinite(NOT_FINITE)
+    return said

@@ -12,8 +12,13 @@ from typing import Any
 import torch
 
 from dynamic_llava.costs import DecoderShape, decoder_shape, flops_paper, kv_bytes
-from dynamic_llava.eval.generation.dialogues import EncodedRound, RoundSeparator, encode_dialogue
-from dynamic_llava.eval.generation.live import LiveDialogues, answer_dialogues
+from dynamic_llava.eval.generation.dialogues import (
+    EncodedRound,
+    LiveDialogues,
+    RoundSeparator,
+    answer_dialogues,
+    encode_dialogue,
+)
 from dynamic_llava.eval.generation.perplexity import Scored, score_dialogues
 from dynamic_llava.eval.metrics.meteor import nltk_meteor
 

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from dynamic_llava.eval.generation.dialogues import EncodedRound
-from dynamic_llava.eval.generation.live import LiveDialogues
+from dynamic_llava.eval.generation.dialogues import EncodedRound, LiveDialogues
 from dynamic_llava.eval.predict import NOT_FINITE, NotFinite, seen_in_layers
 from dynamic_llava.eval.writing import write_text
 from dynamic_llava.methods import Dynamic, Method
@@ -149,7 +148,7 @@ def _fed(row: Sequence[EncodedRound]) -> tuple[list[int], list[bool], list[int]]
 
 @dataclass(frozen=True)
 class PplSpeed:
-    """Seconds and values of both ways, at batch size 1."""
+    """Seconds and values of the one pass and of the loop, at batch size 1."""
 
     one_pass_s: float
     loop_s: float
@@ -182,7 +181,7 @@ class PplSpeed:
 
 
 def measure_ppl_speed(seed: int = 0, repeats: int = 5) -> PplSpeed:
-    """Time both ways by turns on the CPU, vision tower included; ValueError unless repeats >= 1."""
+    """Time the one pass and the loop by turns on the CPU, vision tower included; ValueError unless repeats >= 1."""
     if repeats < 1:
         raise ValueError(f"repeats={repeats} is not possible; give 1 or more")
     with torch.random.fork_rng(devices=[]):
@@ -193,12 +192,12 @@ def measure_ppl_speed(seed: int = 0, repeats: int = 5) -> PplSpeed:
     prompt = [*words[:4], *[IMAGE_ID] * IMAGE_TOKENS, *words[4:PROMPT_TOKENS]]
     rows = [[EncodedRound(prompt, [*words[PROMPT_TOKENS:], END_ID])]]
     method = Dynamic.from_config(model.config.sparsity)
-    ways = {"one_pass": score_dialogues, "loop": score_step_by_step}
-    values = {name: way(model, rows, pixels, method)[0].perplexities[0] for name, way in ways.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    scorers = {"one_pass": score_dialogues, "loop": score_step_by_step}
+    values = {name: score(model, rows, pixels, method)[0].perplexities[0] for name, score in scorers.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in scorers}
     for _ in range(repeats):
-        for name, way in ways.items():
-            seconds[name].append(_seconds(lambda way=way: way(model, rows, pixels, method)))
+        for name, score in scorers.items():
+            seconds[name].append(_seconds(lambda score=score: score(model, rows, pixels, method)))
     return PplSpeed(
         one_pass_s=statistics.median(seconds["one_pass"]),
         loop_s=statistics.median(seconds["loop"]),

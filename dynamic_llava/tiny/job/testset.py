@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynamic_llava.data.collate import Collator
 from dynamic_llava.data.llava_json import parse_sample, read_samples, resolve_image
-from dynamic_llava.data.sft import SftSample
+from dynamic_llava.data.sft import Collator, SftSample
 from dynamic_llava.eval.predict import NOT_FINITE, NotFinite, QueryBatch, progress, to_device
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.tiny.world.dataset import load_truth

@@ -1,4 +1,4 @@
-"""The picture of Fig. 1: written, not blank, and refused without rows."""
+"""The curves that are written: not blank, and refused without rows."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from PIL import Image
 
 from dynamic_llava.profile.presets import PRESETS
 from dynamic_llava.profile.tables import curve_report
-from dynamic_llava.viz.cost_curves import draw_cost_curves
+from dynamic_llava.viz.curves import draw_cost_curves
 
 
 def test_cost_curves(tmp_path):

@@ -10,7 +10,7 @@ from dynamic_llava.config import SparsityConfig
 from dynamic_llava.costs import LLAVA_SHAPES
 from dynamic_llava.costs.memory import Sharding
 from dynamic_llava.profile.__main__ import main
-from dynamic_llava.profile.memory import shape_of, sharding_of
+from dynamic_llava.profile.training import shape_of, sharding_of
 from tests.builders import TINY_SPARSITY, build_model
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dynamic_llava.eval.generation.live import LiveDialogues, answer_dialogues
+from dynamic_llava.eval.generation.dialogues import LiveDialogues, answer_dialogues
 from tests.builders import BOS, IMAGE_SIZE, IMAGE_TOKEN, TOKENS_PER_IMAGE, deciding, shared_model, words
 
 SPARSITIES = ("both", "image", "output", "none")
