@@ -8,7 +8,6 @@ from torch import nn
 from dynamic_llava.config import SparsityConfig, TrainConfig
 from dynamic_llava.config.run import RunConfig
 from dynamic_llava.model.switches import choose_method
-from dynamic_llava.train.lora import add_adapters
 
 LANGUAGE_MODEL = "language_model"
 PROJECTOR, VISION_TOWER = "projector", "vision_tower"
@@ -32,6 +31,8 @@ def prepare(model: Any, config: RunConfig) -> Any:
     DeepSpeed has float32 copies of its own.
     """
     if config.lora is not None:
+        from dynamic_llava.train.lora import add_adapters  # needs peft
+
         model = add_adapters(model, config.lora, config.train)
     freeze(model, config.train)
     if config.train.tune != "full" and config.train.deepspeed is None:
