@@ -14,6 +14,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from dynamic_llava.sparsity.noise import fold_key, uniform_noise
 from tests.builders import IMAGE_TOKEN
 
 NAME = "never_remove"
@@ -27,6 +28,7 @@ class Head:
     """Places of the tokens that it still holds."""
     mass: dict = field(default_factory=dict)
     latest: dict = field(default_factory=dict)
+    norm: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,10 @@ class Told:
     outputs: int
     place: dict
     """Of each token: how many tokens of the row came before it."""
+    is_output: tuple
+    """Of each token of the row: whether it is an output token."""
+    heads: tuple
+    """All key heads of the layer, before any of them is asked."""
 
 
 class NeverRemove:
@@ -111,8 +117,11 @@ class NeverRemove:
             for token in head.alive:
                 head.mass[token] = head.mass.get(token, 0.0) + received[token]
                 head.latest[token] = latest[token]
-            outputs = int((self.output[: self.seen] & kept).sum())
-            head.alive = sorted(self.rule(head, Told(layer, number, len(places), outputs, places)))
+                head.norm[token] = keys[0, number, token].norm().item()
+        is_output = tuple(self.output[: self.seen].tolist())
+        told = len(places), int((self.output[: self.seen] & kept).sum()), places, is_output, copy.deepcopy(heads)
+        for number, head in enumerate(heads):
+            head.alive = sorted(self.rule(head, Told(layer, number, *told)))
         return out.transpose(1, 2), None
 
 
@@ -140,6 +149,54 @@ def h2o(method):
         recent = max(recent, 1)
         older = sorted(head.alive[:-recent], key=lambda token: (-head.mass[token], token))
         return [*head.alive[-recent:], *older[:heavy]]
+
+    return rule
+
+
+def top_slots(method):
+    """The rule of a method that keeps the best tokens within a budget, by `SCORES` of its name."""
+    rate, score = Fraction(str(method.keep_rate)), SCORES[method.name]
+
+    def rule(head, told):
+        if told.layer < method.layer:
+            return head.alive
+        prompt, outputs = math.floor(rate * (told.tokens - told.outputs)), math.floor(rate * told.outputs)
+        budget = {"prompt": prompt, "tokens": prompt + outputs, "outputs": outputs}[method.shares_of]
+        leaving = [token for token in head.alive if method.shares_of != "outputs" or told.is_output[token]]
+        recent = head.alive[-method.recent :]
+        room = max(0, budget - len([token for token in recent if token in leaving]))
+        older = [token for token in leaving if token not in recent]
+        best = sorted(older, key=lambda token: (-score(method, head, told, token), token))[:room]
+        return {*recent, *best, *(token for token in head.alive if token not in leaving)}
+
+    return rule
+
+
+def drawn(method, token, told):
+    return uniform_noise(fold_key(method.seed), torch.tensor([told.place[token]])).item()
+
+
+SCORES = {
+    "tova": lambda method, head, told, token: sum(one.latest[token] for one in told.heads),
+    "knorm": lambda method, head, told, token: -head.norm[token],
+    "random_window": lambda method, head, told, token: drawn(method, token, told),
+}
+
+
+def snapkv(method):
+    """The rule of SnapKV with the method's settings."""
+    rate, reach = Fraction(str(method.keep_rate)), method.kernel // 2
+
+    def rule(head, told):
+        if told.outputs:
+            return head.alive
+        older, window = head.alive[: -method.window], head.alive[-method.window :]
+        room = max(0, math.floor(rate * told.tokens) - len(window))
+        pooled = {}
+        for number, token in enumerate(older):
+            around = older[max(0, number - reach) : number + reach + 1]
+            pooled[token] = sum(head.latest[one] for one in around) / method.kernel
+        return [*window, *sorted(older, key=lambda token: (-pooled[token], token))[:room]]
 
     return rule
 

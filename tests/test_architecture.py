@@ -59,7 +59,7 @@ PROTOCOL_NAMES = {
     "checkpoint_method", "Choice", "Cut", "Draw", "Evidence", "ImageTokens", "Method", "OutputTokens", "SlotEvidence",
     "Slots",
 }  # fmt: skip
-METHOD_PROTOCOL = {"base", "registry"}
+METHOD_PROTOCOL = {"base", "eviction", "registry"}
 """Modules of methods/ that concrete methods share; every other module there is one method."""
 
 

@@ -107,6 +107,7 @@ class Eviction:
         """layout: the stage's tokens; kept_BQ (B, Q) bool: which of them stay; implementation: of attention."""
         self.method, self.cache, self.layout, self.implementation = method, cache, layout, implementation
         self.kept = kept_BQ & layout.valid
+        self._facts: dict[int, dict[SlotEvidence, Tensor]] = {}  # by layer, between its `update` and its `attend`
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store the tokens' keys and values, (B, K, Q, D) each; returns those that attention reads."""
@@ -134,11 +135,17 @@ class Eviction:
             if kind in self.method.evict_sees
         }
 
-    def _places(self, layer: HeadLayer, heads: int) -> Tensor:
-        """(B, K, Q, 1) int64: how many tokens the row had in this layer before each."""
+    def _facts_of(self, layer: HeadLayer, key: Tensor) -> dict[SlotEvidence, Tensor]:
+        """(B, K, Q, 1) each: what the method sees of the chunk's tokens and never changes; key (B, K, Q, D)."""
         before_BQ = self.kept.cumsum(1) - self.kept.to(torch.int64)
         before_BQ = before_BQ if layer.tokens is None else before_BQ + layer.tokens[:, None]
-        return before_BQ[:, None, :, None].expand(-1, heads, -1, -1)
+        heads = key.shape[1]
+        facts: dict[SlotEvidence, Tensor] = {
+            "place": before_BQ[:, None, :, None].expand(-1, heads, -1, -1),
+            "output": self.layout.output[:, None, :, None].expand(-1, heads, -1, -1),
+            "key_norm": key.float().norm(dim=-1, keepdim=True),
+        }
+        return {kind: values for kind, values in facts.items() if kind in self.method.evict_sees}
 
     def _head_mask(self, visible_BKQW: Tensor, query: Tensor) -> Tensor:
         """(B, H, Q, W): what each query head sees, as the mask that attention takes."""
@@ -173,6 +180,7 @@ class Opening(Eviction):
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store the chunk; returns it."""
+        self._facts[layer_idx] = self._facts_of(self.cache.layers[layer_idx], key)
         return self.cache.layers[layer_idx].update(key, value)  # type: ignore[no-any-return]
 
     def attend(
@@ -181,8 +189,7 @@ class Opening(Eviction):
         """Attend by the mask that the layer was given."""
         out, layer = attend(mask), self.cache.layers[layer_idx]
         seen = {kind: sums[..., None] for kind, sums in self._received(query, key, self._visible, scaling).items()}
-        if "place" in self.method.evict_sees:
-            seen["place"] = self._places(layer, key.shape[1])
+        seen |= self._facts.pop(layer_idx)
         layer.seen = {kind: SlotStorage(layer.slots, values) for kind, values in seen.items()}
         layer.slots.retract_last(self._gone_B)
         self._evict(layer_idx, layer, shrink=True)
@@ -194,12 +201,13 @@ class Chunk(Eviction):
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        self._visible: dict[int, Tensor] = {}  # by layer, between its `update` and its `attend`
+        self._visible: dict[int, Tensor] = {}  # as _facts
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store the tokens behind what each head holds; returns the storages, (B, K, W, D) each."""
         layer = self.cache.layers[layer_idx]
         self._visible[layer_idx] = layer.slots.place_chunk(self.layout.valid, self.kept)
+        self._facts[layer_idx] = self._facts_of(layer, key)
         return layer.update(key, value)  # type: ignore[no-any-return]
 
     def attend(
@@ -209,8 +217,8 @@ class Chunk(Eviction):
         layer, visible_BKQW = self.cache.layers[layer_idx], self._visible.pop(layer_idx)
         out = attend(self._head_mask(visible_BKQW, query))
         layer.receive(self._received(query, key, visible_BKQW, scaling))
-        if "place" in layer.seen:
-            layer.seen["place"].write(self._places(layer, key.shape[1]))
+        for kind, new_BKQ1 in self._facts.pop(layer_idx).items():
+            layer.seen[kind].write(new_BKQ1)
         layer.commit(self.kept)
         self._evict(layer_idx, layer, shrink=True)
         return out
@@ -223,6 +231,7 @@ class Token(Eviction):
         """Store the token behind what each head holds; returns the storages, (B, K, W, D) each, in value's dtype."""
         layer = self.cache.layers[layer_idx]
         layer.slots.reserve(1)
+        self._facts[layer_idx] = self._facts_of(layer, key)
         slots, (keys, values) = TokenSlots(layer.slots.open_lengths()), layer.grow()
         return slots.write(keys, key).to(value.dtype), slots.write(values, value).to(value.dtype)
 
@@ -238,8 +247,8 @@ class Token(Eviction):
         else:
             out = attend(self._head_mask(visible_BK1W, query))
         layer.receive(self._received(query, key, visible_BK1W, scaling))
-        if "place" in layer.seen:
-            slots.write(layer.seen["place"].grown(), self._places(layer, key.shape[1]))
+        for kind, new_BK11 in self._facts.pop(layer_idx).items():
+            slots.write(layer.seen[kind].grown(), new_BK11)
         slots.admit(self.kept[:, 0])
         self._evict(layer_idx, layer, shrink=False)
         return out

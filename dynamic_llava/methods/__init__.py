@@ -20,9 +20,11 @@ from dynamic_llava.methods.divprune import DivPrune
 from dynamic_llava.methods.dynamic import Dynamic
 from dynamic_llava.methods.fastv import FastV
 from dynamic_llava.methods.h2o import H2O
+from dynamic_llava.methods.knorm import KNorm
 from dynamic_llava.methods.mixed import Mixed
 from dynamic_llava.methods.pyramiddrop import PyramidDrop
 from dynamic_llava.methods.random import Random
+from dynamic_llava.methods.random_window import RandomWindow
 from dynamic_llava.methods.registry import (
     METHODS,
     Spelling,
@@ -35,13 +37,16 @@ from dynamic_llava.methods.registry import (
     said_settings,
     settings_of,
 )
+from dynamic_llava.methods.snapkv import SnapKV
 from dynamic_llava.methods.streaming_llm import StreamingLLM
 from dynamic_llava.methods.structure import Structure
 from dynamic_llava.methods.tome import ToMe
+from dynamic_llava.methods.tova import TOVA
 
 __all__ = [
     "H2O",
     "METHODS",
+    "TOVA",
     "Choice",
     "Cut",
     "Dense",
@@ -51,14 +56,17 @@ __all__ = [
     "Evidence",
     "FastV",
     "ImageTokens",
+    "KNorm",
     "Method",
     "Mixed",
     "OneCut",
     "OutputTokens",
     "PyramidDrop",
     "Random",
+    "RandomWindow",
     "SlotEvidence",
     "Slots",
+    "SnapKV",
     "Spelling",
     "StreamingLLM",
     "Structure",

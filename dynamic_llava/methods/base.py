@@ -23,10 +23,11 @@ from dynamic_llava.layout import TokenLayout
 Evidence = Literal["question_row"]
 """What a cut may be shown beside the hidden states. question_row: (I, n) head-mean attention, in the layer before the
 cut, of the last token before the row's first answer to each image token."""
-SlotEvidence = Literal["mass", "latest", "place"]
+SlotEvidence = Literal["mass", "latest", "place", "output", "key_norm"]
 """What `evict` may be shown of each stored token, (B, K, W). mass: float32, the attention that it has received from all
 tokens so far, summed over the query heads of the key head; latest: float32, the same from the last `latest_queries`
-tokens of this pass alone; place: int64, how many tokens its row had before it in this layer, evicted ones included."""
+tokens of this pass alone; place: int64, how many tokens its row had before it in this layer, evicted ones included;
+output: bool, whether it is an output token; key_norm: float32, the Euclidean norm of its key."""
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,15 @@ the newest token stays.
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from dynamic_llava.methods.base import Method, SlotEvidence, Slots
+from dynamic_llava.methods.eviction import check_count, check_share, check_shares_of, share
 from dynamic_llava.sparsity.decisions import top_k_keep
 
-SharesOf = Literal["prompt", "tokens"]
+GrowingOrFixed = Literal["prompt", "tokens"]
 
 
 @dataclass(frozen=True)
@@ -34,21 +35,17 @@ class H2O(Method):
     """Share of tokens that stay as heavy hitters, from 0 to 1."""
     recent_rate: float = 0.1
     """Share of tokens that stay because they are the newest, from 0 to 1."""
-    shares_of: SharesOf = "prompt"
+    shares_of: GrowingOrFixed = "prompt"
     """What the rates are shares of: of the prompt's tokens, images included, so that budgets stay fixed while an answer
     grows; or of all tokens so far, of those of the prompt and of the answers each."""
     layer: int = 0
     """The first decoder layer that evicts; earlier ones keep every token."""
 
     def __post_init__(self) -> None:
-        for name in ("heavy_rate", "recent_rate"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-                raise ValueError(f"{name}={value!r} is no share of the tokens; give a number from 0 to 1")
-        if self.shares_of not in get_args(SharesOf):
-            raise ValueError(f"shares_of={self.shares_of!r} is not known; choose one of {get_args(SharesOf)}")
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 0:
-            raise ValueError(f"layer={self.layer!r} is no decoder layer; give an int of 0 or more")
+        check_share("heavy_rate", self.heavy_rate)
+        check_share("recent_rate", self.recent_rate)
+        check_shares_of(self.shares_of, GrowingOrFixed)
+        check_count("layer", self.layer, "decoder layer")
 
     def evict(self, layer: int, slots: Slots) -> Tensor | None:
         """(B, K, W) bool: the recent window and, of the tokens before it, the heaviest; the older of two equal ones."""
@@ -62,13 +59,7 @@ class H2O(Method):
         """Return how many heavy hitters and recent tokens stay in each row, (B,), (B,) int64, exact in decimals."""
         heavy, recent = Fraction(str(self.heavy_rate)), Fraction(str(self.recent_rate))
         if self.shares_of == "prompt":
-            return _share(heavy, prompt_B), _share(recent, prompt_B).clamp(min=1)
+            return share(heavy, prompt_B), share(recent, prompt_B).clamp(min=1)
         # Rounded as one share, so that heavy hitters and recent tokens together are what the rates together leave.
-        both_B, recent_B = (_share(one, prompt_B) + _share(one, outputs_B) for one in (heavy + recent, recent))
+        both_B, recent_B = (share(one, prompt_B) + share(one, outputs_B) for one in (heavy + recent, recent))
         return both_B - recent_B, recent_B.clamp(min=1)
-
-
-def _share(rate: Fraction, count_B: Tensor) -> Tensor:
-    """(B,) int64: floor(rate * count), the rate as written, to four digits."""
-    rate = rate.limit_denominator(10_000)  # keeps the product far from overflow
-    return count_B * rate.numerator // rate.denominator

@@ -27,17 +27,23 @@ from dynamic_llava.methods.divprune import DivPrune
 from dynamic_llava.methods.dynamic import Dynamic
 from dynamic_llava.methods.fastv import FastV
 from dynamic_llava.methods.h2o import H2O
+from dynamic_llava.methods.knorm import KNorm
 from dynamic_llava.methods.mixed import Mixed
 from dynamic_llava.methods.pyramiddrop import PyramidDrop
 from dynamic_llava.methods.random import Random
+from dynamic_llava.methods.random_window import RandomWindow
+from dynamic_llava.methods.snapkv import SnapKV
 from dynamic_llava.methods.streaming_llm import StreamingLLM
 from dynamic_llava.methods.structure import Structure
 from dynamic_llava.methods.tome import ToMe
+from dynamic_llava.methods.tova import TOVA
 
-METHODS: dict[str, type[Method]] = {
-    method.name: method
-    for method in (Dense, DivPrune, Dynamic, FastV, H2O, Mixed, PyramidDrop, Random, StreamingLLM, Structure, ToMe)
-}
+_ROWS: tuple[type[Method], ...] = (
+    *(Dense, Dynamic, FastV, PyramidDrop, DivPrune, ToMe),
+    *(H2O, TOVA, KNorm, SnapKV, StreamingLLM),
+    *(Random, Structure, RandomWindow, Mixed),
+)
+METHODS: dict[str, type[Method]] = {method.name: method for method in sorted(_ROWS, key=lambda method: method.name)}
 """Registered name -> class."""
 Spelling = Method | str | Mapping[str, Any]
 """A method, or what names one: a name, or a mapping of `name` and settings."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dynamic_llava.methods.base import Method, Slots
+from dynamic_llava.methods.eviction import check_count
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,8 @@ class StreamingLLM(Method):
     """Newest tokens of each row that stay."""
 
     def __post_init__(self) -> None:
-        for name in ("sinks", "window"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name}={value!r} is no number of tokens; give an int of 0 or more")
+        check_count("sinks", self.sinks, "number of tokens")
+        check_count("window", self.window, "number of tokens")
 
     def evict(self, layer: int, slots: Slots) -> Tensor:
         """(B, K, W) bool: the sinks, which never leave a row's first slots, and the window."""

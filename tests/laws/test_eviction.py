@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 
 from dynamic_llava.engine.decoder import FAMILIES
-from dynamic_llava.methods import H2O, Method, OneCut, SlotEvidence, StreamingLLM
+from dynamic_llava.methods import H2O, TOVA, KNorm, Method, OneCut, RandomWindow, SlotEvidence, SnapKV, StreamingLLM
 from dynamic_llava.methods import METHODS as REGISTERED
 from tests.builders import (
     IMAGE_TOKEN,
@@ -29,7 +29,7 @@ from tests.builders import (
 )
 from tests.laws.test_paths import KV_HEADS, newest
 from tests.laws.test_turns import ATTENTION, conversations, cut_into_turns, length, said_until
-from tests.never_remove import NeverRemove, h2o, streaming_llm
+from tests.never_remove import NeverRemove, h2o, snapkv, streaming_llm, top_slots
 from tests.properties import for_all
 
 few_or_many = pytest.mark.parametrize(
@@ -146,6 +146,15 @@ CASES = {
     "h2o from layer 3": (H2O(layer=3), h2o),
     "h2o of nothing": (H2O(heavy_rate=0, recent_rate=0), h2o),
     "streaming_llm": (StreamingLLM(sinks=2, window=5), streaming_llm),
+    "tova": (TOVA(keep_rate=0.4), top_slots),
+    "tova of all tokens": (TOVA(keep_rate=0.5, recent=3, shares_of="tokens"), top_slots),
+    "knorm": (KNorm(keep_rate=0.4, layer=1), top_slots),
+    "knorm of outputs": (KNorm(keep_rate=0.3, shares_of="outputs", layer=0), top_slots),
+    "random_window": (RandomWindow(recent=4), top_slots),
+    "random_window of outputs": (RandomWindow(keep_rate=0.5, recent=2, shares_of="outputs", seed=3), top_slots),
+    "a bare window": (RandomWindow(keep_rate=0, recent=5), top_slots),
+    "snapkv": (SnapKV(keep_rate=0.5, window=3, kernel=3), snapkv),
+    "snapkv without pooling": (SnapKV(keep_rate=0.3, window=2, kernel=1), snapkv),
     "snap": (Snap(), snap),
     "scattered": (Scattered(), scattered),
     "with a cut": (WithACut(), with_a_cut),
