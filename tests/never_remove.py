@@ -172,14 +172,15 @@ def top_slots(method):
     return rule
 
 
-def drawn(method, token, told):
-    return uniform_noise(fold_key(method.seed), torch.tensor([told.place[token]])).item()
+@lru_cache(maxsize=4096)
+def drawn(seed, place):
+    return uniform_noise(fold_key(seed), torch.tensor([place])).item()
 
 
 SCORES = {
     "tova": lambda method, head, told, token: sum(one.latest[token] for one in told.heads),
     "knorm": lambda method, head, told, token: -head.norm[token],
-    "random_window": lambda method, head, told, token: drawn(method, token, told),
+    "random_window": lambda method, head, told, token: drawn(method.seed, told.place[token]),
 }
 
 
