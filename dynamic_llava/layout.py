@@ -1,7 +1,7 @@
 """What every token of a batch is, and how the kept ones are gathered.
 
-Shape suffixes: B rows, N tokens of a row, K tokens of the longest packed row, I images of the whole batch, n tokens of
-one image, D hidden size.
+Shape suffixes: B rows, N tokens of a row, C computed tokens of the longest packed row, I images of the whole batch,
+n image tokens of one image, T output tokens, D hidden size.
 """
 
 from collections.abc import Callable, Sequence
@@ -217,9 +217,9 @@ class Packing:
     """The gather of the kept tokens of each row, in their order, aligned to the left."""
 
     index: Tensor
-    """(B, K) int64: where each packed token comes from."""
+    """(B, C) int64: where each packed token comes from."""
     valid: Tensor
-    """(B, K) bool: False on the filler behind a row's kept tokens."""
+    """(B, C) bool: False on the filler behind a row's kept tokens."""
 
     @classmethod
     def of(cls, keep: Tensor) -> "Packing":
@@ -229,13 +229,13 @@ class Packing:
         return cls(index, keep.gather(1, index))
 
     def take(self, values: Tensor) -> Tensor:
-        """Gather (B, N) or (B, N, D) into (B, K) or (B, K, D)."""
+        """Gather (B, N) or (B, N, D) into (B, C) or (B, C, D)."""
         if values.dim() == 2:
             return values.gather(1, self.index)
         return values.gather(1, self.index[..., None].expand(-1, -1, values.shape[-1]))
 
     def put(self, packed: Tensor, length: int) -> Tensor:
-        """Scatter (B, K, D) back to (B, length, D); tokens that were not packed are zero."""
+        """Scatter (B, C, D) back to (B, length, D); tokens that were not packed are zero."""
         source = packed * self.valid[..., None].to(packed.dtype)
         full = packed.new_zeros(packed.shape[0], length, packed.shape[-1])
         return full.scatter(1, self.index[..., None].expand_as(source), source)

@@ -1,6 +1,7 @@
 """The rules of docs/architecture.md, read from the source: layers, packages in their rooms, sizes, forbidden words."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -272,6 +273,44 @@ def test_scripts_stay_short():
     for path in sorted((ROOT / "scripts").glob("*.sh")):
         lines = path.read_text(encoding="utf-8").count("\n")
         assert lines < 60, f"{name_of(path)}: {lines} lines; a script parses, calls and prints"
+
+
+def legend():
+    """Return letter -> what it counts, the bold words of docs/architecture.md's shape suffixes."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w) \| \*\*(.+?)\*\*", page.split("## Shape suffixes")[1].split("\n## ")[0], re.MULTILINE)
+    assert len(rows) == len(dict(rows)) == len({words for _, words in rows}), "a letter or a meaning stands there twice"
+    return dict(rows)
+
+
+def local_letters(path):
+    """Return (letter, meaning) of each that the docstring of a module lists behind "Shape suffixes:"."""
+    text = " ".join((ast.get_docstring(tree_of(path)) or "").split())
+    _, _, listed = text.partition("Shape suffixes: ")
+    return re.findall(r"(?:^|[,;] )(\w) ([^,;.]*)", listed.split(". ")[0])
+
+
+def suffixed(path):
+    """Return the variables and arguments of a module that end in a shape, such as hidden_BND and keep_In."""
+    nodes = list(ast.walk(tree_of(path)))
+    names = {node.id for node in nodes if isinstance(node, ast.Name)} | {n.arg for n in nodes if isinstance(n, ast.arg)}
+    return sorted(name for name in names if re.fullmatch(r"_?[a-z_]+_(?=\w*[A-Z])[A-Za-z\d]{1,6}", name))
+
+
+def test_shape_suffixes_are_those_of_the_legend():
+    """One letter has one meaning in the whole package; a module may narrow it, and no letter waits for a use."""
+    known, used = legend(), set()
+    for path in FILES:
+        listed = local_letters(path)
+        for letter, meaning in listed:
+            used.add(letter)
+            assert letter in known, f"{name_of(path)}: {letter} ({meaning}) is not in the legend"
+            assert f"{meaning} ".startswith(f"{known[letter]} "), f"{name_of(path)}: {letter} is {meaning!r} here"
+        allowed = {letter for letter, _ in listed} or set(known)
+        for name in suffixed(path) if "tiny" not in path.parts else ():  # the shipped base has legends of its own
+            unlisted = set(name.rpartition("_")[2]) - allowed - set("0123456789")
+            assert not unlisted, f"{name_of(path)}: {name} has {sorted(unlisted)}, which the docstring does not list"
+    assert used == set(known), f"nobody uses {sorted(set(known) - used)}; take them out of the legend"
 
 
 @pytest.mark.parametrize("word", ["Batch", "Column", "Evaluation", "Plan", "Row"])

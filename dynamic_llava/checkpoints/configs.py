@@ -6,11 +6,12 @@ asked here: every tensor's shape is compared with the model's before anything is
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
+from dynamic_llava.checkpoints.folders import Say
 from dynamic_llava.checkpoints.names import EMBEDDING, IMAGE_PREDICTOR, OUTPUT_PREDICTOR, TOWER, is_predictors
 from dynamic_llava.config import SparsityConfig
 from dynamic_llava.engine.learned import parts_of
@@ -21,7 +22,6 @@ from dynamic_llava.sparsity import budget
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of the tensors there are, by our names."""
-Say = Callable[[str], None]
 
 _TEXT = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",

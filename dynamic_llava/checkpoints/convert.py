@@ -4,7 +4,7 @@ The new folder appears under its name only when everything is in it, tokenizer, 
 """
 
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ from typing import Any
 from transformers import GenerationConfig, LlavaConfig
 
 from dynamic_llava.checkpoints.configs import config_to_hf
+from dynamic_llava.checkpoints.folders import Say
 from dynamic_llava.checkpoints.layouts import read_json
-from dynamic_llava.checkpoints.plan import Conversion, Dtype, Target, make_plan
-from dynamic_llava.checkpoints.sources import Source
+from dynamic_llava.checkpoints.plan import Conversion, Dtype, TargetLayout, make_plan
+from dynamic_llava.checkpoints.sources import SourceCheckpoint
 from dynamic_llava.checkpoints.tensors import write_weights
 from dynamic_llava.checkpoints.vocabulary import Vocabulary
 from dynamic_llava.files import WriteError, amount, writing
@@ -34,14 +35,14 @@ def convert(
     source: str | Path,
     destination: str | Path,
     *,
-    to: Target = "dynamic-llava",
+    to: TargetLayout = "dynamic-llava",
     vision_tower: str | Path | None = None,
     base: str | Path | None = None,
     dtype: Dtype | None = None,
     keep_projector: bool = False,
     leave_out: Collection[str] = (),
     shard_bytes: int = SHARD_BYTES,
-    say: Callable[[str], None] = print,
+    say: Say = print,
 ) -> Path:
     """Convert a checkpoint's folder into a new one, which appears only when it is complete; return it.
 
@@ -136,11 +137,11 @@ def new_folder(destination: Path, needed: int) -> Iterator[Path]:
 
 def write_processor(
     folder: Path,
-    source: Source,
+    source: SourceCheckpoint,
     config: DynamicLlavaConfig,
     vocabulary: Vocabulary,
-    to: Target,
-    say: Callable[[str], None],
+    to: TargetLayout,
+    say: Say,
 ) -> None:
     """Write the processor's files; without a tokenizer in the source only those about images, and say so."""
     image_size, colours = config.vision_config.image_size, _colours(source)
@@ -163,7 +164,7 @@ def write_processor(
         _name_processor(folder, "LlavaProcessor")
 
 
-def _colours(source: Source) -> dict[str, Any]:
+def _colours(source: SourceCheckpoint) -> dict[str, Any]:
     """Return the source's own mean and deviation of colours; without any, none, which means CLIP's."""
     found = source.config.get("image_processor") or {}
     for folder in (source.folder, source.base, source.vision_tower):

@@ -1,7 +1,7 @@
 """What a conversion will do, checked from names, shapes and settings before a single value is read."""
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -10,7 +10,7 @@ import torch
 
 from dynamic_llava.checkpoints import layouts
 from dynamic_llava.checkpoints.configs import config_from_hf, config_from_original, config_of_parts
-from dynamic_llava.checkpoints.folders import some
+from dynamic_llava.checkpoints.folders import Say, some
 from dynamic_llava.checkpoints.names import (
     EMBEDDING,
     HEAD,
@@ -18,7 +18,7 @@ from dynamic_llava.checkpoints.names import (
     from_ours,
     has_keep_first,
 )
-from dynamic_llava.checkpoints.sources import Source, Stored, read_source
+from dynamic_llava.checkpoints.sources import SourceCheckpoint, Stored, read_source
 from dynamic_llava.checkpoints.tensors import FLOATS, Change, Placement, add_mean_rows, swap_rows
 from dynamic_llava.checkpoints.vocabulary import (
     Vocabulary,
@@ -32,7 +32,7 @@ from dynamic_llava.model import DynamicLlavaConfig, DynamicLlavaForConditionalGe
 from dynamic_llava.processing.base_template import Ends
 from dynamic_llava.processing.folder import read_ends
 
-Target = Literal["dynamic-llava", "llava-hf"]
+TargetLayout = Literal["dynamic-llava", "llava-hf"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 
@@ -40,8 +40,8 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 class Conversion:
     """A conversion that has been checked and can be carried out."""
 
-    source: Source
-    to: Target
+    source: SourceCheckpoint
+    to: TargetLayout
     config: DynamicLlavaConfig
     vocabulary: Vocabulary
     placements: list[Placement]
@@ -55,16 +55,16 @@ class Conversion:
 def make_plan(
     source: str | Path,
     *,
-    to: Target = "dynamic-llava",
+    to: TargetLayout = "dynamic-llava",
     vision_tower: str | Path | None = None,
     base: str | Path | None = None,
     dtype: Dtype | None = None,
     keep_projector: bool = False,
     leave_out: Collection[str] = (),
-    say: Callable[[str], None] = print,
+    say: Say = print,
 ) -> Conversion:
     """Check everything there is to check and return what to do; arguments and errors are those of `convert`."""
-    for name, value, allowed in (("dtype", dtype, (None, *get_args(Dtype))), ("to", to, get_args(Target))):
+    for name, value, allowed in (("dtype", dtype, (None, *get_args(Dtype))), ("to", to, get_args(TargetLayout))):
         if value not in allowed:
             raise ValueError(f"{name}={value!r} is not offered; choose one of {', '.join(filter(None, allowed))}")
     found = read_source(source, vision_tower, base, say, keep_projector=keep_projector, leave_out=leave_out)
@@ -87,7 +87,7 @@ def make_plan(
     return Conversion(found, to, config, vocabulary, placements)
 
 
-def _config(source: Source, say: Callable[[str], None]) -> DynamicLlavaConfig:
+def _config(source: SourceCheckpoint, say: Say) -> DynamicLlavaConfig:
     try:
         if source.is_original:
             return config_from_original(source.config, source.shapes, source.vision_config, say)
@@ -101,7 +101,7 @@ def _config(source: Source, say: Callable[[str], None]) -> DynamicLlavaConfig:
         raise ValueError(f"{source.folder}: config.json makes no model ({error})") from None
 
 
-def _check(source: Source, config: DynamicLlavaConfig) -> dict[str, str]:
+def _check(source: SourceCheckpoint, config: DynamicLlavaConfig) -> dict[str, str]:
     """Return the module's own name of every tensor. ValueError unless names, shapes and formats are the model's."""
     with torch.device("meta"):
         state = DynamicLlavaForConditionalGeneration(config).state_dict()
@@ -136,12 +136,12 @@ def _check(source: Source, config: DynamicLlavaConfig) -> dict[str, str]:
     return own
 
 
-def _both_names(name: str, source: Source) -> str:
+def _both_names(name: str, source: SourceCheckpoint) -> str:
     stored = from_ours(name, source.layout.rules)
     return name if stored in (None, name) else f"{stored} ({name})"
 
 
-def _vocabulary(source: Source, config: DynamicLlavaConfig, say: Callable[[str], None]) -> Vocabulary:
+def _vocabulary(source: SourceCheckpoint, config: DynamicLlavaConfig, say: Say) -> Vocabulary:
     # The tokenizer of an original LLaVA's parts lacks <image>, which such a base has.
     first = None if source.trained_config is not None else source.folder
     folders = [folder for folder in (first, source.base) if folder is not None]
@@ -158,7 +158,7 @@ def _vocabulary(source: Source, config: DynamicLlavaConfig, say: Callable[[str],
     return with_prompts(vocabulary, folders, Ends(ends, "config.json"))
 
 
-def _target_name(name: str, own_names: dict[str, str], learned: tuple[str, ...], to: Target) -> str | None:
+def _target_name(name: str, own_names: dict[str, str], learned: tuple[str, ...], to: TargetLayout) -> str | None:
     """Return the name under which one of our tensors is written; None for what the target has no place for.
 
     `learned` are the beginnings of the names of what the method has learned.
@@ -182,7 +182,7 @@ def _placement(name: str, target: str, stored: Stored, new_rows: int, dtype: Dty
     return Placement(target, shape, kind, stored.source, stored.name, tuple(changes))
 
 
-def _say_changes(source: Source, config: DynamicLlavaConfig, to: Target, say: Callable[[str], None]) -> None:
+def _say_changes(source: SourceCheckpoint, config: DynamicLlavaConfig, to: TargetLayout, say: Say) -> None:
     swapped = sum(has_keep_first(name, stored.rule) for name, stored in source.tensors.items())
     if swapped:
         say(f"keep channel: the rows of {swapped} tensors are swapped, (keep, drop) becomes (drop, keep)")

@@ -1,13 +1,13 @@
 """What a conversion starts from: every tensor under our name, from one folder or put together from several."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dynamic_llava.checkpoints import layouts, names
-from dynamic_llava.checkpoints.folders import check_left_out, check_unread, local_folder, some
+from dynamic_llava.checkpoints.folders import Say, check_left_out, check_unread, local_folder, some
 from dynamic_llava.checkpoints.layouts import Layout, find_layout, is_original, layout_by_config, read_json
 from dynamic_llava.checkpoints.lora import (
     PROJECTOR_FILE,
@@ -20,8 +20,6 @@ from dynamic_llava.checkpoints.lora import (
 from dynamic_llava.checkpoints.names import RECOMPUTED, TEXT_HALF, TOWER, Rule, reason_to_leave_out, to_ours
 from dynamic_llava.model.supported import check_architecture
 from dynamic_llava.model.weight_files import Head, WeightFiles, holds_model
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceCheckpoint:
     """A checkpoint to convert."""
 
     folder: Path
@@ -83,7 +81,7 @@ def read_source(
     *,
     keep_projector: bool = False,
     leave_out: Collection[str] = (),
-) -> Source:
+) -> SourceCheckpoint:
     """Find out what a checkpoint holds and where every tensor belongs; arguments and errors are those of `convert`.
 
     No value is read, except where a file may be a second copy of another one.
@@ -115,7 +113,7 @@ def read_source(
     return source
 
 
-def _read_model(folder: Path, say: Say) -> Source:
+def _read_model(folder: Path, say: Say) -> SourceCheckpoint:
     config = read_json(folder / "config.json")
     layout = layout_by_config(folder, config)  # a folder of another architecture is named before its files are read
     if layout in (layouts.OURS, layouts.LLAVA_HF):
@@ -123,10 +121,12 @@ def _read_model(folder: Path, say: Say) -> Source:
     files = WeightFiles.of_folder(folder)
     layout = find_layout(folder, config, files.heads)
     say(f"{folder}: {layout.title}; {len(files.heads)} tensors in {len(files.files)} files")
-    return Source(folder, layout, config, _place(folder, files, layout, say))
+    return SourceCheckpoint(folder, layout, config, _place(folder, files, layout, say))
 
 
-def _read_parts(folder: Path, base: Path | None, leave_out: Collection[str], keep_projector: bool, say: Say) -> Source:
+def _read_parts(
+    folder: Path, base: Path | None, leave_out: Collection[str], keep_projector: bool, say: Say
+) -> SourceCheckpoint:
     if base is None:
         raise ValueError(_needs_base(folder))
     under = _read_model(base, say)
@@ -159,8 +159,8 @@ def _read_parts(folder: Path, base: Path | None, leave_out: Collection[str], kee
     adapted = {found[0] for name in adapters if (found := to_ours(name, layouts.ADAPTER.rules))}
     _check_projector(folder, {*trained, *adapted}, by_llava, own or {}, keep_projector, say)
     if is_original(layout) and not is_original(under.layout):  # <image> has its row in the base already
-        return Source(folder, under.layout, under.config, tensors, base=base, trained_config=own)
-    return Source(folder, layout, config, tensors, base=base)
+        return SourceCheckpoint(folder, under.layout, under.config, tensors, base=base, trained_config=own)
+    return SourceCheckpoint(folder, layout, config, tensors, base=base)
 
 
 def _needs_base(folder: Path) -> str:
@@ -192,7 +192,7 @@ def _check_projector(
         )
 
 
-def _with_tower(source: Source, vision_tower: Path | None, say: Say) -> Source:
+def _with_tower(source: SourceCheckpoint, vision_tower: Path | None, say: Say) -> SourceCheckpoint:
     inside = any(name.startswith(TOWER) for name in source.tensors)
     if inside and vision_tower is not None:
         raise ValueError(f"{source.folder} holds its own vision tower; leave --vision-tower {vision_tower} out")

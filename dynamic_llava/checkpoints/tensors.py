@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dynamic_llava.checkpoints.folders import Say
 from dynamic_llava.model.weight_files import WeightFiles
 
 FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -59,7 +60,7 @@ def add_mean_rows(count: int) -> Change:
     return extend
 
 
-def write_weights(folder: Path, placements: Sequence[Placement], shard_bytes: int, say: Callable[[str], None]) -> None:
+def write_weights(folder: Path, placements: Sequence[Placement], shard_bytes: int, say: Say) -> None:
     """Write `model.safetensors`, or shards of at most `shard_bytes` (or one tensor) and their index.
 
     The placements of one source file should stand together: a file is open only while its own are written.

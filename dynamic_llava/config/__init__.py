@@ -16,12 +16,12 @@ SHIPPED = {"tiny": Path(__file__).parent.parent / "tiny" / "weights"}
 """Checkpoints that come with the package: the name that stands for one where a checkpoint is named -> its folder."""
 SPARSITY_MODES = ("both", "image", "output", "none")
 SparsityMode = Literal["both", "image", "output", "none"]
-"""Which context is sparsified in a call: image tokens, output tokens, both or neither."""
+"""The switch `sparsity` of a call: which context is sparsified in it, image tokens, output tokens, both or neither."""
 
 
 @dataclass(frozen=True)
 class SparsityConfig:
-    """Everything that defines Dynamic-LLaVA's sparsity; stored under the key `sparsity` of a checkpoint's config.json.
+    """The settings that define Dynamic-LLaVA: the section `sparsity` of a run's file and of a checkpoint's config.json.
 
     Raises ValueError when a value is outside its range. The defaults are the paper's (Sec. 4.1, A.2).
     """
@@ -355,7 +355,7 @@ def check_keep_rate(name: str, value: float) -> None:
 
 
 def check_sparsity_mode(value: str) -> None:
-    """Raise ValueError unless `value` names a sparsity mode."""
+    """Raise ValueError unless `value` is one of the switch `sparsity`."""
     _one_of("sparsity", value, SPARSITY_MODES)
 
 

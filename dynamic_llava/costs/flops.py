@@ -1,7 +1,7 @@
 """What passes cost: FLOPs, tokens per layer, key-value bytes. Pure arithmetic, no torch.
 
-Two ways to count, never to be mixed in one table. `flops_paper` is Eq. 13 as the paper's tables use it: 32 N C^2 stands
-for ALL linear layers (four projections 8 N C^2, a three-matrix MLP of width 4C 24 N C^2) and 4 N^2 C for attention; the
+Two ways to count, never to be mixed in one table. `flops_paper` is Eq. 13 as the paper's tables use it: 32 N D^2 stands
+for ALL linear layers (four projections 8 N D^2, a three-matrix MLP of width 4D 24 N D^2) and 4 N^2 D for attention; the
 paper's sentence swaps them, and LLaMA's real MLP is narrower, so its absolute values are 1.32 times too large while
 ratios hold. `flops_exact` counts the real module shapes, two operations per multiply-add. Both leave out norms,
 softmax, embeddings and the vision tower; the head is `head_flops`.
@@ -33,7 +33,7 @@ def flops_paper(
     sparse_layer: int = 0,
     batch: int = 1,
 ) -> int:
-    """Return the FLOPs of Eq. 13: 32 B N C^2 + 4 B N^2 C in each layer."""
+    """Return the FLOPs of Eq. 13: 32 B N D^2 + 4 B N^2 D in each layer."""
     groups = _layer_groups(tokens, kept, layers, sparse_layer)
     return batch * sum(depth * (32 * n * hidden**2 + 4 * n**2 * hidden) for depth, n in groups)
 

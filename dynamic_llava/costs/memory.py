@@ -76,7 +76,7 @@ class _Run:
     decoder: DecoderShape
     train: TrainConfig
     lora: LoraConfig | None
-    sparsity: SparsityConfig
+    settings: SparsityConfig
     learned: Learned
     weight: int
     """Format of frozen weights, and of the hidden states between layers."""
@@ -103,12 +103,12 @@ class _Run:
     @property
     def first_layer(self) -> int:
         """The first layer that keeps anything for the backward pass."""
-        return self.sparsity.sparse_layer if self.train.tune == "predictors" and not self.reaches_all else 0
+        return self.settings.sparse_layer if self.train.tune == "predictors" and not self.reaches_all else 0
 
     @property
     def reaches_first(self) -> bool:
         """Whether a gradient reaches the input of the first layer; else only the layer's own parts need one."""
-        through_zeros = self.train.tune == "predictors" and self.sparsity.dropped_tokens == "zero_vectors"
+        through_zeros = self.train.tune == "predictors" and self.settings.dropped_tokens == "zero_vectors"
         return self.reaches_all or through_zeros
 
     @property
@@ -118,8 +118,8 @@ class _Run:
 
     def is_masked(self, layer: int) -> bool:
         """Whether the layer runs MaskedSoftmax instead of causal attention."""
-        hides = self.train.sparsity_mode != "none" and self.sparsity.dropped_tokens == "masked_softmax"
-        return hides and layer >= self.sparsity.sparse_layer
+        hides = self.train.sparsity_mode != "none" and self.settings.dropped_tokens == "masked_softmax"
+        return hides and layer >= self.settings.sparse_layer
 
 
 def training_memory(

@@ -13,7 +13,7 @@ class DecoderShape:
     """The sizes of a decoder of any family that its costs follow from; ValueError where they do not fit together."""
 
     hidden: int
-    """C: hidden size."""
+    """D: hidden size."""
     layers: int
     """L: decoder layers."""
     intermediate: int
@@ -47,7 +47,7 @@ class DecoderShape:
 
     @property
     def head_width(self) -> int:
-        """D: width of one head, stated or hidden / heads."""
+        """d: width of one head, stated or hidden / heads."""
         return self.head_dim if self.head_dim is not None else self.hidden // self.heads
 
     @property
@@ -250,9 +250,9 @@ def llava_shape(config: Any) -> LlavaShape:
 
 
 def _counted(config: Any) -> ProjectorShape:
-    from dynamic_llava.projectors.registry import measure
+    from dynamic_llava.projectors.registry import projector_costs
 
-    return ProjectorShape(*measure(config))
+    return ProjectorShape(*projector_costs(config))
 
 
 @dataclass(frozen=True)

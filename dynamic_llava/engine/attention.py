@@ -5,7 +5,7 @@ configuration names; keyword arguments of ours come along from the layer's own. 
 ask for `sparse_<name>` instead of `<name>`, and nothing else about them changes; masks are made, and users read and set
 the implementation, by the plain name. Without our keywords `sparse_<name>` is `<name>` itself.
 
-Shape suffixes: B rows, N tokens, H heads, K key-value heads, d width of a head.
+Shape suffixes: B rows, N tokens, Q new tokens, W slots, H query heads, K key heads, d head size.
 """
 
 from functools import partial
@@ -124,7 +124,7 @@ class SparseNames:
 
 
 class Plainly:
-    """An attention module as an implementation sees it that looks up its kernel by the plain name."""
+    """An attention module that calls its implementation by transformers' name, for kernels that are looked up by it."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module, self.config = module, module.config.plain

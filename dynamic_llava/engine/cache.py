@@ -4,7 +4,7 @@ The layers between two cuts of a method are a group. Those below the first cut s
 prompt tokens, and the image and output tokens that all cuts up to theirs have kept.
 transformers calls the cache `past_key_values` until 5.23 and `cache` from 5.24 on; this library says `cache`, and takes
 and gives the earlier name as well, whichever transformers is installed.
-Shape suffixes: B rows, H key-value heads, N tokens, D head dimension.
+Shape suffixes: B rows, K key heads, N tokens, Q new tokens, W slots, L layers, d head size.
 """
 
 import inspect
@@ -69,7 +69,7 @@ class AdmissionLayer(CacheLayerMixin):
         self._values: SlotStorage | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Store the opening chunk, (B, H, N, D) each, in the dtype of its values, which is the one to compute in."""
+        """Store the opening chunk, (B, K, N, d) each, in the dtype of its values, which is the one to compute in."""
         # Under autocast the rotary embedding leaves keys in float32; attention would round them at every step.
         self.dtype, self.device = value_states.dtype, value_states.device
         self._keys = SlotStorage(self.slots, key_states.to(self.dtype))
@@ -92,7 +92,7 @@ class AdmissionLayer(CacheLayerMixin):
         return keys.to(value_states.dtype), values.to(value_states.dtype)
 
     def grow(self) -> tuple[Tensor, Tensor]:
-        """Return keys and values, (B, H, W, D) each, after growing to the group's capacity."""
+        """Return keys and values, (B, K, W, d) each, after growing to the group's capacity."""
         if self._keys is None or self._values is None:
             raise RuntimeError("the cache is empty; open it with a first chunk")
         self._keys.grown()
@@ -100,7 +100,7 @@ class AdmissionLayer(CacheLayerMixin):
         return self._show()
 
     def _show(self) -> tuple[Tensor, Tensor]:
-        """Return keys and values, and let the attributes that transformers reads name them, not what they were."""
+        """Return keys and values as they now are, and show transformers the same as `keys` and `values`."""
         self.keys, self.values = (storage.data for storage in self.storages()[:2])
         return self.keys, self.values
 
@@ -169,9 +169,9 @@ class StepCache:
     """
 
     keys: list[Tensor]
-    """Per layer (B, H, W, D)."""
+    """Per layer (B, K, W, d)."""
     values: list[Tensor]
-    """Per layer (B, H, W, D)."""
+    """Per layer (B, K, W, d)."""
     groups: list[TokenSlots]
     """Of each group of layers."""
     group_of: list[int]
@@ -184,7 +184,7 @@ class StepCache:
         return self.groups[self.group_of[layer_idx]]
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store the token's key and value, (B, H, 1, D) each; returns the storages, (B, H, W, D), in value's dtype."""
+        """Store the token's key and value, (B, K, 1, d) each; returns the storages, (B, K, W, d), in value's dtype."""
         slots = self.slots_of(layer_idx)
         keys, values = slots.write(self.keys[layer_idx], key), slots.write(self.values[layer_idx], value)
         return keys.to(value.dtype), values.to(value.dtype)
@@ -290,9 +290,9 @@ class AdmissionCache(Cache):
         self.seen_images = images_B if self.seen_images is None else self.seen_images + images_B
 
     def commit_chunk(self, admits: Sequence[Tensor]) -> None:
-        """Admit a chunk's tokens, (B, K) bool in each group, and close the gaps that dropped tokens left."""
-        for number, (slots, admit_BK) in enumerate(zip(self.groups, admits, strict=True)):
-            source, target = slots.commit_chunk(admit_BK)
+        """Admit a chunk's tokens, (B, Q) bool in each group, and close the gaps that dropped tokens left."""
+        for number, (slots, admit_BQ) in enumerate(zip(self.groups, admits, strict=True)):
+            source, target = slots.commit_chunk(admit_BQ)
             for group, layer in zip(self.group_of, self.layers, strict=True):
                 if group == number:
                     layer.move(source, target)

@@ -1,7 +1,7 @@
 """Decisions at a cut, on the hidden states that enter its layer: hard at inference, sampled in training.
 
-Shape suffixes: B rows, N tokens, K tokens in flight, I images, n tokens of the longest image, T output tokens of the
-batch, D hidden size.
+Shape suffixes: B rows, N tokens, C computed tokens, I images, n image tokens of the longest, T output tokens of the
+batch, D hidden size, d head size.
 """
 
 from dataclasses import dataclass, replace
@@ -22,7 +22,10 @@ HOOKS = {"keep_image": "sample", "keep_output": "sample_output"}
 
 @dataclass(frozen=True)
 class Past:
-    """What a row has seen before this chunk, so that a token gets the same draw on every path; None without."""
+    """What each row has seen before this chunk, so that a token gets the same draw on every path.
+
+    Both are None where the chunk is the first.
+    """
 
     images: Tensor | None = None
     """(B,) int64: images seen."""
@@ -35,15 +38,15 @@ class Flight:
     """The tokens of a chunk that a stage computes: first all, after a cut that removes tokens some, packed."""
 
     hidden: Tensor
-    """(B, K, D): what enters the next layer."""
+    """(B, C, D): what enters the next layer."""
     layout: TokenLayout
     """The kind of each; `valid` is False at filler too."""
     kept: Tensor
-    """(B, K) bool: what all cuts so far have kept. A token that was dropped may have to be computed all the same."""
+    """(B, C) bool: what all cuts so far have kept. A token that was dropped may have to be computed all the same."""
     rotation: tuple[Tensor, Tensor]
-    """Cosines and sines of the tokens' positions, (1 or B, K, d) each."""
+    """Cosines and sines of the tokens' positions, (1 or B, C, d) each."""
     column: Tensor
-    """(B, K) int64: where in the chunk each token stands."""
+    """(B, C) int64: where in the chunk each token stands."""
     is_whole: bool = True
     """Whether no token has been left out, and they stand in their columns."""
 
@@ -66,13 +69,13 @@ class Flight:
             is_whole=False,
         )
 
-    def put(self, hidden_BKD: Tensor, length: int) -> Tensor:
-        """Put (B, K, D) of these tokens back in their columns, (B, length, D); where no token is left, zeros."""
+    def put(self, hidden_BCD: Tensor, length: int) -> Tensor:
+        """Put (B, C, D) of these tokens back in their columns, (B, length, D); where no token is left, zeros."""
         if self.is_whole:
-            return hidden_BKD
-        source_BKD = hidden_BKD * self.layout.valid[..., None].to(hidden_BKD.dtype)
-        full_BND = hidden_BKD.new_zeros(hidden_BKD.shape[0], length, hidden_BKD.shape[-1])
-        return full_BND.scatter(1, self.column[..., None].expand_as(source_BKD), source_BKD)
+            return hidden_BCD
+        source_BCD = hidden_BCD * self.layout.valid[..., None].to(hidden_BCD.dtype)
+        full_BND = hidden_BCD.new_zeros(hidden_BCD.shape[0], length, hidden_BCD.shape[-1])
+        return full_BND.scatter(1, self.column[..., None].expand_as(source_BCD), source_BCD)
 
     @property
     def standing(self) -> TokenLayout:
@@ -96,23 +99,23 @@ def check_question(method: Method, late_BN: Tensor) -> None:
 def decide(
     plan: Plan, cut: Cut, learned: Any, flight: Flight, seen: dict[Evidence, Tensor], past: Past
 ) -> tuple[Tensor, Tensor]:
-    """Decide at inference (Eq. 5, 11); returns what stays, (B, K) bool, and the hidden states, (B, K, D).
+    """Decide at inference (Eq. 5, 11); returns what stays, (B, C) bool, and the hidden states, (B, C, D).
 
-    `learned` holds the method's own weights; `seen` holds (B, K) of each evidence. Nothing that an earlier cut has
+    `learned` holds the method's own weights; `seen` holds (B, C) of each evidence. Nothing that an earlier cut has
     dropped comes back, and prompt tokens stay. Hidden states change only where the method merges tokens. Decisions that
     the caller has given hold from the first cut on.
     """
     if plan.keep_mask is not None:
         return plan.keep_mask.gather(1, flight.column).bool() & flight.kept, flight.hidden
-    layout, keep_BK, hidden_BKD = flight.standing, flight.kept, flight.hidden
+    layout, keep_BC, hidden_BCD = flight.standing, flight.kept, flight.hidden
     if bool(layout.is_image.any()):
-        answer = plan.method.keep_image(cut, _images(plan, layout, hidden_BKD, seen, past), learned)
-        keep_In, hidden_BKD = _taken(answer, layout, hidden_BKD)
-        keep_BK = layout.scatter_images(keep_In, keep_BK)
+        answer = plan.method.keep_image(cut, _images(plan, layout, hidden_BCD, seen, past), learned)
+        keep_In, hidden_BCD = _taken(answer, layout, hidden_BCD)
+        keep_BC = layout.scatter_images(keep_In, keep_BC)
     if cut.output and bool(layout.output.any()):
         keep_T = plan.method.keep_output(_outputs(plan, flight, past), learned)
-        keep_BK = keep_BK.masked_scatter(layout.output, keep_T)
-    return keep_BK, hidden_BKD
+        keep_BC = keep_BC.masked_scatter(layout.output, keep_T)
+    return keep_BC, hidden_BCD
 
 
 def admit_token(plan: Plan, learned: Any, hidden_B1D: Tensor, seen_B: Tensor) -> Tensor:
@@ -204,7 +207,7 @@ def sample(
 
 
 def _images(
-    plan: Plan, layout: TokenLayout, hidden_BKD: Tensor, seen: dict[Evidence, Tensor], past: Past
+    plan: Plan, layout: TokenLayout, hidden_BCD: Tensor, seen: dict[Evidence, Tensor], past: Past
 ) -> ImageTokens:
     """Return the images of a flight as a method is shown them: of each, the tokens that are still kept."""
     valid_In = layout.image_valid
@@ -213,10 +216,10 @@ def _images(
         place_I = place_I + past.images[rows_I]
     key_I = fold_key(plan.sample_key[rows_I], place_I)
     return ImageTokens(
-        hidden=layout.gather_images(hidden_BKD),
+        hidden=layout.gather_images(hidden_BCD),
         valid=valid_In,
         key=key_I[: len(valid_In)],  # the last images may have been dropped whole
-        seen={evidence: layout.gather_images(values_BK) for evidence, values_BK in seen.items()},
+        seen={evidence: layout.gather_images(values_BC) for evidence, values_BC in seen.items()},
     )
 
 
@@ -233,27 +236,27 @@ def _no_image(plan: Plan, cut: Cut, hidden_BND: Tensor) -> ImageTokens:
 
 def _outputs(plan: Plan, flight: Flight, past: Past) -> OutputTokens:
     layout = flight.layout
-    rank_BK = plan.layout.output_rank().gather(1, flight.column)
+    rank_BC = plan.layout.output_rank().gather(1, flight.column)
     if past.outputs is not None:
-        rank_BK = rank_BK + past.outputs[:, None]
+        rank_BC = rank_BC + past.outputs[:, None]
     return OutputTokens(
         hidden=flight.hidden[layout.output],
-        rank=rank_BK[layout.output],
-        key=plan.sample_key[:, None].expand_as(rank_BK)[layout.output],
+        rank=rank_BC[layout.output],
+        key=plan.sample_key[:, None].expand_as(rank_BC)[layout.output],
     )
 
 
-def _taken(answer: Tensor | Choice, layout: TokenLayout, hidden_BKD: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the keep mask (I, n) of a method's answer, and the hidden states (B, K, D) with its tokens merged.
+def _taken(answer: Tensor | Choice, layout: TokenLayout, hidden_BCD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the keep mask (I, n) of a method's answer, and the hidden states (B, C, D) with its tokens merged.
 
     What becomes of a kept token is the sum of itself and of those that it takes over, each times its weight; without
     weights, their mean.
     """
     if isinstance(answer, Tensor):
-        return answer, hidden_BKD
+        return answer, hidden_BCD
     if answer.into is None:
-        return answer.keep, hidden_BKD
-    keep_In, hidden_InD = answer.keep.bool() & layout.image_valid, layout.gather_images(hidden_BKD)
+        return answer.keep, hidden_BCD
+    keep_In, hidden_InD = answer.keep.bool() & layout.image_valid, layout.gather_images(hidden_BCD)
     itself_n = torch.arange(keep_In.shape[1], device=keep_In.device)
     heir_In = torch.where(layout.image_valid & ~keep_In, answer.into, itself_n)
     weight_In = torch.ones_like(hidden_InD[..., 0]) if answer.weight is None else answer.weight.to(hidden_InD.dtype)
@@ -264,4 +267,4 @@ def _taken(answer: Tensor | Choice, layout: TokenLayout, hidden_BKD: Tensor) -> 
     if answer.weight is None:
         merged_InD = merged_InD / torch.zeros_like(weight_In).scatter_add(1, heir_In, weight_In).clamp(min=1)[..., None]
     merged_InD = torch.where(keep_In[..., None], merged_InD, hidden_InD)
-    return answer.keep, hidden_BKD.masked_scatter(layout.is_image[..., None], merged_InD[layout.image_valid])
+    return answer.keep, hidden_BCD.masked_scatter(layout.is_image[..., None], merged_InD[layout.image_valid])

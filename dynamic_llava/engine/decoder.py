@@ -22,7 +22,7 @@ from dynamic_llava.engine.cache import AdmissionCache, check_cache
 from dynamic_llava.engine.decide import Flight, check_training
 from dynamic_llava.engine.evict import check_eviction, let_evict
 from dynamic_llava.engine.learned import attach, check_weights, initialize_rest
-from dynamic_llava.engine.paths import Drop, Masked, Path, Score, Turn, run_stages
+from dynamic_llava.engine.paths import DropPath, MaskedPath, Path, ScorePath, TurnPath, run_stages
 from dynamic_llava.engine.plan import Plan
 from dynamic_llava.engine.record import DecoderOutput, SparsityRecord
 from dynamic_llava.engine.step import compiled_step, decode_step
@@ -39,11 +39,11 @@ class SparseDecoder:
     learner: Method | None = None
     """The method whose weights the decoder holds, as the checkpoint's settings describe it; None while it is made."""
 
-    def __init__(self, config: Any, sparsity: SparsityConfig) -> None:
+    def __init__(self, config: Any, settings: SparsityConfig) -> None:
         super().__init__(config)  # type: ignore[call-arg]
-        self.sparsity = sparsity
+        self.settings = settings
         serve_sparsely(self.layers, config)
-        attach(self, sparsity, config.hidden_size)
+        attach(self, settings, config.hidden_size)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -80,19 +80,19 @@ class SparseDecoder:
         check_eviction(plan.method, cached=bool(use_cache or cache is not None) and not plan.masked)
         given = self, plan, attention_mask, position_ids
         if plan.answers_only or plan.masked:
-            path: Path = Score(*given) if plan.answers_only else Masked(*given)
+            path: Path = ScorePath(*given) if plan.answers_only else MaskedPath(*given)
             return self._run(path, inputs_embeds, None, kwargs)
         cuts = [cut.layer for cut in plan.cuts]
         if cache is None and use_cache:
-            cache = AdmissionCache(self.config.num_hidden_layers, cuts, self.sparsity.cache_block)
+            cache = AdmissionCache(self.config.num_hidden_layers, cuts, self.settings.cache_block)
         if cache is not None:
             check_cache(cache, cuts, inputs_embeds.shape[0], self.config._attn_implementation)
             let_evict(cache, plan.method)
         if cache is None or not cache.is_live:
-            return self._run(Drop(*given, cache=cache), inputs_embeds, cache, kwargs)
+            return self._run(DropPath(*given, cache=cache), inputs_embeds, cache, kwargs)
         if inputs_embeds.shape[1] == 1 and not plan.has_images:
             return self._step(inputs_embeds, plan, position_ids, cache, kwargs)
-        return self._run(Turn(*given, cache=cache), inputs_embeds, cache, kwargs)
+        return self._run(TurnPath(*given, cache=cache), inputs_embeds, cache, kwargs)
 
     def _run(
         self, path: Path, hidden_BND: Tensor, cache: AdmissionCache | None, kwargs: dict[str, Any]
@@ -102,10 +102,10 @@ class SparseDecoder:
         rotation = self.rotary_emb(hidden_BND, position_ids=path.position_ids)
         flight, until_BN = run_stages(path, Flight.of(hidden_BND, layout, rotation), kwargs)
         record = SparsityRecord(layout, until_BN, layers, until_BN == layers, layout.output)
-        if isinstance(path, Masked):
+        if isinstance(path, MaskedPath):
             record.keep_mask, record.sparsified_output = path.keep, path.decided
             record.entering_masks = tuple(path.entering)
-        if isinstance(path, Turn):
+        if isinstance(path, TurnPath):
             path.cache.commit_chunk(path.admits)
         return DecoderOutput(
             last_hidden_state=flight.put(self.norm(flight.hidden), hidden_BND.shape[1]),

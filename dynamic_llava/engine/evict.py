@@ -5,7 +5,8 @@ given as their cache and as an argument of attention, so that everything happens
 it tokens are stored; after it the method is shown what the layer's heads hold, and the gaps are closed. What it sees is
 recomputed from the layer's queries and keys (`attention_mass`), and only where the method asks. Methods that do not
 evict never come here.
-Shape suffixes: B rows, K key heads, H query heads, Q tokens of the chunk, W slots.
+Shape suffixes: B rows, K key heads, G query heads per key head, H query heads, N tokens, Q new tokens, W slots, d head
+size.
 """
 
 from collections.abc import Callable
@@ -39,7 +40,7 @@ class HeadLayer(AdmissionLayer):
         """(B,) int64: output tokens among them."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Store the opening chunk, (B, K, N, D) each; each head begins with what its group of layers has opened."""
+        """Store the opening chunk, (B, K, N, d) each; each head begins with what its group of layers has opened."""
         group = self.slots
         self.slots = AdmissionSlots(group.block, heads=key_states.shape[1])
         self.slots.open(group.open_lengths(), key_states.shape[2], group.packing)
@@ -110,13 +111,13 @@ class Eviction:
         self._facts: dict[int, dict[SlotEvidence, Tensor]] = {}  # by layer, between its `update` and its `attend`
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store the tokens' keys and values, (B, K, Q, D) each; returns those that attention reads."""
+        """Store the tokens' keys and values, (B, K, Q, d) each; returns those that attention reads."""
         raise NotImplementedError
 
     def attend(
         self, attend: Attend, layer_idx: int, query: Tensor, key: Tensor, scaling: float, mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend from (B, H, Q, D) to keys as `update` gave them, and evict from the layer; returns what `attend` does.
+        """Attend from (B, H, Q, d) to keys as `update` gave them, and evict from the layer; returns what `attend` does.
 
         `mask` is the one that the layer was given.
         """
@@ -136,7 +137,7 @@ class Eviction:
         }
 
     def _facts_of(self, layer: HeadLayer, key: Tensor) -> dict[SlotEvidence, Tensor]:
-        """(B, K, Q, 1) each: what the method sees of the chunk's tokens and never changes; key (B, K, Q, D)."""
+        """(B, K, Q, 1) each: what the method sees of the chunk's tokens and never changes; key (B, K, Q, d)."""
         before_BQ = self.kept.cumsum(1) - self.kept.to(torch.int64)
         before_BQ = before_BQ if layer.tokens is None else before_BQ + layer.tokens[:, None]
         heads = key.shape[1]
@@ -204,7 +205,7 @@ class Chunk(Eviction):
         self._visible: dict[int, Tensor] = {}  # as _facts
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store the tokens behind what each head holds; returns the storages, (B, K, W, D) each."""
+        """Store the tokens behind what each head holds; returns the storages, (B, K, W, d) each."""
         layer = self.cache.layers[layer_idx]
         self._visible[layer_idx] = layer.slots.place_chunk(self.layout.valid, self.kept)
         self._facts[layer_idx] = self._facts_of(layer, key)
@@ -228,7 +229,7 @@ class Token(Eviction):
     """One new token of each row on a live cache."""
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store the token behind what each head holds; returns the storages, (B, K, W, D) each, in value's dtype."""
+        """Store the token behind what each head holds; returns the storages, (B, K, W, d) each, in value's dtype."""
         layer = self.cache.layers[layer_idx]
         layer.slots.reserve(1)
         self._facts[layer_idx] = self._facts_of(layer, key)
@@ -303,13 +304,13 @@ def attention_mass(
 ) -> Tensor:
     """Sum the attention weights that each key receives over queries and the query heads of a key head.
 
-    query (B, H, Q, D); keys (B, K, W, D), K dividing H; seen: bool, which key each query attends to, broadcastable to
-    (B, K, Q, W); counts (B, Q) bool: queries that are summed, all by default; scale: 1 / sqrt(D) by default. Returns
+    query (B, H, Q, d); keys (B, K, W, d), K dividing H; seen: bool, which key each query attends to, broadcastable to
+    (B, K, Q, W); counts (B, Q) bool: queries that are summed, all by default; scale: 1 / sqrt(d) by default. Returns
     (B, K, W) float32. A query that attends to nothing adds nothing. No gradient is recorded. Raises ValueError.
     """
     if query.dim() != 4 or keys.dim() != 4 or query.shape[1] % keys.shape[1] or query.shape[::3] != keys.shape[::3]:
         raise ValueError(
-            f"query {tuple(query.shape)} and keys {tuple(keys.shape)} do not fit; give (B, H, Q, D) and (B, K, W, D), "
+            f"query {tuple(query.shape)} and keys {tuple(keys.shape)} do not fit; give (B, H, Q, d) and (B, K, W, d), "
             "K dividing H"
         )
     batch, heads, queries, _ = query.shape
@@ -321,11 +322,11 @@ def attention_mass(
     with torch.no_grad():
         for part in torch.arange(queries).split(max(1, PART_NUMBERS // (batch * heads * slots))):
             cut = slice(int(part[0]), int(part[-1]) + 1)
-            query_BKGqD = query[:, :, cut].unflatten(1, (key_heads, -1))
-            scores_BKGqW = (query_BKGqD @ keys[:, :, None].transpose(3, 4)).float() * scale
-            hidden_BK1qW = ~seen_BKQW[:, :, None, cut]
-            weights_BKGqW = scores_BKGqW.masked_fill(hidden_BK1qW, -torch.inf).softmax(-1).nan_to_num(0.0)
-            mass_BKW += torch.einsum("bkgqw,bq->bkw", weights_BKGqW, counts_BQ[:, cut].float())
+            query_BKGQd = query[:, :, cut].unflatten(1, (key_heads, -1))
+            scores_BKGQW = (query_BKGQd @ keys[:, :, None].transpose(3, 4)).float() * scale
+            hidden_BK1QW = ~seen_BKQW[:, :, None, cut]
+            weights_BKGQW = scores_BKGQW.masked_fill(hidden_BK1QW, -torch.inf).softmax(-1).nan_to_num(0.0)
+            mass_BKW += torch.einsum("bkgqw,bq->bkw", weights_BKGQW, counts_BQ[:, cut].float())
     return mass_BKW
 
 

@@ -57,7 +57,7 @@ def learned_of(decoder: Any) -> Any:
 def learned_costs(settings: SparsityConfig, width: int, chosen: Method | None = None) -> dict[str, PartCosts]:
     """Return what the learned parts of a checkpoint cost, for hidden states of `width`.
 
-    Those learn that `chosen` uses, by default all that the checkpoint's own method does.
+    The parts that the method `chosen` uses count as learning; by default those that the checkpoint's own method uses.
     """
     own = checkpoint_method(settings)
     used = (own if chosen is None else chosen).used_parts
@@ -91,7 +91,7 @@ def initialize_rest(decoder: Any, module: nn.Module) -> None:
     ]
     if not rest:
         return
-    built = decoder.learner.build(decoder.config.hidden_size, decoder.sparsity)
+    built = decoder.learner.build(decoder.config.hidden_size, decoder.settings)
     fresh = built if len(parts) == 1 else built.get_submodule(part)
     for child, path, name in rest:
         init.copy_(getattr(child, name), getattr(fresh.get_submodule(path), name))

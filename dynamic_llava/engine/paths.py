@@ -9,7 +9,7 @@ drop    only kept tokens go on (prefill, which opens a cache, and decoding witho
 turn    a chunk of several tokens on a live cache (a later user turn)
 
 A dense pass is the parent's own, and a single token on a live cache is `step.py`. All give the same logits.
-Shape suffixes: B rows, N tokens, K tokens in flight, D hidden size.
+Shape suffixes: B rows, N tokens, C computed tokens, W slots, D hidden size.
 """
 
 from abc import ABC, abstractmethod
@@ -50,8 +50,8 @@ class Path(ABC):
 
     def decide(self, cut: Cut, flight: Flight, seen: dict[Evidence, Tensor]) -> Flight:
         """Return the flight with what the method keeps of it; nothing is removed yet."""
-        kept_BK, hidden_BKD = decide(self.plan, cut, learned_of(self.decoder), flight, seen, Past())
-        return replace(flight, kept=kept_BK, hidden=hidden_BKD)
+        kept_BC, hidden_BCD = decide(self.plan, cut, learned_of(self.decoder), flight, seen, Past())
+        return replace(flight, kept=kept_BC, hidden=hidden_BCD)
 
     @abstractmethod
     def enter(self, flight: Flight) -> Flight:
@@ -61,9 +61,9 @@ class Path(ABC):
     def attend(self, stage: Stage, flight: Flight) -> tuple[Tensor | None, dict[str, Any]]:
         """Return the mask of a stage's layers, and their other arguments."""
 
-    def shown(self, stage: Stage, hidden_BKD: Tensor) -> Tensor:
+    def shown(self, stage: Stage, hidden_BCD: Tensor) -> Tensor:
         """Return the hidden states as a layer of the stage is given them."""
-        return hidden_BKD
+        return hidden_BCD
 
     def leave(self, stage: Stage, flight: Flight) -> None:  # noqa: B027  # most passes have nothing to note
         """Take note of a stage that has run."""
@@ -80,9 +80,9 @@ class Path(ABC):
         stage = kind(self.plan.method, cache, flight.layout, flight.kept, implementation)
         return {CACHE: stage, "evicting": stage}
 
-    def cache_mask(self, visible_BKW: Tensor, flight: Flight) -> Tensor:
-        """(B, K, W) bool as the mask that attention takes."""
-        return cache_mask(visible_BKW, self.decoder.config._attn_implementation, flight.hidden.dtype)
+    def cache_mask(self, visible_BCW: Tensor, flight: Flight) -> Tensor:
+        """(B, C, W) bool as the mask that attention takes."""
+        return cache_mask(visible_BCW, self.decoder.config._attn_implementation, flight.hidden.dtype)
 
 
 def run_stages(path: Path, flight: Flight, kwargs: dict[str, Any]) -> tuple[Flight, Tensor]:
@@ -98,9 +98,9 @@ def run_stages(path: Path, flight: Flight, kwargs: dict[str, Any]) -> tuple[Flig
     for stage in stages_of(plan.cuts, layers):
         if stage.cut is not None:
             decided = path.decide(stage.cut, flight, seen)
-            gone_BK = flight.kept & ~decided.kept
-            last_BK = torch.where(gone_BK, stage.first, until_BN.gather(1, flight.column))
-            until_BN = until_BN.scatter(1, flight.column, last_BK)
+            gone_BC = flight.kept & ~decided.kept
+            last_BC = torch.where(gone_BC, stage.first, until_BN.gather(1, flight.column))
+            until_BN = until_BN.scatter(1, flight.column, last_BC)
             flight = path.enter(decided)
         flight, seen = _run_layers(path, stage, flight, kwargs)
         path.leave(stage, flight)
@@ -110,29 +110,29 @@ def run_stages(path: Path, flight: Flight, kwargs: dict[str, Any]) -> tuple[Flig
 def _run_layers(
     path: Path, stage: Stage, flight: Flight, kwargs: dict[str, Any]
 ) -> tuple[Flight, dict[Evidence, Tensor]]:
-    """Run the layers of a stage; also return (B, K) of each evidence that the next cut sees."""
+    """Run the layers of a stage; also return (B, C) of each evidence that the next cut sees."""
     mask, arguments = path.attend(stage, flight)
     row = _question_row(path.plan, flight) if "question_row" in path.sees(stage.next_cut) else None
-    hidden_BKD = flight.hidden
+    hidden_BCD = flight.hidden
     for index in range(stage.first, stage.end):
         if row is not None and index == stage.end - 1:
             arguments = {**arguments, "row": row}
         # No position_ids here: with gaps in them, attention back ends would take one row for several packed sequences.
-        hidden_BKD = path.decoder.layers[index](
-            path.shown(stage, hidden_BKD), mask, position_embeddings=flight.rotation, **arguments, **kwargs
+        hidden_BCD = path.decoder.layers[index](
+            path.shown(stage, hidden_BCD), mask, position_embeddings=flight.rotation, **arguments, **kwargs
         )
     seen: dict[Evidence, Tensor] = {} if row is None or row.weights is None else {"question_row": row.weights}
-    return replace(flight, hidden=hidden_BKD), seen
+    return replace(flight, hidden=hidden_BCD), seen
 
 
 def _question_row(plan: Plan, flight: Flight) -> AttentionRow:
-    """The row of the last kept token before the row's first output token, over what is kept."""
+    """Return the attention of the last kept token before each row's first output token, over what is kept."""
     answers_BN = plan.layout.output.cumsum(1) > 0
     standing = replace(flight.standing, output=answers_BN.gather(1, flight.column))
     return AttentionRow(standing.question_end(), flight.kept)
 
 
-class Masked(Path):
+class MaskedPath(Path):
     """Every token passes every layer, and from a cut on dropped tokens are hidden from all others."""
 
     def __init__(self, *given: Any) -> None:
@@ -143,7 +143,7 @@ class Masked(Path):
         """(B, N) bool: output tokens that a decision was made for."""
         self.entering: list[Tensor] = []
         """(B, N) float of each cut so far: M as it enters the attention behind it."""
-        self._zeroes = self.decoder.training and self.decoder.sparsity.dropped_tokens == "zero_vectors"
+        self._zeroes = self.decoder.training and self.decoder.settings.dropped_tokens == "zero_vectors"
 
     def decide(self, cut: Cut, flight: Flight, seen: dict[Evidence, Tensor]) -> Flight:
         """Decide as inference does, or let the method sample in training; decisions may be given with a gradient."""
@@ -157,7 +157,7 @@ class Masked(Path):
         else:
             keep_BN, hidden_BND = decide(plan, cut, learned_of(self.decoder), flight, seen, Past())
         self.keep = self.keep * keep_BN if self.entering and plan.keep_mask is None else keep_BN
-        self.entering.append(entering_mask(self.keep, self.decoder.sparsity.mask_grad_clip, plan.loss_scale))
+        self.entering.append(entering_mask(self.keep, self.decoder.settings.mask_grad_clip, plan.loss_scale))
         return replace(flight, kept=flight.kept & (keep_BN != 0), hidden=hidden_BND)
 
     def enter(self, flight: Flight) -> Flight:
@@ -169,9 +169,9 @@ class Masked(Path):
         if stage.cut is None or self._zeroes:
             return self.causal_mask(flight), {}
         padding_mask = None if self.attention_mask is None else self.plan.layout.valid
-        return self.entering[-1], {"padding_mask": padding_mask, "masked_softmax": self.decoder.sparsity.masked_softmax}
+        return self.entering[-1], {"padding_mask": padding_mask, "masked_softmax": self.decoder.settings.masked_softmax}
 
-    def shown(self, stage: Stage, hidden_BKD: Tensor) -> Tensor:
+    def shown(self, stage: Stage, hidden_BCD: Tensor) -> Tensor:
         """With "zero_vectors", a dropped token as a zero vector on entering each layer.
 
         Our reading of Table 7's "w/o MaskedSoftmax", in training alone: inference and scoring drop and hide as ever.
@@ -185,8 +185,8 @@ class Masked(Path):
         RMSNorm at zero, where the slope is 1 / sqrt(eps) whatever the size of h.
         """
         if stage.cut is None or not self._zeroes:
-            return hidden_BKD
-        return hidden_BKD * self.entering[-1][..., None].to(hidden_BKD.dtype)
+            return hidden_BCD
+        return hidden_BCD * self.entering[-1][..., None].to(hidden_BCD.dtype)
 
 
 class Dropping(Path):
@@ -196,11 +196,11 @@ class Dropping(Path):
     """Whether every token that a step would have computed is computed too, not the newest alone."""
 
     def enter(self, flight: Flight) -> Flight:
-        """The kept tokens, and those whose own hidden states are wanted although nobody else sees them."""
+        """Return the kept tokens, and dropped ones whose own hidden states are wanted although no other sees them."""
         return flight.packed(Packing.of(flight.layout.computed(flight.kept, every_step=self.every_step)))
 
 
-class Drop(Dropping):
+class DropPath(Dropping):
     """A whole sequence, with a cache that it opens or without one."""
 
     def __init__(self, *given: Any, cache: AdmissionCache | None) -> None:
@@ -208,40 +208,40 @@ class Drop(Dropping):
         self.cache = cache
 
     def attend(self, stage: Stage, flight: Flight) -> tuple[Tensor | None, dict[str, Any]]:
-        """Causal; filler lies behind every kept token, so that it needs no mask."""
+        """Open the cache; return a causal mask: filler lies behind every kept token, so it need not be hidden."""
         whole = stage.cut is None
         if self.cache is not None:
-            valid_BK, padded = flight.layout.valid, whole and self.attention_mask is not None
-            packing = Packing.of(valid_BK) if padded else None
-            self.cache.groups[stage.number].open(valid_BK.sum(1), valid_BK.shape[1], packing)
+            valid_BC, padded = flight.layout.valid, whole and self.attention_mask is not None
+            packing = Packing.of(valid_BC) if padded else None
+            self.cache.groups[stage.number].open(valid_BC.sum(1), valid_BC.shape[1], packing)
         mask = self.causal_mask(flight) if whole else create_causal_mask(self.decoder.config, flight.hidden, None, None)
         return mask, {CACHE: self.cache} | self.evicting(Opening, flight, self.cache)
 
     def leave(self, stage: Stage, flight: Flight) -> None:
-        """A newest token that was dropped has taken part, and leaves the cache again."""
+        """Take the newest token out of the cache again where it was dropped: it had to be computed all the same."""
         if self.cache is not None and stage.cut is not None:
             self.cache.groups[stage.number].retract_last(flight.layout.valid.sum(1) > flight.kept.sum(1))
 
 
-class Score(Dropping):
+class ScorePath(Dropping):
     """A whole sequence as decoding would have seen it: every token of an answer is computed."""
 
     every_step = True
 
     def check(self) -> None:
-        """Attention must take a mask of its own per row."""
+        """Raise ValueError, also, where the attention implementation takes no mask of its own for each row."""
         check_attention(self.decoder.config._attn_implementation)
         super().check()
 
     def attend(self, stage: Stage, flight: Flight) -> tuple[Tensor | None, dict[str, Any]]:
-        """Behind a cut a token sees the kept ones before it, and itself."""
+        """Return the mask: behind a cut a token sees the kept ones before it, and itself."""
         if stage.cut is None:
             return self.causal_mask(flight), {}
-        itself_KK = torch.eye(flight.kept.shape[1], dtype=torch.bool, device=flight.kept.device)
-        return self.cache_mask((flight.kept[:, None] | itself_KK).tril(), flight), {}
+        itself_CC = torch.eye(flight.kept.shape[1], dtype=torch.bool, device=flight.kept.device)
+        return self.cache_mask((flight.kept[:, None] | itself_CC).tril(), flight), {}
 
 
-class Turn(Dropping):
+class TurnPath(Dropping):
     """A chunk of several tokens on a live cache."""
 
     every_step = True
@@ -250,26 +250,26 @@ class Turn(Dropping):
         super().__init__(*given)
         self.cache = cache
         self.admits: list[Tensor] = []
-        """Of each stage so far (B, K) bool: the tokens that stay in the cache."""
+        """Of each stage so far (B, C) bool: the tokens that stay in the cache."""
 
     def check(self) -> None:
-        """The attention of a question that has gone by cannot be read again."""
+        """Raise ValueError for new images where the method decides by a question: its attention has gone by."""
         if self.plan.reads_attention:
             check_question(self.plan.method, self.plan.layout.is_image)
 
     def sees(self, cut: Cut | None) -> frozenset[Evidence]:
-        """Nothing: there is no image to decide on by it."""
+        """Return no evidence: `check` has refused images that a method would decide on by it."""
         return frozenset()
 
     def decide(self, cut: Cut, flight: Flight, seen: dict[Evidence, Tensor]) -> Flight:
-        """Decide with what the rows have seen before; the cache knows it."""
+        """Decide as the first chunk did, counting on from the images and output tokens that the cache has seen."""
         past = Past(images=self.cache.seen_images, outputs=self.cache.seen_outputs)
-        kept_BK, hidden_BKD = decide(self.plan, cut, learned_of(self.decoder), flight, seen, past)
-        return replace(flight, kept=kept_BK, hidden=hidden_BKD)
+        kept_BC, hidden_BCD = decide(self.plan, cut, learned_of(self.decoder), flight, seen, past)
+        return replace(flight, kept=kept_BC, hidden=hidden_BCD)
 
     def attend(self, stage: Stage, flight: Flight) -> tuple[Tensor | None, dict[str, Any]]:
-        """A token sees the slots that were filled, the kept tokens before it, and itself."""
+        """Return the mask: a token sees the slots that were filled, the kept tokens before it, and itself."""
         self.admits.append(flight.kept)
-        visible_BKW = self.cache.groups[stage.number].place_chunk(flight.layout.valid, flight.kept)
+        visible_BCW = self.cache.groups[stage.number].place_chunk(flight.layout.valid, flight.kept)
         arguments = {CACHE: self.cache} | self.evicting(Chunk, flight, self.cache)
-        return self.cache_mask(visible_BKW, flight), arguments
+        return self.cache_mask(visible_BCW, flight), arguments

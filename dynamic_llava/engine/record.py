@@ -27,7 +27,7 @@ class RowRecord:
 
 @dataclass(repr=False)
 class SparsityRecord:
-    """Which tokens were kept. Shapes: B rows, N tokens of the pass.
+    """The record: which tokens a pass kept; what outputs call `sparsity`. N are the tokens of the pass.
 
     After `generate`, N is the number of tokens that were fed, those of earlier calls on the same cache included: all
     columns of `sequences` but the last, which no pass has seen yet.
@@ -183,3 +183,4 @@ class DecoderOutput(ModelOutput):
     """Per layer; the tokens that the layer computed, packed where tokens were removed."""
     attentions: tuple[Tensor, ...] | None = None
     sparsity: SparsityRecord | None = None
+    """The record of the pass."""

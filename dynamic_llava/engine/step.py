@@ -4,7 +4,7 @@ The compiled graph has no breaks and reads nothing on the host. Storages keep th
 up; the number of slots is a dynamic dimension, so growth compiles nothing anew. On an accelerator the kernels of a step
 are recorded and replayed as one: storages and lengths are marked as tensors with a fixed address, so nothing is copied
 before a replay, and after a growth the same compiled code is recorded again for the new storages.
-Shape suffixes: B rows, W cache slots, H key-value heads, D hidden size.
+Shape suffixes: B rows, W slots, K key heads, D hidden size, d head size.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from dynamic_llava.engine.learned import learned_of
 from dynamic_llava.engine.plan import Plan, Stage, stages_of
 
 SLOTS_DIMENSION = 2
-"""Dimension of a storage (B, H, W, D) that grows."""
+"""Dimension of a storage (B, K, W, d) that grows."""
 
 
 def decode_step(

@@ -1,6 +1,6 @@
 """What a model answers to a batch through generate(), and what was kept of it.
 
-Shape suffixes: B rows of a batch, N tokens of the longest row.
+Shape suffixes: B rows of a batch, N tokens of the longest row, L layers, K key heads.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -5,8 +5,8 @@ padding, positions, masks, packing and the cache. `keep_image` decides on image 
 one at a time or many at once. `learned` is the method's own weights: for Dynamic-LLaVA, a module with the children
 `image_predictor` and `output_predictor`, functions from hidden states (..., D) to logits (..., 2): drop, keep.
 A method may also evict: `evict` is asked after each layer's attention which of the tokens that its key heads hold stay.
-Shape suffixes: I images, n tokens of the longest image, T output tokens of the batch, D hidden size; B rows, K key
-heads, W slots of a cache.
+Shape suffixes: I images, n image tokens of the longest, T output tokens of the batch, D hidden size; B rows, N tokens,
+K key heads, W slots of a cache.
 """
 
 from collections.abc import Mapping, Sequence
@@ -115,7 +115,7 @@ class Slots:
     outputs: Tensor
     """(B,) int64: how many of `tokens` are output tokens."""
     seen: Mapping[SlotEvidence, Tensor] = field(default_factory=dict)
-    """What the method sees (`evict_sees`); whatever at unfilled slots."""
+    """What the method sees (`evict_sees`); the values at unfilled slots mean nothing."""
 
     @property
     def lengths(self) -> Tensor:
@@ -192,11 +192,11 @@ class Method:
         return ()
 
     def keep_image(self, cut: Cut, images: ImageTokens, learned: Any) -> Tensor | Choice:
-        """(I, n) bool, True where an image token stays, whatever at filler; default: all stay."""
+        """(I, n) bool, True where an image token stays; what it says at filler is not read; default: all stay."""
         return keep_all_image(images)
 
     def keep_output(self, outputs: OutputTokens, learned: Any) -> Tensor:
-        """(T,) bool, True where an output token stays (its keys and values are admitted); default: all stay."""
+        """(T,) bool, True where an output token stays: its keys and values are admitted; default: all stay."""
         return torch.ones_like(outputs.rank, dtype=torch.bool)
 
     @property
@@ -210,7 +210,7 @@ class Method:
         return 1
 
     def evict(self, layer: int, slots: Slots) -> Tensor | None:
-        """(B, K, W) bool, True where a stored token stays, whatever at unfilled slots; None: all stay, the default.
+        """(B, K, W) bool, True where a stored token stays; None, the default: all stay. Unfilled slots are not read.
 
         Asked in each layer, after a prefill, after each later chunk, and after each decoded token, the new token among
         the stored ones if it was admitted. Rows and key heads must not influence one another.

@@ -4,7 +4,7 @@ Before the language model, on projected features, text unseen: the max-min diver
 token is the one whose nearest neighbour is farthest; each next one is farthest from all that are chosen. Distances are
 one minus the cosine. Ours: budgets are rounded down, where the published code rounds, and positions are kept, where
 theirs close up.
-Shape suffixes: I images, n tokens of the longest image, D hidden size.
+Shape suffixes: I images, n image tokens of the longest, D hidden size.
 """
 
 from dataclasses import dataclass

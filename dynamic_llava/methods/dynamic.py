@@ -159,12 +159,12 @@ class Dynamic(OneCut):
         answers, longest = (int(index_T.max()) + 1 for index_T in place)
 
         def by_answer(values_T: Tensor) -> Tensor:
-            """Gather (T, ...) into (A, a, ...), one row per answer, filled up with zeros."""
+            """Gather (T, ...) into (A, N, ...), one row per answer, filled up with zeros."""
             return values_T.new_zeros(answers, longest, *values_T.shape[1:]).index_put(place, values_T)
 
-        valid_Aa = by_answer(torch.ones_like(logits_T2[..., 0], dtype=torch.bool))
+        valid_AN = by_answer(torch.ones_like(logits_T2[..., 0], dtype=torch.bool))
         relax, rate = RELAXATIONS[draw.settings.relaxation], draw.settings.output_keep_rate
-        return relax(by_answer(logits_T2), by_answer(noise_T2), draw.tau, rate, valid_Aa)[place]
+        return relax(by_answer(logits_T2), by_answer(noise_T2), draw.tau, rate, valid_AN)[place]
 
     def loss_samples(self, layout: TokenLayout, decided: Tensor, settings: SparsityConfig) -> dict[str, Tensor]:
         """The two keep-rate terms of Eq. 10: means over all samples, or over those that a term applies to."""

@@ -236,7 +236,7 @@ def _described(printed: Mapping[str, Any]) -> list[str]:
 
 
 class UnreadableValue(ValueError):
-    """A value that is none of its type: the message goes on behind "setting=value"."""
+    """A value that cannot be read as its setting's type; the message goes on behind the words "setting=value"."""
 
 
 def read_value(value: Any, kind: Any, read_method: Callable[[Any], Method]) -> Any:
@@ -269,7 +269,7 @@ def read_value(value: Any, kind: Any, read_method: Callable[[Any], Method]) -> A
 
 
 def _read_union(value: Any, kinds: tuple[Any, ...], read_method: Callable[[Any], Method]) -> Any:
-    """The first type that takes the value: words that are allowed, then None, then the others, free text last."""
+    """Return the value as the first of `kinds` that takes it: allowed words, then None, then others, free text last."""
     order = {Literal: 0, type(None): 1, str: 3}
     refusal = ""
     for kind in sorted(kinds, key=lambda kind: order.get(get_origin(kind) or kind, 2)):
@@ -291,7 +291,7 @@ def _read_literal(value: Any, allowed: tuple[Any, ...]) -> Any:
 
 
 def _read_tuple(value: Any, kinds: tuple[Any, ...], read_method: Callable[[Any], Method]) -> tuple[Any, ...]:
-    """From a list, or from text with commas or spaces between the values (lmms-eval splits its arguments at commas)."""
+    """Return a tuple of a list, or of text with commas or spaces between values (lmms-eval splits at commas)."""
     parts = [part for part in re.split(r"[,\s]+", value.strip("()[] ")) if part] if isinstance(value, str) else value
     if not isinstance(parts, (list, tuple)):
         parts = [parts]  # a single number, which YAML and command lines make no list of

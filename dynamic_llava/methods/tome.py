@@ -4,7 +4,7 @@ Bipartite soft matching: an image's tokens are dealt out in turn to two sets; ea
 most similar of the second, and the most similar ties are merged. A merged token is the mean of all it stands for. One
 round can at most halve the tokens, so a lower rate takes several; the original merges inside a vision transformer, a
 few tokens in each layer. Similarity is the cosine.
-Shape suffixes: n tokens of one image, m of them left, D hidden size.
+Shape suffixes: I images, n image tokens, m image tokens left, D hidden size.
 """
 
 from dataclasses import dataclass

@@ -2,7 +2,7 @@
 
 What cannot be served is refused before any computation, each with the way out.
 
-Shape suffixes: B rows, N new tokens, P tokens that a cache has seen before them.
+Shape suffixes: B rows, N tokens, the new ones alone.
 """
 
 import inspect
@@ -47,8 +47,8 @@ REFUSED = {
 }
 """Options of `generate` that sparse decoding cannot serve -> why; a dense call serves them as transformers does."""
 NO_LLAVA = {
-    "assistant_early_exit": "it leaves layers of a language model out by its own configuration, which LLaVA has not",
-    "use_mtp": "it drafts with heads that a LLaVA has not",
+    "assistant_early_exit": "it leaves layers of a language model out by a setting that LLaVA lacks",
+    "use_mtp": "it drafts with prediction heads, and a LLaVA has none",
 }
 """Options of `generate` that transformers itself serves for other models alone -> why."""
 _HARMLESS = {"guidance_scale": 1, "cache_implementation": "dynamic", "use_mtp": False, "token_healing": False}

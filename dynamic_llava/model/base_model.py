@@ -1,7 +1,7 @@
 """Dynamic-LLaVA without its head: vision tower, projector and the sparse language model.
 
 A dense call is handed to the parent, transformers' own LLaVA, and nothing of ours goes along.
-Shape suffixes: B rows, N tokens, I images of the batch in row order, n tokens of one image, D hidden size.
+Shape suffixes: B rows, N tokens, I images of the batch in row order, n image tokens of one image, D hidden size.
 """
 
 import inspect

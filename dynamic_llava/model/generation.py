@@ -1,6 +1,6 @@
 """`generate` with sparsity: what a generation needs travels in its own arguments, so calls never share state.
 
-Shape suffixes: B rows, N tokens, I images, n tokens of one image, D hidden size.
+Shape suffixes: B rows, N tokens, I images, n image tokens of one image, D hidden size.
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ ROWS_OF_IMAGES = ("pixel_values", "image_features")
 
 
 @dataclass
-class Generation:
+class GenerationState:
     """What one sparse generation carries from step to step."""
 
     method: Method
@@ -103,7 +103,7 @@ class SparseGeneration:
         refuse_unsupported(settings, kwargs)
         refuse_misfits(inputs if inputs is not None else kwargs.get("input_ids"), kwargs)
         warn_untrained(self.config, method)
-        generation = Generation(method)
+        generation = GenerationState(method)
         result = super().generate(  # type: ignore[misc]
             inputs, generation_config, *positional, generation=generation, **kwargs
         )
@@ -144,7 +144,7 @@ class SparseGeneration:
         output_mask: Tensor | None = None,
         image_features: Tensor | Sequence[Tensor] | None = None,
         image_mask: Tensor | None = None,
-        generation: Generation | None = None,
+        generation: GenerationState | None = None,
         is_first_iteration: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
@@ -198,7 +198,7 @@ class SparseGeneration:
         )
         return expanded_ids, model_kwargs | {name: value for name, value in images.items() if value is not None}
 
-    def _encode_images(self, generation: Generation, input_ids: Tensor, given: dict[str, Any]) -> None:
+    def _encode_images(self, generation: GenerationState, input_ids: Tensor, given: dict[str, Any]) -> None:
         """Turn the new images among the arguments `given` into features, and start the mask of output tokens."""
         if given.get("output_mask") is None:
             tokens = input_ids if input_ids.shape[1] else given["inputs_embeds"][..., 0]
@@ -250,7 +250,7 @@ class SparseGeneration:
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        generation: Generation | None = model_kwargs.get(GENERATION)
+        generation: GenerationState | None = model_kwargs.get(GENERATION)
         if generation is not None:
             generation.end_ids = generation_config._eos_token_tensor
             if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
@@ -275,7 +275,7 @@ class SparseGeneration:
         return processors
 
     def _replay(
-        self, sequences: Tensor, generation: Generation, ends: Any, given: dict[str, Any]
+        self, sequences: Tensor, generation: GenerationState, ends: Any, given: dict[str, Any]
     ) -> SparsityRecord | None:
         """Decide on finished beams again, in one masked pass: search leaves no row per returned sequence."""
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")

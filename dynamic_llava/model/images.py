@@ -1,6 +1,6 @@
 """The images of a call: which tokens stand for them, how many each fills, and the features that fill them.
 
-Shape suffixes: B rows, N tokens, I images of the batch in row order, n tokens of one image, D hidden size.
+Shape suffixes: B rows, N tokens, I images of the batch in row order, n image tokens of one image, D hidden size.
 """
 
 from collections.abc import Sequence
@@ -138,9 +138,9 @@ class ImageInputs:
         if images is None:
             return embeds
         pooled = images.pooler_output
-        features_TD = pooled.flatten(0, 1) if isinstance(pooled, Tensor) else torch.cat(list(pooled))
-        features_TD = features_TD.to(embeds.device, embeds.dtype)
-        return embeds.masked_scatter(image_BN[..., None], features_TD)
+        features = pooled.flatten(0, 1) if isinstance(pooled, Tensor) else torch.cat(list(pooled))
+        features = features.to(embeds.device, embeds.dtype)
+        return embeds.masked_scatter(image_BN[..., None], features)
 
     def check_pixels(self, pixel_values: Tensor) -> None:
         """Raise ValueError unless pixels have the shape that the vision tower takes, (I, 3, S, S)."""

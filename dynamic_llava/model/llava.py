@@ -2,7 +2,7 @@
 
 A dense call is handed to the parent, transformers' own LLaVA. Training minimises the cross entropy of the labelled
 tokens plus the losses of the method itself (Eq. 10).
-Shape suffixes: B rows, N tokens, I images of the batch in row order, n tokens of one image, D hidden size.
+Shape suffixes: B rows, N tokens, I images of the batch in row order, n image tokens of one image, D hidden size.
 """
 
 import logging

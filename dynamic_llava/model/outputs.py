@@ -79,6 +79,7 @@ class DynamicModelOutput(LlavaOutput):
     image_outputs: BaseModelOutputWithPooling | None = None
     """Output of the vision tower; `pooler_output` is the projected image features, (n, D) per image."""
     sparsity: SparsityRecord | None = None
+    """The record of the pass: what was kept; None for a dense one."""
 
 
 @dataclass
@@ -103,7 +104,7 @@ class DynamicLlavaOutput(LlavaOutput):
     output_keep_loss: Tensor | None = None
     """(): keep-rate regulariser of the output tokens (Eq. 10), unweighted."""
     sparsity: SparsityRecord | None = None
-    """What was kept; None for a dense pass."""
+    """The record of the pass: what was kept; None for a dense one."""
 
 
 __all__ = ["DynamicLlavaOutput", "DynamicModelOutput", "RowRecord", "SparsityRecord"]

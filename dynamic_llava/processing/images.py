@@ -1,6 +1,6 @@
 """Images as LLaVA-1.5 feeds them to CLIP: read, padded to a square, resized, normalised; Pillow and numpy only.
 
-Shapes: I images, S side length in pixels.
+Shape suffixes: I images, S pixels a side.
 """
 
 import base64

@@ -18,7 +18,7 @@ IMAGE_SOURCES = ("image", "path", "url")
 """Keys under which a part of type "image" may hold its image."""
 
 
-class Chat(NamedTuple):
+class ChatTurns(NamedTuple):
     """One conversation."""
 
     system: str | None
@@ -29,7 +29,7 @@ class Chat(NamedTuple):
     """The images in their order; None for a part that names none and only marks the place."""
 
 
-def read_chats(conversation: Any) -> tuple[bool, list[Chat]]:
+def read_chats(conversation: Any) -> tuple[bool, list[ChatTurns]]:
     """Return whether a list of conversations was given, rather than the messages of one, and the conversations.
 
     Raises ValueError as `read_chat`, which names the conversation of a list.
@@ -45,7 +45,7 @@ def read_chats(conversation: Any) -> tuple[bool, list[Chat]]:
     return True, chats
 
 
-def named_images(chat: Chat, row: int) -> list[ImageInput]:
+def named_images(chat: ChatTurns, row: int) -> list[ImageInput]:
     """Return a conversation's images; ValueError where a part marks a place and names none."""
     missing = sum(image is None for image in chat.images)
     if missing:
@@ -56,7 +56,7 @@ def named_images(chat: Chat, row: int) -> list[ImageInput]:
     return [image for image in chat.images if image is not None]
 
 
-def read_chat(messages: Sequence[Message]) -> Chat:
+def read_chat(messages: Sequence[Message]) -> ChatTurns:
     """Read the messages of one conversation.
 
     Raises ValueError that names the message for unknown roles, kinds of content and orders of speakers, and for images
@@ -82,11 +82,11 @@ def read_chat(messages: Sequence[Message]) -> Chat:
         raise ValueError("the conversation holds a system message alone; add a user message")
     answers: list[str | None] = [*spoken[1::2]]
     answers += [None] * (len(spoken) % 2)
-    return Chat(texts[0] if first else None, list(zip(spoken[::2], answers, strict=True)), images)
+    return ChatTurns(texts[0] if first else None, list(zip(spoken[::2], answers, strict=True)), images)
 
 
 def chat_prompt(
-    chat: Chat, form: PromptFormat, *, add_generation_prompt: bool = False, continue_final_message: bool = False
+    chat: ChatTurns, form: PromptFormat, *, add_generation_prompt: bool = False, continue_final_message: bool = False
 ) -> str:
     """Return the text of a conversation (`prompts.conversation_prompt`).
 

@@ -1,6 +1,6 @@
 """The processor: chat messages, or texts with `<image>` places and images, in; padded model inputs out.
 
-Shapes: B rows, N tokens of the longest row, I images of all rows, S side length in pixels.
+Shape suffixes: B rows, N tokens of the longest row, I images of all rows, S pixels a side.
 """
 
 from collections.abc import Mapping, Sequence

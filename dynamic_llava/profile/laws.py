@@ -3,7 +3,7 @@
 Each law raises AssertionError where it does not hold; those of the compiled step are in step_laws.py. On an
 accelerator the kernels are Triton's, and it is an error if they cannot run there; on a CPU they are Triton's in its
 interpreter, where that was chosen, and else torch's.
-Shape suffixes: B rows, H query heads, K key heads, N tokens, W slots, D head size.
+Shape suffixes: B rows, H query heads, K key heads, N tokens, W slots, d head size.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +35,7 @@ def equation_7(
 ) -> Tensor:
     """Eq. 7 as it is written, without any stabilisation: give float64, which holds exp(700).
 
-    query (B, H, N, D); key, value (B, K, N, D); keep_mask (B, N); padding_mask (B, N) bool, True at real tokens.
+    query (B, H, N, d); key, value (B, K, N, d); keep_mask (B, N); padding_mask (B, N) bool, True at real tokens.
     """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)

@@ -4,7 +4,7 @@ It is run as text in the folder of either checkout, so it uses nothing of this p
 the public ones, and the arguments of forward and generate().
 Standard input: one line of JSON with what is called and its sizes, then one line per turn. Standard output: one line of
 JSON per turn, seconds by the clock and of the processor, and what came out. It ends when standard input does.
-Shape suffixes: B rows, N tokens, n tokens of one image, D hidden size.
+Shape suffixes: B rows, N tokens, n image tokens of one image, D hidden size.
 """
 
 import json

@@ -5,7 +5,7 @@ predictors cost of a pass at full size is measured on the layers of one size and
 needs no room for this: a prefill is its early layers on the whole prompt and its late layers on the kept tokens, so one
 layer is timed at both lengths and multiplied; a step is that of two layers, one of each kind, times half their number.
 The head is left out of both.
-Shape suffixes: B rows, N tokens, K kept tokens, T output tokens, n tokens of one image, D hidden size.
+Shape suffixes: B rows, N tokens, C computed tokens, T output tokens, I images, n image tokens, D hidden size.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -230,7 +230,7 @@ def _predictor_flops(preset: Preset, value_bytes: int) -> int:
 def _prefill_calls(model: Any, preset: Preset) -> dict[str, Any]:
     decoder, n = model.model.language_model, preset.shape.tokens_per_image
     hidden_BND = torch.randn(1, preset.prompt, decoder.config.hidden_size, device=model.device, dtype=model.dtype)
-    kept_BKD = hidden_BND[:, : preset.kept_prompt].contiguous()
+    kept_BCD = hidden_BND[:, : preset.kept_prompt].contiguous()
     method, learned = method_of(preset, "both"), model.model.language_model
     image = slice(BEFORE_IMAGE, BEFORE_IMAGE + n)
 
@@ -247,7 +247,7 @@ def _prefill_calls(model: Any, preset: Preset) -> dict[str, Any]:
         keep_BN[:, image] = keep_In
         return Packing.of(keep_BN).take(hidden_BND)
 
-    return {"whole": lambda: layer(hidden_BND), "kept": lambda: layer(kept_BKD), "image predictor": select}
+    return {"whole": lambda: layer(hidden_BND), "kept": lambda: layer(kept_BCD), "image predictor": select}
 
 
 def _step_calls(model: Any, preset: Preset, outputs: int) -> dict[str, Any]:

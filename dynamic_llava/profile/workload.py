@@ -3,7 +3,7 @@
 Weights are random: time and memory do not depend on their values. Images come in as projected features; the vision
 tower is timed apart, because sparsity does not change it. The dense baseline is transformers' own LlamaForCausalLM,
 which holds the very same tensors.
-Shape suffixes: B rows, N tokens, K kept tokens, n tokens of one image, D hidden size.
+Shape suffixes: B rows, N tokens, C computed tokens, n image tokens of one image, D hidden size.
 """
 
 import math
@@ -202,13 +202,13 @@ def admission_cache(
     for begun in range(0, outputs, CHUNK):
         ended = min(begun + CHUNK, outputs)
         before, after = (preset.kept_outputs(count) if way == "both" else count for count in (begun, ended))
-        dense_BN, sparse_BK = (
+        dense_BN, sparse_BC = (
             torch.ones(batch, count, dtype=torch.bool, device=device) for count in (ended - begun, after - before)
         )
         cache.dense.place_chunk(dense_BN, dense_BN)
-        cache.sparse.place_chunk(sparse_BK, sparse_BK)
+        cache.sparse.place_chunk(sparse_BC, sparse_BC)
         _store(model, preset, cache, ended - begun, after - before)
-        cache.commit_chunk([dense_BN, sparse_BK])
+        cache.commit_chunk([dense_BN, sparse_BC])
         _note(cache, preset, ended - begun, after - before)
     return cache
 

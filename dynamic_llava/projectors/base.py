@@ -2,7 +2,8 @@
 
 A projector is one file with one class, found by its name in `registry.py` or as package.module:Class. The model, the
 processor, data preparation and the costs all ask `tokens`; nobody else knows how many tokens an image becomes.
-Shape suffixes: I images, P features of one image, F width of a feature, n tokens of one image, D hidden size.
+Shape suffixes: I images, P patches of one image (and the class token), F feature size, n image tokens, D hidden
+size.
 """
 
 from abc import ABC, abstractmethod

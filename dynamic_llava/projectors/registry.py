@@ -70,7 +70,7 @@ def image_tokens(config: Any, strategy: str | None = None) -> int:
     return tokens_of(vision.image_size, vision.patch_size, strategy, getattr(config, "projector", DEFAULT))
 
 
-class Measured(NamedTuple):
+class ProjectorCosts(NamedTuple):
     """Counts for one image."""
 
     parameters: int
@@ -83,7 +83,7 @@ class Measured(NamedTuple):
     """Values that the forward pass keeps for the backward pass, weights not counted."""
 
 
-def measure(config: Any) -> Measured:
+def projector_costs(config: Any) -> ProjectorCosts:
     """Return the costs of the projector of a LlavaConfig or DynamicLlavaConfig."""
     vision = config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2 + STRATEGIES[config.vision_feature_select_strategy]
@@ -103,7 +103,7 @@ def measure(config: Any) -> Measured:
             tokens_1nD = projector(features_1PF)
         with FlopCounterMode(display=False) as backward:
             tokens_1nD.sum().backward()
-    return Measured(
+    return ProjectorCosts(
         parameters=sum(weight.numel() for weight in projector.parameters()),
         forward=forward.get_total_flops(),
         backward=backward.get_total_flops(),

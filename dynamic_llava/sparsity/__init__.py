@@ -1,4 +1,4 @@
-"""The paper, in torch alone: predictors, decisions, keep-rate regulariser, MaskedSoftmax attention, admission cache."""
+"""The package of the paper, torch alone: predictors, decisions, their training, MaskedSoftmax, admission cache."""
 
 from dynamic_llava.sparsity.decisions import budget, clip_mask_gradient, gumbel_keep, threshold_keep, top_k_keep
 from dynamic_llava.sparsity.masked_softmax import masked_softmax_attention, masked_softmax_weights

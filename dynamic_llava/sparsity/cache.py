@@ -7,8 +7,8 @@ A chunk of several tokens goes through `place_chunk` and `commit_chunk`; a singl
 nothing but tensors, so that a decoding step can be compiled into one graph.
 Where stored tokens are evicted later on, each key head of each layer keeps tokens of its own: then a layer has
 `AdmissionSlots` of its own, whose lengths are (B, K) instead of (B,). `evict` closes the gaps, in the tokens' order.
-Shape suffixes: B rows, W slots (capacity), Q new tokens, H or K key-value heads, D head dimension, X rows (B,) or rows
-and heads (B, K).
+Shape suffixes: B rows, N tokens, W slots (capacity), Q new tokens, K key heads, d head size, X rows or rows and
+heads, (B,) or (B, K).
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ class AdmissionSlots:
     """The bookkeeping of one group of layers: how many slots each row has filled, and where new tokens are written."""
 
     def __init__(self, block: int, heads: int | None = None) -> None:
-        """Create it empty; heads K makes it one of lengths per key head, for one layer whose tokens are evicted."""
+        """Create empty slots; with `heads`, K, each key head has a length: for one layer whose tokens are evicted."""
         self.block, self.heads = block, heads
         self.capacity = 0
         """W: slots per row of every storage of the group."""
@@ -154,12 +154,12 @@ class TokenSlots:
         slots = torch.arange(capacity, device=self.lengths.device)
         return (slots <= self.lengths[..., None])[..., None, :]
 
-    def write(self, storage_BHWD: Tensor, new_BH1D: Tensor) -> Tensor:
+    def write(self, storage_BKWd: Tensor, new_BK1d: Tensor) -> Tensor:
         """Put the token's keys or values into its slot, in place; returns the storage."""
-        rows_B, heads_H = (torch.arange(size, device=new_BH1D.device) for size in new_BH1D.shape[:2])
+        rows_B, heads_K = (torch.arange(size, device=new_BK1d.device) for size in new_BK1d.shape[:2])
         # The compiler keeps an index_put_ in place; for a scatter_ it would copy the whole storage twice a step.
-        places = rows_B[:, None], heads_H, self.lengths if self.lengths.dim() == 2 else self.lengths[:, None]
-        return storage_BHWD.index_put_(places, new_BH1D[:, :, 0].to(storage_BHWD.dtype))
+        places = rows_B[:, None], heads_K, self.lengths if self.lengths.dim() == 2 else self.lengths[:, None]
+        return storage_BKWd.index_put_(places, new_BK1d[:, :, 0].to(storage_BKWd.dtype))
 
     def admit(self, admit_B: Tensor) -> None:
         """Admit or drop the token (Eq. 6), after the last layer has used it; admit_B (B,) bool."""
@@ -226,41 +226,41 @@ class DecisionLog:
 
 
 class SlotStorage:
-    """Keys or values of one layer, (B, H, W, D), written in place; it grows when its group's capacity has grown."""
+    """Keys or values of one layer, (B, K, W, d), written in place; it grows when its group's capacity has grown."""
 
-    def __init__(self, slots: AdmissionSlots, opening_BHND: Tensor) -> None:
+    def __init__(self, slots: AdmissionSlots, opening_BKNd: Tensor) -> None:
         self.slots = slots
         packing = slots.packing
         if packing is None:
-            self.data = opening_BHND
+            self.data = opening_BKNd
         else:
-            index = packing.index[:, None, :, None].expand(-1, opening_BHND.shape[1], -1, opening_BHND.shape[3])
-            self.data = opening_BHND.gather(2, index)
+            index = packing.index[:, None, :, None].expand(-1, opening_BKNd.shape[1], -1, opening_BKNd.shape[3])
+            self.data = opening_BKNd.gather(2, index)
 
     def grown(self) -> Tensor:
-        """Return the data (B, H, W, D), after growing to the group's capacity."""
+        """Return the data (B, K, W, d), after growing to the group's capacity."""
         if self.data.shape[2] < self.slots.capacity:
             self._grow()
         return self.data
 
-    def write(self, new_BHQD: Tensor) -> Tensor:
-        """Store the new tokens in the slots reserved for them; returns the whole storage (B, H, W, D)."""
+    def write(self, new_BKQd: Tensor) -> Tensor:
+        """Store the new tokens in the slots reserved for them; returns the whole storage (B, K, W, d)."""
         if self.slots.write is None:
             raise RuntimeError("no slots are reserved; call place_chunk first")
-        index = _per_number(self.slots.write, new_BHQD)
-        return self.grown().scatter_(2, index, new_BHQD.to(self.data.dtype))
+        index = _per_number(self.slots.write, new_BKQd)
+        return self.grown().scatter_(2, index, new_BKQd.to(self.data.dtype))
 
     def move(self, source_XQ: Tensor, target_XQ: Tensor) -> None:
         """Move admitted tokens of a chunk to the front of its slots."""
         moved = self.data.gather(2, _per_number(source_XQ, self.data))
         self.data.scatter_(2, _per_number(target_XQ, self.data), moved)
 
-    def take(self, order_BHW: Tensor) -> None:
+    def take(self, order_BKW: Tensor) -> None:
         """Put the slots into the order that `AdmissionSlots.evict` returned."""
         batch, heads, slots, width = self.grown().shape
-        first_BH1 = torch.arange(0, batch * heads * slots, slots, device=order_BHW.device).view(batch, heads, 1)
+        first_BK1 = torch.arange(0, batch * heads * slots, slots, device=order_BKW.device).view(batch, heads, 1)
         # Whole vectors are copied, which on a CPU is ten times as fast as a gather number by number.
-        taken = self.data.reshape(-1, width).index_select(0, (order_BHW + first_BH1).flatten())
+        taken = self.data.reshape(-1, width).index_select(0, (order_BKW + first_BK1).flatten())
         self.data = taken.view(batch, heads, -1, width)
 
     def select_rows(self, choose: Callable[[Tensor], Tensor]) -> None:
@@ -274,7 +274,7 @@ class SlotStorage:
         self.data = grown
 
 
-def _per_number(slots_XQ: Tensor, like_BHWD: Tensor) -> Tensor:
-    """(B, H, Q, D) int64: the slots of rows or of heads, repeated for every head and number of a storage."""
-    slots_BHQ = slots_XQ if slots_XQ.dim() == 3 else slots_XQ[:, None]
-    return slots_BHQ[..., None].expand(-1, like_BHWD.shape[1], -1, like_BHWD.shape[3])
+def _per_number(slots_XQ: Tensor, like_BKWd: Tensor) -> Tensor:
+    """(B, K, Q, d) int64: the slots of rows or of heads, repeated for every head and number of a storage."""
+    slots_BKQ = slots_XQ if slots_XQ.dim() == 3 else slots_XQ[:, None]
+    return slots_BKQ[..., None].expand(-1, like_BKWd.shape[1], -1, like_BKWd.shape[3])

@@ -1,6 +1,6 @@
 """From predictor logits to keep masks: Gumbel-Softmax in training, top-k or threshold at inference (Sec. 3.2, 3.3).
 
-Shape suffixes: I images, N tokens of one image, T output tokens of a batch, A answers. A keep mask is 1 (True) where
+Shape suffixes: I images, n image tokens, T output tokens of a batch, A answers. A keep mask is 1 (True) where
 the token is kept.
 """
 
@@ -31,31 +31,31 @@ def budget(rate: float, n: int, minimum: int = 1) -> int:
 
 
 def top_k_keep(
-    score_IN: Tensor, k: int | Tensor | None = None, valid: Tensor | None = None, *, rate: float | None = None
+    score_In: Tensor, k: int | Tensor | None = None, valid: Tensor | None = None, *, rate: float | None = None
 ) -> Tensor:
     """Keep the tokens with the highest score in each row (Eq. 11); equal scores go to the lower index.
 
-    score_IN (I, N) float, usually `keep_margin`; exactly one of k (an int, or (I,) integers: one count per row) and
-    rate (the budget is `budget(rate, valid tokens of the row)`); valid (I, N) bool: only these can be kept.
-    Returns (I, N) bool. No host read.
+    score_In (I, n) float, usually `keep_margin`; exactly one of k (an int, or (I,) integers: one count per row) and
+    rate (the budget is `budget(rate, valid tokens of the row)`); valid (I, n) bool: only these can be kept.
+    Returns (I, n) bool. No host read.
     """
     if (k is None) == (rate is None):
         raise ValueError(
             f"k={k} and rate={rate} were given; give exactly one: k counts tokens, rate is a share of them"
         )
-    tokens = score_IN.shape[-1]
+    tokens = score_In.shape[-1]
     if rate is not None:
-        k = _budget_per_row(rate, tokens, score_IN, valid)
+        k = _budget_per_row(rate, tokens, score_In, valid)
     elif not isinstance(k, Tensor) and (isinstance(k, bool) or not isinstance(k, int) or k < 0):
         raise ValueError(f"k={k!r} is not a count of tokens; give an int of 0 or more, or rate= for a share")
     limit = k[..., None] if isinstance(k, Tensor) and k.dim() else k
-    order = torch.sort(score_IN, dim=-1, descending=True, stable=True).indices
+    order = torch.sort(score_In, dim=-1, descending=True, stable=True).indices
     if valid is not None:
         valid_first = torch.sort((~valid).gather(-1, order).to(torch.uint8), dim=-1, stable=True).indices
         order = order.gather(-1, valid_first)
-    within = (torch.arange(tokens, device=score_IN.device) < limit).expand_as(order)
-    keep_IN = torch.zeros_like(score_IN, dtype=torch.bool).scatter(-1, order, within)
-    return keep_IN if valid is None else keep_IN & valid
+    within = (torch.arange(tokens, device=score_In.device) < limit).expand_as(order)
+    keep_In = torch.zeros_like(score_In, dtype=torch.bool).scatter(-1, order, within)
+    return keep_In if valid is None else keep_In & valid
 
 
 def threshold_keep(margin: Tensor, threshold: float = 0.0) -> Tensor:
@@ -149,10 +149,10 @@ class _ClampGradient(torch.autograd.Function):
         return grads[0].clamp(-ctx.limit, ctx.limit), None
 
 
-def _budget_per_row(rate: float, tokens: int, score_IN: Tensor, valid: Tensor | None) -> int | Tensor:
+def _budget_per_row(rate: float, tokens: int, score_In: Tensor, valid: Tensor | None) -> int | Tensor:
     if valid is None:
         return budget(rate, tokens)
-    return torch.tensor(_budgets(rate, tokens), device=score_IN.device)[valid.sum(dim=-1)]
+    return torch.tensor(_budgets(rate, tokens), device=score_In.device)[valid.sum(dim=-1)]
 
 
 @cache

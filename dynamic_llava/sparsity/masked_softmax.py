@@ -17,7 +17,7 @@ its sum over heads and queries keeps its sign and loses size, so that the sum it
 A dropped token or padding that is not finite (nan, inf) is as invisible to the others as any: its values reach no other
 row and, with `reference` and `chunked`, no other token's gradient. Where it is real its own row is not finite either,
 and its own mask gradient means nothing.
-Shape suffixes: B batch, H heads, N tokens, D head size.
+Shape suffixes: B rows, H query heads, K key heads, N tokens, d head size.
 """
 
 from typing import Literal
@@ -43,13 +43,13 @@ def masked_softmax_attention(
     scale: float | None = None,
     implementation: Implementation = "auto",
 ) -> Tensor:
-    """Causal attention with MaskedSoftmax (Eq. 7); returns (B, H, N, D) in the query's dtype.
+    """Causal attention with MaskedSoftmax (Eq. 7); returns (B, H, N, d) in the query's dtype.
 
-    query (B, H, N, D); key, value (B, K, N, D) of the same dtype, K dividing H (grouped-query attention); keep_mask
+    query (B, H, N, d); key, value (B, K, N, d) of the same dtype, K dividing H (grouped-query attention); keep_mask
     (B, N), 1 = kept: bool, or float 0/1 with a gradient (values between 0 and 1 are weighted as Eq. 7 says);
     padding_mask (B, N) bool, True = real token, whatever the side: a padding key is invisible to every query, itself
-    included, and a query that sees nothing gives 0. scale: 1 / sqrt(D) by default. implementation: `reference`;
-    `chunked`, for every device; `triton`, for NVIDIA GPUs, float32 and half types, D up to 128; `auto`, which takes
+    included, and a query that sees nothing gives 0. scale: 1 / sqrt(d) by default. implementation: `reference`;
+    `chunked`, for every device; `triton`, for NVIDIA GPUs, float32 and half types, d up to 128; `auto`, which takes
     `triton` where it can run on a GPU and `chunked` elsewhere, and logs which and why. Sums are accumulated in float32,
     those of float64 in float64; `triton` multiplies half types as they are, the others make them float32 first.
     Raises ValueError.
@@ -117,10 +117,10 @@ def _check(
     if query.dim() != 4 or key.shape != value.shape or key.dim() != 4 or query.shape[1] % key.shape[1]:
         raise ValueError(
             f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)} do not fit; give query "
-            "(B, H, N, D) and key, value (B, K, N, D) with K dividing H"
+            "(B, H, N, d) and key, value (B, K, N, d) with K dividing H"
         )
     if (query.shape[0], *query.shape[2:]) != (key.shape[0], *key.shape[2:]):
-        raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} differ in B, N or D; make them equal")
+        raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} differ in B, N or d; make them equal")
     if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
         raise ValueError(f"query, key, value are {query.dtype}, {key.dtype}, {value.dtype}; give one float dtype")
     rows = (query.shape[0], query.shape[2])

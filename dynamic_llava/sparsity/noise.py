@@ -2,7 +2,7 @@
 
 So a sample gets the same noise alone or in any batch, with gradient accumulation, on any number of ranks, on CPU and on
 GPU. The generator is splitmix64's finaliser on int64 tensors, whose multiplication and addition wrap on every device.
-Shape suffixes: B batch, N tokens.
+Shape suffixes: B rows, N tokens.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """The two predictors (Sec. 3.2, A.4.1, Fig. 5): small networks that score every image and every output token.
 
-Shape suffixes: I images, N tokens of one image, D hidden size, W predictor width, H heads.
+Shape suffixes: I images, n image tokens, D hidden size, U predictor width.
 Both return two logits per token: index 0 = drop, index 1 = keep (Eq. 5).
 """
 
@@ -37,32 +37,32 @@ class ImagePredictor(nn.Module):
         super().__init__()
         _check_width(width)
         self.down = _down_projection(hidden_size, width)
-        self.blocks = nn.ModuleList(_Block(width, heads, mlp) for _ in range(blocks))
+        self.blocks = nn.ModuleList(_TransformerBlock(width, heads, mlp) for _ in range(blocks))
         self.head = _head(width)
 
-    def forward(self, hidden_IND: Tensor, valid_IN: Tensor | None = None) -> Tensor:
-        """Return the logits (I, N, 2) of the hidden states (I, N, D).
+    def forward(self, hidden_InD: Tensor, valid_In: Tensor | None = None) -> Tensor:
+        """Return the logits (I, n, 2) of the hidden states (I, n, D).
 
-        valid_IN (I, N) bool marks the real tokens of images padded to a common N; None means all of them. Padding,
+        valid_In (I, n) bool marks the real tokens of images padded to a common n; None means all of them. Padding,
         whatever it contains, has no influence on valid tokens; its own logits are finite and meaningless.
         """
-        if hidden_IND.dim() != 3:
-            raise ValueError(f"hidden has shape {tuple(hidden_IND.shape)}; give (images, tokens, hidden size)")
-        if valid_IN is not None:
-            if valid_IN.shape != hidden_IND.shape[:2] or valid_IN.dtype != torch.bool:
+        if hidden_InD.dim() != 3:
+            raise ValueError(f"hidden has shape {tuple(hidden_InD.shape)}; give (images, tokens, hidden size)")
+        if valid_In is not None:
+            if valid_In.shape != hidden_InD.shape[:2] or valid_In.dtype != torch.bool:
                 raise ValueError(
-                    f"valid is {valid_IN.dtype} of shape {tuple(valid_IN.shape)}; give bool of shape "
-                    f"{tuple(hidden_IND.shape[:2])}, the images and tokens of hidden"
+                    f"valid is {valid_In.dtype} of shape {tuple(valid_In.shape)}; give bool of shape "
+                    f"{tuple(hidden_InD.shape[:2])}, the images and tokens of hidden"
                 )
-            if bool(valid_IN.all()):
-                valid_IN = None  # images of one length: attention needs no mask
+            if bool(valid_In.all()):
+                valid_In = None  # images of one length: attention needs no mask
             else:
-                hidden_IND = hidden_IND.masked_fill(~valid_IN[..., None], 0)
-        x_INW = self.down(hidden_IND)
+                hidden_InD = hidden_InD.masked_fill(~valid_In[..., None], 0)
+        x_InU = self.down(hidden_InD)
         for block in self.blocks:
-            x_INW = block(x_INW, valid_IN)
-        local, pooled = x_INW.chunk(2, dim=-1)
-        mean = _mean_over_valid(pooled, valid_IN).expand_as(pooled)
+            x_InU = block(x_InU, valid_In)
+        local, pooled = x_InU.chunk(2, dim=-1)
+        mean = _mean_over_valid(pooled, valid_In).expand_as(pooled)
         logits: Tensor = self.head(torch.cat((local, mean), dim=-1))
         return logits
 
@@ -82,7 +82,7 @@ class OutputPredictor(nn.Module):
         return logits
 
 
-class _Block(nn.Module):
+class _TransformerBlock(nn.Module):
     """Pre-norm transformer block without dropout."""
 
     def __init__(self, width: int, heads: int, mlp: int) -> None:
@@ -92,10 +92,10 @@ class _Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(width, eps=_NORM_EPS)
         self.mlp = nn.Sequential(nn.Linear(width, mlp), nn.GELU(), nn.Linear(mlp, width))
 
-    def forward(self, x_INW: Tensor, valid_IN: Tensor | None) -> Tensor:
-        x_INW = x_INW + self.attention(self.attention_norm(x_INW), valid_IN)
-        x_INW = x_INW + self.mlp(self.mlp_norm(x_INW))
-        return x_INW
+    def forward(self, x_InU: Tensor, valid_In: Tensor | None) -> Tensor:
+        x_InU = x_InU + self.attention(self.attention_norm(x_InU), valid_In)
+        x_InU = x_InU + self.mlp(self.mlp_norm(x_InU))
+        return x_InU
 
 
 class _Attention(nn.Module):
@@ -109,12 +109,12 @@ class _Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x_INW: Tensor, valid_IN: Tensor | None) -> Tensor:
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x_INW).chunk(3, dim=-1))
+    def forward(self, x_InU: Tensor, valid_In: Tensor | None) -> Tensor:
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x_InU).chunk(3, dim=-1))
         visible = None
-        if valid_IN is not None:
+        if valid_In is not None:
             # An image slot without any valid token sees its (zeroed) padding: a fully masked softmax is not defined.
-            visible = (valid_IN | ~valid_IN.any(dim=-1, keepdim=True))[:, None, None, :]
+            visible = (valid_In | ~valid_In.any(dim=-1, keepdim=True))[:, None, None, :]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
         projected: Tensor = self.proj(out.transpose(1, 2).flatten(-2))
         return projected
@@ -134,8 +134,8 @@ def _check_width(width: int) -> None:
         raise ValueError(f"width={width} is not usable; the head halves it twice: choose a positive multiple of 4")
 
 
-def _mean_over_valid(x_INW: Tensor, valid_IN: Tensor | None) -> Tensor:
-    if valid_IN is None:
-        return x_INW.mean(dim=1, keepdim=True)
-    weight = valid_IN[..., None].to(x_INW.dtype)
-    return (x_INW * weight).sum(dim=1, keepdim=True) / weight.sum(dim=1, keepdim=True).clamp(min=1)
+def _mean_over_valid(x_InU: Tensor, valid_In: Tensor | None) -> Tensor:
+    if valid_In is None:
+        return x_InU.mean(dim=1, keepdim=True)
+    weight = valid_In[..., None].to(x_InU.dtype)
+    return (x_InU * weight).sum(dim=1, keepdim=True) / weight.sum(dim=1, keepdim=True).clamp(min=1)

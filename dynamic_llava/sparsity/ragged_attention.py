@@ -3,7 +3,7 @@
 Row b sees slots 0 .. lengths[b] inclusive: the token itself lies in slot lengths[b]. Where tokens are evicted per key
 head, head k of row b sees slots 0 .. lengths[b, k]. Nothing here is read on the host, so that a decoding step can be
 compiled into one graph and replayed.
-Shape suffixes: B rows, H query heads, K key heads, W slots (capacity), D head size.
+Shape suffixes: B rows, H query heads, K key heads, G query heads per key head, W slots (capacity), d head size.
 """
 
 from typing import Literal
@@ -27,11 +27,11 @@ def ragged_attention(
     scale: float | None = None,
     implementation: RaggedImplementation = "auto",
 ) -> Tensor:
-    """Attend from one query per row to the filled slots of that row; returns (B, H, 1, D) in the query's dtype.
+    """Attend from one query per row to the filled slots of that row; returns (B, H, 1, d) in the query's dtype.
 
-    query (B, H, 1, D); keys, values (B, K, W, D), one float dtype, K dividing H (grouped-query attention); lengths
+    query (B, H, 1, d); keys, values (B, K, W, d), one float dtype, K dividing H (grouped-query attention); lengths
     (B,) or (B, K) int64, from 0 to W - 1, on the same device: row b sees slots 0 .. lengths[b], or the query heads of
-    key head k in row b slots 0 .. lengths[b, k]. scale: 1 / sqrt(D) by default.
+    key head k in row b slots 0 .. lengths[b, k]. scale: 1 / sqrt(d) by default.
     implementation: `sdpa` is torch's attention under a mask; it reads every slot, so that unfilled ones must be
     finite. `triton` (NVIDIA GPUs, or the CPU in Triton's interpreter) never reads an unfilled slot; `auto` takes
     `triton` where it can run on a GPU. Serves inference: `triton` has no gradient, and
@@ -52,9 +52,9 @@ def _masked_sdpa(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, s
     visible = slots <= lengths[..., None]
     visible_BK1W = visible[:, :, None] if lengths.dim() == 2 else visible[:, None, None]  # K is 1 for all heads alike
     # The query heads of a key head stand in the place of queries: keys and values are neither repeated nor read twice.
-    query_BKGD = query.view(query.shape[0], keys.shape[1], -1, query.shape[3])
-    out_BKGD = F.scaled_dot_product_attention(query_BKGD, keys, values, attn_mask=visible_BK1W, scale=scale)
-    return out_BKGD.reshape(query.shape)
+    query_BKGd = query.view(query.shape[0], keys.shape[1], -1, query.shape[3])
+    out_BKGd = F.scaled_dot_product_attention(query_BKGd, keys, values, attn_mask=visible_BK1W, scale=scale)
+    return out_BKGd.reshape(query.shape)
 
 
 def _check(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, implementation: str) -> None:
@@ -63,11 +63,11 @@ def _check(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, impleme
     if query.dim() != 4 or query.shape[2] != 1 or keys.dim() != 4 or keys.shape != values.shape:
         raise ValueError(
             f"query {tuple(query.shape)}, keys {tuple(keys.shape)}, values {tuple(values.shape)} do not fit; give "
-            "query (B, H, 1, D) and keys, values (B, K, W, D)"
+            "query (B, H, 1, d) and keys, values (B, K, W, d)"
         )
     if query.shape[0] != keys.shape[0] or query.shape[3] != keys.shape[3] or query.shape[1] % keys.shape[1]:
         raise ValueError(
-            f"query {tuple(query.shape)} and keys {tuple(keys.shape)} differ in B or D, or K does not divide H"
+            f"query {tuple(query.shape)} and keys {tuple(keys.shape)} differ in B or d, or K does not divide H"
         )
     if not query.dtype == keys.dtype == values.dtype or not query.is_floating_point():
         raise ValueError(f"query, keys, values are {query.dtype}, {keys.dtype}, {values.dtype}; give one float dtype")

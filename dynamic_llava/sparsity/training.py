@@ -1,17 +1,18 @@
 """How decisions are learned: relaxations, the temperature that they cool by, and the keep-rate regulariser (Eq. 10).
 
 A relaxation takes 0/1 decisions that have a gradient; there are three, with one signature.
-Each decides on S sets of N tokens; the tokens of a set (those of one image, or of one answer) may compete, sets never
+Each decides on J sets of N tokens; the tokens of a set (those of one image, or of one answer) may compete, sets never
 see each other. The value is hard, the gradient that of something soft (straight-through):
 
     gumbel_st    the paper's: a sample of Gumbel-Softmax, each token alone (Sec. 3.3.3)
     sigmoid_st   no noise: the sign of the margin, with the gradient of sigmoid(margin / tau)
     soft_topk    no noise: exactly the budget of the keep rate, with the gradient of a soft top-k
 
-Arguments and result: logits_SN2 (S, N, 2) float, drop and keep; gumbel_SN2 (S, N, 2), the tokens' Gumbel noise, which
-only `gumbel_st` reads; tau, the temperature; keep_rate in (0, 1], which only `soft_topk` reads; valid_SN (S, N) bool,
-True at tokens of the set, False at filler, whose result means nothing. Returns (S, N) float32 (float64 for float64
+Arguments and result: logits_JN2 (J, N, 2) float, drop and keep; gumbel_JN2 (J, N, 2), the tokens' Gumbel noise, which
+only `gumbel_st` reads; tau, the temperature; keep_rate in (0, 1], which only `soft_topk` reads; valid_JN (J, N) bool,
+True at tokens of the set, False at filler, whose result means nothing. Returns (J, N) float32 (float64 for float64
 logits), exactly 0 or 1. All raise ValueError for unfit shapes and for a temperature that is not positive.
+Shape suffixes: J sets, B rows, N tokens of a set or a row.
 """
 
 from collections.abc import Callable
@@ -29,26 +30,26 @@ _BISECTIONS = 50
 """Halvings of a threshold's bracket, which is as wide as the margins of a set lie apart, in units of tau."""
 
 
-def gumbel_st(logits_SN2: Tensor, gumbel_SN2: Tensor, tau: float, keep_rate: float, valid_SN: Tensor) -> Tensor:
+def gumbel_st(logits_JN2: Tensor, gumbel_JN2: Tensor, tau: float, keep_rate: float, valid_JN: Tensor) -> Tensor:
     """Sample by Gumbel-Softmax, Eq. 8 and 9 (`gumbel_keep`); the keep rate is held by the regulariser alone."""
-    _check(logits_SN2, gumbel_SN2, tau, valid_SN)
-    return gumbel_keep(logits_SN2, gumbel_SN2, tau)
+    _check(logits_JN2, gumbel_JN2, tau, valid_JN)
+    return gumbel_keep(logits_JN2, gumbel_JN2, tau)
 
 
-def sigmoid_st(logits_SN2: Tensor, gumbel_SN2: Tensor, tau: float, keep_rate: float, valid_SN: Tensor) -> Tensor:
+def sigmoid_st(logits_JN2: Tensor, gumbel_JN2: Tensor, tau: float, keep_rate: float, valid_JN: Tensor) -> Tensor:
     """Keep where the margin is positive (Eq. 5); the gradient is that of s = sigmoid(margin / tau).
 
     With m = keep logit - drop logit: d/dm = s (1 - s) / tau. This is `gumbel_st` at noise 0: training decides as Eq. 5
     does at inference, but never tries the other decision, so tokens far from the border, in units of tau, stay as they
     are. The keep rate is held by the regulariser alone.
     """
-    _check(logits_SN2, gumbel_SN2, tau, valid_SN)
-    margin_SN = keep_margin(logits_SN2)
-    soft_SN = torch.sigmoid(margin_SN / tau)
-    return threshold_keep(margin_SN.detach()).to(soft_SN.dtype) + (soft_SN - soft_SN.detach())
+    _check(logits_JN2, gumbel_JN2, tau, valid_JN)
+    margin_JN = keep_margin(logits_JN2)
+    soft_JN = torch.sigmoid(margin_JN / tau)
+    return threshold_keep(margin_JN.detach()).to(soft_JN.dtype) + (soft_JN - soft_JN.detach())
 
 
-def soft_topk(logits_SN2: Tensor, gumbel_SN2: Tensor, tau: float, keep_rate: float, valid_SN: Tensor) -> Tensor:
+def soft_topk(logits_JN2: Tensor, gumbel_JN2: Tensor, tau: float, keep_rate: float, valid_JN: Tensor) -> Tensor:
     """Keep the k = budget(keep_rate, tokens of the set) highest margins (Eq. 11); the gradient is that of a soft top-k.
 
     Memberships p_j = sigmoid((m_j - t) / tau) sum to k, which defines the threshold t and, by the implicit function
@@ -60,15 +61,15 @@ def soft_topk(logits_SN2: Tensor, gumbel_SN2: Tensor, tau: float, keep_rate: flo
     not have. Training keeps the share r_OT of each answer; inference keeps margins above a threshold (Eq. 5), which
     nothing here ties to t: keep rates of output tokens at inference may be anything, and have to be measured.
     """
-    _check(logits_SN2, gumbel_SN2, tau, valid_SN)
-    margin_SN = keep_margin(logits_SN2)
-    hard_SN = top_k_keep(margin_SN.detach(), rate=keep_rate, valid=valid_SN)
-    slope_SN = _membership_slopes(margin_SN.detach(), hard_SN.sum(dim=-1), valid_SN, tau)
-    smallest = torch.finfo(slope_SN.dtype).tiny
-    share_SN = slope_SN / slope_SN.sum(dim=-1, keepdim=True).clamp(min=smallest)
+    _check(logits_JN2, gumbel_JN2, tau, valid_JN)
+    margin_JN = keep_margin(logits_JN2)
+    hard_JN = top_k_keep(margin_JN.detach(), rate=keep_rate, valid=valid_JN)
+    slope_JN = _membership_slopes(margin_JN.detach(), hard_JN.sum(dim=-1), valid_JN, tau)
+    smallest = torch.finfo(slope_JN.dtype).tiny
+    share_JN = slope_JN / slope_JN.sum(dim=-1, keepdim=True).clamp(min=smallest)
     # Linear in the margins, with exactly the memberships' gradient; its value is taken away again.
-    soft_SN = slope_SN * (margin_SN - (share_SN * margin_SN).sum(dim=-1, keepdim=True))
-    return hard_SN.to(soft_SN.dtype) + (soft_SN - soft_SN.detach())
+    soft_JN = slope_JN * (margin_JN - (share_JN * margin_JN).sum(dim=-1, keepdim=True))
+    return hard_JN.to(soft_JN.dtype) + (soft_JN - soft_JN.detach())
 
 
 RELAXATIONS: dict[str, Relaxation] = {"gumbel_st": gumbel_st, "sigmoid_st": sigmoid_st, "soft_topk": soft_topk}
@@ -76,37 +77,37 @@ RELAXATIONS: dict[str, Relaxation] = {"gumbel_st": gumbel_st, "sigmoid_st": sigm
 
 
 @torch.no_grad()
-def _membership_slopes(margin_SN: Tensor, kept_S: Tensor, valid_SN: Tensor, tau: float) -> Tensor:
-    """Return w_j = p_j (1 - p_j) / tau (S, N) at the threshold where each set's memberships sum to kept_S.
+def _membership_slopes(margin_JN: Tensor, kept_J: Tensor, valid_JN: Tensor, tau: float) -> Tensor:
+    """Return w_j = p_j (1 - p_j) / tau (J, N) at the threshold where each set's memberships sum to kept_J.
 
     0 at filler and in sets that are kept whole or are empty. The threshold is found by bisection in float64: were all
     margins equal, it would lie at that margin - tau * logit(k / n), so it lies between those of the extreme margins.
     """
-    score_SN = (margin_SN.double() / tau).masked_fill(~valid_SN, -torch.inf)
-    count_S = valid_SN.sum(dim=-1)
-    undecided_S = (kept_S > 0) & (kept_S < count_S)
-    offset_S = torch.logit(torch.where(undecided_S, kept_S.double() / count_S, 0.5))
-    low_S = score_SN.masked_fill(~valid_SN, torch.inf).amin(dim=-1) - offset_S
-    high_S = score_SN.amax(dim=-1) - offset_S
+    score_JN = (margin_JN.double() / tau).masked_fill(~valid_JN, -torch.inf)
+    count_J = valid_JN.sum(dim=-1)
+    undecided_J = (kept_J > 0) & (kept_J < count_J)
+    offset_J = torch.logit(torch.where(undecided_J, kept_J.double() / count_J, 0.5))
+    low_J = score_JN.masked_fill(~valid_JN, torch.inf).amin(dim=-1) - offset_J
+    high_J = score_JN.amax(dim=-1) - offset_J
     for _ in range(_BISECTIONS):
-        middle_S = (low_S + high_S) / 2
-        too_many_S = torch.sigmoid(score_SN - middle_S[:, None]).sum(dim=-1) > kept_S
-        low_S, high_S = torch.where(too_many_S, middle_S, low_S), torch.where(too_many_S, high_S, middle_S)
-    distance_SN = score_SN - ((low_S + high_S) / 2)[:, None]
-    slope_SN = torch.sigmoid(distance_SN) * torch.sigmoid(-distance_SN) / tau
-    return torch.where(undecided_S[:, None] & valid_SN, slope_SN, 0.0).to(margin_SN.dtype)
+        middle_J = (low_J + high_J) / 2
+        too_many_J = torch.sigmoid(score_JN - middle_J[:, None]).sum(dim=-1) > kept_J
+        low_J, high_J = torch.where(too_many_J, middle_J, low_J), torch.where(too_many_J, high_J, middle_J)
+    distance_JN = score_JN - ((low_J + high_J) / 2)[:, None]
+    slope_JN = torch.sigmoid(distance_JN) * torch.sigmoid(-distance_JN) / tau
+    return torch.where(undecided_J[:, None] & valid_JN, slope_JN, 0.0).to(margin_JN.dtype)
 
 
-def _check(logits_SN2: Tensor, gumbel_SN2: Tensor, tau: float, valid_SN: Tensor) -> None:
-    if logits_SN2.dim() != 3 or logits_SN2.shape[-1] != 2 or gumbel_SN2.shape != logits_SN2.shape:
+def _check(logits_JN2: Tensor, gumbel_JN2: Tensor, tau: float, valid_JN: Tensor) -> None:
+    if logits_JN2.dim() != 3 or logits_JN2.shape[-1] != 2 or gumbel_JN2.shape != logits_JN2.shape:
         raise ValueError(
-            f"logits {tuple(logits_SN2.shape)} and gumbel {tuple(gumbel_SN2.shape)} do not fit; give two equal shapes "
+            f"logits {tuple(logits_JN2.shape)} and gumbel {tuple(gumbel_JN2.shape)} do not fit; give two equal shapes "
             "(sets, tokens, 2)"
         )
-    if valid_SN.shape != logits_SN2.shape[:2] or valid_SN.dtype != torch.bool:
+    if valid_JN.shape != logits_JN2.shape[:2] or valid_JN.dtype != torch.bool:
         raise ValueError(
-            f"valid is {valid_SN.dtype} of shape {tuple(valid_SN.shape)}; give bool of shape "
-            f"{tuple(logits_SN2.shape[:2])}, the sets and tokens of logits"
+            f"valid is {valid_JN.dtype} of shape {tuple(valid_JN.shape)}; give bool of shape "
+            f"{tuple(logits_JN2.shape[:2])}, the sets and tokens of logits"
         )
     if not tau > 0:
         raise ValueError(f"tau={tau} must be positive; the schedule runs from 1.0 to 0.1")

@@ -131,7 +131,7 @@ class KeepRateWarning(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Compare, and start a new window after a warning."""
+        """Compare each keep rate's mean over its window with the target; start a new window after a warning."""
         for name, window in self.windows.items():
             if not logs or name not in logs:
                 continue
@@ -174,7 +174,7 @@ class Beginning(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Call it."""
+        """Call `begin`."""
         self.begin()
 
 

@@ -66,11 +66,11 @@ class DynamicLlavaTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.train_config = train_config
         config = self.accelerator.unwrap_model(self.model).config
-        self.sparsity: SparsityConfig = config.sparsity
-        self.method = choose_method(self.sparsity, **train_config.switches)
+        self.settings: SparsityConfig = config.sparsity
+        self.method = choose_method(self.settings, **train_config.switches)
         shape = llava_shape(config)
-        learned = learned_costs(self.sparsity, shape.decoder.hidden, self.method)
-        self.flops = training_flops(shape, self.sparsity, learned, train_config, lora)
+        learned = learned_costs(self.settings, shape.decoder.hidden, self.method)
+        self.flops = training_flops(shape, self.settings, learned, train_config, lora)
         self.peak = peak_flops(train_config, self.args.device)
         self.meter = Meter()
         self.checkpoints: Checkpoints | None = None
@@ -247,4 +247,4 @@ class DynamicLlavaTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         image = batch["input_ids"] == model.config.image_token_id
         layout = TokenLayout.build(image, batch["attention_mask"], batch["output_mask"], image_lengths=1)
-        return self.method.loss_samples(layout, decided_outputs(layout, self.sparsity), self.sparsity)
+        return self.method.loss_samples(layout, decided_outputs(layout, self.settings), self.settings)

@@ -137,9 +137,9 @@ def test_training_has_the_same_loss_and_its_gradients(model, pair, zero_vectors)
     labels = torch.where(inputs["output_mask"], inputs["input_ids"], -100)
     if zero_vectors:
         decoder = model.model.language_model
-        decoder.sparsity = type(decoder.sparsity)(**{**decoder.sparsity.to_dict(), "dropped_tokens": "zero_vectors"})
+        decoder.settings = type(decoder.settings)(**{**decoder.settings.to_dict(), "dropped_tokens": "zero_vectors"})
     full = build_model(2, model.config._attn_implementation, layers=4).train()
-    full.model.language_model.sparsity = model.model.language_model.sparsity
+    full.model.language_model.settings = model.model.language_model.settings
     model.train()
     with autocast(pair):
         given = model(**inputs, labels=labels).loss

@@ -18,7 +18,7 @@ from dynamic_llava import DynamicLlavaConfig, DynamicLlavaForConditionalGenerati
 from dynamic_llava.config import DataConfig, ModelConfig, TrainConfig
 from dynamic_llava.costs import ProjectorShape, llava_shape, parameter_counts, training_flops
 from dynamic_llava.projectors import PROJECTORS, Mlp, find_projector, image_tokens, name_of, tokens_of
-from dynamic_llava.projectors.registry import measure
+from dynamic_llava.projectors.registry import projector_costs
 from dynamic_llava.train.config import RunConfig
 from dynamic_llava.train.run import run
 from tests.builders import IMAGE_SIZE, PATCH, TINY_SPARSITY, tiny_config
@@ -74,7 +74,7 @@ def test_everybody_says_the_same_number_of_tokens(name, layers):
 def test_costs_are_those_of_the_module(name, layers):
     config = config_of(name, layers)
     shape, projector = llava_shape(config), find_projector(name)(config, nn.GELU())
-    assert shape.projector == ProjectorShape(*measure(config))
+    assert shape.projector == ProjectorShape(*projector_costs(config))
     counts = parameter_counts(shape, {})
     assert counts["projector"] == sum(weight.numel() for weight in projector.parameters())
     model = DynamicLlavaForConditionalGeneration(config)
@@ -87,7 +87,7 @@ def test_costs_are_those_of_the_module(name, layers):
 def test_mlp_with_a_class_token_costs_one_token_more():
     shape = llava_shape(config_of("mlp", vision_feature_select_strategy="full"))
     assert shape.tokens_per_image == 17
-    assert shape.projector == ProjectorShape(*measure(config_of("mlp", vision_feature_select_strategy="full")))
+    assert shape.projector == ProjectorShape(*projector_costs(config_of("mlp", vision_feature_select_strategy="full")))
 
 
 @pytest.mark.parametrize("how", ["registered", "package.module:Class"])

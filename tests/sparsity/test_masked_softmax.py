@@ -313,7 +313,7 @@ def test_refuses_what_does_not_fit():
         ((query, key, value, mask), {"implementation": "fused"}, "choose one of"),
         ((query, key[:, :3], value[:, :3], mask), {}, "K dividing H"),
         ((query, key, value[:, :2], mask), {}, "K dividing H"),
-        ((query, key[:, :, :8], value[:, :, :8], mask), {}, "differ in B, N or D"),
+        ((query, key[:, :, :8], value[:, :, :8], mask), {}, "differ in B, N or d"),
         ((query, key.float(), value, mask), {}, "one float dtype"),
         ((query, key, value, mask[:, :8]), {}, "one entry per token"),
         ((query, key, value, mask.half().requires_grad_()), {}, "float32 keep_mask"),

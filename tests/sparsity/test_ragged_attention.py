@@ -13,7 +13,7 @@ from tests.sparsity.implementations import device_of, moved, with_triton
 IMPLEMENTATIONS = with_triton("sdpa")
 every = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 SHAPES = [(1, 2, 2, 64, 64), (3, 4, 2, 200, 16), (2, 8, 1, 640, 80), (1, 2, 2, 1, 128), (4, 3, 3, 65, 8)]
-"""B, H, K, W, D: one split and several, partial blocks, grouped heads, a head size that is padded, a single slot."""
+"""B, H, K, W, d: one split and several, partial blocks, grouped heads, a head size that is padded, a single slot."""
 
 
 def make(batch, heads, key_heads, slots, size, dtype=torch.float32):
@@ -159,10 +159,10 @@ def test_refuses_what_does_not_fit():
     query, keys, values, lengths = make(2, 4, 2, 9, 16)
     cases = [
         ((query, keys, values, lengths), {"implementation": "flash"}, "choose one of"),
-        ((query.expand(-1, -1, 2, -1), keys, values, lengths), {}, r"\(B, H, 1, D\)"),
-        ((query, keys, values[:, :, :8], lengths), {}, r"\(B, K, W, D\)"),
+        ((query.expand(-1, -1, 2, -1), keys, values, lengths), {}, r"\(B, H, 1, d\)"),
+        ((query, keys, values[:, :, :8], lengths), {}, r"\(B, K, W, d\)"),
         ((query[:, :3], keys, values, lengths), {}, "K does not divide H"),
-        ((query[..., :8], keys, values, lengths), {}, "differ in B or D"),
+        ((query[..., :8], keys, values, lengths), {}, "differ in B or d"),
         ((query.double(), keys, values, lengths), {}, "one float dtype"),
         ((query, keys, values, lengths.int()), {}, "int64"),
         ((query, keys, values, lengths[:1]), {}, r"int64 of shape \(2,\)"),

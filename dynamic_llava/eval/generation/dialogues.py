@@ -9,7 +9,7 @@ official  `USER:{question}ASSISTANT:`, without spaces, start token, or the `</s>
 template  `</s>USER: {question} ASSISTANT:`, what the model was trained on; that `</s>` counts as part of the question.
           A base with a chat template of its own has its own words and end token here
 
-Shape suffixes: B rows, L layers, N tokens fed so far, Q tokens of a chunk, V vocabulary.
+Shape suffixes: B rows, L layers, N tokens fed so far, Q new tokens of a chunk, V vocabulary.
 """
 
 from collections.abc import Sequence

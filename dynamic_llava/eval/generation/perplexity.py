@@ -2,7 +2,7 @@
 
 Dropped answer tokens are masked instead of removed, so every token is scored under the decisions that decoding would
 have taken. How much faster the one pass is than the loop is measured on an untrained model of a fixed size.
-Shape suffixes: B rows, N tokens of the longest row, T answer tokens of a row, V vocabulary, L layers.
+Shape suffixes: B rows, N tokens of the longest row, T output tokens of a row, V vocabulary, L layers.
 """
 
 import json

@@ -9,8 +9,8 @@ FlashAttention's with one more column reduction. With row maximum m, row sum Z, 
 
 Rows and heads are worked on in parts, one after the other, so that what a part needs besides its inputs and results
 stays small: in a CPU's cache, or bounded on other devices.
-Shape suffixes: B batch, K key heads, G query heads per key head, N tokens, R rows of a block, S keys it can see,
-D head size. Within a part B and K are the part's own.
+Shape suffixes: B rows, H query heads, K key heads, G query heads per key head, N tokens, R block rows, Y keys that a
+block sees, d head size. Within a part B and K are the part's own.
 """
 
 from collections.abc import Callable, Iterator
@@ -82,11 +82,11 @@ class _Part(NamedTuple):
     query_heads: slice
 
     def queries(self, x_BHN: Tensor, groups: int) -> Tensor:
-        """Cut out of a tensor of queries, (B, K, G, N, ...)."""
+        """Return this part of a tensor of queries, as (B, K, G, N, ...)."""
         return x_BHN[self.rows, self.query_heads].unflatten(1, (-1, groups))
 
     def keys(self, x_BKN: Tensor) -> Tensor:
-        """Cut out of a tensor of keys, (B, K, N, ...)."""
+        """Return this part of a tensor of keys, (B, K, N, ...)."""
         return x_BKN[self.rows, self.key_heads]
 
 
@@ -233,18 +233,18 @@ def _reciprocal(row_sum: Tensor) -> Tensor:
     return torch.where(row_sum > 0, 1 / row_sum, 0.0)
 
 
-def _times_keys(rows_BKGRD: Tensor, keys_BKSD: Tensor) -> Tensor:
-    """Return rows @ keys^T, (B, K, G, R, S): the query heads of a group share one product."""
-    product = rows_BKGRD.flatten(2, 3) @ keys_BKSD.transpose(-1, -2)
-    return product.view(*rows_BKGRD.shape[:4], -1)
+def _times_keys(rows_BKGRd: Tensor, keys_BKYd: Tensor) -> Tensor:
+    """Return rows @ keys^T, (B, K, G, R, Y): the query heads of a group share one product."""
+    product = rows_BKGRd.flatten(2, 3) @ keys_BKYd.transpose(-1, -2)
+    return product.view(*rows_BKGRd.shape[:4], -1)
 
 
-def _times_values(weight_BKGRS: Tensor, values_BKSD: Tensor) -> Tensor:
-    """Return weight @ values, (B, K, G, R, D)."""
-    product = weight_BKGRS.flatten(2, 3) @ values_BKSD
-    return product.view(*weight_BKGRS.shape[:4], -1)
+def _times_values(weight_BKGRY: Tensor, values_BKYd: Tensor) -> Tensor:
+    """Return weight @ values, (B, K, G, R, d)."""
+    product = weight_BKGRY.flatten(2, 3) @ values_BKYd
+    return product.view(*weight_BKGRY.shape[:4], -1)
 
 
-def _add_columns(total_BKSD: Tensor, weight_BKGRS: Tensor, rows_BKGRD: Tensor) -> None:
+def _add_columns(total_BKYd: Tensor, weight_BKGRY: Tensor, rows_BKGRd: Tensor) -> None:
     """Add weight^T @ rows, summed over the query heads of a group, to `total` in place."""
-    total_BKSD += weight_BKGRS.flatten(2, 3).transpose(-1, -2) @ rows_BKGRD.flatten(2, 3)
+    total_BKYd += weight_BKGRY.flatten(2, 3).transpose(-1, -2) @ rows_BKGRd.flatten(2, 3)

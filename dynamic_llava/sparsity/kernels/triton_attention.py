@@ -2,7 +2,7 @@
 
 Saved for the backward pass are the inputs, the output and two numbers per query, as in FlashAttention. Nothing is read
 on the host: how many keys are kept is known to the kernels only.
-Shape suffixes: B batch, H query heads, K key heads, N tokens, D head size.
+Shape suffixes: B rows, H query heads, K key heads, N tokens, d head size.
 """
 
 from collections.abc import Callable
@@ -150,7 +150,7 @@ class _Backward:
         self.per_row = (row_max, row_log_sum, inner)
 
     def of_queries(self) -> Tensor:
-        """Return the gradient of the query (B, H, N, D)."""
+        """Return the gradient of the query (B, H, N, d)."""
         query, keys = self.query, self.keys
         d_query = with_dense_rows(torch.empty_like(query))
         batch, heads, tokens, size = query.shape
@@ -164,7 +164,7 @@ class _Backward:
         return d_query
 
     def of_keys(self, with_keys: bool, with_keep: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the gradients of key and value (B, K, N, D) and of the keep mask (B, N) float32, those asked for."""
+        """Return the gradients of key and value (B, K, N, d) and of the keep mask (B, N) float32, those asked for."""
         query, key, value, keys = self.query, self.key, self.value, self.keys
         batch, key_heads, tokens, size = key.shape
         d_key, d_value = (with_dense_rows(torch.empty_like(x)) if with_keys else x for x in (key, value))

@@ -1,6 +1,6 @@
 """What the Triton kernels share. Triton decides at import whether its interpreter or a GPU runs a kernel.
 
-Shape suffixes: R rows of a block, W head size padded to a power of two.
+Shape suffixes: R block rows, E padded head size (to a power of two).
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 # (the arguments of a kernel have Triton's types)
@@ -19,7 +19,7 @@ LOG2_E = 1.4426950408889634
 
 @triton.jit
 def load_rows(pointer, index, stride, live, SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    """Load rows `index` of SIZE entries, 0 beyond the size and where not live; returns (R, W)."""
+    """Load rows `index` of SIZE entries, 0 beyond the size and where not live; returns (R, E)."""
     column = tl.arange(0, WIDTH)
     mask = live[:, None]
     if SIZE != WIDTH:
@@ -29,7 +29,7 @@ def load_rows(pointer, index, stride, live, SIZE: tl.constexpr, WIDTH: tl.conste
 
 @triton.jit
 def store_rows(pointer, index, stride, live, rows, SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    """Store (R, W) into rows `index` of SIZE entries, where live."""
+    """Store (R, E) into rows `index` of SIZE entries, where live."""
     column = tl.arange(0, WIDTH)
     mask = live[:, None]
     if SIZE != WIDTH:

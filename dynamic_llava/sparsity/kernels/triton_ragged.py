@@ -4,7 +4,7 @@ The slots are cut into splits, each the work of one program per row and key head
 GPU busy; a second kernel combines them. The number of splits follows from shapes and device, never from lengths:
 nothing is read on the host, and a replayed graph stays right. A program reads no slot behind the length of its row, or
 of its key head where heads have lengths of their own.
-Shape suffixes: B rows, H query heads, K key heads, G query heads per key head, W slots, S splits, D head size.
+Shape suffixes: B rows, H query heads, K key heads, G query heads per key head, W slots, Z splits of them, d head size.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 # (the arguments of a kernel have Triton's types)
