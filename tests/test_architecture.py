@@ -313,7 +313,13 @@ def test_shape_suffixes_are_those_of_the_legend():
     assert used == set(known), f"nobody uses {sorted(set(known) - used)}; take them out of the legend"
 
 
-@pytest.mark.parametrize("word", ["Batch", "Column", "Evaluation", "Plan", "Row"])
+COMMON_WORDS = (
+    "Answer", "Batch", "Column", "Evaluation", "Generation", "Key", "Kind", "Plan", "Prefilled", "Question", "Record",
+    "Report", "Row", "Source", "Step", "Target",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("word", COMMON_WORDS)
 def test_a_common_word_names_one_class(word):
     """The next plan, row or column says which one it is, so that a reader who searches for it finds it."""
     named = [name_of(path) for path in FILES for node in tree_of(path).body if word in names_made_by(node)]

@@ -42,14 +42,14 @@ NOTES = (TEXT_ONLY, REPEATED, CHAT_MESSAGES)
 
 @dataclass
 class Findings:
-    """What was found in some samples of a file, by kind, and the lengths of those that would be trained on."""
+    """Findings in some samples of a file, by kind, and the lengths of the samples that would be trained on."""
 
     shown: int
     """Examples that are kept of each kind."""
     total: int = 0
     """Samples."""
     counts: dict[str, int] = field(default_factory=dict)
-    """How often each kind was met."""
+    """Number of findings of each kind."""
     examples: dict[str, list[str]] = field(default_factory=dict)
     """The first of each kind: place, id and what is wrong."""
     lengths: dict[str, list[int]] = field(default_factory=lambda: {"tokens": [], "output tokens": [], "images": []})
@@ -75,7 +75,7 @@ class Findings:
 
 
 @dataclass(frozen=True)
-class Report:
+class CheckReport:
     """The outcome of a check; `str` is the page that is printed."""
 
     findings: Findings
@@ -138,7 +138,7 @@ def check(
     *,
     images: ImageCheck = "decode",
     examples: int = 3,
-) -> Report:
+) -> CheckReport:
     """Check a dataset as training would meet it, in worker processes; bad data are findings, never exceptions.
 
     `images` says whether each image is decoded, or only its header read as preparation does; `examples` how many of
@@ -159,7 +159,7 @@ def check(
         findings.add(part)
     if not findings.lengths["tokens"]:
         findings.note(EMPTY, 0, None, "no sample of the file can be trained on")
-    return Report(findings, config.json, sparsity.output_min_length, config.broken == "skip")
+    return CheckReport(findings, config.json, sparsity.output_min_length, config.broken == "skip")
 
 
 def _check_chunk(

@@ -40,7 +40,7 @@ IMAGE_KEYS = ("image", "images")
 CONVERSATION_KEYS = ("conversations", "messages")
 MEDIA = re.compile(r"image|img|picture|photo|video|audio|sound|frame", re.IGNORECASE)
 FILE_NAME = re.compile(r"\S+[/\\]\S+|\S+\.\w{2,5}")
-"""What a key and its value look like that may name an image, a video or a sound: no caption, number or size."""
+"""Patterns of a key and of its value that may name an image, a video or a sound: no caption, number or size."""
 SHOWN = 80
 """Characters of a wrong value that a message shows."""
 
@@ -78,7 +78,7 @@ class LlavaSample:
     system: str | None = None
     """A system text of its own; None: the model's."""
     is_chat: bool = False
-    """Whether it was written as role/content messages."""
+    """Whether the sample was written as role/content messages."""
 
 
 @dataclass

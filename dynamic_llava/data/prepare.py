@@ -53,12 +53,12 @@ FEATURES = Features(
     }
 )
 REPORTED_ERRORS = 5
-"""How many bad samples an error message shows; it counts the others."""
+"""Most bad samples that an error message shows; it counts the others."""
 
 
 @dataclass
 class SampleCounts:
-    """What became of the samples of a file."""
+    """Numbers of a file's samples: used, left out by reason, and changed."""
 
     total: int = 0
     """Samples in the file."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import BatchFeature, GenerationConfig
 
 from dynamic_llava.eval.identity import image_digest
-from dynamic_llava.eval.predict import NotFinite, Prediction, QueryBatch, generate_answers
+from dynamic_llava.eval.predict import NotFiniteLogits, Prediction, QueryBatch, generate_answers
 from dynamic_llava.eval.reading import brief, shown
 from dynamic_llava.eval.tasks import Question
 from dynamic_llava.eval.tasks.base import Said
@@ -60,7 +60,7 @@ class Measuring(Protocol):
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """What its lines depend on beyond model, questions and max_new_tokens; JSON-able."""
+        """Settings that the task's answer lines depend on, beside model, questions and max_new_tokens; JSON-able."""
 
     def measure(self, run: ModelRun, asked: Sequence[Asked]) -> list[Said]:
         """Return what goes into the answer line of each question of a batch, in order."""
@@ -75,7 +75,7 @@ class WithinMemory:
     def __init__(self, respond: Callable[[ModelRun, Sequence[Asked]], list[Said]], run: ModelRun) -> None:
         self._respond, self._run = respond, run
         self.rows = run.batch_size
-        """How many questions are asked at once by now."""
+        """Number of questions in a batch; halved each time that memory runs out."""
 
     def __call__(self, asked: Sequence[Asked]) -> list[Said]:
         """Return what is said to each question, in order."""
@@ -84,7 +84,7 @@ class WithinMemory:
             part = asked[len(said) : len(said) + self.rows]
             try:
                 said += self._respond(self._run, part)
-            except NotFinite as error:
+            except NotFiniteLogits as error:
                 raise ValueError(f"questions {shown(one.question.id for one in part)}: {error}") from None
             except (RuntimeError, MemoryError) as error:
                 if not _is_out_of_memory(error):

@@ -14,27 +14,27 @@ from dynamic_llava.eval.reading import brief, read_json_lines
 from dynamic_llava.eval.writing import write_text
 
 FIELDS = ("question_id", "prompt", "text", "answer_id", "model_id", "metadata")
-"""Fields of a line that have a place of their own in `Answer`; all others are `extra`."""
+"""Fields of a line that have a place of their own in `AnswerLine`; all others are `extra`."""
 
 Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class Answer:
+class AnswerLine:
     """One line of an answer file."""
 
     question_id: int | str
     """Id of the question as the question file writes it; its kind (int or str) is kept."""
     text: str
-    """What the model said, special tokens skipped, stripped; scorers never strip it again."""
+    """The model's text, special tokens skipped, stripped; scorers never strip it again."""
     prompt: str = ""
     """The question with its suffix, without the conversation template (`Question.logged_prompt`)."""
     answer_id: str = ""
     """A short unique name of this answer."""
     model_id: str = ""
-    """Which model said it."""
+    """Name of the model that gave the answer."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    """What the runner wants to keep beside the answer: decisions, costs."""
+    """Facts that the runner keeps beside the answer: decisions, costs."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of the line (`Question.extra`)."""
     line: int = 0
@@ -46,7 +46,7 @@ class Answer:
         return str(self.question_id)
 
 
-def answer_line(answer: Answer) -> str:
+def answer_line(answer: AnswerLine) -> str:
     """Return the JSON line of an answer, line end included.
 
     Raises ValueError when `extra` names one of the fields that every line has.
@@ -57,18 +57,18 @@ def answer_line(answer: Answer) -> str:
     return json.dumps(line) + "\n"
 
 
-def append_answers(file: TextIO, answers: Iterable[Answer]) -> None:
+def append_answers(file: TextIO, answers: Iterable[AnswerLine]) -> None:
     """Write answers to an open file in one piece and flush it, so that a killed process loses no whole batch."""
     file.write("".join(map(answer_line, answers)))
     file.flush()
 
 
-def write_answers(path: str | Path, answers: Iterable[Answer]) -> Path:
+def write_answers(path: str | Path, answers: Iterable[AnswerLine]) -> Path:
     """Write an answer file, whole or not at all, and return its path."""
     return write_text(Path(path), "".join(map(answer_line, answers)))
 
 
-def read_answers(path: str | Path) -> list[Answer]:
+def read_answers(path: str | Path) -> list[AnswerLine]:
     """Return the answers of a file in its order; empty lines are passed over.
 
     Raises FileNotFoundError when there is no such file, and ValueError that names file and line for a line that is no
@@ -81,7 +81,7 @@ def read_answers(path: str | Path) -> list[Answer]:
     return answers
 
 
-def parse_answer(line: Mapping[str, Any], place: str, number: int = 0) -> Answer:
+def parse_answer(line: Mapping[str, Any], place: str, number: int = 0) -> AnswerLine:
     """Return the answer that a decoded line holds; `place` names the line in the ValueError for a wrong one."""
     question = line.get("question_id")
     if not isinstance(question, int | str) or isinstance(question, bool):
@@ -93,7 +93,7 @@ def parse_answer(line: Mapping[str, Any], place: str, number: int = 0) -> Answer
             raise ValueError(f"{place}: the answer to question {brief(question)} has no 'text'")
         if name in line and not isinstance(line[name], kind):
             raise ValueError(f"{place}: {name!r} is {brief(line[name])}; an answer line holds a {kind.__name__} there")
-    return Answer(
+    return AnswerLine(
         question,
         line["text"],
         prompt=line.get("prompt", ""),
@@ -106,13 +106,13 @@ def parse_answer(line: Mapping[str, Any], place: str, number: int = 0) -> Answer
 
 
 def one_per_question(
-    answers: Sequence[Answer], key: Callable[[Answer], Key] = lambda answer: answer.key
-) -> dict[Key, Answer]:
+    answers: Sequence[AnswerLine], key: Callable[[AnswerLine], Key] = lambda answer: answer.key
+) -> dict[Key, AnswerLine]:
     """Return key -> answer in the answers' order; `key` says what makes a question one (its id as text by default).
 
     Raises ValueError when a question is answered twice: a file that was merged or resumed wrongly has no score.
     """
-    found: dict[Key, Answer] = {}
+    found: dict[Key, AnswerLine] = {}
     for answer in answers:
         name = key(answer)
         if name in found:

@@ -21,7 +21,7 @@ from dynamic_llava.methods import Method, Mixed
 
 
 class Prefilled(Protocol):
-    """What the costs of a prefill follow from; a `Prediction` is one."""
+    """A prompt whose prefill is costed, by the tokens that its layers see; a `Prediction` is one."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -46,7 +46,7 @@ class Counted:
     output_tokens: int
     """Generated tokens, the end token included."""
     output_kept: int
-    """Those kept of all but the last, which is never fed back."""
+    """Generated tokens that are kept; the last one, which is never fed back, does not count."""
     heads_hold: int | None = None
     """Tokens that the key heads of all layers hold together at the end, where a method evicts."""
 

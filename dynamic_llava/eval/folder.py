@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from dynamic_llava.eval.answers import Answer, append_answers, parse_answer, write_answers
+from dynamic_llava.eval.answers import AnswerLine, append_answers, parse_answer, write_answers
 from dynamic_llava.eval.reading import TEXT, WHOLE, Kind, brief, fields_of, optional, parse_json, read_json, shown
 from dynamic_llava.eval.summary import Summary, named, page
 from dynamic_llava.eval.tasks import TASKS
@@ -43,13 +43,13 @@ PLACE = "place"
 """Field of an answer's metadata: the number of its question, from 0, in the order in which the task gives them."""
 
 RECORD = ".run.json"
-"""How the names of files end that say what a task's answers depend on."""
+"""End of the names of files that say on which settings a task's answers depend."""
 
 LONGEST_SHOWN = 120
-"""How many characters of a setting an error shows."""
+"""Most characters of a setting that an error shows."""
 
 SHOWN_DIFFERENCES = 8
-"""How many changed settings an error names; it counts the others."""
+"""Most changed settings that an error names; it counts the others."""
 
 
 def check_folder(folder: Path, settings: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -115,7 +115,7 @@ _UNKNOWN: dict[str, Any] = {
     "paper_note": "", "difference": None, "differences": {}, "efficiency": {}, "warnings": [], "answers": None,
     "error": None, "settings": {},
 }  # fmt: skip
-"""What a row holds of which nothing is known; summaries of earlier versions have fewer fields."""
+"""Fields of a row of which nothing is known; summaries of earlier versions lack some."""
 
 
 def _unscored(label: str, path: Path) -> dict[str, Any]:
@@ -173,7 +173,7 @@ class AnswerStore:
         text = json.dumps([self._settings, place], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:22]
 
-    def append(self, answers: Sequence[Answer]) -> None:
+    def append(self, answers: Sequence[AnswerLine]) -> None:
         """Write answers, whose metadata says their place, and flush them; WriteError where the disk refuses."""
         with writing(self._part):
             append_answers(self._file, answers)
@@ -225,9 +225,9 @@ class AnswerStore:
                 f"choose another output folder, or remove {self._record.name} and its answers"
             )
 
-    def _read(self) -> dict[int, Answer]:
+    def _read(self) -> dict[int, AnswerLine]:
         """Return place -> answer from the whole file and all parts; where two have one, it is the same."""
-        found: dict[int, Answer] = {}
+        found: dict[int, AnswerLine] = {}
         for path in (self.path, *self._parts()):
             for answer in _whole_lines(path):
                 place = answer.metadata.get(PLACE)
@@ -285,7 +285,7 @@ def _open_part(path: Path) -> TextIO:
     return file
 
 
-def _whole_lines(path: Path) -> Iterator[Answer]:
+def _whole_lines(path: Path) -> Iterator[AnswerLine]:
     """Yield the answers of a file's lines; the last one is left out where it has no end: it was cut off."""
     if not path.is_file():
         return

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamic_llava.config import SparsityConfig
-from dynamic_llava.eval.answers import Answer
+from dynamic_llava.eval.answers import AnswerLine
 from dynamic_llava.eval.reading import shown
 from dynamic_llava.eval.tasks import Question
 from dynamic_llava.files import file_digest
@@ -81,7 +81,7 @@ def image_digest(question: Question) -> str | None:
     return None if question.image is None else question.image.digest()[:DIGITS]
 
 
-def check_images(done: Mapping[int, Answer], places: Sequence[int], questions: Sequence[Question]) -> None:
+def check_images(done: Mapping[int, AnswerLine], places: Sequence[int], questions: Sequence[Question]) -> None:
     """Raise ValueError when an image at one of the places is another than the one that was answered about.
 
     Images of questions without an answer may change, so that a broken one can be mended. `done` is place -> answer.

@@ -12,7 +12,7 @@ from dynamic_llava.eval.tasks.generation import GenerationTask
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What to evaluate and how; ValueError where it cannot be."""
+    """One evaluation as the command line asks for it; ValueError where it is not possible."""
 
     model: str
     """Checkpoint folder or hub name."""
@@ -24,7 +24,7 @@ class RunOptions:
     sparsity: SparsityMode | None = None
     """Short for this setting of Dynamic-LLaVA; None is both, unless `method` says otherwise."""
     method: Mapping[str, Any] | None = None
-    """What decides, as methods/registry.py reads it; None is Dynamic-LLaVA with the checkpoint's settings."""
+    """The method, as methods/registry.py reads it; None is Dynamic-LLaVA with the checkpoint's settings."""
     batch_size: int = 16
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the weights; auto is the checkpoint's."""

@@ -19,7 +19,7 @@ from dynamic_llava.model.switches import choose_method
 from dynamic_llava.processing import DynamicLlavaProcessor
 
 
-class NotFinite(ValueError):
+class NotFiniteLogits(ValueError):
     """A model's logits are NaN or infinite."""
 
 
@@ -34,13 +34,13 @@ class QueryBatch:
     """Model inputs of several queries, made once and used by every row."""
 
     places: tuple[int, ...]
-    """Where each row's query stands in the list that was asked."""
+    """Each row's place in the list of queries."""
     inputs: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model answered and which tokens stayed."""
+    """The model's answer to one query, and the tokens that stayed."""
 
     text: str
     tokens: tuple[int, ...]
@@ -114,7 +114,7 @@ class Finite(LogitsProcessor):
     def check(self) -> None:
         """Raise NotFinite unless all logits so far were finite."""
         if self._all is not None and not bool(self._all):
-            raise NotFinite(NOT_FINITE)
+            raise NotFiniteLogits(NOT_FINITE)
 
 
 class Held(LogitsProcessor):

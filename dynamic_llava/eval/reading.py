@@ -15,7 +15,7 @@ from typing import Any
 from dynamic_llava.files import brief
 
 SHOWN = 5
-"""How many ids an error message or a warning shows; it counts the others."""
+"""Number of ids that an error message or a warning shows; it counts the others."""
 LONGEST_CELL = 2**31 - 1
 """Characters of a table's cell; images are longer than csv's own limit."""
 

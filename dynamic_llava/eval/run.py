@@ -30,7 +30,7 @@ from dynamic_llava.eval.answering import (
     prompt_inputs,
     read_ahead,
 )
-from dynamic_llava.eval.answers import Answer, read_answers
+from dynamic_llava.eval.answers import AnswerLine, read_answers
 from dynamic_llava.eval.efficiency import Counted, mean_kv_bytes, measure_speed, prefill_costs
 from dynamic_llava.eval.folder import PLACE, AnswerStore, check_folder, identity_of, write_tables
 from dynamic_llava.eval.identity import IMAGE, check_images, method_settings, model_settings, question_settings
@@ -61,7 +61,7 @@ class Failure:
 
     text: str
     unwritten: bool = False
-    """Whether a file could not be written: the run ends."""
+    """Whether the error is that a file could not be written, which ends the run."""
 
 
 class Evaluation:
@@ -77,7 +77,7 @@ class Evaluation:
             "model": model_settings(self.model, self.processor, options.model),
             **method_settings(self.method, self.model.config.sparsity),
         }
-        """What every answer depends on."""
+        """Settings of model and method that every answer depends on."""
 
     def row(self, task: Task) -> TaskRow:
         """Return the row of a task; where it failed, in whichever process, the row says why.
@@ -145,10 +145,10 @@ class Evaluation:
                 f"images and run the command again: {'; '.join(list(unreadable.values())[:SHOWN])}"
             )
 
-    def _line(self, store: AnswerStore, asked: Asked, said: Said) -> Answer:
+    def _line(self, store: AnswerStore, asked: Asked, said: Said) -> AnswerLine:
         question = asked.question
         seen = {} if asked.image_digest is None else {IMAGE: asked.image_digest}
-        return Answer(
+        return AnswerLine(
             question.id,
             said.text,
             prompt=question.logged_prompt,
@@ -181,7 +181,7 @@ class Evaluation:
             unwritten=unwritten,
         )  # fmt: skip
 
-    def _judge(self, task: Task, path: Path, answers: Sequence[Answer]) -> dict[str, Any]:
+    def _judge(self, task: Task, path: Path, answers: Sequence[AnswerLine]) -> dict[str, Any]:
         """Return a row's score, or else its submission, written; with a limit, notes may say why there is neither."""
         root, hub, limit = self.options.data_root, self.options.hub(task), self.options.limit
         try:
@@ -196,7 +196,7 @@ class Evaluation:
                 raise
             return {"notes": (f"the first {limit} questions alone have no score: {error}",)}
 
-    def _costs(self, answers: Sequence[Answer], questions: Sequence[Question]) -> dict[str, float]:
+    def _costs(self, answers: Sequence[AnswerLine], questions: Sequence[Question]) -> dict[str, float]:
         """Return means over the answers that record what they cost, and times on a batch of the first of them."""
         config, per_image = self.model.config, self.processor.tokens_per_image
         shape = decoder_shape(config)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed
 
 PATIENCE = timedelta(days=7)
-"""How long a process waits for the others, whose shares may take longer; torchrun ends all when one dies."""
+"""Longest wait of a process for the others, whose shares may take longer; torchrun ends all when one dies."""
 
 Item = TypeVar("Item")
 

@@ -24,7 +24,7 @@ UNITS = {
     "decode_ms": "ms per token of the batch",
     "speed_batch": "rows",
 }
-"""What costs are measured in."""
+"""Units of the costs, by name."""
 TERA, MEBI = 1e12, 2**20
 PAPER_COSTS: Mapping[str, Mapping[str, Mapping[str, float]]] = {
     "7b": {
@@ -48,7 +48,7 @@ HEAD = (
 
 @dataclass(frozen=True)
 class TaskRow:
-    """What became of one task."""
+    """One task of a run: its score or submission, or its error."""
 
     label: str
     """Its name, with the split where one was asked for."""
@@ -59,11 +59,11 @@ class TaskRow:
     """By the names in `UNITS`."""
     answers: Path | None = None
     notes: tuple[str, ...] = ()
-    """What a reader must know: questions passed over, why there is no score."""
+    """Warnings for a reader: questions passed over, why there is no score."""
     error: str = ""
     """Why it failed; empty when it did not."""
     unwritten: bool = False
-    """Whether that is a file that could not be written."""
+    """Whether the error is a file that could not be written."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,13 @@ class Summary:
     size: str | None
     """The paper's name of the model's size; None for another."""
     settings: Mapping[str, Any]
-    """How it was asked: dtype, batch size, limits."""
+    """Settings of the run: dtype, batch size, limits."""
     environment: Mapping[str, Any]
     rows: Sequence[TaskRow]
     identity: str = ""
     """A digest of what all answers depend on: model and method; empty when no model was loaded."""
     method: str | None = None
-    """What decided, in a line, where `sparsity` does not say it."""
+    """The method in one line, where `sparsity` does not say it."""
 
     def to_json(self) -> dict[str, Any]:
         """Return it as a JSON object."""

@@ -14,7 +14,7 @@ from typing import Any
 from dynamic_llava.files import replace_file, writing
 
 MISSING = "-"
-"""What a cell without a value shows."""
+"""Text of a table's cell that has no value."""
 
 LONGEST_CELL = 32_767
 """Characters that a cell of a workbook holds."""

@@ -55,12 +55,12 @@ COMPARED = (
     Compared("training", _TRAINED, "training", 12, 1),
     Compared("score", PRESETS["cpu-small"], "score", 10, 1),
 )
-"""What is compared, at the sizes of the CPU set; `score` is a whole `eval score`, most of which is its start."""
+"""The calls that are compared, at the sizes of the CPU set; `score` is a whole `eval score`, mostly its start."""
 
 
 @dataclass(frozen=True)
 class TimedTurn:
-    """One call of both."""
+    """One call in each of the two checkouts."""
 
     here: float
     """Seconds of this checkout."""
@@ -69,7 +69,7 @@ class TimedTurn:
     processor: float
     """Ratio of the processor's seconds, here to there."""
     same: bool
-    """Whether the same came out."""
+    """Whether both checkouts gave the same result."""
 
     @property
     def ratio(self) -> float:

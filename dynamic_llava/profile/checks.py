@@ -25,10 +25,8 @@ from dynamic_llava.profile.workload import (
     sparse_prefill,
 )
 
-Rows = Sequence[Mapping[str, Any]]
 
-
-def step_values(preset: Preset, rows: Rows, device: str) -> dict[str, float]:
+def step_values(preset: Preset, rows: Sequence[Mapping[str, Any]], device: str) -> dict[str, float]:
     """Return what goals say about cached steps, by preset and generated tokens, from as many rows as there are yet.
 
     Both dense baselines count, DynamicCache and the compiled StaticCache: what is held against "dense" is held against
@@ -76,7 +74,7 @@ def _step_values(steps: Mapping[tuple[str, str], Mapping[str, Any]], peak: Devic
     return found
 
 
-def prefill_values(preset: Preset, rows: Rows, device: str) -> dict[str, float]:
+def prefill_values(preset: Preset, rows: Sequence[Mapping[str, Any]], device: str) -> dict[str, float]:
     """Return a prefill's share of the device's peak for each way, and its time over a dense one's by that of FLOPs."""
     peak, name = device_peak(device), f"prefill_{preset.name}"
     by_way = {row["way"]: row for row in rows if row["phase"] == "prefill" and row["seconds"]}

@@ -194,7 +194,7 @@ def page(numbers: dict[str, Any], command: str, about: dict[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class Source:
+class MixtureSource:
     """One part of the mixture: its share is `samples` of all sources' samples; ranges are inclusive."""
 
     samples: int
@@ -205,18 +205,18 @@ class Source:
 
 
 SOURCES = (
-    Source(57_000, "coco/train2017", (2, 6), (6, 16), (10, 50)),  # LLaVA-Instruct: conversations
-    Source(23_712, "coco/train2017", (1, 1), (6, 14), (70, 130)),  # detailed descriptions
-    Source(77_000, "coco/train2017", (1, 1), (8, 22), (70, 160)),  # complex reasoning
-    Source(40_688, "", (1, 8), (10, 120), (60, 350)),  # ShareGPT, text only
-    Source(82_783, "coco/train2017", (3, 9), (5, 16), (1, 2)),  # VQAv2
-    Source(72_140, "gqa/images", (6, 20), (6, 20), (1, 1)),  # GQA
-    Source(8_998, "coco/train2017", (1, 1), (8, 18), (1, 3)),  # OKVQA
-    Source(80_000, "ocr_vqa/images", (4, 6), (5, 15), (1, 9)),  # OCR-VQA
-    Source(66_160, "coco/train2017", (1, 2), (20, 45), (1, 1)),  # A-OKVQA
-    Source(21_953, "textvqa/train_images", (1, 1), (25, 60), (8, 16)),  # TextCaps
-    Source(48_447, "coco/train2017", (3, 14), (8, 20), (2, 8)),  # RefCOCO
-    Source(86_417, "vg/VG_100K", (4, 16), (8, 18), (3, 8)),  # Visual Genome
+    MixtureSource(57_000, "coco/train2017", (2, 6), (6, 16), (10, 50)),  # LLaVA-Instruct: conversations
+    MixtureSource(23_712, "coco/train2017", (1, 1), (6, 14), (70, 130)),  # detailed descriptions
+    MixtureSource(77_000, "coco/train2017", (1, 1), (8, 22), (70, 160)),  # complex reasoning
+    MixtureSource(40_688, "", (1, 8), (10, 120), (60, 350)),  # ShareGPT, text only
+    MixtureSource(82_783, "coco/train2017", (3, 9), (5, 16), (1, 2)),  # VQAv2
+    MixtureSource(72_140, "gqa/images", (6, 20), (6, 20), (1, 1)),  # GQA
+    MixtureSource(8_998, "coco/train2017", (1, 1), (8, 18), (1, 3)),  # OKVQA
+    MixtureSource(80_000, "ocr_vqa/images", (4, 6), (5, 15), (1, 9)),  # OCR-VQA
+    MixtureSource(66_160, "coco/train2017", (1, 2), (20, 45), (1, 1)),  # A-OKVQA
+    MixtureSource(21_953, "textvqa/train_images", (1, 1), (25, 60), (8, 16)),  # TextCaps
+    MixtureSource(48_447, "coco/train2017", (3, 14), (8, 20), (2, 8)),  # RefCOCO
+    MixtureSource(86_417, "vg/VG_100K", (4, 16), (8, 18), (3, 8)),  # Visual Genome
 )
 SIZES = ((640, 480), (640, 426), (480, 640), (500, 375), (500, 333), (333, 500), (1024, 768), (640, 640))
 """Width and height of the pictures."""
@@ -255,7 +255,7 @@ def _running_text(rng: np.random.Generator) -> list[str]:
 
 
 def _sample(
-    number: int, source: Source, words: list[str], names: dict[str, list[str]], rng: np.random.Generator
+    number: int, source: MixtureSource, words: list[str], names: dict[str, list[str]], rng: np.random.Generator
 ) -> dict[str, Any]:
     turns = int(rng.integers(source.turns[0], source.turns[1] + 1))
     lengths = np.empty((turns, 2), dtype=int)

@@ -37,9 +37,9 @@ class InferenceMemory:
     cache: int
     """Keys and values at the end; slots that are allocated and not yet filled count."""
     prefill: int
-    """Whole memory at the prefill's highest moment."""
+    """Bytes of everything at the prefill's highest moment."""
     decoding: int
-    """Whole memory in the last step."""
+    """Bytes of everything in the last step."""
 
     @property
     def total(self) -> int:

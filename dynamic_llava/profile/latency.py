@@ -30,7 +30,7 @@ from dynamic_llava.profile.measuring import (
     work_of,
 )
 from dynamic_llava.profile.presets import Preset, Way
-from dynamic_llava.profile.results import Column, Report
+from dynamic_llava.profile.results import Column, Report, Rows
 from dynamic_llava.profile.workload import (
     Prompt,
     build_model,
@@ -45,21 +45,20 @@ from dynamic_llava.profile.workload import (
 )
 
 Call = Callable[[], Any]
-Rows = Iterator[dict[str, Any]]
 STEP_WARMUP = 3
 """Steps before the timed ones: the first compiles, the second records a graph, the third replays it."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A way and how it is run."""
+    """One way of running a preset, eager or compiled."""
 
     way: Way
     compiled: bool = False
 
     @property
     def engine(self) -> str:
-        """What runs it, as tables say it."""
+        """Name in tables of what runs the step: the cache, and whether it is compiled."""
         if self.way == "dense":
             return "StaticCache, compiled" if self.compiled else "DynamicCache"
         return "compiled" if self.compiled else "eager"
@@ -71,7 +70,7 @@ COMPILED = (Variant("dense", True), Variant("both", True))
 
 @dataclass(frozen=True)
 class Effort:
-    """How often things are timed."""
+    """Numbers of rounds and calls of each kind of timing."""
 
     rounds: int = 5
     """Rounds of prefills and of steps without cache; at least 1."""

@@ -147,7 +147,7 @@ class Peak:
 
     bytes: int
     how: str
-    """What was counted."""
+    """Name of the count: the device's allocator, or live tensors."""
 
 
 def peak_memory(
@@ -177,7 +177,7 @@ def peak_memory(
 
 @dataclass(frozen=True)
 class Work:
-    """What a phase has to do at least."""
+    """The least work of a phase."""
 
     flops: int
     bytes: int
@@ -235,12 +235,12 @@ def output_predictor_work(preset: Preset, value_bytes: int) -> Work:
 
 @dataclass(frozen=True)
 class DeviceLimits:
-    """What the device reached in this run."""
+    """The rates that the device reached in this run."""
 
     bytes_per_second: float
     """Bytes read and written by a copy of a large tensor."""
     flops_per_second: float
-    """Of a large square matrix product in the model's dtype."""
+    """FLOP/s of a large square matrix product in the model's dtype."""
 
     def seconds(self, work_bytes: float, flops: float) -> float:
         """Return the least time for moving so many bytes and doing so many operations, each hidden behind the other."""
@@ -277,7 +277,7 @@ LIMIT_COLUMNS = (
     Column("bound", "bound by"),
     Column("share", "limit / measured", ".0%"),
 )
-"""What a table of times shows beside them."""
+"""Columns that stand beside the times in a table with limits."""
 
 
 def limit_notes(limits: DeviceLimits) -> list[str]:

@@ -8,7 +8,7 @@ The head is left out of both.
 Shape suffixes: B rows, N tokens, C computed tokens, T output tokens, I images, n image tokens, D hidden size.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -31,12 +31,10 @@ from dynamic_llava.profile.measuring import (
     time_in_turn,
 )
 from dynamic_llava.profile.presets import Preset, small_shape
-from dynamic_llava.profile.results import Column, Report
+from dynamic_llava.profile.results import Column, Report, Rows
 from dynamic_llava.profile.workload import BEFORE_IMAGE, build_model, method_of, sparse_decoding
 from dynamic_llava.sparsity import masked_softmax_attention
 from dynamic_llava.sparsity.ragged_attention import ragged_attention
-
-Rows = Iterator[dict[str, Any]]
 
 
 def attention_rows(

@@ -51,7 +51,7 @@ from dynamic_llava.provenance import versions
 STEPS = (Variant("both"), Variant("dense"), Variant("both", True), Variant("dense", True), Variant("image"))
 """The engines of a cached step, most telling first: ours and both dense baselines."""
 FACTS = ("total_memory", "multi_processor_count", "major", "minor", "L2_cache_size", "shared_memory_per_multiprocessor")
-"""What a device is asked besides its name."""
+"""Properties that a device is asked for, beside its name."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ class Preset:
     """One protocol: the sizes of a model with random weights, and of what it is asked to do."""
 
     name: str
-    """What the command line calls it."""
+    """Name of the preset on the command line."""
     shape: LlavaShape
     """Sizes of vision tower, projector and decoder."""
     batch: int
@@ -29,7 +29,7 @@ class Preset:
     outputs: tuple[int, ...]
     """Numbers of generated tokens that results are given for, ascending."""
     about: str
-    """Where the protocol comes from."""
+    """Source of the protocol, and its sizes in words."""
     text: int = 50
     """Prompt tokens beside the image's."""
     image_keep_rate: float = 0.2

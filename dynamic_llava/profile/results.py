@@ -7,7 +7,7 @@ whatever happens to a process.
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -17,6 +17,10 @@ from dynamic_llava.files import writing
 
 if TYPE_CHECKING:
     import torch
+
+
+Rows = Iterator[dict[str, Any]]
+"""Rows of times, each as soon as it is measured."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Column:
     form: str = ""
     """Format specification of numbers, e.g. ".2f"."""
     scale: float = 1.0
-    """What the entry is multiplied by to get the heading's unit."""
+    """Factor from the entry's unit to the heading's."""
 
     def text(self, row: Mapping[str, Any]) -> str:
         """Return the cell of a row."""
@@ -142,7 +146,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 class Results:
-    """What one part of a benchmark has to say, line by line."""
+    """Writes the results of one part of a benchmark, line by line."""
 
     def __init__(self, path: Path, part: str) -> None:
         self.path, self.part = path, part

@@ -54,7 +54,7 @@ GPU_PARTS = (
     Part("training", 30, "a training step: time and memory"),
     Part("predictors", 20, "what the predictors cost at full size"),
 )
-"""What one GPU shows in 540 seconds, most telling first."""
+"""The parts for one GPU, 540 seconds in all, most telling first."""
 CPU_PARTS = (
     Part("device", 15, "device, versions, copy bandwidth and matrix-product rate"),
     Part("cache", 30, "bytes of the cache after long generations"),
@@ -79,7 +79,7 @@ SETS = {
 
 @dataclass(frozen=True)
 class BenchmarkPlan:
-    """Which parts run, and which are left out from the start."""
+    """The parts of a benchmark that run, and those left out from the start."""
 
     set: str
     parts: tuple[Part, ...]

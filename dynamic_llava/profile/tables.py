@@ -25,7 +25,7 @@ from dynamic_llava.profile.results import Column, Report
 
 
 @dataclass(frozen=True)
-class Prefilled:
+class Table10Row:
     """A row of Table 10: image tokens that the early and the late layers see."""
 
     model: str
@@ -38,8 +38,8 @@ class Prefilled:
     sparse_layer: int = 0
 
 
-def _table_10() -> list[Prefilled]:
-    def rows(model: str, shape: DecoderShape, *printed: str) -> list[Prefilled]:
+def _table_10() -> list[Table10Row]:
+    def rows(model: str, shape: DecoderShape, *printed: str) -> list[Table10Row]:
         """Return one size's rows, in the order of Table 10."""
         given = (
             ("LLaVA-1.5", 576, None, 0),
@@ -54,7 +54,7 @@ def _table_10() -> list[Prefilled]:
             ("TokenPacker + Dynamic-LLaVA", 144, 57, 2),
         )
         return [
-            Prefilled(model, method, shape, tokens, value, kept, layer)
+            Table10Row(model, method, shape, tokens, value, kept, layer)
             for (method, tokens, kept, layer), value in zip(given, printed, strict=True)
         ]
 

@@ -33,7 +33,7 @@ class SweepRow:
     """One row: a run that is trained unless it is there, or a checkpoint as it is."""
 
     title: str = ""
-    """What the first column says."""
+    """Name of the row, in the first column of the table."""
     config: str = ""
     """Configuration file of the run, relative to the sweep's file."""
     overrides: list[str] = field(default_factory=list)
@@ -43,7 +43,7 @@ class SweepRow:
     sparsity: Literal["trained", "both", "image", "output", "none"] = "trained"
     """What is sparsified in evaluation: what the run was trained with, or this; a `model` counts as trained dense."""
     method: Any = None
-    """What decides in evaluation instead: a name, or {name: ..., setting: ...}; by default the method of the run."""
+    """The method of the evaluation: a name, or {name: ..., setting: ...}; by default the method of the run."""
     paper: dict[str, float] = field(default_factory=dict)
     """The paper's numbers by the column's header."""
 
@@ -82,7 +82,7 @@ class SweepConfig:
     title: str = ""
     """Heading of the table."""
     note: str = ""
-    """What a reader must know; stands below the table."""
+    """Note for readers, below the table."""
     output_folder: str = "runs"
     """Folder of the tables, and of the evaluations of `model` rows."""
     data_root: str = "playground/data/eval"

@@ -29,7 +29,7 @@ class GreyedAnswer:
     kept_patches: Sequence[int]
     """Numbers of the image patches kept from the sparse layer on (row-major)."""
     question: str
-    """What was asked."""
+    """The user's question."""
     words: Sequence[str]
     """The answer, piece by piece as it was generated."""
     kept: Sequence[bool]
@@ -41,7 +41,7 @@ def draw_greyed_answers(path: Path, answers: Sequence[GreyedAnswer], grid: tuple
 
     `grid` is (rows, columns) of patches. Returns the path. ValueError when words and decisions differ in number.
     """
-    blocks = [_Block(answer, grid) for answer in answers]
+    blocks = [_AnswerBlock(answer, grid) for answer in answers]
     head = _MARGIN + (_TITLE_SIZE + 40 if title else 0)
     height = head + sum(block.height + _MARGIN for block in blocks)
     canvas = Image.new("RGB", (_WIDTH, height), style.PAPER)
@@ -70,7 +70,7 @@ def _legend(draw: ImageDraw.ImageDraw, top: int) -> None:
         x += draw.textlength(text + " ", font=small)
 
 
-class _Block:
+class _AnswerBlock:
     """The lines of one answer, laid out once so that the height is known before painting."""
 
     def __init__(self, answer: GreyedAnswer, grid: tuple[int, int]) -> None:

@@ -10,7 +10,7 @@ import io
 import json
 from dataclasses import dataclass, field, replace
 
-from dynamic_llava.eval.answers import Answer
+from dynamic_llava.eval.answers import AnswerLine
 from dynamic_llava.eval.tasks import get_task
 from dynamic_llava.eval.tasks.base import LETTER, SHORT, UNANSWERABLE
 from tests.sft_builders import picture
@@ -32,7 +32,7 @@ class Made:
         """Return answers to the task's questions, the right ones unless `texts` gives others."""
         questions = get_task(self.task).questions(root, hub)
         return [
-            Answer(question.id, text, prompt=question.logged_prompt, extra=question.extra, line=number)
+            AnswerLine(question.id, text, prompt=question.logged_prompt, extra=question.extra, line=number)
             for number, (question, text) in enumerate(zip(questions, texts or self.right, strict=True), 1)
         ]
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dynamic_llava.eval.answers import (
-    Answer,
+    AnswerLine,
     answer_line,
     append_answers,
     one_per_question,
@@ -15,13 +15,13 @@ from dynamic_llava.eval.answers import (
 from dynamic_llava.eval.reading import shown
 
 LINE = '{"question_id": 1, "prompt": "Is it?", "text": "No"}\n'
-ODD = Answer(
+ODD = AnswerLine(
     "a/1", "  Yes\n\u2028é\t", "What?\nShort.", "id7", "model", {"kept": [1, 2]}, {"round_id": 0, "options": ["A"]}
 )
 
 
 def test_what_is_written_is_read_back(tmp_path):
-    path = write_answers(tmp_path / "deep" / "a.jsonl", [ODD, Answer(7, "")])
+    path = write_answers(tmp_path / "deep" / "a.jsonl", [ODD, AnswerLine(7, "")])
     first, second = read_answers(path)
     assert (first.line, second.line) == (1, 2)
     for name in ("question_id", "text", "prompt", "answer_id", "model_id", "metadata", "extra", "key"):
@@ -30,18 +30,18 @@ def test_what_is_written_is_read_back(tmp_path):
 
 
 def test_a_line_is_what_llava_writes():
-    line = answer_line(Answer(1, "No", "Is it?", "abc", "m"))
+    line = answer_line(AnswerLine(1, "No", "Is it?", "abc", "m"))
     assert line == (
         '{"question_id": 1, "prompt": "Is it?", "text": "No", "answer_id": "abc", "model_id": "m", "metadata": {}}\n'
     )
     assert json.loads(answer_line(ODD))["options"] == ["A"]
     with pytest.raises(ValueError, match=r"\['text'\] of question 1"):
-        answer_line(Answer(1, "No", extra={"text": "Yes"}))
+        answer_line(AnswerLine(1, "No", extra={"text": "Yes"}))
 
 
 def test_answers_are_on_disk_after_each_batch(tmp_path):
     with (tmp_path / "a.jsonl").open("w") as file:
-        append_answers(file, [Answer(1, "a"), Answer(2, "b")])
+        append_answers(file, [AnswerLine(1, "a"), AnswerLine(2, "b")])
         assert [answer.text for answer in read_answers(tmp_path / "a.jsonl")] == ["a", "b"]
 
 
@@ -76,7 +76,7 @@ def test_missing_and_binary_files_are_refused(tmp_path):
 
 
 def test_a_question_answered_twice_is_refused():
-    answers = [Answer(1, "a", line=3), Answer("1", "a", line=9)]
+    answers = [AnswerLine(1, "a", line=3), AnswerLine("1", "a", line=9)]
     with pytest.raises(ValueError, match="'1' is answered twice, in lines 3 and 9"):
         one_per_question(answers)
     assert list(one_per_question(answers, lambda answer: answer.line)) == [3, 9]

@@ -12,7 +12,7 @@ from dynamic_llava import DynamicLlavaForConditionalGeneration
 from dynamic_llava.eval import answering, folder, predict, tasks, writing
 from dynamic_llava.eval import run as runner
 from dynamic_llava.eval.__main__ import main
-from dynamic_llava.eval.answers import Answer, write_answers
+from dynamic_llava.eval.answers import AnswerLine, write_answers
 from dynamic_llava.eval.tasks import get_task
 from dynamic_llava.files import EXIT_WRITE_FAILED
 from tests.eval.run_builders import Toy, ragged_checkpoint, run, summary, toy_data
@@ -140,7 +140,7 @@ def test_a_file_of_scoring_that_cannot_be_written_is_named(tmp_path, capsys, tas
     """Metrics as JSON, and the file of every server and judge."""
     made = TASK_DATA[task.split(":")[0]](tmp_path)
     asked = get_task(task).questions(tmp_path)
-    answers = [Answer(one.id, "A", prompt=one.logged_prompt) for one in asked]
+    answers = [AnswerLine(one.id, "A", prompt=one.logged_prompt) for one in asked]
     path = write_answers(tmp_path / "answers.jsonl", answers)
     assert made
     given = ["score", "--task", task, "--answers", path, "--data-root", tmp_path, "--json", tmp_path / "score.json"]

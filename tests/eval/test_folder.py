@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dynamic_llava.eval.answers import Answer, read_answers
+from dynamic_llava.eval.answers import AnswerLine, read_answers
 from dynamic_llava.eval.folder import AnswerStore, differences
 from dynamic_llava.files import WriteError
 
@@ -16,7 +16,7 @@ def store(folder, settings=SETTINGS, count=4, rank=0):
 
 
 def line(place, text="said"):
-    return Answer(f"q{place}", text, metadata={"place": place})
+    return AnswerLine(f"q{place}", text, metadata={"place": place})
 
 
 def begun(folder, *places, rank=0):
@@ -132,7 +132,7 @@ def test_nothing_is_left_of_a_record_that_could_not_be_written(tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
     (tmp_path / "toy.run.4711").write_text("{")
     whole = AnswerStore(tmp_path, "toy", {}, 1)
-    whole.append([Answer("q", "said", metadata={"place": 0})])
+    whole.append([AnswerLine("q", "said", metadata={"place": 0})])
     whole.close()
     whole.merge()
     assert {path.name for path in tmp_path.iterdir()} == {"toy.jsonl", "toy.run.json"}

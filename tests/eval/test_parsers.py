@@ -10,7 +10,7 @@ import shutil
 import pytest
 from hypothesis import strategies as st
 
-from dynamic_llava.eval.answers import Answer, write_answers
+from dynamic_llava.eval.answers import AnswerLine, write_answers
 from dynamic_llava.eval.folder import AnswerStore
 from dynamic_llava.eval.generation.build import BuildOptions, build
 from dynamic_llava.eval.tasks import TASKS, get_task
@@ -103,7 +103,7 @@ def test_a_spoilt_record_of_a_run_is_read_or_refused_by_name(examples, tmp_path)
     """What says in an output folder what made its answers, and the answers of a killed process."""
     settings = {"model": {"dtype": "float32"}, "sparsity": "both", "task": {"name": "toy"}}
     begun = AnswerStore(tmp_path, "toy", settings, 3)
-    begun.append([Answer("q0", "said", metadata={"place": 0}), Answer("q1", "said", metadata={"place": 1})])
+    begun.append([AnswerLine("q0", "said", metadata={"place": 0}), AnswerLine("q1", "said", metadata={"place": 1})])
     begun.close()
     files = [tmp_path / "toy.run.json", tmp_path / "toy.part0.jsonl"]
     whole = {path: path.read_bytes() for path in files}
@@ -210,7 +210,7 @@ def test_what_a_file_says_is_shown_cut_and_printable(tmp_path, hostile):
         get_task(made.task).score(answers, tmp_path)
     settings = {"sparsity": "both"}
     begun = AnswerStore(tmp_path, "toy", settings, 1)
-    begun.append([Answer("q0", "said", metadata={"place": hostile})])
+    begun.append([AnswerLine("q0", "said", metadata={"place": hostile})])
     begun.close()
     with pytest.raises(ValueError, match="in its metadata") as place:
         AnswerStore(tmp_path, "toy", settings, 1)

@@ -7,7 +7,7 @@ from itertools import product
 import openpyxl
 import pytest
 
-from dynamic_llava.eval.answers import Answer, read_answers, write_answers
+from dynamic_llava.eval.answers import AnswerLine, read_answers, write_answers
 from dynamic_llava.eval.score import score_table
 from dynamic_llava.eval.tasks import GROUPS, TASKS, get_task, get_tasks
 from dynamic_llava.eval.tasks.base import GENERATION, PAPER_TABLE1, SHORT, Metric, Score
@@ -155,7 +155,7 @@ def test_what_is_written_for_a_server_can_be_read(name, made, tmp_path):
     for split, text in product(TASKS[name].splits or (None,), HOSTILE_ANSWERS):
         task = TASKS[name](split)
         answers = [
-            Answer(question.id, text, prompt=question.logged_prompt, extra=question.extra, line=number)
+            AnswerLine(question.id, text, prompt=question.logged_prompt, extra=question.extra, line=number)
             for number, question in enumerate(task.questions(tmp_path), 1)
         ]
         try:

@@ -16,7 +16,7 @@ from dynamic_llava.checkpoints.__main__ import main as checkpoints_main
 from dynamic_llava.config import DataConfig
 from dynamic_llava.data import SftDataset
 from dynamic_llava.eval.__main__ import main as eval_main
-from dynamic_llava.eval.answers import Answer, write_answers
+from dynamic_llava.eval.answers import AnswerLine, write_answers
 from dynamic_llava.eval.folder import AnswerStore
 from dynamic_llava.eval.generation.build import BuildOptions, build
 from dynamic_llava.eval.tasks import get_task
@@ -115,7 +115,7 @@ SETTINGS = {"model": {"dtype": "float32"}, "sparsity": "both", "task": {"name": 
 
 def records(folder):
     begun = AnswerStore(folder, "toy", SETTINGS, 3)
-    begun.append([Answer("q0", "said", metadata={"place": 0}), Answer("q1", "said", metadata={"place": 1})])
+    begun.append([AnswerLine("q0", "said", metadata={"place": 0}), AnswerLine("q1", "said", metadata={"place": 1})])
     begun.close()
     return [folder / "toy.run.json", folder / "toy.part0.jsonl"]
 

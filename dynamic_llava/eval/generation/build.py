@@ -24,8 +24,8 @@ IMAGES = Kind("the path of an image, or a list of them", lambda value: value == 
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What the paper says of a benchmark's items."""
+class ItemKind:
+    """One benchmark's items as the paper describes them: how many, how long, of how many rounds."""
 
     prefix: str
     """Begins their ids."""
@@ -44,16 +44,19 @@ class Kind:
 
 
 KINDS = {
-    "single": Kind("lvis", 1000, 1, 101, (56, 159)),
-    "multi": Kind("lvis", 1000, 8, 0, (205, 351)),
-    "sharegpt4v": Kind("sharegpt4v", 178, 1, 300, (51, 1555)),
+    "single": ItemKind("lvis", 1000, 1, 101, (56, 159)),
+    "multi": ItemKind("lvis", 1000, 8, 0, (205, 351)),
+    "sharegpt4v": ItemKind("sharegpt4v", 178, 1, 300, (51, 1555)),
 }
 """Answers "over 100 words", "more than seven rounds", captions of "no less than 300 words"."""
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How to choose; None is the paper's, as far as it says. ValueError for numbers and combinations without sense."""
+    """How items are chosen; None is the paper's value, where it gives one.
+
+    ValueError for numbers and combinations without sense.
+    """
 
     kind: Literal["single", "multi", "sharegpt4v"]
     source: Path
@@ -130,7 +133,7 @@ def _item(sample: Any, place: str) -> dict[str, Any]:
     return {"source": sample.get("id", ""), "image": image, "rounds": rounds}
 
 
-def _reason_against(item: dict[str, Any], options: BuildOptions, kind: Kind, excluded: set[str], count: Any) -> str:
+def _reason_against(item: dict[str, Any], options: BuildOptions, kind: ItemKind, excluded: set[str], count: Any) -> str:
     """Return why a sample is no candidate, "" when it is one."""
     rounds = item["rounds"]
     if not rounds:
@@ -148,7 +151,7 @@ def _reason_against(item: dict[str, Any], options: BuildOptions, kind: Kind, exc
     return "answers too short" if short else ""
 
 
-def _as_item(item: dict[str, Any], kind: Kind, number: int, several: bool) -> dict[str, Any]:
+def _as_item(item: dict[str, Any], kind: ItemKind, number: int, several: bool) -> dict[str, Any]:
     """Return an item in the published scripts' format; `source` is the sample's own id."""
     asked, answers = map(list, zip(*item["rounds"], strict=True))
     first = asked[0].replace(IMAGE_PLACE, "").strip()
@@ -195,7 +198,7 @@ def _token_counter(tokenizer: str | None) -> Any:
     return count
 
 
-def _report(options: BuildOptions, kind: Kind, chosen: Sequence[dict[str, Any]], passed: Any, count: Any) -> str:
+def _report(options: BuildOptions, kind: ItemKind, chosen: Sequence[dict[str, Any]], passed: Any, count: Any) -> str:
     words = fmean(sum(len(answer.split()) for _, answer in item["rounds"]) for item in chosen)
     rounds = fmean(len(item["rounds"]) for item in chosen)
     lines = [

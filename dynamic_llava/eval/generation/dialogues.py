@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dynamic_llava.eval.predict import NOT_FINITE, NotFinite, seen_in_layers
+from dynamic_llava.eval.predict import NOT_FINITE, NotFiniteLogits, seen_in_layers
 from dynamic_llava.methods import Method
 from dynamic_llava.model import cache_of
 from dynamic_llava.processing.prompts import (
@@ -173,5 +173,5 @@ def answer_dialogues(
                 chunks = [[token] if row in fed else [] for row, token in enumerate(tokens)]
                 logits_BV = dialogues.feed(chunks, output=True)
         if not bool(finite):
-            raise NotFinite(NOT_FINITE)
+            raise NotFiniteLogits(NOT_FINITE)
     return said

@@ -21,6 +21,7 @@ from dynamic_llava.eval.generation.dialogues import (
 )
 from dynamic_llava.eval.generation.perplexity import Scored, score_dialogues
 from dynamic_llava.eval.metrics.meteor import nltk_meteor
+from dynamic_llava.eval.tasks.base import Said
 
 
 @dataclass(frozen=True)
@@ -78,27 +79,17 @@ class Generated:
     """Per layer the fed answer tokens that it saw."""
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What becomes of a dialogue's answer line."""
-
-    text: str
-    """The model's answers, one below another."""
-    metadata: dict[str, Any]
-    extra: dict[str, Any]
-
-
 def measure_dialogues(
     run: Any,
     dialogues: Sequence[Sequence[Sequence[str]]],
     pixels: torch.Tensor,
     separator: RoundSeparator | None,
     sample_key: torch.Tensor | None = None,
-) -> list[Measured]:
+) -> list[Said]:
     """Measure (question, reference) rounds about one image each, (B, 3, S, S); separator=None says one round each.
 
     `run` is the ModelRun of eval/answering.py; sample_key (B,) int64 are the noise keys of methods that draw. Raises
-    ValueError, before anything is computed, where NLTK's data lack.
+    ValueError, before anything is computed, where NLTK's data are missing.
     """
     meteor = nltk_meteor()
     model, processor = run.model, run.processor
@@ -143,7 +134,7 @@ def _line(
     scores: list[float],
     *,
     several: bool,
-) -> Measured:
+) -> Said:
     image = run.processor.tokens_per_image
     text, first = sum(len(one.prompt) for one in row) - image, len(row[0].prompt) - image
     shape, size = decoder_shape(run.model.config), run.model.dtype.itemsize
@@ -166,4 +157,4 @@ def _line(
         "output_kept": said.output_seen[-1],
         "tokens": said.tokens,
     }
-    return Measured("\n".join(texts), metadata, extra)
+    return Said("\n".join(texts), metadata, extra)

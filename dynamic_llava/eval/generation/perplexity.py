@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from dynamic_llava.eval.generation.dialogues import EncodedRound, LiveDialogues
-from dynamic_llava.eval.predict import NOT_FINITE, NotFinite, seen_in_layers
+from dynamic_llava.eval.predict import NOT_FINITE, NotFiniteLogits, seen_in_layers
 from dynamic_llava.eval.writing import write_text
 from dynamic_llava.methods import Dynamic, Method
 from dynamic_llava.model import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
@@ -41,7 +41,7 @@ SPREAD = 0.1
 
 @dataclass(frozen=True)
 class Scored:
-    """What scoring one dialogue gave."""
+    """The perplexities of one dialogue's answers, and the tokens that the layers saw."""
 
     perplexities: tuple[float, ...]
     """Per round exp(mean cross entropy over the answer's tokens and its `</s>`)."""
@@ -95,7 +95,7 @@ def score_dialogues(
         nll_T = torch.nn.functional.cross_entropy(logits_TV, labels_T, reduction="none")
         means = [part.double().mean().item() for part in nll_T.split([len(one.answer) for one in row])]
         if not all(mean < LARGEST for mean in means):
-            raise NotFinite(NOT_FINITE)
+            raise NotFiniteLogits(NOT_FINITE)
         scored.append(Scored(tuple(map(math.exp, means)), image_BL[number], output_BL[number]))
     return scored
 
@@ -168,7 +168,7 @@ class PplSpeed:
 
     @property
     def difference(self) -> float:
-        """Of the two perplexities, relative to the loop's."""
+        """Difference of the two perplexities, relative to the loop's."""
         return abs(self.perplexity / self.loop_perplexity - 1)
 
     def describe(self) -> str:

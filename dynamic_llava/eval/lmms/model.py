@@ -23,7 +23,7 @@ from dynamic_llava.processing import DynamicLlavaProcessor
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SWITCHES = ("sparsity", "method", "image_keep_rate", "output_threshold")
-"""Of `generate`, all optional: without them the checkpoint's own settings hold."""
+"""Model arguments that go to `generate`, all optional: without them the checkpoint's own settings hold."""
 
 
 class DynamicLlavaLMM(lmms):
@@ -73,7 +73,7 @@ class DynamicLlavaLMM(lmms):
             named = [("name", switches["method"])] if "method" in switches else []
             switches["method"] = nested_method([*named, *settings])
         self.method = choose_method(DynamicLlavaConfig.from_pretrained(pretrained).sparsity, **switches)
-        """What decides."""
+        """The method that decides which tokens are kept."""
         self.processor = DynamicLlavaProcessor.from_pretrained(pretrained)
         model = DynamicLlavaForConditionalGeneration.load_for(self.method, pretrained, dtype=dtype)
         self.model = model.to(self.device).eval()

@@ -9,7 +9,7 @@ from typing import Any
 from dynamic_llava.processing.prompts import IMAGE_PLACE, Turn, conversation_prompt, image_places
 
 MAX_NEW_TOKENS = 1024
-"""Where a task sets none; what lmms-eval's own LLaVA model takes."""
+"""Longest answer where a task sets none; the default of lmms-eval's own LLaVA model."""
 BLANK_LINE = "\n\n"
 """lmms-eval writes it into `until` of every task that sets none: it ends the answers of few-shot prompts."""
 DEFAULTS = {"max_new_tokens": MAX_NEW_TOKENS, "num_beams": 1, "repetition_penalty": 1.0}
@@ -19,7 +19,7 @@ KNOWN = {*DEFAULTS, *SAMPLING_DEFAULTS, "do_sample", "until", "image_aspect_rati
 
 
 @dataclass(frozen=True)
-class Generation:
+class RequestSettings:
     """How the answers of one batch are generated."""
 
     settings: Mapping[str, Any]
@@ -28,7 +28,7 @@ class Generation:
     """An answer ends before the first of these."""
 
 
-def read_generation(given: Mapping[str, Any]) -> Generation:
+def read_generation(given: Mapping[str, Any]) -> RequestSettings:
     """Translate the `generation_kwargs` of a task; `given` stays as it is (lmms-eval's cache keys are made of it).
 
     Answers are sampled where the temperature is positive and do_sample is not false, greedy otherwise. The blank line
@@ -45,7 +45,7 @@ def read_generation(given: Mapping[str, Any]) -> Generation:
     sampled = temperature > 0 and said.get("do_sample", True)
     wanted = DEFAULTS | (SAMPLING_DEFAULTS if sampled else {})
     settings = {name: said.get(name, value) for name, value in wanted.items()}
-    return Generation({"do_sample": sampled, **settings}, _stops(said.get("until")))
+    return RequestSettings({"do_sample": sampled, **settings}, _stops(said.get("until")))
 
 
 def cut_answer(text: str, stops: Sequence[str]) -> str:

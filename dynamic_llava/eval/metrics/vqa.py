@@ -17,7 +17,7 @@ MARKS = ';/[]"{}()=+\\_-><@`,?!'
 """Punctuation in the order in which it is treated; full stops and apostrophes have rules of their own."""
 
 FULL_STOPS = 32
-"""How many full stops are deleted at most: the value of re.UNICODE."""
+"""Most full stops that are deleted: the value of re.UNICODE."""
 
 NUMBERS = {
     "none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4",
@@ -27,7 +27,7 @@ NUMBERS = {
 ARTICLES = ("a", "an", "the")
 
 ENOUGH = 3
-"""So many others make an answer fully right."""
+"""Number of other people with the same answer that makes it fully right."""
 
 _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dynamic_llava.eval.answers import Answer, read_answers
+from dynamic_llava.eval.answers import AnswerLine, read_answers
 from dynamic_llava.eval.reading import shown
 from dynamic_llava.eval.tasks.hub import HubData
 from dynamic_llava.eval.tasks.questions import Question
@@ -30,7 +30,7 @@ PAPER_TABLE1, GENERATION = "paper_table1", "generation"
 """Groups of tasks: the eleven columns of the paper's Table 1; the benchmarks of Table 3."""
 
 UNITS = ("percent", "fraction", "points", "count", "perplexity", "tokens", "TFLOP", "MiB")
-"""What a metric may be measured in: 0..100, 0..1, a benchmark's own points, a number of things, and what costs have."""
+"""Units of metrics: 0..100, 0..1, a benchmark's own points, a number of things, and those of costs."""
 
 SKIPPED = "skipped"
 """Field of the metadata of a line without an answer: why its question was passed over."""
@@ -44,7 +44,7 @@ PaperNumbers = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 @dataclass(frozen=True)
 class Said:
-    """What becomes of a question's answer line."""
+    """The answer to one question, as its answer line is to hold it."""
 
     text: str
     metadata: Mapping[str, Any]
@@ -60,7 +60,7 @@ class DataFile:
     holds: str
     """questions, labels or images."""
     get: str
-    """Where to get it."""
+    """Address or name of the source that has it."""
     split: str | None = None
     """The split that needs it; None when every split does."""
 
@@ -79,7 +79,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Score:
-    """What an answer file is worth: every metric by name, what was counted, and what a reader must know."""
+    """The score of an answer file: every metric by name, counts of questions and answers, and warnings."""
 
     task: str
     table_metric: str
@@ -89,7 +89,7 @@ class Score:
     """questions, answered, unreadable (its rule reads nothing from them), and what was missing or unknown, by name."""
     warnings: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
-    """What the benchmark's own result file holds beside the numbers (ScienceQA's choice by question)."""
+    """Further content of the benchmark's own result file (ScienceQA's choice by question)."""
 
     def __post_init__(self) -> None:
         if self.table_metric not in self.metrics:
@@ -137,14 +137,14 @@ class Task(ABC):
     table_metric: ClassVar[str]
     paper: ClassVar[PaperNumbers] = {}
     paper_note: ClassVar[str] = ""
-    """What to know about the paper's numbers: the table they stand in, where two tables differ."""
+    """Note on the paper's numbers: the table they are taken from, where two tables differ."""
     skips_unreadable: ClassVar[bool] = False
     """Whether a question whose image cannot be read gets a line without an answer that its score leaves out.
 
     The line's metadata has "skipped", the reason. Otherwise the run ends in an error, the other answers kept.
     """
     unreadable_counts_as: ClassVar[str] = "wrong"
-    """What an answer is worth that the benchmark's rule reads nothing from."""
+    """Worth of an answer from which the benchmark's rule reads nothing."""
     send_to: ClassVar[str] = ""
     """The server or judge that its submission goes to; empty when there is none."""
 
@@ -163,7 +163,9 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None, *, part: bool = False) -> Score:
+    def score(
+        self, answers: Sequence[AnswerLine], root: Path, hub: HubData | None = None, *, part: bool = False
+    ) -> Score:
         """Return what the answers are worth, against labels below `root` or in a Hugging Face dataset.
 
         With `part` every number is over the questions that are answered, and the others are left out and reported.
@@ -181,12 +183,12 @@ class Task(ABC):
         with naming(path):
             return self.score(answers, root, hub, part=part) if self.can_score(answers, root, hub) else None
 
-    def can_score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None) -> bool:
+    def can_score(self, answers: Sequence[AnswerLine], root: Path, hub: HubData | None = None) -> bool:
         """Return whether these answers have a score here; False where labels are private or a judge is needed."""
         return True
 
     def submission(
-        self, answers: Sequence[Answer], root: Path, folder: Path, hub: HubData | None = None
+        self, answers: Sequence[AnswerLine], root: Path, folder: Path, hub: HubData | None = None
     ) -> Submission | None:
         """Write the files that `send_to` wants into `folder`; None for a task without a server or judge.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dynamic_llava.eval.answers import Answer
+from dynamic_llava.eval.answers import AnswerLine
 from dynamic_llava.eval.metrics.choices import first_character
 from dynamic_llava.eval.reading import NAME, PATH, TEXT, brief, fields_of, optional, read_json_lines
 from dynamic_llava.eval.tasks.base import LETTER, PAPER_TABLE1, SHORT_TOKENS, DataFile, Score, Task, paper_numbers
@@ -57,7 +57,9 @@ class CvBench2d(Task):
             for row in self._rows(root, None)
         ]
 
-    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None, *, part: bool = False) -> Score:
+    def score(
+        self, answers: Sequence[AnswerLine], root: Path, hub: HubData | None = None, *, part: bool = False
+    ) -> Score:
         """Return the accuracy in percent: the mean of the sources, over all, by source, and by source and task."""
         records = {str(row["idx"]): row for row in self._rows(root, hub)}
         said, counts, warnings = meet(self.name, answers, records, part)

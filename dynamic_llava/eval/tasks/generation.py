@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar, Literal
 
-from dynamic_llava.eval.answers import Answer, one_per_question
+from dynamic_llava.eval.answers import AnswerLine, one_per_question
 from dynamic_llava.eval.reading import NAME, NUMBER, NUMBERS, PATH, TEXT, TEXTS, brief, fields_of, read_list, shown
 from dynamic_llava.eval.tasks.base import (
     GENERATION,
@@ -61,11 +61,11 @@ class GenerationTask(Task):
     several: ClassVar[bool] = False
     """Whether its items have several rounds."""
     round_separator: Literal["official", "template"] = "official"
-    """How later questions are fed (eval/generation/dialogues.py)."""
+    """Round separator: how questions after the first are fed (eval/generation/dialogues.py)."""
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """What its lines depend on beside model, items and max_new_tokens."""
+        """Settings of the task that its answer lines depend on, beside model, items and max_new_tokens."""
         return {"round_separator": self.round_separator} if self.several else {}
 
     def questions(self, root: Path, hub: HubData | None = None) -> list[Question]:
@@ -109,14 +109,15 @@ class GenerationTask(Task):
         pixels = torch.cat([one.pixels for one in asked])
         separator = self.round_separator if self.several else None
         keys = torch.tensor([one.place for one in asked])
-        measured = measure_dialogues(run, rounds, pixels, separator, keys)
-        return [Said(one.text, one.metadata, one.extra) for one in measured]
+        return measure_dialogues(run, rounds, pixels, separator, keys)
 
-    def can_score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None) -> bool:
+    def can_score(self, answers: Sequence[AnswerLine], root: Path, hub: HubData | None = None) -> bool:
         """Return whether lines hold what the scores are means of; answers alone have none."""
         return any("ppl" in one.extra or SKIPPED in one.metadata for one in answers)
 
-    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None, *, part: bool = False) -> Score:
+    def score(
+        self, answers: Sequence[AnswerLine], root: Path, hub: HubData | None = None, *, part: bool = False
+    ) -> Score:
         """Return means over the items; perplexity is each item's own, not that of all tokens together.
 
         Raises ValueError for a line that holds no numbers, an unknown id, an item answered twice, or no item at all.
@@ -146,7 +147,7 @@ class GenerationTask(Task):
         return self.result(metrics, counts, unread, warnings, self._by_round(lines) if self.several else {})
 
     @staticmethod
-    def _by_round(lines: Sequence[Answer]) -> dict[str, list[float]]:
+    def _by_round(lines: Sequence[AnswerLine]) -> dict[str, list[float]]:
         """Return the means of the first, second, ... rounds over the items that have them."""
         for one in lines:
             fields_of(
@@ -241,11 +242,11 @@ class ShareGpt4v(GenerationTask):
     )
 
 
-def _mean(lines: Sequence[Answer], field: str) -> float:
+def _mean(lines: Sequence[AnswerLine], field: str) -> float:
     return fmean(_number(one, field) for one in lines)
 
 
-def _number(line: Answer, field: str) -> float:
+def _number(line: AnswerLine, field: str) -> float:
     value = line.extra.get(field)
     if not NUMBER.fits(value):
         raise ValueError(

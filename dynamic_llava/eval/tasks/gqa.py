@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dynamic_llava.eval.answers import Answer, one_per_question
+from dynamic_llava.eval.answers import AnswerLine, one_per_question
 from dynamic_llava.eval.reading import FLAG, OBJECT, TEXT, fields_of, optional, read_json, shown, typed
 from dynamic_llava.eval.tasks.base import (
     LLAVA_EVAL,
@@ -64,7 +64,9 @@ class Gqa(Task):
             raise ValueError(f"{hub.dataset} has no images {shown(unknown)} that its questions name")
         return [Question(row["id"], row["question"] + SHORT, images.image(places[row["imageId"]])) for row in rows]
 
-    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None, *, part: bool = False) -> Score:
+    def score(
+        self, answers: Sequence[AnswerLine], root: Path, hub: HubData | None = None, *, part: bool = False
+    ) -> Score:
         """Return the accuracy in percent: over all, binary and open questions, and by structural and semantic type."""
         records = dict(self._records(root, hub))
         balanced = {name: record for name, record in records.items() if record.get("isBalanced") is not False}

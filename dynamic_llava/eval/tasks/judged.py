@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
 
-from dynamic_llava.eval.answers import Answer, one_per_question, write_answers
+from dynamic_llava.eval.answers import AnswerLine, one_per_question, write_answers
 from dynamic_llava.eval.reading import NAME, NUMBERS, TEXT, brief, fields_of, optional, read_json_lines, shown
 from dynamic_llava.eval.tasks.base import LLAVA_EVAL, LONG_TOKENS, DataFile, Score, Submission, Task, paper_numbers
 from dynamic_llava.eval.tasks.hub import HubData, read_hub
@@ -40,15 +40,17 @@ class Judged(Task):
         """Return the id that LLaVA's files give to the question of a dataset row."""
         return row["question_id"]
 
-    def can_score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None) -> bool:
+    def can_score(self, answers: Sequence[AnswerLine], root: Path, hub: HubData | None = None) -> bool:
         """Return False: a judge is needed."""
         return False
 
-    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None, *, part: bool = False) -> Score:
+    def score(
+        self, answers: Sequence[AnswerLine], root: Path, hub: HubData | None = None, *, part: bool = False
+    ) -> Score:
         """Raise ValueError: answers have no score here."""
         raise ValueError(f"{self.name}: answers have no score without a judge; send them to {self.send_to}")
 
-    def complete(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None) -> list[Answer]:
+    def complete(self, answers: Sequence[AnswerLine], root: Path, hub: HubData | None = None) -> list[AnswerLine]:
         """Return the answers in their order. ValueError unless each question has one and no other has.
 
         Without the question file below `root` only a question answered twice can be told: a judge's file needs none.
@@ -90,7 +92,9 @@ class MmVet(Judged):
         name = str(row["question_id"]).removeprefix(PREFIX)
         return int(name) if name.isdecimal() else name
 
-    def submission(self, answers: Sequence[Answer], root: Path, folder: Path, hub: HubData | None = None) -> Submission:
+    def submission(
+        self, answers: Sequence[AnswerLine], root: Path, folder: Path, hub: HubData | None = None
+    ) -> Submission:
         """Write mmvet_results.json: {"v1_0": answer, ...} in the answers' order."""
         results = {f"{PREFIX}{answer.question_id}": answer.text for answer in self.complete(answers, root, hub)}
         return Submission((write_json(folder / "mmvet_results.json", results, indent=2),), self.send_to)
@@ -155,7 +159,9 @@ class LlavaBench(Judged):
         counts = {"questions": len(lines) - twice, "reviews": len(lines)}
         return self.result(metrics, counts, failed, warnings)
 
-    def submission(self, answers: Sequence[Answer], root: Path, folder: Path, hub: HubData | None = None) -> Submission:
+    def submission(
+        self, answers: Sequence[AnswerLine], root: Path, folder: Path, hub: HubData | None = None
+    ) -> Submission:
         """Write llava_bench_answers.jsonl, the answers as LLaVA's judge reads them."""
         said = [replace(one, text=decodable(one.text)) for one in self.complete(answers, root, hub)]
         return Submission((write_answers(folder / "llava_bench_answers.jsonl", said),), self.send_to)

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dynamic_llava.eval.answers import Answer, one_per_question
+from dynamic_llava.eval.answers import AnswerLine, one_per_question
 from dynamic_llava.eval.metrics.choices import read_mmbench
 from dynamic_llava.eval.reading import TEXT, WHOLE, brief, fields_of, optional, shown
 from dynamic_llava.eval.reading import read_table as read_cells
@@ -109,7 +109,9 @@ class MmBench(Task):
         by_index = {row["index"]: row for row in rows}
         return [_question(row, _image(row, by_index, path)) for row in rows]
 
-    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None, *, part: bool = False) -> Score:
+    def score(
+        self, answers: Sequence[AnswerLine], root: Path, hub: HubData | None = None, *, part: bool = False
+    ) -> Score:
         """Return circular accuracy in percent (all, by category and l2-category), and that of single rows.
 
         `vanilla_accuracy` counts the rows with index < 1e6, `row_accuracy` all rows.
@@ -138,7 +140,9 @@ class MmBench(Task):
         metrics = {name: (100 * fmean(values), "percent") for name, values in (whole | plain).items() if values}
         return self.result(metrics, counts | {"groups": len(groups)}, unread, warnings)
 
-    def submission(self, answers: Sequence[Answer], root: Path, folder: Path, hub: HubData | None = None) -> Submission:
+    def submission(
+        self, answers: Sequence[AnswerLine], root: Path, folder: Path, hub: HubData | None = None
+    ) -> Submission:
         """Write mmbench_upload.xlsx for the server. ValueError unless every row is answered, and no other."""
         rows, said = self._rows(root, hub, labels=False), one_per_question(answers)
         names = [str(row["index"]) for row in rows]

@@ -9,7 +9,7 @@ Questions without an answer are counted, reported and left out; so are whole cat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from dynamic_llava.eval.answers import Answer, one_per_question
+from dynamic_llava.eval.answers import AnswerLine, one_per_question
 from dynamic_llava.eval.reading import TEXT, brief, read_text, shown
 from dynamic_llava.eval.tasks.base import (
     LLAVA_EVAL,
@@ -33,9 +33,9 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
 ASK = "Please answer yes or no."
 """How MME ends its questions, after one space, or two."""
 OTHER = "other"
-"""What an answer is read as that says neither yes nor no."""
+"""Reading of an answer that says neither yes nor no."""
 
-Key = tuple[str, str, str]
+LabelKey = tuple[str, str, str]
 """Category, file without ending, question as MME writes it."""
 
 
@@ -66,7 +66,9 @@ class Mme(Task):
             for place, row in enumerate(table.rows)
         ]
 
-    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None, *, part: bool = False) -> Score:
+    def score(
+        self, answers: Sequence[AnswerLine], root: Path, hub: HubData | None = None, *, part: bool = False
+    ) -> Score:
         """Return the totals and each category in points, and the two accuracies of each category as fractions."""
         labels = dict(_hub_labels(hub) if hub is not None else _release_labels(self.path(root, RELEASE)))
         said = one_per_question(answers, lambda answer: _key(answer, labels))
@@ -107,7 +109,7 @@ def read_mme(text: str) -> str:
     return next((word for word in ("yes", "no") if word in start), OTHER)
 
 
-def _key(answer: Answer, labels: Mapping[Key, str]) -> Key:
+def _key(answer: AnswerLine, labels: Mapping[LabelKey, str]) -> LabelKey:
     """Return the label's key of an answer; ValueError when there is none."""
     category, stem = answer.key.split("/")[0], _stem(answer.key)
     question = answer.prompt
@@ -127,7 +129,7 @@ def _stem(path: str) -> str:
     return path.split("/")[-1].split(".")[0]
 
 
-def _right_by_image(right: Mapping[Key, bool]) -> tuple[list[tuple[bool, bool]], list[str]]:
+def _right_by_image(right: Mapping[LabelKey, bool]) -> tuple[list[tuple[bool, bool]], list[str]]:
     """Return for each image whether its two answers are right, and the files with an odd number of answers.
 
     The answers of one file are taken together in order; the last one of an odd number has no pair.
@@ -151,7 +153,7 @@ def _totals(metrics: Mapping[str, tuple[float, str]]) -> tuple[dict[str, tuple[f
     return totals, warnings
 
 
-def _release_labels(folder: Path) -> Iterator[tuple[Key, str]]:
+def _release_labels(folder: Path) -> Iterator[tuple[LabelKey, str]]:
     """Yield key and label of every question of the release: text files beside the images, or in a folder of their own.
 
     ValueError names the file and line that holds no question, tab, and yes or no.
@@ -168,7 +170,7 @@ def _release_labels(folder: Path) -> Iterator[tuple[Key, str]]:
                     yield (category.name, path.stem.split(".")[0], question), _label(label, f"{path}:{number}")
 
 
-def _hub_labels(hub: HubData) -> Iterator[tuple[Key, str]]:
+def _hub_labels(hub: HubData) -> Iterator[tuple[LabelKey, str]]:
     rows = read_hub(hub, dict.fromkeys(("question_id", "question", "answer", "category"), TEXT), image=None).rows
     for number, row in enumerate(rows):
         name = row["question_id"]

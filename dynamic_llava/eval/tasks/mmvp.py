@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dynamic_llava.eval.answers import Answer
+from dynamic_llava.eval.answers import AnswerLine
 from dynamic_llava.eval.metrics.choices import read_option
 from dynamic_llava.eval.reading import TEXT, brief, read_table, shown
 from dynamic_llava.eval.tasks.base import LETTER, PAPER_TABLE1, SHORT_TOKENS, DataFile, Score, Task, paper_numbers
@@ -59,7 +59,9 @@ class Mmvp(Task):
             for number, row in enumerate(_read(path), 1)
         ]
 
-    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None, *, part: bool = False) -> Score:
+    def score(
+        self, answers: Sequence[AnswerLine], root: Path, hub: HubData | None = None, *, part: bool = False
+    ) -> Score:
         """Return the accuracy in percent over pairs (rows 2k - 1 and 2k) and over single questions."""
         rows = _read(self.path(root, TABLE)) if hub is None else read_hub(hub, COLUMNS, image=None).rows
         place = str(Path(root) / TABLE) if hub is None else hub.dataset

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from dynamic_llava.eval.answers import Answer, one_per_question
+from dynamic_llava.eval.answers import AnswerLine, one_per_question
 from dynamic_llava.eval.metrics.choices import says_yes_or_no, yes_no_scores
 from dynamic_llava.eval.reading import NAME, TEXT, Kind, brief, fields_of, read_json_lines, shown
 from dynamic_llava.eval.tasks.base import (
@@ -61,7 +61,9 @@ class Pope(Task):
             Question(_hub_id(row), row["question"] + SHORT, table.image(place)) for place, row in enumerate(table.rows)
         ]
 
-    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None, *, part: bool = False) -> Score:
+    def score(
+        self, answers: Sequence[AnswerLine], root: Path, hub: HubData | None = None, *, part: bool = False
+    ) -> Score:
         """Return accuracy, precision, recall, F1 and yes-rate by category (fractions), and their means in percent."""
         ids, labels = self._labels(root) if hub is None else _hub_labels(hub)
         said = one_per_question(answers)

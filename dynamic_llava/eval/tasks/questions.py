@@ -6,7 +6,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
-from dynamic_llava.eval.answers import Answer, one_per_question
+from dynamic_llava.eval.answers import AnswerLine, one_per_question
 from dynamic_llava.eval.reading import NAME, NO_PATH, TEXT, brief, fields_of, read_json_lines, shown
 from dynamic_llava.files import file_digest
 
@@ -16,7 +16,7 @@ class ImageSource(Protocol):
 
     @property
     def name(self) -> str:
-        """What error messages call it."""
+        """Name of the image in error messages."""
 
     def load(self) -> Any:
         """Return the Pillow image in RGB; FileNotFoundError or ValueError where it is missing or broken."""
@@ -88,7 +88,7 @@ class Question:
     image: ImageSource | None = None
     """Its image; None for a question of text alone."""
     prompt: str | None = None
-    """What the answer line records as prompt where that is not `text` (MMBench, ScienceQA)."""
+    """Prompt of the answer line where it differs from `text` (MMBench, ScienceQA)."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of its answer line (MMBench's round_id, options, option_char)."""
 
@@ -129,8 +129,8 @@ def option_lines(options: Mapping[str, str]) -> str:
 
 
 def meet(
-    task: str, answers: Sequence[Answer], known: Collection[str], part: bool = False
-) -> tuple[dict[str, Answer], dict[str, int], list[str]]:
+    task: str, answers: Sequence[AnswerLine], known: Collection[str], part: bool = False
+) -> tuple[dict[str, AnswerLine], dict[str, int], list[str]]:
     """Return the answers by id, what is counted, and what is warned of; `known` are the ids of the questions, as text.
 
     Questions without an answer are wrong and counted, or with `part` left out; answers without a question are counted

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dynamic_llava.eval.answers import Answer
+from dynamic_llava.eval.answers import AnswerLine
 from dynamic_llava.eval.metrics.choices import read_letter
 from dynamic_llava.eval.reading import NAME, PATH, TEXT, fields_of, read_list
 from dynamic_llava.eval.tasks.base import PAPER_TABLE1, SHORT_TOKENS, DataFile, Score, Task, paper_numbers
@@ -47,7 +47,9 @@ class RealWorldQa(Task):
             for place, row in enumerate(self._read(root))
         ]
 
-    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None, *, part: bool = False) -> Score:
+    def score(
+        self, answers: Sequence[AnswerLine], root: Path, hub: HubData | None = None, *, part: bool = False
+    ) -> Score:
         """Return the accuracy in percent: over all, and over questions for letters and for other answers."""
         rows = self._read(root) if hub is None else read_hub(hub, COLUMNS, image=None).rows
         records = {str(place): str(row["answer"]) for place, row in enumerate(rows)}

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dynamic_llava.eval.answers import Answer
+from dynamic_llava.eval.answers import AnswerLine
 from dynamic_llava.eval.metrics.choices import SCIENCEQA_LETTERS, read_scienceqa, scienceqa_choice
 from dynamic_llava.eval.reading import (
     LIST,
@@ -90,7 +90,9 @@ class ScienceQa(Task):
             found[str(item["id"])] = _question(item["id"], text, image)
         return list(found.values())
 
-    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None, *, part: bool = False) -> Score:
+    def score(
+        self, answers: Sequence[AnswerLine], root: Path, hub: HubData | None = None, *, part: bool = False
+    ) -> Score:
         """Return the accuracy in percent over all, over questions with an image, both ways, and by kind of input.
 
         `details` has the chosen option of each question by id, as LLaVA's script writes it: "results", -1 where none is

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dynamic_llava.eval.answers import Answer, one_per_question
+from dynamic_llava.eval.answers import AnswerLine, one_per_question
 from dynamic_llava.eval.reading import LIST, NAME, OBJECT, TEXT, fields_of, optional, read_json, shown, typed
 from dynamic_llava.eval.tasks.base import (
     LETTER,
@@ -72,7 +72,9 @@ class Seed(Task):
             if self._takes(row)
         ]
 
-    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None, *, part: bool = False) -> Score:
+    def score(
+        self, answers: Sequence[AnswerLine], root: Path, hub: HubData | None = None, *, part: bool = False
+    ) -> Score:
         """Return the accuracy in percent by kind of data and by type of question, and over all when videos are in."""
         records = {_name(record["question_id"]): record for record in self._records(root, hub)}
         said = one_per_question(answers, lambda answer: _name(answer.question_id))
@@ -106,7 +108,9 @@ class Seed(Task):
             warnings + ([unknown] if unknown else []),
         )
 
-    def submission(self, answers: Sequence[Answer], root: Path, folder: Path, hub: HubData | None = None) -> Submission:
+    def submission(
+        self, answers: Sequence[AnswerLine], root: Path, folder: Path, hub: HubData | None = None
+    ) -> Submission:
         """Write seed_upload.jsonl for the leaderboard. ValueError unless every question, videos too, is answered."""
         said = one_per_question(answers, lambda answer: _name(answer.question_id))
         names = [record["question_id"] for record in self._records(root, hub)]

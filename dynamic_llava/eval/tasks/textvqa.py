@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dynamic_llava.eval.answers import Answer
+from dynamic_llava.eval.answers import AnswerLine
 from dynamic_llava.eval.metrics.vqa import normalise, normalised_accuracy
 from dynamic_llava.eval.reading import LIST, NAME, TEXT, TEXTS, Kind, brief, fields_of, read_json, shown
 from dynamic_llava.eval.tasks.base import (
@@ -38,7 +38,7 @@ PEOPLE = 10
 RECORD = {"image_id": NAME, "question": TEXT, "answers": TEXTS}
 TOKENS = Kind("a list of texts", lambda value: value == [] or TEXTS.fits(value))
 
-Key = tuple[str, str]
+QuestionKey = tuple[str, str]
 """Image id and lower-cased question."""
 
 
@@ -70,7 +70,9 @@ class TextVqa(Task):
             for place, row in enumerate(table.rows)
         ]
 
-    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None, *, part: bool = False) -> Score:
+    def score(
+        self, answers: Sequence[AnswerLine], root: Path, hub: HubData | None = None, *, part: bool = False
+    ) -> Score:
         """Return the soft accuracy in percent, as M4C's evaluator and LLaVA's script count it."""
         records = self._records(root, hub)
         people = {_key(record["image_id"], record["question"]): record["answers"] for record in records}
@@ -122,11 +124,11 @@ def _text(question: str, tokens: Sequence[str]) -> str:
     return f"{question.capitalize()}\n{OCR}{', '.join(tokens)}{SHORT}"
 
 
-def _key(image: str, question: str) -> Key:
+def _key(image: str, question: str) -> QuestionKey:
     return str(image), question.lower()
 
 
-def _answer_key(answer: Answer) -> Key:
+def _answer_key(answer: AnswerLine) -> QuestionKey:
     try:
         return answer.key, question_in(answer.prompt)
     except ValueError as error:

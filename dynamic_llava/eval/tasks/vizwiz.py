@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
 
-from dynamic_llava.eval.answers import Answer, one_per_question
+from dynamic_llava.eval.answers import AnswerLine, one_per_question
 from dynamic_llava.eval.metrics.vqa import normalise, normalised_accuracy
 from dynamic_llava.eval.reading import LIST, NAME, PATH, TEXT, TEXTS, brief, fields_of, optional, read_list, shown
 from dynamic_llava.eval.tasks.base import (
@@ -77,7 +77,7 @@ class VizWiz(Task):
             ]
         return [question for question, _ in self._test(root)]
 
-    def can_score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None) -> bool:
+    def can_score(self, answers: Sequence[AnswerLine], root: Path, hub: HubData | None = None) -> bool:
         """Return whether the answers are val's: by the split, or with none given because their prompts are not test's.
 
         Ids cannot tell: both sets count from 0.
@@ -91,7 +91,9 @@ class VizWiz(Task):
         prompts = {str(question.id): question.text for question, _ in self._test(root)}
         return any(answer.prompt != prompts.get(answer.key) for answer in answers)
 
-    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None, *, part: bool = False) -> Score:
+    def score(
+        self, answers: Sequence[AnswerLine], root: Path, hub: HubData | None = None, *, part: bool = False
+    ) -> Score:
         """Return the soft accuracy on val in percent, `normalise` on both sides: all, and by kind of answer."""
         if hub is not None:
             rows = read_hub(hub, COLUMNS, image=None).rows
@@ -115,7 +117,9 @@ class VizWiz(Task):
         unread = [(one.question_id, one.text) for one in said.values() if not normalise(one.text)]
         return self.result(metrics, counts, unread, left_out(part, missing, len(names)))
 
-    def submission(self, answers: Sequence[Answer], root: Path, folder: Path, hub: HubData | None = None) -> Submission:
+    def submission(
+        self, answers: Sequence[AnswerLine], root: Path, folder: Path, hub: HubData | None = None
+    ) -> Submission:
         """Write vizwiz_upload.json: image and normalised answer of every test question, in file order."""
         if hub is not None:
             names = [str(row["question_id"]) for row in read_hub(hub, {"question_id": NAME}, image=None).rows]
@@ -128,7 +132,7 @@ class VizWiz(Task):
         rows = [{"image": image, "answer": normalise(said[place].text)} for place, image in enumerate(images)]
         return Submission((write_json(folder / "vizwiz_upload.json", rows),), self.send_to)
 
-    def _matched(self, answers: Sequence[Answer], names: Sequence[set[str]], part: bool) -> dict[int, Answer]:
+    def _matched(self, answers: Sequence[AnswerLine], names: Sequence[set[str]], part: bool) -> dict[int, AnswerLine]:
         """Return place -> answer in question order; `names` are each question's.
 
         ValueError for an answer to no question, and unless each question has one, or with `part` any.

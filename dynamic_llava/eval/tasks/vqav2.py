@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
 
-from dynamic_llava.eval.answers import Answer, one_per_question
+from dynamic_llava.eval.answers import AnswerLine, one_per_question
 from dynamic_llava.eval.metrics.vqa import normalise, server_accuracy
 from dynamic_llava.eval.reading import LIST, NAME, TEXT, WHOLE, fields_of, optional, read_json, shown
 from dynamic_llava.eval.tasks.base import (
@@ -51,7 +51,7 @@ LABEL = {"question_id": NAME, "answers": optional(LIST), "answer_type": optional
 ASKED = {"question_id": NAME, "image_id": WHOLE, "question": TEXT}
 """Fields of an annotation (the test sets have no answers), and of a question of val."""
 
-Record = tuple[list[str], str, str]
+PeoplesAnswers = tuple[list[str], str, str]
 """Human answers, answer type, question type."""
 
 
@@ -93,7 +93,7 @@ class VqaV2(Task):
         path = self.path(root, TEST_DEV if self.used_split() == "test-dev" else TEST)
         return [question for question, _ in llava_questions(path, Path(root) / TEST_IMAGES)]
 
-    def can_score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None) -> bool:
+    def can_score(self, answers: Sequence[AnswerLine], root: Path, hub: HubData | None = None) -> bool:
         """Return whether the answers are val's: by the split, or with none given because test has no such questions."""
         if self.split is not None or hub is not None:
             return self.used_split() == "val"
@@ -103,7 +103,9 @@ class VqaV2(Task):
         known = {str(question.id) for path in tests for question, _ in llava_questions(path, Path(root))}
         return any(answer.key not in known for answer in answers)
 
-    def score(self, answers: Sequence[Answer], root: Path, hub: HubData | None = None, *, part: bool = False) -> Score:
+    def score(
+        self, answers: Sequence[AnswerLine], root: Path, hub: HubData | None = None, *, part: bool = False
+    ) -> Score:
         """Return the server's accuracy on val in percent, rounded to two places as there: all, and by type."""
         records = self._records(root, hub)
         said = one_per_question(answers)
@@ -131,7 +133,9 @@ class VqaV2(Task):
         unread = [(name, one.text) for name, one in said.items() if not normalise(one.text)]
         return self.result(metrics, counts, unread, warnings)
 
-    def submission(self, answers: Sequence[Answer], root: Path, folder: Path, hub: HubData | None = None) -> Submission:
+    def submission(
+        self, answers: Sequence[AnswerLine], root: Path, folder: Path, hub: HubData | None = None
+    ) -> Submission:
         """Write vqav2_upload.json: every question of test2015, "" where there is no answer."""
         if hub is not None:
             rows = read_hub(replace(hub, split="test"), {"question_id": NAME}, None).rows
@@ -147,7 +151,7 @@ class VqaV2(Task):
         ]
         return Submission((write_json(folder / "vqav2_upload.json", rows),), self.send_to)
 
-    def _records(self, root: Path, hub: HubData | None) -> dict[str, Record]:
+    def _records(self, root: Path, hub: HubData | None) -> dict[str, PeoplesAnswers]:
         """Return the val questions by id, as text."""
         if hub is not None:
             return {
@@ -155,7 +159,7 @@ class VqaV2(Task):
                 for row in read_hub(hub, LABEL, image=None).rows
             }
         path = self.path(root, VAL_LABELS)
-        records: dict[str, Record] = {}
+        records: dict[str, PeoplesAnswers] = {}
         for number, record in enumerate(fields_of(read_json(path), {"annotations": LIST}, str(path))["annotations"]):
             place = f"{path}, annotation {number}"
             name = str(fields_of(record, LABEL, place)["question_id"])
@@ -165,7 +169,7 @@ class VqaV2(Task):
         return records
 
 
-def _record(record: dict[str, Any], place: str) -> Record:
+def _record(record: dict[str, Any], place: str) -> PeoplesAnswers:
     people = record.get("answers") or ()
     answers = [fields_of(answer, {"answer": TEXT}, f"{place}, answers")["answer"] for answer in people]
     if not answers:

@@ -31,7 +31,7 @@ UNTRAINED = "untrained"
 
 @dataclass(frozen=True)
 class RowOutput:
-    """What a row generated, in the order of the test set."""
+    """One row's answers and descriptions, in the order of the test set."""
 
     answers: Sequence[predict.Prediction]
     descriptions: Sequence[predict.Prediction]

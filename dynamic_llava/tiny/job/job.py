@@ -76,7 +76,7 @@ class SeedJob:
 
     @property
     def results(self) -> Path:
-        """Where the seed's numbers go."""
+        """File of the seed's numbers."""
         return self.folder / "results.json"
 
     def fingerprint(self) -> str:

@@ -26,10 +26,10 @@ from dynamic_llava.tiny.job.tables import (
 )
 
 ANALYSIS = "<!-- analysis: written by hand, kept when the page is generated again -->"
-"""What follows this line on a results page is not generated."""
+"""Line of a results page below which nothing is generated."""
 
 README_START, README_END = "<!-- tiny-table:start -->", "<!-- tiny-table:end -->"
-"""What stands between these lines of the README is generated."""
+"""Lines of the README between which its table is generated."""
 
 README_ROWS = ("control", "dynamic_image", "dynamic", "fastv", "random_image", "inside_random", "inside_alternate")
 """Rows that the README shows."""
@@ -182,7 +182,7 @@ class MeanTarget:
     least: float | None = None
     most: float | None = None
     strict: bool = False
-    """Whether the bounds themselves are excluded."""
+    """Whether a mean that equals a bound misses the target."""
     digits: int = 1
 
     def met(self, mean: float) -> bool:

@@ -30,7 +30,7 @@ class Row:
     switches: Mapping[str, Any]
     """Keyword arguments of forward() and generate()."""
     note: str = ""
-    """What the row is there to show."""
+    """Purpose of the row, for the page."""
     use_cache: bool = True
     generates: bool = True
     """False: only perplexity is measured (a selection that needs the whole answer)."""

@@ -19,7 +19,7 @@ class MetricColumn:
     key: str
     """Name of the metric."""
     header: str
-    """What the table's head says."""
+    """Title of the column."""
     digits: int = 1
     """Digits after the point."""
     scale: float = 1.0

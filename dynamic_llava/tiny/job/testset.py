@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dynamic_llava.data.llava_json import parse_sample, read_samples, resolve_image
 from dynamic_llava.data.sft import Collator, SftSample
-from dynamic_llava.eval.predict import NOT_FINITE, NotFinite, QueryBatch, progress, to_device
+from dynamic_llava.eval.predict import NOT_FINITE, NotFiniteLogits, QueryBatch, progress, to_device
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.tiny.world.dataset import load_truth
 from dynamic_llava.tiny.world.texts import scene_attributes
@@ -186,7 +186,7 @@ def likelihood(
         row_nll, row_tokens = answer_nll(output.logits, inputs["labels"])
         nll, tokens = nll + float(row_nll.sum()), tokens + int(row_tokens.sum())
         if not math.isfinite(nll):
-            raise NotFinite(NOT_FINITE)
+            raise NotFiniteLogits(NOT_FINITE)
         if output.sparsity is None:
             continue
         layout, keep_BN = output.sparsity.layout, output.sparsity.keep_mask.bool()

@@ -113,7 +113,7 @@ def _truth(entry: dict[str, Any]) -> Truth:
 
 
 def _finished(folder: Path, arguments: dict[str, int]) -> bool:
-    """Whether this very world lies there; ValueError where something else does."""
+    """Whether the folder holds this very world; ValueError where it holds something else."""
     if not folder.exists():
         return False
     if not folder.is_dir():

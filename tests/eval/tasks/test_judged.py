@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dynamic_llava.eval.__main__ import main
-from dynamic_llava.eval.answers import Answer, read_answers, write_answers
+from dynamic_llava.eval.answers import AnswerLine, read_answers, write_answers
 from dynamic_llava.eval.tasks import get_task
 from dynamic_llava.eval.tasks.judged import read_review, scores_in
 from tests.eval.task_data import TASK_DATA, save_hub, write_lines
@@ -46,7 +46,7 @@ def test_a_judge_gets_every_answer_or_none(tmp_path, name):
     with pytest.raises(ValueError, match=r"no answer to questions 1 \('0'\)"):
         task.submission(answers[1:], tmp_path, tmp_path / "out")
     with pytest.raises(ValueError, match=r"no question for answers 1 \('9'\)"):
-        task.submission([*answers, Answer(9, "x")], tmp_path, tmp_path / "out")
+        task.submission([*answers, AnswerLine(9, "x")], tmp_path, tmp_path / "out")
     with pytest.raises(ValueError, match="no score without a judge"):
         task.score(answers, tmp_path)
     # the judge's file needs no question file, only answers

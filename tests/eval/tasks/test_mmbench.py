@@ -6,7 +6,7 @@ import sys
 import openpyxl
 import pytest
 
-from dynamic_llava.eval.answers import Answer
+from dynamic_llava.eval.answers import AnswerLine
 from dynamic_llava.eval.tasks import get_task
 from dynamic_llava.eval.tasks.base import LETTER
 from dynamic_llava.eval.tasks.mmbench import options_of, read_table
@@ -60,7 +60,7 @@ def test_a_group_is_right_when_all_its_rotations_are(tmp_path):
         (3, "A", "y", "l"),
     ])  # fmt: skip
     texts = {1: "A", 1_000_001: "B.", 2_000_001: "green", 2: "(A)", 1_000_002: "B", 3: "A"}
-    score = TASK.score([Answer(index, text) for index, text in texts.items()], tmp_path)
+    score = TASK.score([AnswerLine(index, text) for index, text in texts.items()], tmp_path)
     assert values(score) == pytest.approx({
         "circular_accuracy": 200 / 3, "vanilla_accuracy": 100.0, "row_accuracy": 500 / 6,
         "circular_accuracy/category/x": 50.0, "circular_accuracy/category/y": 100.0,
@@ -74,7 +74,7 @@ def test_what_cannot_be_read_or_is_missing_is_wrong(tmp_path):
     answers = made.answers(tmp_path, texts=["no idea", "B", "B"])
     score = TASK.score(answers, tmp_path)
     assert score.value == 50.0 and score.counts["unreadable"] == 1
-    score = TASK.score([*answers[1:2], Answer(77, "A")], tmp_path)
+    score = TASK.score([*answers[1:2], AnswerLine(77, "A")], tmp_path)
     assert score.value == 50.0 and score.counts["missing"] == 2 and score.counts["unknown"] == 1
 
 
@@ -93,7 +93,7 @@ def test_the_servers_workbook(tmp_path):
     with pytest.raises(ValueError, match=r"no answer to rows 1 \('3'\)"):
         TASK.submission(answers[1:], tmp_path, tmp_path / "out")
     with pytest.raises(ValueError, match="no question for answers"):
-        TASK.submission([*answers, Answer(77, "A")], tmp_path, tmp_path / "out")
+        TASK.submission([*answers, AnswerLine(77, "A")], tmp_path, tmp_path / "out")
 
 
 def test_without_openpyxl_the_error_says_what_to_install(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from dynamic_llava.eval.answers import Answer
+from dynamic_llava.eval.answers import AnswerLine
 from dynamic_llava.eval.tasks import get_task
 from dynamic_llava.eval.tasks.base import LETTER
 from tests.eval.task_data import save_hub, scienceqa, write
@@ -65,10 +65,10 @@ def test_what_is_not_read_or_beyond_the_choices_is_wrong(tmp_path):
 
 def test_answers_of_other_splits_are_left_out(tmp_path):
     made = scienceqa(tmp_path)
-    score = TASK.score([*made.answers(tmp_path), Answer("1", "A")], tmp_path)
+    score = TASK.score([*made.answers(tmp_path), AnswerLine("1", "A")], tmp_path)
     assert score.value == 100.0 and score.counts["unknown"] == 1 and "1 ('1')" in score.warnings[0]
     with pytest.raises(ValueError, match="no question for answers"):
-        TASK.score([Answer("1", "A")], tmp_path)
+        TASK.score([AnswerLine("1", "A")], tmp_path)
 
 
 def test_problems_without_any_image_are_told(tmp_path):

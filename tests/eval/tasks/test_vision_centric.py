@@ -2,7 +2,7 @@
 
 import pytest
 
-from dynamic_llava.eval.answers import Answer
+from dynamic_llava.eval.answers import AnswerLine
 from dynamic_llava.eval.tasks import get_task
 from dynamic_llava.eval.tasks.base import LETTER
 from dynamic_llava.eval.tasks.realworldqa import is_right
@@ -39,10 +39,10 @@ def test_mmvp_takes_the_original_answers_of_dataset_rows(tmp_path):
     row = made.rows[""][0]
     made.rows[""] = [row | {"Correct Answer": "(b)" if number % 2 else "(a)"} for number in range(1, 301)]
     hub = MMVP.hub_data(str(save_hub(made, tmp_path / "hub", "train")))
-    corrected = [Answer(number, "B" if number % 2 else "A") for number in range(1, 301)]
+    corrected = [AnswerLine(number, "B" if number % 2 else "A") for number in range(1, 301)]
     assert MMVP.score(corrected, tmp_path, hub).value == pytest.approx(100 * 148 / 150)
     original = {99: "A", 100: "B", 279: "A", 280: "B"}
-    restored = [Answer(one.question_id, original.get(one.question_id, one.text)) for one in corrected]
+    restored = [AnswerLine(one.question_id, original.get(one.question_id, one.text)) for one in corrected]
     assert MMVP.score(restored, tmp_path, hub).value == 100.0
 
 
@@ -67,7 +67,7 @@ def test_broken_mmvp_rows(tmp_path, row, message):
     rows = [good] if row is None else [good | row, good]
     write_table(tmp_path / "mmvp" / "Questions.csv", list(good), rows, ",")
     with pytest.raises(ValueError, match=message):
-        MMVP.score([Answer(1, "A"), Answer(2, "A")], tmp_path)
+        MMVP.score([AnswerLine(1, "A"), AnswerLine(2, "A")], tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def cvbench_row(**changes):
 def test_cvbench_without_a_source_says_so(tmp_path):
     cvbench(tmp_path)
     write_lines(tmp_path / "cvbench" / "test_2d.jsonl", [cvbench_row()])
-    score = CVBENCH.score([Answer(0, "A")], tmp_path)
+    score = CVBENCH.score([AnswerLine(0, "A")], tmp_path)
     assert score.value == 100.0 and score.warnings == ("no questions of ADE20K: the mean is over the other source",)
 
 

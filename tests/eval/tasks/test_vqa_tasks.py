@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dynamic_llava.eval.answers import Answer
+from dynamic_llava.eval.answers import AnswerLine
 from dynamic_llava.eval.tasks import get_task
 from dynamic_llava.eval.tasks.base import SHORT, UNANSWERABLE
 from dynamic_llava.eval.tasks.gqa import read_gqa
@@ -45,7 +45,7 @@ def test_vqav2_counts_missing_answers_and_refuses_unknown_ones(tmp_path):
     assert score.value == 66.67 and score.counts == {"questions": 3, "answered": 2, "missing": 1, "unreadable": 0}
     assert "scored as \"\": 1 ('2000')" in score.warnings[0]
     with pytest.raises(ValueError, match=r"vqav2's val set has no question for answers 1 \('5'\)"):
-        task.score([*answers, Answer(5, "yes")], tmp_path)
+        task.score([*answers, AnswerLine(5, "yes")], tmp_path)
     with pytest.raises(ValueError, match="answered twice"):
         task.score([*answers, answers[0]], tmp_path)
 
@@ -55,7 +55,7 @@ def test_vqav2_writes_every_question_of_test(tmp_path):
     task = get_task("vqav2")
     questions = task.questions(tmp_path)
     assert len(questions) == 2
-    written = task.submission([Answer(q.id, "The Dog's.") for q in questions[:1]], tmp_path, tmp_path / "out")
+    written = task.submission([AnswerLine(q.id, "The Dog's.") for q in questions[:1]], tmp_path, tmp_path / "out")
     assert json.loads(written.files[0].read_text()) == [
         {"question_id": 262144000, "answer": "dog 's"},
         {"question_id": 262145000, "answer": ""},
@@ -63,12 +63,12 @@ def test_vqav2_writes_every_question_of_test(tmp_path):
     ]
     assert "eval.ai" in written.send_to and "830" in written.send_to
     with pytest.raises(ValueError, match=r"test2015 set has no question for answers 1 \('1000'\)"):
-        task.submission([Answer(1000, "yes")], tmp_path, tmp_path / "out")
+        task.submission([AnswerLine(1000, "yes")], tmp_path, tmp_path / "out")
 
 
 def test_vqav2_knows_whose_answers_they_are(tmp_path):
     val = vqav2(tmp_path).answers(tmp_path)
-    test = [Answer(question.id, "yes") for question in get_task("vqav2").questions(tmp_path)]
+    test = [AnswerLine(question.id, "yes") for question in get_task("vqav2").questions(tmp_path)]
     assert get_task("vqav2").can_score(val, tmp_path) and not get_task("vqav2").can_score(test, tmp_path)
     assert not get_task("vqav2:test-dev").can_score(val, tmp_path)
     (tmp_path / "vqav2" / "v2_mscoco_val2014_annotations.json").unlink()
@@ -116,18 +116,20 @@ def test_vizwiz_wants_every_answer(tmp_path):
     with pytest.raises(ValueError, match=r"no answer to questions 1 \(2\)"):
         task.score(answers[:2], tmp_path)
     with pytest.raises(ValueError, match=r"no question for answers 1 \('3'\)"):
-        task.score([*answers, Answer(3, "x")], tmp_path)
+        task.score([*answers, AnswerLine(3, "x")], tmp_path)
     with pytest.raises(ValueError, match="answered twice"):
-        task.score([*answers, Answer("VizWiz_val_00000001", "x")], tmp_path)
-    named = [Answer(f"VizWiz_val_{number:08d}", answer.text) for number, answer in enumerate(answers)]
+        task.score([*answers, AnswerLine("VizWiz_val_00000001", "x")], tmp_path)
+    named = [AnswerLine(f"VizWiz_val_{number:08d}", answer.text) for number, answer in enumerate(answers)]
     assert task.score(named[::-1], tmp_path).value == 100.0
     with pytest.raises(ValueError, match=r"no answer to questions 1 \(1\)"):
-        get_task("vizwiz").submission([Answer(0, "x")], tmp_path, tmp_path)
+        get_task("vizwiz").submission([AnswerLine(0, "x")], tmp_path, tmp_path)
 
 
 def test_vizwiz_writes_images_and_normalised_answers(tmp_path):
     vizwiz(tmp_path)
-    written = get_task("vizwiz").submission([Answer(1, "Two."), Answer(0, "A can, red")], tmp_path, tmp_path / "out")
+    written = get_task("vizwiz").submission(
+        [AnswerLine(1, "Two."), AnswerLine(0, "A can, red")], tmp_path, tmp_path / "out"
+    )
     assert written.files[0].read_text() == (
         '[{"image": "VizWiz_test_00000000.jpg", "answer": "can red"}, '
         '{"image": "VizWiz_test_00000001.jpg", "answer": "2"}]'
@@ -138,7 +140,7 @@ def test_vizwiz_writes_images_and_normalised_answers(tmp_path):
 def test_vizwiz_knows_whose_answers_they_are_by_their_prompts(tmp_path):
     val = vizwiz(tmp_path).answers(tmp_path)
     task = get_task("vizwiz")
-    test = [Answer(question.id, "x", question.text) for question in task.questions(tmp_path)]
+    test = [AnswerLine(question.id, "x", question.text) for question in task.questions(tmp_path)]
     assert task.can_score(val, tmp_path) and not task.can_score(test, tmp_path)
     (tmp_path / "vizwiz" / "llava_test.jsonl").unlink()
     assert task.can_score(val, tmp_path)
@@ -183,9 +185,9 @@ def test_textvqa_scores_what_was_answered(tmp_path):
     with pytest.raises(ValueError, match="answered more than once"):
         task.score([answers[0], answers[0]], tmp_path)
     with pytest.raises(ValueError, match=r"no questions 1.*is this a dog"):
-        task.score([Answer(answers[0].question_id, "x", "Is this a dog?" + SHORT)], tmp_path)
+        task.score([AnswerLine(answers[0].question_id, "x", "Is this a dog?" + SHORT)], tmp_path)
     with pytest.raises(ValueError, match=r"line 4, question 'a'.*none of LLaVA's forms"):
-        task.score([Answer("a", "x", "one line", line=4)], tmp_path)
+        task.score([AnswerLine("a", "x", "one line", line=4)], tmp_path)
     data["data"][1]["answers"] = ["yes"] * 9
     write(tmp_path / "textvqa" / "TextVQA_0.5.1_val.json", data)
     with pytest.raises(ValueError, match="record 1: 9 human answers; 10 are due"):
@@ -221,13 +223,13 @@ def test_gqa_counts_balanced_questions_by_type(tmp_path):
         task.score([answers[0], answers[2]], tmp_path)
     with pytest.raises(ValueError, match="answered twice"):
         task.score([*answers, answers[0]], tmp_path)
-    score = task.score([*answers, Answer("1", "no"), Answer(7, "x")], tmp_path)
+    score = task.score([*answers, AnswerLine("1", "no"), AnswerLine(7, "x")], tmp_path)
     assert (
         score.counts == {"questions": 3, "answered": 3, "unknown": 2, "unreadable": 0}
         and "2 ('1', '7')" in score.warnings[0]
     )
     # an id written as a number is the same id
-    assert task.score([Answer(int(a.question_id), a.text) for a in answers], tmp_path).value == score.value
+    assert task.score([AnswerLine(int(a.question_id), a.text) for a in answers], tmp_path).value == score.value
 
 
 def test_gqa_refuses_broken_labels(tmp_path):

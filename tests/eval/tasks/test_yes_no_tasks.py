@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dynamic_llava.eval.answers import Answer
+from dynamic_llava.eval.answers import AnswerLine
 from dynamic_llava.eval.tasks import get_task
 from dynamic_llava.eval.tasks.base import SHORT
 from dynamic_llava.eval.tasks.mme import read_mme
@@ -51,7 +51,7 @@ def test_pope_refuses_what_would_shift_the_labels(tmp_path):
     with pytest.raises(ValueError, match="adversarial answers are not in the question file's order"):
         POPE.score([answers[1], answers[0], *answers[2:]], tmp_path)
     with pytest.raises(ValueError, match=r"no question for answers 1 \('5'\)"):
-        POPE.score([*answers, Answer(5, "yes")], tmp_path)
+        POPE.score([*answers, AnswerLine(5, "yes")], tmp_path)
     with pytest.raises(ValueError, match="answered twice"):
         POPE.score([*answers, answers[0]], tmp_path)
     labels = tmp_path / "pope" / "coco" / "coco_pope_random.json"
@@ -88,7 +88,7 @@ def test_mme_reads_the_first_four_characters(text, read):
 
 def mme_answers(category, image, texts, questions=("Is it so?", "Is it other?")):
     return [
-        Answer(f"{category}/{image}", text, prompt=question + SHORT)
+        AnswerLine(f"{category}/{image}", text, prompt=question + SHORT)
         for text, question in zip(texts, questions, strict=True)
     ]
 
@@ -131,7 +131,9 @@ def test_mme_keeps_perception_and_cognition_apart(tmp_path):
 def test_mme_finds_both_forms_of_a_question_and_ready_prompts(tmp_path):
     made = mme(tmp_path)
     answers = made.answers(tmp_path)
-    ready = [Answer(a.question_id, a.text, a.prompt.replace(SHORT, "  Please answer yes or no.")) for a in answers[2:4]]
+    ready = [
+        AnswerLine(a.question_id, a.text, a.prompt.replace(SHORT, "  Please answer yes or no.")) for a in answers[2:4]
+    ]
     assert MME.score([*answers[:2], *ready, *answers[4:]], tmp_path).value == 400.0
 
 
@@ -142,7 +144,7 @@ def test_mme_refuses_odd_groups_unknown_and_repeated_questions(tmp_path):
     with pytest.raises(
         ValueError, match=r"no question 'Is it new\? Please answer yes or no\.' about 'existence/0020\.png'"
     ):
-        MME.score([Answer("existence/0020.png", "yes", "Is it new?" + SHORT)], tmp_path)
+        MME.score([AnswerLine("existence/0020.png", "yes", "Is it new?" + SHORT)], tmp_path)
     with pytest.raises(ValueError, match="answered twice"):
         MME.score([*answers, answers[0], answers[1]], tmp_path)
     score = MME.score(answers[2:], tmp_path)
