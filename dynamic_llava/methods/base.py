@@ -217,14 +217,17 @@ class Method:
         """
         return None
 
-    def evidence_flops(self, tokens: Sequence[int], shape: DecoderShape, *, causal: bool = False) -> int:
+    def evidence_flops(
+        self, tokens: Sequence[int], shape: DecoderShape, *, causal: bool = False, step: bool = False
+    ) -> int:
         """Return the FLOPs of the attention that the method is shown in a prefill in which layers see `tokens`.
 
         It is recomputed from queries and keys: of one query before a cut that sees `question_row`, of all queries in
-        each layer, with their sum, for each of `mass` and `latest`. causal=True counts visible pairs only.
+        each layer, with their sum, for each of `mass` and `latest`. causal=True counts visible pairs only; step=True is
+        one new token of a row whose layers hold `tokens`.
         """
-        rows = [tokens[cut.layer - 1] for cut in self.cuts(len(tokens)) if "question_row" in cut.sees]
-        pairs = sum(n * (n + 1) // 2 if causal else n * n for n in tokens)
+        rows = [tokens[cut.layer - 1] for cut in self.cuts(len(tokens)) if "question_row" in cut.sees and not step]
+        pairs = sum(n + 1 if step else n * (n + 1) // 2 if causal else n * n for n in tokens)
         kinds = len(self.evict_sees & {"mass", "latest"})
         return 2 * (sum(rows) * shape.query_width + kinds * pairs * (shape.query_width + shape.kv_heads))
 

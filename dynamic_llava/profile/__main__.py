@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--json", action="store_true", help="print one line of JSON per row after the table")
     for made in (memory, latency, roofline, training, curve):
         _add_preset(made)
-    for made in (memory, latency, roofline):
+    for made in (memory, latency, roofline, training, curve):
         add_method(made)
     for made in (memory, latency, roofline, curve):
         made.add_argument("--outputs", type=int, nargs="+", help="numbers of generated tokens (default: the preset's)")
@@ -173,7 +173,7 @@ def _preset(options: Any) -> Any:
     preset = replace(preset, **{name: value for name, value in changes.items() if value is not None})
     if getattr(options, "method", None) is None:
         return preset
-    from dynamic_llava.profile.workload import preset_under
+    from dynamic_llava.profile.rehearsal import preset_under
 
     return preset_under(preset, options.method)
 

@@ -7,7 +7,7 @@ use inside themselves, the vision tower's passing activations, the accelerator's
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ def inference_memory(
     weights = bytes_per_value * sum(count for part, count in counts.items() if part not in unused)
     cache = cache_bytes(preset, way, outputs, bytes_per_value=bytes_per_value, block=settings.cache_block)
     prefill = weights + _prefill_bytes(preset, way, settings, bytes_per_value)
-    grows = batch * (preset.prompt + outputs) * decoder.kv_width * bytes_per_value
+    grows = batch * max(preset.held(way, outputs)) * decoder.kv_width * bytes_per_value
     return InferenceMemory(weights, cache, prefill, weights + cache + grows)
 
 
@@ -69,18 +69,18 @@ def _prefill_bytes(preset: Preset, way: Way, settings: SparsityConfig, bytes_per
     sizes = {"bytes_per_value": bytes_per_value, "batch": batch}
     mlp = 3 * decoder.hidden + 3 * decoder.intermediate
     values = bytes_per_value * batch
-    opened = kv_bytes(decoder, **preset.groups(way), **sizes)
+    seen, held = preset.seen(way), preset.held(way)
     embedded = values * prompt * decoder.hidden
-    if way == "dense":
-        return embedded + opened + values * prompt * mlp
-    early = kv_bytes(decoder, prompt, kept=0, sparse_layer=preset.sparse_layer, **sizes)
-    asked = preset.method is None
-    predictor = asked * (2 * decoder.hidden + 2 * settings.predictor_mlp + 4 * settings.predictor_width)
-    return embedded + max(
-        early + values * prompt * mlp,
-        early + values * (prompt * decoder.hidden + preset.shape.tokens_per_image * predictor),
-        opened + values * (prompt * decoder.hidden + preset.kept_prompt * mlp),
-    )
+    moments = [  # in each layer: earlier ones have evicted, the prompt's hidden states are kept where tokens are packed
+        kv_bytes(replace(decoder, layers=layer + 1), [*held[:layer], tokens], **sizes)
+        + values * (tokens * mlp + (tokens < prompt) * prompt * decoder.hidden)
+        for layer, tokens in enumerate(seen)
+    ]
+    if way != "dense" and preset.method is None:
+        early = kv_bytes(decoder, prompt, kept=0, sparse_layer=preset.sparse_layer, **sizes)
+        predictor = 2 * decoder.hidden + 2 * settings.predictor_mlp + 4 * settings.predictor_width
+        moments.append(early + values * (prompt * decoder.hidden + preset.shape.tokens_per_image * predictor))
+    return embedded + max(moments)
 
 
 def cache_bytes(preset: Preset, way: Way, outputs: int, *, bytes_per_value: int = 2, block: int = 64) -> int:
@@ -88,18 +88,19 @@ def cache_bytes(preset: Preset, way: Way, outputs: int, *, bytes_per_value: int 
 
     The dense baseline holds exactly its tokens; the admission cache holds whole blocks once it has grown.
     """
-    decoder, groups = preset.shape.decoder, preset.groups(way, outputs)
+    decoder, held = preset.shape.decoder, preset.held(way, outputs)
     sizes = {"bytes_per_value": bytes_per_value, "batch": preset.batch}
-    if way == "dense":
-        return kv_bytes(decoder, **groups, **sizes)
+    evicts = way != "dense" and preset.method is not None and preset.method.evicts
 
     def slots(filled: int) -> int:
-        return -(-(filled + 1) // block) * block if outputs else filled
+        if way == "dense" or not outputs:
+            return filled
+        return -(-(filled + 1 + evicts * block) // block) * block
 
-    # A group's slots may outnumber the other's tokens, so each is counted for itself.
-    dense = kv_bytes(decoder, slots(groups["tokens"]), kept=0, sparse_layer=preset.sparse_layer, **sizes)
-    late = decoder.layers - preset.sparse_layer
-    return dense + kv_bytes(decoder, slots(groups["kept"]), kept=0, sparse_layer=late, **sizes)
+    allocated = [slots(filled) for filled in held]
+    # What a method sees of each stored token lies beside its key and value: float32, but for these.
+    beside = sum({"place": 8, "output": 1}.get(kind, 4) for kind in preset.method.evict_sees) if evicts else 0
+    return kv_bytes(decoder, allocated, **sizes) + preset.batch * decoder.kv_heads * beside * sum(allocated)
 
 
 def measured_memory(model: Any, twin: Any, preset: Preset, way: Way, outputs: int) -> dict[str, Peak]:

@@ -206,6 +206,8 @@ def prefill_work(preset: Preset, way: Way, value_bytes: int, outputs: int = 0) -
     """Return the work of a prefill, or of a step without cache after `outputs` tokens; predictors included."""
     decoder = preset.shape.decoder
     flops = prefill_flops(shape=decoder, **preset.groups(way, outputs), batch=preset.batch)
+    if way != "dense" and preset.method is not None:
+        flops += preset.batch * preset.method.evidence_flops(preset.seen(way, outputs), decoder, causal=True)
     if way != "dense" and preset.method is None:
         decided = outputs if way == "both" else 0
         image_tokens = preset.shape.tokens_per_image
@@ -215,9 +217,11 @@ def prefill_work(preset: Preset, way: Way, value_bytes: int, outputs: int = 0) -
 
 def step_work(preset: Preset, way: Way, value_bytes: int, outputs: int) -> Work:
     """Return the work of a cached step after `outputs` tokens, the output predictor of _I|T included."""
-    decoder, groups = preset.shape.decoder, preset.groups(way, outputs)
-    flops = flops_decode_step(shape=decoder, **groups, batch=preset.batch) + head_flops(preset.batch, decoder)
-    moved = decode_step_bytes(decoder, **groups, bytes_per_value=value_bytes, batch=preset.batch)
+    decoder, held = preset.shape.decoder, preset.held(way, outputs)
+    flops = flops_decode_step(held, decoder, batch=preset.batch) + head_flops(preset.batch, decoder)
+    moved = decode_step_bytes(decoder, held, bytes_per_value=value_bytes, batch=preset.batch)
+    if way != "dense" and preset.method is not None:
+        flops += preset.batch * preset.method.evidence_flops(held, decoder, step=True)
     if way == "both" and preset.method is None:
         extra = output_predictor_work(preset, value_bytes)
         return Work(flops + extra.flops, moved + extra.bytes)

@@ -39,7 +39,9 @@ class Preset:
     sparse_layer: int = 2
     """l."""
     method: Any = None
-    """A Method that decides in the sparse ways instead of Dynamic-LLaVA (`workload.preset_under`)."""
+    """A Method that decides in the sparse ways instead of Dynamic-LLaVA (`rehearsal.preset_under`)."""
+    counts: Any = None
+    """The Rehearsal that says what layers see and hold under `method`."""
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.text < 2 or not self.outputs or sorted(set(self.outputs)) != list(self.outputs):
@@ -81,11 +83,25 @@ class Preset:
 
     def groups(self, way: Way, outputs: int = 0) -> dict[str, Any]:
         """Return tokens=, kept= and sparse_layer= for the formulas of costs/, with `outputs` tokens generated."""
+        if way != "dense" and self.counts is not None:
+            return {"tokens": self.counts.seen(outputs), "kept": None, "sparse_layer": 0}
         tokens = self.prompt + outputs
         if way == "dense":
             return {"tokens": tokens, "kept": None, "sparse_layer": self.sparse_layer}
         kept = self.kept_prompt + (self.kept_outputs(outputs) if way == "both" else outputs)
         return {"tokens": tokens, "kept": kept, "sparse_layer": self.sparse_layer}
+
+    def seen(self, way: Way, outputs: int = 0) -> list[int]:
+        """Return how many tokens each layer sees, with `outputs` tokens generated."""
+        groups, layers = self.groups(way, outputs), self.shape.decoder.layers
+        if not isinstance(groups["tokens"], int):
+            return [*groups["tokens"]]
+        kept = groups["tokens"] if groups["kept"] is None else groups["kept"]
+        return [groups["tokens"] if layer < self.sparse_layer else kept for layer in range(layers)]
+
+    def held(self, way: Way, outputs: int = 0) -> list[int]:
+        """Return how many tokens each layer's cache holds: those that it sees, less the evicted ones."""
+        return self.seen(way, outputs) if way == "dense" or self.counts is None else [*self.counts.held(outputs)]
 
     def past_training(self, outputs: int) -> str | None:
         """Return what has to be said about positions past those of the training; None where there are none."""

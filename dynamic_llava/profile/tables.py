@@ -18,6 +18,7 @@ from dynamic_llava.costs import (
     flops_paper,
     kv_bytes,
 )
+from dynamic_llava.methods import describe_method
 from dynamic_llava.profile.inference_memory import inference_memory
 from dynamic_llava.profile.measuring import prefill_work, step_work, vision_work
 from dynamic_llava.profile.presets import PRESETS, Preset, Way
@@ -232,7 +233,12 @@ POINTS = 20
 
 
 def curve_lines(preset: Preset) -> dict[str, tuple[Preset, Way]]:
-    """Return the lines of Fig. 1: dense, FastV (k = 3, r = 0.75: image tokens only), Dynamic-LLaVA_I|T."""
+    """Return the lines of Fig. 1: dense, FastV (k = 3, r = 0.75: image tokens only), Dynamic-LLaVA_I|T.
+
+    Where the preset has a method of its own, that and the dense one.
+    """
+    if preset.method is not None:
+        return {"LLaVA-1.5": (preset, "dense"), describe_method(preset.method): (preset, "both")}
     fastv = replace(preset, sparse_layer=min(3, preset.shape.decoder.layers - 1), image_keep_rate=0.25)
     return {"LLaVA-1.5": (preset, "dense"), "FastV": (fastv, "image"), "Dynamic-LLaVA_I|T": (preset, "both")}
 
@@ -262,9 +268,10 @@ def curve_report(preset: Preset, longest: int, bytes_per_value: int = 2) -> Repo
         Column("cache", "cache, GiB", ".2f", 2**-30),
         Column("memory", "memory with cache, GiB", ".2f", 2**-30),
     )
+    fastv = "FastV as a way of ours that keeps its tokens: image tokens only, no output token is dropped."
     notes = [
         "Calculated: FLOPs from the modules' shapes, memory as weights, allocated cache and one layer's copy of it.",
-        "FastV as a way of ours that keeps its tokens: image tokens only, no output token is dropped.",
+        *([fastv] if preset.method is None else []),
         *(note for note in [preset.past_training(longest)] if note),
     ]
     return Report("curve", f"FLOPs and memory over generated tokens (Fig. 1), {preset.name}", columns, rows, notes)

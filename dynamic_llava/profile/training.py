@@ -166,7 +166,8 @@ def sharding_of(deepspeed: Mapping[str, Any] | None, gpus: int, hidden: int) -> 
 def training_report(preset: Preset, device: torch.device, dtype: torch.dtype, peak: float, rounds: int = 3) -> Report:
     """Time and measure whole steps of the paper's recipe.
 
-    Both predictors and the language model learn, the vision tower is frozen. Weights, gradients and AdamW's states are
+    Both predictors and the language model learn, the vision tower is frozen; under a method of the preset's own, which
+    learns nothing, the language model alone. Weights, gradients and AdamW's states are
     in `dtype`, with gradient checkpointing. Where that does not fit, the decoder is halved until it does, and the row
     says how many layers were run. `peak` is in FLOP/s. Raises torch.OutOfMemoryError when a few layers do not fit
     either.
@@ -184,7 +185,7 @@ def training_report(preset: Preset, device: torch.device, dtype: torch.dtype, pe
         torch.accelerator.empty_cache()
     train = TrainConfig(batch_size=preset.batch, gradient_checkpointing=True)
     tokens = settings.prompt + ANSWER
-    learned = learned_costs(preset.sparsity, settings.shape.decoder.hidden)
+    learned = learned_costs(preset.sparsity, settings.shape.decoder.hidden, preset.method)
     flops = training_flops(settings.shape, preset.sparsity, learned, train)
     done = flops.of_batch(preset.batch, tokens, preset.batch, preset.batch * ANSWER)
     weights = ModelConfig(dtype=str(dtype).removeprefix("torch."))  # type: ignore[arg-type]
@@ -225,7 +226,11 @@ def training_report(preset: Preset, device: torch.device, dtype: torch.dtype, pe
 
 def _measured_step(preset: Preset, device: torch.device, dtype: torch.dtype, rounds: int) -> tuple[Timing, Peak]:
     model: Any = build_model(preset, device, dtype).train()
-    learning = list(model.model.language_model.parameters()) + list(model.lm_head.parameters())
+    language_model, method = model.model.language_model, preset.method
+    idle = () if method is None else set(language_model.learner.parts) - set(method.used_parts)
+    unused = {id(parameter) for part in idle for parameter in language_model.get_submodule(part).parameters()}
+    learning = [parameter for parameter in language_model.parameters() if id(parameter) not in unused]
+    learning += model.lm_head.parameters()
     for parameter in learning:
         parameter.requires_grad_(True)
     recompute_activations(model)
@@ -239,7 +244,7 @@ def _measured_step(preset: Preset, device: torch.device, dtype: torch.dtype, rou
     pixels = torch.randn(preset.batch, 3, side, side, device=device, dtype=dtype)
 
     def step() -> None:
-        model(input_ids=ids_BN, pixel_values=pixels, labels=labels_BN).loss.backward()
+        model(input_ids=ids_BN, pixel_values=pixels, labels=labels_BN, method=method).loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -7,9 +7,9 @@ Shape suffixes: B rows, N tokens, C computed tokens, n image tokens of one image
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlamaForCa
 from dynamic_llava.engine.cache import CACHE
 from dynamic_llava.engine.step import compile_options
 from dynamic_llava.layout import TokenLayout
-from dynamic_llava.methods import Dynamic, Method, describe_method, print_method, read_method, settings_of
+from dynamic_llava.methods import Dynamic, Method
 from dynamic_llava.model import AdmissionCache, DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
 from dynamic_llava.profile.presets import Preset, Way
 
@@ -27,6 +27,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 IMAGE_TOKEN = 3
 BEFORE_IMAGE = 1
 """Prompt tokens before the image's."""
+CPU = torch.device("cpu")
 CHUNK = 256
 """Tokens by which a cache is filled: a chunk's mask is small beside the cache."""
 
@@ -47,28 +48,6 @@ def dtype_asked(name: str | None, device: torch.device | None) -> torch.dtype:
     if name is not None:
         return DTYPES[name]
     return torch.float32 if device is not None and device.type == "cpu" else torch.bfloat16
-
-
-def preset_under(preset: Preset, spelling: Mapping[str, Any]) -> Preset:
-    """Return a preset whose way `both` is another method's, at that method's layer and keep rates.
-
-    ValueError for a method that is not known, and for one whose work does not follow from its settings `layer`,
-    `image_keep_rate` and, if it has it, `output_keep_rate` (of a random rate the mean is taken).
-    """
-    method = read_method(spelling, preset.sparsity)
-    settings = settings_of(method)
-    if isinstance(method, Dynamic) or not {"layer", "image_keep_rate"} <= set(settings):
-        raise ValueError(
-            f"method {spelling['name']!r} cannot be profiled here: name one with the settings layer and "
-            "image_keep_rate that learns nothing; Dynamic-LLaVA is profiled without --method"
-        )
-    rates = [getattr(method, name, None) for name in ("image_keep_rate", "output_keep_rate")]
-    image, output = (1.0 if rate is None else rate for rate in rates)
-    if not image or not method.training_free:
-        raise ValueError(f"{describe_method(method)} cannot be profiled: it must keep image tokens, and learn nothing")
-    about = f"{preset.about}; both is {describe_method(method)}"
-    rates = {"image_keep_rate": image, "output_keep_rate": output}
-    return replace(preset, method=method, sparse_layer=print_method(method)["layer"], about=about, **rates)
 
 
 def method_of(preset: Preset, way: Way) -> Method:
@@ -191,39 +170,67 @@ def admission_cache(
     """Return the cache after a prefill and `outputs` generated tokens, filled with random keys and values.
 
     The calls are those of a prefill and of later chunks, so lengths, slots and bytes are those of a generation; only
-    the computation is left out. Dropped tokens leave nothing, so the sparse layers' chunks hold the admitted ones.
+    the computation is left out. Dropped tokens leave nothing, so a stage's chunks hold the admitted ones. For a method
+    that evicts all is computed, for what stays follows from it.
     """
-    batch, device = preset.batch, model.device
-    cache = AdmissionCache(preset.shape.decoder.layers, preset.sparse_layer, model.config.sparsity.cache_block)
-    for slots, tokens in ((cache.dense, preset.prompt), (cache.sparse, preset.kept_prompt)):
-        slots.open(torch.full((batch,), tokens, device=device), tokens)
-    _store(model, preset, cache, preset.prompt, preset.kept_prompt)
-    _note(cache, preset, preset.prompt, preset.kept_prompt, image=preset.shape.tokens_per_image)
+    batch, layers, method = preset.batch, preset.shape.decoder.layers, method_of(preset, way)
+    if method.evicts:
+        with torch.no_grad():
+            cache: AdmissionCache = sparse_prefill(model, preset, way, prompts(model, preset)).cache
+            say_on(model, preset, cache, 0, outputs)
+        return cache
+    cache = AdmissionCache.for_method(method, layers, model.config.sparsity.cache_block)
+    seen = [preset.seen(way)[start] for start in cache.starts]
+    for slots, tokens in zip(cache.groups, seen, strict=True):
+        slots.open(torch.full((batch,), tokens, device=model.device), tokens)
+    _store(model, preset, cache, seen)
+    _note(cache, preset, preset.prompt, seen, image=preset.shape.tokens_per_image)
     for begun in range(0, outputs, CHUNK):
         ended = min(begun + CHUNK, outputs)
-        before, after = (preset.kept_outputs(count) if way == "both" else count for count in (begun, ended))
-        dense_BN, sparse_BC = (
-            torch.ones(batch, count, dtype=torch.bool, device=device) for count in (ended - begun, after - before)
-        )
-        cache.dense.place_chunk(dense_BN, dense_BN)
-        cache.sparse.place_chunk(sparse_BC, sparse_BC)
-        _store(model, preset, cache, ended - begun, after - before)
-        cache.commit_chunk([dense_BN, sparse_BC])
-        _note(cache, preset, ended - begun, after - before)
+        before, after = preset.seen(way, begun), preset.seen(way, ended)
+        counts = [after[start] - before[start] for start in cache.starts]
+        admits = [torch.ones(batch, count, dtype=torch.bool, device=model.device) for count in counts]
+        for slots, admit_BC in zip(cache.groups, admits, strict=True):
+            slots.place_chunk(admit_BC, admit_BC)
+        _store(model, preset, cache, counts)
+        cache.commit_chunk(admits)
+        _note(cache, preset, ended - begun, counts)
     return cache
 
 
-def _note(cache: AdmissionCache, preset: Preset, tokens: int, kept: int, image: int = 0) -> None:
-    """Take note of a prompt with an image of `image` tokens, or of output tokens without; the last ones are dropped."""
+def say_on(
+    model: DynamicLlavaForConditionalGeneration, preset: Preset, cache: AdmissionCache, begun: int, outputs: int
+) -> None:
+    """Feed random output tokens to a live cache, from the `begun`-th to the `outputs`-th, in chunks."""
+    for said in range(begun, outputs, CHUNK):
+        ended = min(said + CHUNK, outputs)
+        place_N = torch.arange(preset.prompt + ended, device=model.device)
+        model(
+            input_ids=random_ids(model, preset.batch, ended - said),
+            output_mask=(place_N >= preset.prompt).expand(preset.batch, -1),
+            method=method_of(preset, "both"),
+            use_cache=True,
+            logits_to_keep=1,
+            **{CACHE: cache},
+        )
+
+
+def _note(cache: AdmissionCache, preset: Preset, tokens: int, counts: Sequence[int], image: int = 0) -> None:
+    """Take note of a prompt with an image of `image` tokens, or of output tokens without; the last ones are dropped.
+
+    counts: how many tokens the layers of each group see.
+    """
     place_N = torch.arange(tokens, device=cache.dense.open_lengths().device)
     image_N = (place_N >= BEFORE_IMAGE) & (place_N < BEFORE_IMAGE + image)
     droppable_N = image_N if image else torch.ones_like(image_N)
-    keep_N = ~droppable_N | (droppable_N.cumsum(0) <= kept - int((~droppable_N).sum()))
-    valid_BN, image_BN, output_BN, keep_BN = (
+    rank_N, stay = droppable_N.cumsum(0) - 1, int((~droppable_N).sum())
+    until_N = torch.full_like(place_N, preset.shape.decoder.layers)
+    for start, count in reversed([*zip(cache.starts, counts, strict=True)]):
+        until_N = torch.where(droppable_N & (rank_N >= count - stay), start, until_N)
+    valid_BN, image_BN, output_BN, until_BN = (
         one.expand(preset.batch, -1)
-        for one in (torch.ones_like(image_N), image_N, torch.full_like(image_N, not image), keep_N)
+        for one in (torch.ones_like(image_N), image_N, torch.full_like(image_N, not image), until_N)
     )
-    until_BN = torch.where(keep_BN, preset.shape.decoder.layers, preset.sparse_layer)
     cache.note(TokenLayout.build(image_BN, valid_BN, output_BN, image or None), until_BN)
 
 
@@ -238,10 +245,11 @@ def dense_cache(
     return cache
 
 
-def _store(model: Any, preset: Preset, cache: AdmissionCache, dense: int, sparse: int) -> None:
-    early, late = (_random_pair(model, preset, tokens) for tokens in (dense, sparse))
-    for index, layer in enumerate(cache.layers):
-        layer.update(*(early if index < preset.sparse_layer else late))
+def _store(model: Any, preset: Preset, cache: AdmissionCache, counts: Sequence[int]) -> None:
+    """Store so many random tokens in the layers of each group, which share them."""
+    pairs = [_random_pair(model, preset, tokens) for tokens in counts]
+    for layer, group in zip(cache.layers, cache.group_of, strict=True):
+        layer.update(*pairs[group])
 
 
 def _random_pair(model: Any, preset: Preset, tokens: int) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,9 @@ def test_flops_and_bytes_of_a_prefill(name):
     where = [name for name in counter.get_flop_counts() if name.rpartition(".")[0].endswith("language_model.layers")]
     counted = sum(sum(counter.get_flop_counts()[name].values()) for name in where)
     evidence = method.evidence_flops(tokens, shape)
-    assert bool(evidence) == (bool(method.evict_sees & {"mass"}) or any(cut.sees for cut in method.cuts(LAYERS)))
+    assert bool(evidence) == (
+        bool(method.evict_sees & {"mass", "latest"}) or any(cut.sees for cut in method.cuts(LAYERS))
+    )
     assert len(where) == LAYERS and counted == flops_exact(tokens, shape) + evidence
     if method.evicts:
         return  # what heads hold does not follow from what layers see

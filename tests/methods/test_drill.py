@@ -1,6 +1,7 @@
 """A method or a projector of any kind is one new file: each toy in tests/toys runs everywhere, by its name alone."""
 
 import ast
+import json
 import shutil
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +20,7 @@ from dynamic_llava.eval import tasks
 from dynamic_llava.methods import METHODS, describe_method, read_method
 from dynamic_llava.methods.base import Method
 from dynamic_llava.processing.prompts import SYSTEM
+from dynamic_llava.profile.__main__ import main as profile
 from dynamic_llava.projectors import PROJECTORS
 from tests.builders import (
     IMAGE_SIZE,
@@ -269,6 +271,15 @@ def asked(toy, monkeypatch, tmp_path):
     return questions, out, processor
 
 
+@pytest.mark.parametrize(
+    "toy",
+    [
+        pytest.param(
+            toy, id=toy.file.stem, marks=() if toy.kind in ("merging", "eviction", "learned") else pytest.mark.slow
+        )
+        for toy in TOYS
+    ],
+)
 @torch.no_grad()
 def test_a_toy_is_benchmarked_by_its_name(toy, asked, tmp_path):
     """Answers and counts are those of generate(), the table says whose they are, and has its efficiency."""
@@ -290,6 +301,24 @@ def test_a_toy_is_benchmarked_by_its_name(toy, asked, tmp_path):
     costs = {name: one["value"] for name, one in found["tasks"]["toy"]["efficiency"].items()}
     assert costs["prefill_flop_exact"] > 0 and costs["kv_bytes"] > 0
     assert 0 < costs["image_tokens_per_layer"] <= model.model.tokens_per_image
+
+
+@pytest.mark.parametrize("command", ["memory", pytest.param("latency", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("toy", [toy for toy in TOYS if toy.kind != "projector"], ids=lambda toy: toy.file.stem)
+def test_a_toy_is_profiled_by_its_name(toy, command, capsys):
+    """Its layers hold less than dense ones; what would decide by random weights is refused."""
+    words = ["--preset", "cpu-bytes", "--layers", "4", "--outputs", "8", "--json", "--method", toy.name]
+    words += ["--batch-size", "1", "--device", "cpu"] if command == "latency" else []
+    if toy.learns:
+        assert profile([command, *words]) == 2
+        assert "models have random weights" in capsys.readouterr().err
+        return
+    assert profile([command, *words]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    rows = [row for row in rows if command == "memory" or (row["phase"] == "step" and row["outputs"] == 8)]
+    held = {row["way"]: row["cache" if command == "memory" else "bytes"] for row in rows}
+    assert held["both"] < held["dense"] or (toy.kind == "decode bit" and command == "memory")  # in whole blocks
+    assert command == "memory" or all(row["seconds"] > 0 for row in rows)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")

@@ -14,9 +14,10 @@ from dynamic_llava.methods import FastV
 from dynamic_llava.profile.__main__ import draw_curve, main
 from dynamic_llava.profile.measuring import prefill_work
 from dynamic_llava.profile.presets import PRESETS, find_preset
+from dynamic_llava.profile.rehearsal import preset_under
 from dynamic_llava.profile.results import read
 from dynamic_llava.profile.tables import curve_report
-from dynamic_llava.profile.workload import method_of, preset_under
+from dynamic_llava.profile.workload import method_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--preset", "cpu-bytes", "--batch-size", "1", "--layers", "3", "--device", "cpu"]
@@ -148,15 +149,37 @@ def test_another_method_is_profiled_at_its_own_rates(capsys):
     table = capsys.readouterr().out
     assert "both is structure (layer 3, image_keep_rate 0.2, output_keep_rate None)" in table.replace("\n", " ")
     preset = preset_under(find_preset("table4"), {"name": "fastv", "layer": 3, "image_keep_rate": "0.25"})
-    assert preset.groups("both", 10) == {"tokens": preset.prompt + 10, "kept": 50 + 144 + 10, "sparse_layer": 3}
+    seen = [preset.prompt + 10] * 3 + [50 + 144 + 10] * 37
+    assert preset.seen("both", 10) == preset.held("both", 10) == seen
     assert method_of(preset, "both") == FastV(layer=3, image_keep_rate=0.25) and preset.ways == ("dense", "both")
-    own = replace(preset, method=None)
+    own = replace(find_preset("table4"), sparse_layer=3, image_keep_rate=0.25)
     assert prefill_work(preset, "both", 2).flops < prefill_work(own, "both", 2).flops
     for words, message in (
         (("--method", "dynamic"), "is profiled without --method"),
-        (("--method", "mixed"), "cannot be profiled here"),
-        (("--method", "random", "--method.image-keep-rate", "0"), "must keep image tokens"),
+        (("--method", "mixed"), "is profiled without --method"),
+        (("--method", "mixed", "--method.image-by", "dynamic"), "models have random weights"),
         (("--method", "fastvv"), "did you mean 'fastv'"),
+        (("--method", "fastv", "--method.layer", "40"), "has 40"),
     ):
         assert main(["memory", *words]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_curve_of_another_method(capsys):
+    """It is beside the dense one, in place of the paper's."""
+    words = ["--preset", "cpu-bytes", "--layers", "3", "--tokens", "40", "--json"]
+    assert main(["curve", *words, "--method", "tome"]) == 0
+    rows = [json.loads(line) for line in lines(capsys) if line.startswith("{")]
+    assert {row["method"] for row in rows} == {"LLaVA-1.5", "tome (image_keep_rate 0.5)"}
+    dense, merged = (max(row["cache"] for row in rows if row["method"].startswith(name)) for name in ("LLaVA", "tome"))
+    assert 0 < merged < dense
+    assert main(["training", *SMALL, "--method", "h2o"]) == 2
+    assert "'h2o' evicts" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@torch.enable_grad()
+def test_a_training_step_of_another_method_is_measured(capsys):
+    assert main(["training", *SMALL, "--json", "--method", "fastv"]) == 0
+    (row,) = [json.loads(line) for line in lines(capsys) if line.startswith("{")]
+    assert row["seconds"] > 0 and 0.9 < row["memory_calculated"] / row["memory"] < 1.25

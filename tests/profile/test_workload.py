@@ -1,13 +1,17 @@
 """What is measured is what runs: caches opened pre-filled equal generated ones, the baseline equals the model."""
 
 from dataclasses import replace
+from functools import lru_cache
 
 import pytest
 import torch
 
+from dynamic_llava.methods import METHODS as REGISTERED
+from dynamic_llava.methods import Mixed
 from dynamic_llava.model import cache_of
 from dynamic_llava.profile.inference_memory import cache_bytes, inference_memory, measured_memory
 from dynamic_llava.profile.presets import Preset, small_shape
+from dynamic_llava.profile.rehearsal import preset_under
 from dynamic_llava.profile.workload import (
     Decoding,
     admission_cache,
@@ -50,37 +54,75 @@ def test_the_baseline_is_the_same_model_on_the_same_tensors(model, twin):
     assert all(tensor.data_ptr() in own_tensors for tensor in twin.parameters())
 
 
+SETTINGS = {
+    "structure": {"image_keep_rate": 0.3, "output_keep_rate": 0.4},
+    "random": {"image_keep_rate": 0, "output_keep_rate": None},
+    "mixed": {"image_by": {"name": "fastv", "layer": 3}, "output_by": {"name": "structure", "layer": 3}},
+    "tome": {"image_keep_rate": 0.2},
+    "h2o": {"shares_of": "tokens"},
+    "streaming_llm": {"window": 20},
+}
+METHODS = [name for name, method in REGISTERED.items() if method is Mixed or (method.training_free and name != "dense")]
+"""Every registered method that learns nothing and drops something."""
+
+
+@lru_cache
+def preset_of(name):
+    """Return the preset of a way of Dynamic-LLaVA or of a method, and the way."""
+    if name in ("image", "both"):
+        return SMALL, name
+    return preset_under(SMALL, {"name": name, **SETTINGS.get(name, {})}), "both"
+
+
 KINDS = ("valid", "image", "output")
 
 
-@pytest.mark.parametrize("way", ["image", "both"])
-@pytest.mark.parametrize("outputs", [1, 64, 90])
+@pytest.mark.parametrize(
+    ("name", "outputs"),
+    [
+        pytest.param(name, outputs, marks=pytest.mark.slow if name in METHODS and outputs > 1 else ())
+        for name in ("image", "both", *METHODS)
+        for outputs in (1, 64, 90)
+    ],
+)
 @torch.no_grad()
-def test_a_cache_opened_pre_filled_is_that_of_a_generation(model, way, outputs):
-    opened = sparse_prefill(model, SMALL, way, prompts(model, SMALL))
-    generated = Decoding(model, random_ids(model, 2, 1), cache_of(opened), method=method_of(SMALL, way))
+def test_a_cache_opened_pre_filled_is_that_of_a_generation(model, name, outputs):
+    """Lengths of all groups of layers, or of all key heads; storage; and what it remembers of every token."""
+    preset, way = preset_of(name)
+    opened = sparse_prefill(model, preset, way, prompts(model, preset))
+    generated = Decoding(model, random_ids(model, 2, 1), cache_of(opened), method=method_of(preset, way))
     for _ in range(outputs):
         generated.step()
-    filled, cache = admission_cache(model, SMALL, way, outputs), generated.cache
-    after = sparse_decoding(model, SMALL, way, outputs)
+    filled, cache = admission_cache(model, preset, way, outputs), generated.cache
+    after = sparse_decoding(model, preset, way, outputs)
     after.step()
     generated.step()
     assert filled.seen_tokens + 1 == cache.seen_tokens == after.cache.seen_tokens
-    for group in ("dense", "sparse"):
-        mine, theirs = getattr(after.cache, group), getattr(cache, group)
+    for mine, theirs in zip(after.cache.groups, cache.groups, strict=True):
         assert torch.equal(mine.open_lengths(), theirs.open_lengths()) and mine.capacity == theirs.capacity
+    if cache.evicts:
+        assert torch.equal(after.cache.head_lengths(), cache.head_lengths())
+        assert filled.head_lengths()[0].amax(-1).tolist() == preset.held(way, outputs)
+    else:
+        assert preset.held(way, outputs) == filled.record.tokens_per_layer()[0].tolist()
     assert torch.equal(after.cache.seen_outputs, cache.seen_outputs)
     assert torch.equal(after.cache.seen_images, cache.seen_images)
     assert torch.equal(filled.record.keep_mask.sum(1), filled.record.cache_lengths)
     assert all(torch.equal(*(getattr(one.record.layout, kind) for one in (after.cache, cache))) for kind in KINDS)
-    assert after.cache.allocated_bytes() == cache.allocated_bytes()
+    assert torch.equal(after.cache.record.tokens_per_layer(), cache.record.tokens_per_layer())
+    assert after.cache.allocated_bytes() == cache.allocated_bytes() or cache.evicts  # blocks go by the longest so far
 
 
 @pytest.mark.parametrize("outputs", [0, 63, 90, 300])
 def test_calculated_cache_bytes_are_the_allocated_ones(model, twin, outputs):
-    for way in ("image", "both"):
-        cache = admission_cache(model, SMALL, way, outputs)
-        assert cache.allocated_bytes() == cache_bytes(SMALL, way, outputs, bytes_per_value=4), way
+    for name in ("image", "both", *METHODS):
+        preset, way = preset_of(name)
+        cache = admission_cache(model, preset, way, outputs)
+        if cache.evicts and outputs:
+            after = sparse_decoding(model, preset, way, outputs)
+            after.step()
+            cache = after.cache
+        assert cache.allocated_bytes() == cache_bytes(preset, way, outputs, bytes_per_value=4), name
     cache = dense_cache(twin, SMALL, outputs)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert held == cache_bytes(SMALL, "dense", outputs, bytes_per_value=4)
