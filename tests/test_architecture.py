@@ -326,6 +326,18 @@ def test_a_common_word_names_one_class(word):
     assert len(named) <= 1, f"{word} is {len(named)} things: {named}; give each a name of its own"
 
 
+def test_a_class_name_stands_for_one_class():
+    """But for the stand-ins of auto_classes.py."""
+    homes = {}
+    for path in FILES:
+        if path.stem != "auto_classes":
+            for node in tree_of(path).body:
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    homes.setdefault(node.name, []).append(name_of(path))
+    doubled = {name: paths for name, paths in homes.items() if len(paths) > 1}
+    assert not doubled, f"{doubled}; give each idea a word of its own (docs/glossary.md)"
+
+
 def names_made_by(node):
     targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
     made = [target.id for target in targets if isinstance(target, ast.Name)]
