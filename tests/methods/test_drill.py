@@ -261,10 +261,10 @@ def asked(toy, monkeypatch, tmp_path):
     monkeypatch.setattr(runner, "TIMED_TOKENS", 2)
     monkeypatch.setattr(runner, "TIMED_REPEATS", 1)
     monkeypatch.setitem(tasks.TASKS, Toy.name, Toy)
-    questions, out = toy_data(tmp_path, 4), tmp_path / "out"
+    questions, out, model = toy_data(tmp_path, 4), tmp_path / "out", toy.model()
     own = {"projector": toy.name} if toy.kind == "projector" else {}
     processor = DynamicLlavaProcessor(character_tokenizer(), IMAGE_SIZE, PATCH, **own)
-    toy.model().save_pretrained(tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     words = [word for name, value in toy.given().items() for word in (f"--{name}", value)]
     assert run(tmp_path / "model", "toy", tmp_path, out, "--batch-size", 4, *words) == 0
