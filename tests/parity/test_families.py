@@ -2,7 +2,7 @@
 
 import shutil
 from contextlib import suppress
-from itertools import product
+from itertools import cycle, product
 
 import pytest
 import torch
@@ -68,10 +68,10 @@ def test_every_law(family, method, attention, side, lengths):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "method"), [*zip(cycle(FAMILIES), METHODS, strict=False)])
 @torch.no_grad()
 def test_compiled_steps(family, method):
+    """Every method on one family, every family twice: a compilation takes seconds. The soak's worlds draw all pairs."""
     torch._dynamo.reset()
     for seed in range(3, 20):  # the first world of the kind in which no decision hangs on rounding
         with suppress(Unjudged):
