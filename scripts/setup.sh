@@ -14,8 +14,9 @@ f"Python {v.major}.{v.minor} was found, 3.10 - 3.12 is needed; set PYTHON to suc
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
 python="$VENV/bin/python"
 
+# The folder counts too: the environment runs the code of the checkout that it was made for, so a moved one installs anew.
 stamp="$VENV/.setup-stamp"
-wanted=$({ cat pyproject.toml scripts/setup.sh; echo "$EXTRAS ${PINS:-} ${TORCH_INDEX_URL:-}"; "$python" -V; } | sha256sum | cut -d' ' -f1)
+wanted=$({ cat pyproject.toml scripts/setup.sh; echo "$PWD $EXTRAS ${PINS:-} ${TORCH_INDEX_URL:-}"; "$python" -V; } | sha256sum | cut -d' ' -f1)
 if [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]; then
   # DeepSpeed builds its operators when they are first used; building them here would need a compiler.
   export DS_BUILD_OPS=0 PIP_DISABLE_PIP_VERSION_CHECK=1

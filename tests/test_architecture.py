@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERED = [path for path in FILES if path != PACKAGE / "__init__.py"]
 
 LAYER = {
-    "cli": 0, "commands": 0, "config": 0, "costs": 0, "files": 0, "layout": 0, "projectors": 0,
+    "cli": 0, "config": 0, "costs": 0, "files": 0, "layout": 0, "projectors": 0,
     "sparsity": 1, "provenance": 1,
     "methods": 2,
     "engine": 3,

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dynamic_llava import commands
-from dynamic_llava.commands import EXTRAS
+from dynamic_llava.cli import commands
+from dynamic_llava.cli.commands import EXTRAS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "dynamic_llava"

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dynamic_llava.commands import Parser, add_method, entry_point, exit_on_mistake
+from dynamic_llava.cli.commands import Parser, add_method, entry_point, exit_on_mistake
 from dynamic_llava.config import SPARSITY_MODES
 
 EXIT_INTERRUPTED = 130

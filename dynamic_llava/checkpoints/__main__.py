@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from dynamic_llava.commands import Parser, entry_point, exit_on_mistake
+from dynamic_llava.cli.commands import Parser, entry_point, exit_on_mistake
 
 
 @entry_point("convert")

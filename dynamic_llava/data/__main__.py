@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dynamic_llava.cli import load_config
-from dynamic_llava.commands import Parser, entry_point, exit_on_mistake
+from dynamic_llava.cli.commands import Parser, entry_point, exit_on_mistake
 from dynamic_llava.config.run import RunConfig
 
 if TYPE_CHECKING:

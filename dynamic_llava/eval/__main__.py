@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dynamic_llava.commands import Parser, add_method, entry_point, exit_on_mistake
+from dynamic_llava.cli.commands import Parser, add_method, entry_point, exit_on_mistake
 from dynamic_llava.config import SPARSITY_MODES
 from dynamic_llava.eval import score
 from dynamic_llava.eval.generation.build import KINDS, BuildOptions, build

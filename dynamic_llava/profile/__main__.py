@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynamic_llava.commands import Parser, add_method, entry_point, exit_on_mistake, missing_package
+from dynamic_llava.cli.commands import Parser, add_method, entry_point, exit_on_mistake, missing_package
 from dynamic_llava.files import WriteError
 
 if TYPE_CHECKING:

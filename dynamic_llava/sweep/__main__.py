@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dynamic_llava.cli import read_yaml
-from dynamic_llava.commands import Parser, entry_point, exit_on_mistake
+from dynamic_llava.cli.commands import Parser, entry_point, exit_on_mistake
 
 EXIT_FAILED = 1
 

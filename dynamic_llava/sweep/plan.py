@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from dynamic_llava.cli import load_config
-from dynamic_llava.commands import method_words
+from dynamic_llava.cli.commands import method_words
 from dynamic_llava.config import SparsityConfig, checkpoint_source
 from dynamic_llava.config.run import RunConfig
 from dynamic_llava.eval.tasks import get_task

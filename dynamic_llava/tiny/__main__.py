@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dynamic_llava.cli import load_config, read_yaml
-from dynamic_llava.commands import Parser, add_method, entry_point, exit_on_mistake
+from dynamic_llava.cli.commands import Parser, add_method, entry_point, exit_on_mistake
 from dynamic_llava.config import SPARSITY_MODES
 from dynamic_llava.tiny.job.config import JobConfig
 

@@ -19,7 +19,7 @@ import sys
 import torch
 
 from dynamic_llava.cli import load_config
-from dynamic_llava.commands import entry_point, exit_on_mistake
+from dynamic_llava.cli.commands import entry_point, exit_on_mistake
 from dynamic_llava.tiny.base.pipeline import BaseConfig, train_base
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dynamic_llava.cli import load_config
-from dynamic_llava.commands import entry_point, exit_on_mistake
+from dynamic_llava.cli.commands import entry_point, exit_on_mistake
 from dynamic_llava.config.run import RunConfig
 from dynamic_llava.files import WriteError
 from dynamic_llava.train.stopping import (

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from dynamic_llava.cli import load_config
-from dynamic_llava.commands import entry_point, exit_on_mistake
+from dynamic_llava.cli.commands import entry_point, exit_on_mistake
 from dynamic_llava.config.run import RunConfig
 from dynamic_llava.files import Lock
 from dynamic_llava.train.__main__ import DESCRIPTION, PROGRAM

@@ -10,7 +10,7 @@ import torch
 
 from dynamic_llava import METHODS, Conversation
 from dynamic_llava.chat.__main__ import main as chat
-from dynamic_llava.commands import method_words, take_method
+from dynamic_llava.cli.commands import method_words, take_method
 from dynamic_llava.costs import decoder_shape, kv_bytes
 from dynamic_llava.eval import run as runner
 from dynamic_llava.eval import tasks

@@ -183,7 +183,7 @@ def report_result(work):
 BUILD = """
 import sys
 from pathlib import Path
-from dynamic_llava.commands import exit_on_mistake
+from dynamic_llava.cli.commands import exit_on_mistake
 from dynamic_llava.tiny.world.dataset import build_world
 try:
     build_world(Path("world"), train=150, test=60)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamic_llava.commands import take_method
+from dynamic_llava.cli.commands import take_method
 from dynamic_llava.eval.summary import Summary, TaskRow
 from dynamic_llava.eval.tasks import get_task
 from dynamic_llava.methods import get_method, print_method

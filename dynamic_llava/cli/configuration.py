@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from dynamic_llava.commands import METHOD, METHOD_HELP, take_method
+from dynamic_llava.cli.commands import METHOD, METHOD_HELP, take_method
 from dynamic_llava.files import brief
 
 Config = TypeVar("Config")
