@@ -62,7 +62,8 @@ def test_a_training_step_is_measured(capsys):
     out = lines(capsys)
     row = json.loads(out[-1])
     assert (row["layers"], row["batch"], row["calls"], row["device"]) == (3, 1, 3, "cpu")
-    assert 1.0 < row["memory_calculated"] / row["memory"] < 1.25 and row["share"] < 1
+    assert 1.0 < row["memory_calculated"] / row["memory"] < 1.25
+    assert row["share"] == pytest.approx(row["limit"] / row["seconds"]) and row["limit"] > 0
     assert f"{row['memory'] / 2**30:.3f}" in "".join(out[:-1])
 
 
