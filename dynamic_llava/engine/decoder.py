@@ -68,10 +68,9 @@ class SparseDecoder:
         **kwargs: Any,
     ) -> DecoderOutput:
         """Run the pass that `plan` and the cache call for; (B, N, D) in, DecoderOutput out."""
+        told = position_ids is not None
         if position_ids is None:
             position_ids = _next_positions(inputs_embeds, cache)
-        elif isinstance(cache, AdmissionCache) and not cache.is_live:
-            cache.positions_ahead = _positions_ahead(position_ids, plan.layout)
         assert self.learner is not None
         if plan.keep_mask is None:
             check_weights(plan.method, self.learner)
@@ -89,6 +88,8 @@ class SparseDecoder:
             check_cache(cache, cuts, inputs_embeds.shape[0], self.config._attn_implementation)
             let_evict(cache, plan.method)
         if cache is None or not cache.is_live:
+            if cache is not None and told:
+                cache.positions_ahead = _positions_ahead(position_ids, plan.layout)
             return self._run(DropPath(*given, cache=cache), inputs_embeds, cache, kwargs)
         if inputs_embeds.shape[1] == 1 and not plan.has_images:
             return self._step(inputs_embeds, plan, position_ids, cache, kwargs)
