@@ -19,7 +19,7 @@ from dynamic_llava.chat.conversation import Conversation, Step, check_settings
 from dynamic_llava.chat.terminal import AnswerText, ColorMode, Screen, Stream, Writer, wants_color
 from dynamic_llava.config import SHIPPED, SparsityMode, checkpoint_source
 from dynamic_llava.eval.shard import own_device
-from dynamic_llava.methods import Method, describe_method
+from dynamic_llava.methods import Method, describe_method, import_named
 from dynamic_llava.model import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
 from dynamic_llava.model.loading import check_learned, checkpoint_files
 from dynamic_llava.model.switches import choose_method
@@ -185,6 +185,7 @@ def load(options: ChatOptions) -> tuple[Any, DynamicLlavaProcessor, Method]:
         raise FileNotFoundError(f"{error}; {', '.join(SHIPPED)} is the model that ships with the package") from None
     except OSError as error:
         raise FileNotFoundError(f"{name} holds no checkpoint that can be read: {str(error).splitlines()[0]}") from None
+    import_named(options.method)
     settings = DynamicLlavaConfig.from_pretrained(source).sparsity
     method = choose_method(settings, sparsity=options.sparsity, method=options.method)
     check_learned(source, method, name)

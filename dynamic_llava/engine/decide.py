@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dynamic_llava.config import SparsityConfig
+from dynamic_llava.engine.answers import OUTPUTS, check_answer, check_image_answer
 from dynamic_llava.engine.plan import Plan
 from dynamic_llava.layout import Packing, TokenLayout
 from dynamic_llava.methods import Choice, Cut, Draw, Evidence, ImageTokens, Method, OutputTokens
@@ -110,10 +111,13 @@ def decide(
     layout, keep_BC, hidden_BCD = flight.standing, flight.kept, flight.hidden
     if bool(layout.is_image.any()):
         answer = plan.method.keep_image(cut, _images(plan, layout, hidden_BCD, seen, past), learned)
+        check_image_answer(plan.method, "keep_image", answer, layout.image_valid)
         keep_In, hidden_BCD = _taken(answer, layout, hidden_BCD)
         keep_BC = layout.scatter_images(keep_In, keep_BC)
     if cut.output and bool(layout.output.any()):
-        keep_T = plan.method.keep_output(_outputs(plan, flight, past), learned)
+        outputs = _outputs(plan, flight, past)
+        keep_T = plan.method.keep_output(outputs, learned)
+        check_answer(plan.method, "keep_output", keep_T, outputs.rank.shape, OUTPUTS)
         keep_BC = keep_BC.masked_scatter(layout.output, keep_T)
     return keep_BC, hidden_BCD
 
@@ -127,7 +131,9 @@ def admit_token(plan: Plan, learned: Any, hidden_B1D: Tensor, seen_B: Tensor) ->
     if plan.keep_mask is not None:
         return plan.keep_mask[:, -1].bool() & valid_B
     outputs = OutputTokens(hidden=hidden_B1D[:, 0], rank=seen_B, key=plan.sample_key)
-    return (plan.method.keep_output(outputs, learned) | ~output_B) & valid_B
+    keep_B = plan.method.keep_output(outputs, learned)
+    check_answer(plan.method, "keep_output", keep_B, seen_B.shape, OUTPUTS)
+    return (keep_B | ~output_B) & valid_B
 
 
 def samples(method: Method) -> bool:
@@ -185,6 +191,7 @@ def sample(
     keep_BN = flight.kept.float()
     if bool(layout.is_image.any()):
         answer = method.sample(cut, _images(plan, layout, hidden_BND, seen, Past()), learned, draw)
+        check_image_answer(method, "sample", answer, layout.image_valid, sampled=True)
         keep_In, hidden_BND = _taken(answer, layout, hidden_BND)
         keep_BN = layout.scatter_images(keep_In, keep_BN)
     else:
@@ -202,6 +209,7 @@ def sample(
     answer_T, place_T = layout.answer_places()
     outputs = _outputs(plan, flight, Past())
     keep_T = method.sample_output(outputs, learned, replace(draw, answer=answer_T, place=place_T))
+    check_answer(method, "sample_output", keep_T, answer_T.shape, OUTPUTS, sampled=True)
     sampled_BN = keep_BN.masked_scatter(layout.output, keep_T.to(keep_BN.dtype))
     return torch.where(decided_BN, sampled_BN, keep_BN), hidden_BND, decided_BN
 
@@ -256,7 +264,10 @@ def _taken(answer: Tensor | Choice, layout: TokenLayout, hidden_BCD: Tensor) -> 
         return answer, hidden_BCD
     if answer.into is None:
         return answer.keep, hidden_BCD
-    keep_In, hidden_InD = answer.keep.bool() & layout.image_valid, layout.gather_images(hidden_BCD)
+    stays_In = (
+        answer.keep > 0.5 if answer.keep.is_floating_point() else answer.keep
+    )
+    keep_In, hidden_InD = stays_In & layout.image_valid, layout.gather_images(hidden_BCD)
     itself_n = torch.arange(keep_In.shape[1], device=keep_In.device)
     heir_In = torch.where(layout.image_valid & ~keep_In, answer.into, itself_n)
     weight_In = torch.ones_like(hidden_InD[..., 0]) if answer.weight is None else answer.weight.to(hidden_InD.dtype)

@@ -10,7 +10,7 @@ size.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -281,7 +281,14 @@ def let_evict(cache: AdmissionCache, method: Method) -> None:
 
 
 def check_eviction(method: Method, *, cached: bool) -> None:
-    """Raise ValueError for a method that evicts in a pass without a cache."""
+    """Raise ValueError for a method that evicts in a pass without a cache, or by what cannot be seen."""
+    if method.evicts and (
+        isinstance(method.evict_sees, str) or not set(method.evict_sees) <= set(get_args(SlotEvidence))
+    ):
+        raise ValueError(
+            f"method {method.name!r} evicts by {method.evict_sees!r}; let evict_sees be a frozenset of names among "
+            f"{', '.join(get_args(SlotEvidence))}"
+        )
     if method.evicts and not cached:
         raise ValueError(
             f"method {method.name!r} evicts stored tokens, so that what a token sees depends on the steps before it: "

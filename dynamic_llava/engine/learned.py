@@ -43,6 +43,11 @@ def attach(decoder: Any, settings: SparsityConfig, width: int) -> None:
         )
     single = len(method.parts) == 1
     for part in method.parts:
+        if hasattr(decoder, part):
+            raise ValueError(
+                f"method {settings.method!r} calls one of its parts {part!r}, and the language model has something of "
+                "that name; give the part another name in `parts`"
+            )
         decoder.add_module(part, built if single else built.get_submodule(part))
     whole = {type(getattr(decoder, part)).__name__ for part in method.parts}
     decoder._no_split_modules = [*(decoder._no_split_modules or ()), *sorted(whole)]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import get_args
 
 from torch import Tensor
 
@@ -87,6 +88,12 @@ def cuts_of(method: Method, layers: int) -> tuple[Cut, ...]:
     and one before the language model that asks for attention.
     """
     cuts = method.cuts(layers)
+    for cut in cuts:
+        if not isinstance(cut, Cut) or type(cut.layer) is not int or not set(cut.sees) <= set(get_args(Evidence)):
+            raise ValueError(
+                f"method {method.name!r} has a cut {cut!r}; let `cuts` return Cut objects, their layer an int, their "
+                f"sees a frozenset of names among {', '.join(get_args(Evidence))}"
+            )
     places = [cut.layer for cut in cuts]
     if any(not 0 <= layer < layers for layer in places) or places != sorted(set(places)):
         raise ValueError(

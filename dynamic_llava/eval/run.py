@@ -44,7 +44,7 @@ from dynamic_llava.eval.tasks import Question, Task, missing_files, task_label
 from dynamic_llava.eval.tasks.base import SKIPPED, naming
 from dynamic_llava.eval.tasks.questions import ImageFile
 from dynamic_llava.files import EXIT_WRITE_FAILED, WriteError
-from dynamic_llava.methods import Method, describe_method
+from dynamic_llava.methods import Method, describe_method, import_named
 from dynamic_llava.model import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
 from dynamic_llava.model.switches import choose_method
 from dynamic_llava.processing import DynamicLlavaProcessor
@@ -69,6 +69,7 @@ class Evaluation:
 
     def __init__(self, options: RunOptions, shard: Shard) -> None:
         self.options, self.shard = options, shard
+        import_named(options.method)
         settings = DynamicLlavaConfig.from_pretrained(options.model).sparsity
         self.method = choose_method(settings, sparsity=options.sparsity, method=options.method)
         self.processor = DynamicLlavaProcessor.from_pretrained(options.model)

@@ -72,6 +72,7 @@ def read_method(spelling: Spelling, config: SparsityConfig | None = None, *, tru
         return spelling
     said = said_settings(spelling)
     method = method_class(said.pop(NAME), trusted=trusted)
+    said = {**_trained_settings(method, config), **said}
     known = settings_of(method)
     what = f"method {printed_name(method)!r}"
     values = {} if config is None else method.settings_from(config)
@@ -91,6 +92,28 @@ def read_method(spelling: Spelling, config: SparsityConfig | None = None, *, tru
     return method(**values)
 
 
+def import_named(spelling: Spelling | None) -> None:
+    """Import the classes of one's own that a user's spelling names, inner ones too, before a checkpoint is opened.
+
+    A user's word is trust; a checkpoint that names such a class can be read from then on (`checkpoint_method`).
+    """
+    if spelling is None or isinstance(spelling, Method):
+        return
+    said = said_settings(spelling)
+    method_class(said[NAME])
+    for inner in said.values():
+        if isinstance(inner, Mapping) and NAME in inner:
+            import_named(inner)
+
+
+def _trained_settings(method: type[Method], config: SparsityConfig | None) -> dict[str, Any]:
+    """Return the settings that a checkpoint says of its own method, if it is this one."""
+    if config is None or config.method is None:
+        return {}
+    said = said_settings(config.method)
+    return said if said.pop(NAME) == printed_name(method) else {}
+
+
 def checkpoint_method(config: SparsityConfig) -> Method:
     """Return the method whose weights a checkpoint holds, as its settings describe it.
 
@@ -102,7 +125,8 @@ def checkpoint_method(config: SparsityConfig) -> Method:
     if name and module not in sys.modules:
         raise ValueError(
             f"the checkpoint holds weights of the method {said[NAME]!r}, and a checkpoint's word imports no code: if "
-            f"you trust that class, import {module} yourself before you load the checkpoint"
+            f"you trust that class, import {module} yourself before you load the checkpoint, or name it on the command "
+            f"line (--method {said[NAME]})"
         )
     return read_method(said, config)
 

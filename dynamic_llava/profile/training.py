@@ -18,6 +18,7 @@ from dynamic_llava.config import DataConfig, LoraConfig, ModelConfig, SparsityCo
 from dynamic_llava.costs import LLAVA_SHAPES, LlavaShape, llava_shape, parameter_counts, training_flops
 from dynamic_llava.costs.memory import Sharding, TrainingMemory, training_memory
 from dynamic_llava.engine.learned import learned_costs
+from dynamic_llava.methods import import_named
 from dynamic_llava.model.switches import choose_method
 from dynamic_llava.profile.measuring import Peak, Timing, peak_memory, time_in_turn
 from dynamic_llava.profile.presets import Preset
@@ -102,6 +103,7 @@ def memory_report(
 
     Raises ValueError where the model's shape is unknown.
     """
+    import_named(sparsity.method)  # a run's file is its user's word
     shape = LLAVA_SHAPES[command.shape] if command.shape is not None else shape_of(model.base, sparsity)
     if command.batch_size is not None:
         train = replace(train, batch_size=command.batch_size)

@@ -18,7 +18,7 @@ from dynamic_llava.config.run import NOT_COMPARED, RunConfig, flat
 from dynamic_llava.data import SftDataset
 from dynamic_llava.engine.decide import check_training
 from dynamic_llava.files import content_of
-from dynamic_llava.methods import Dynamic, Method, print_method, read_method
+from dynamic_llava.methods import Dynamic, Method, import_named, print_method, read_method
 from dynamic_llava.model.loading import checkpoint_files
 from dynamic_llava.model.switches import choose_method
 from dynamic_llava.train.distributed import read_deepspeed
@@ -38,7 +38,7 @@ IMAGES_AT_A_TIME, STAT_THREADS = 512, 16
 
 def run_method(config: RunConfig) -> Method:
     """Return what a run's training decides by; ValueError for a method that it cannot be trained under."""
-    import_learned(config)
+    import_named(config.sparsity.method)  # a run's file is its user's word, a checkpoint is not
     if config.method is None:
         return choose_method(config.sparsity, **config.train.switches)
     method = read_method(config.method, config.sparsity)
@@ -59,12 +59,6 @@ def run_method(config: RunConfig) -> Method:
         )
     check_training(method)
     return method
-
-
-def import_learned(config: RunConfig) -> None:
-    """Import the class of a learned method of one's own: a run's file is its user's word, a checkpoint is not."""
-    if config.sparsity.method is not None:
-        read_method(config.sparsity.method, config.sparsity)
 
 
 def compared_settings(config: RunConfig, processes: int) -> dict[str, Any]:

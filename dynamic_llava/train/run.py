@@ -18,6 +18,7 @@ from dynamic_llava.config.run import RunConfig
 from dynamic_llava.data import Collator, SftDataset
 from dynamic_llava.data.prepare import BROKEN, write_broken
 from dynamic_llava.files import Lock, replace_file
+from dynamic_llava.methods import import_named
 from dynamic_llava.model import DynamicLlavaForConditionalGeneration
 from dynamic_llava.model.switches import choose_method
 from dynamic_llava.processing import DynamicLlavaProcessor
@@ -32,7 +33,7 @@ from dynamic_llava.train.callbacks import (
     WandbLog,
 )
 from dynamic_llava.train.checkpoints import Checkpoints, compared_settings, least_bytes, published
-from dynamic_llava.train.config import import_learned, run_inputs, run_method
+from dynamic_llava.train.config import run_inputs, run_method
 from dynamic_llava.train.distributed import join, on_main, read_deepspeed, together, wait_for_all, zero_stage
 from dynamic_llava.train.failures import train
 from dynamic_llava.train.finished import (
@@ -131,7 +132,7 @@ def _train(
 def load(config: RunConfig) -> tuple[DynamicLlavaForConditionalGeneration, DynamicLlavaProcessor]:
     """Return the base model with the run's sparsity settings, and its processor."""
     base = config.model.source
-    import_learned(config)
+    import_named(config.sparsity.method)
     processor = DynamicLlavaProcessor.from_pretrained(base)  # first: what it refuses is known before weights are read
     model = DynamicLlavaForConditionalGeneration.from_pretrained(
         base, sparsity=asdict(config.sparsity), dtype=getattr(torch, config.model.dtype)

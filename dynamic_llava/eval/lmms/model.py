@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 from dynamic_llava.config import nested_method
 from dynamic_llava.eval.lmms.requests import cut_answer, plan_batches, read_generation, request_prompt
 from dynamic_llava.eval.predict import progress, to_device
+from dynamic_llava.methods import import_named
 from dynamic_llava.model import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
 from dynamic_llava.model.switches import choose_method
 from dynamic_llava.processing import DynamicLlavaProcessor
@@ -72,6 +73,7 @@ class DynamicLlavaLMM(lmms):
         if settings:
             named = [("name", switches["method"])] if "method" in switches else []
             switches["method"] = nested_method([*named, *settings])
+        import_named(switches.get("method"))
         self.method = choose_method(DynamicLlavaConfig.from_pretrained(pretrained).sparsity, **switches)
         """The method that decides which tokens are kept."""
         self.processor = DynamicLlavaProcessor.from_pretrained(pretrained)
