@@ -186,9 +186,9 @@ def load(options: ChatOptions) -> tuple[Any, DynamicLlavaProcessor, Method]:
     except OSError as error:
         raise FileNotFoundError(f"{name} holds no checkpoint that can be read: {str(error).splitlines()[0]}") from None
     import_named(options.method)
-    settings = DynamicLlavaConfig.from_pretrained(source).sparsity
-    method = choose_method(settings, sparsity=options.sparsity, method=options.method)
-    check_learned(source, method, name)
+    config = DynamicLlavaConfig.from_pretrained(source)
+    method = choose_method(config.sparsity, sparsity=options.sparsity, method=options.method)
+    check_learned(source, config, method, name)
     processor = DynamicLlavaProcessor.from_pretrained(source)  # first: it refuses before weights are read
     model = DynamicLlavaForConditionalGeneration.load_for(method, source, dtype="auto")
     return model.to(own_device()).eval(), processor, method

@@ -95,9 +95,9 @@ class CheckedLoading:
         A dense one is enough for a method that learns nothing, and nothing is said of predictors that it never asks.
         Raises ValueError, before any weight is read, where the method decides by weights that the checkpoint lacks.
         """
-        layers = cls.config_class.from_pretrained(source).text_config.num_hidden_layers  # type: ignore[attr-defined]
-        cuts_of(method, layers)
-        check_learned(source, method)
+        config = cls.config_class.from_pretrained(source)  # type: ignore[attr-defined]
+        cuts_of(method, config.text_config.num_hidden_layers)
+        check_learned(source, config, method)
         with nullcontext() if method.used_parts else new_weights_expected():
             return cls.from_pretrained(source, trust_remote_code=False, **kwargs)
 
@@ -201,10 +201,11 @@ def tensor_shapes(source: str | Path) -> dict[str, tuple[int, ...]]:
     return {name: head.shape for name, head in WeightFiles(checkpoint_files(source)).heads.items()}
 
 
-def check_learned(source: str | Path, method: Method, name: str | None = None) -> None:
+def check_learned(source: str | Path, config: Any, method: Method, name: str | None = None) -> None:
     """Raise ValueError where a method decides by weights that a checkpoint (a folder or hub name) does not hold.
 
-    Read from the heads of its files, before any weight is loaded; `name`: what the message calls the checkpoint.
+    Read from its configuration and the heads of its files, before any weight is loaded; `name`: what the message calls
+    the checkpoint.
     OSError where there are none.
     """
     names = tensor_shapes(source)
@@ -213,6 +214,12 @@ def check_learned(source: str | Path, method: Method, name: str | None = None) -
         raise ValueError(
             f"{name or source} is a dense checkpoint without predictors, so {what} would be decided at random; train "
             "it first, give --sparsity none, or a method that learns nothing, such as --method fastv"
+        )
+    if random := [part for part in method.used_parts if part in config.untrained_predictors]:
+        raise ValueError(
+            f"{name or source} holds an untrained {' and '.join(random)} (untrained_predictors in its config.json), so "
+            f"method {method.name!r} would decide at random; train it first, give --sparsity none, or the method that "
+            "the model was tuned under (--method)"
         )
 
 

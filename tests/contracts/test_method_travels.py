@@ -18,7 +18,8 @@ from dynamic_llava.eval.__main__ import main as evaluate
 from dynamic_llava.methods import describe_method, print_method, read_method
 from dynamic_llava.model import DynamicLlavaForConditionalGeneration
 from dynamic_llava.processing.prompts import SYSTEM
-from tests.builders import build_model, dense_twin
+from dynamic_llava.profile.__main__ import main as profile
+from tests.builders import build_model, dense_twin, tiny_config
 from tests.eval.run_builders import TOKENS, Toy, lines_of, toy_data
 from tests.eval.task_data import save_picture
 from tests.sft_builders import tiny_processor
@@ -231,3 +232,81 @@ def test_a_value_that_is_missing(capsys):
     with pytest.raises(SystemExit):
         evaluate(["score", "--task", "gqa", "--answers", "a.jsonl", "--method", "fastv"])
     assert "--method" in capsys.readouterr().err
+
+
+LEARNED_MODULE = """
+from dataclasses import dataclass
+
+from tests.toys.linear import Linear
+
+
+@dataclass(frozen=True)
+class Mine(Linear):
+    pass
+"""
+LEARNED = "learned_method_of_a_user:Mine"
+
+
+@pytest.fixture(scope="module")
+def learned(own_module, tmp_path_factory):
+    """A checkpoint with the weights of a class of one's own, whose module nothing has imported."""
+    (own_module / "learned_method_of_a_user.py").write_text(LEARNED_MODULE)
+    folder = tmp_path_factory.mktemp("learned")
+    read_method(LEARNED)
+    model = DynamicLlavaForConditionalGeneration(tiny_config(method={"name": LEARNED, "image_keep_rate": 0.4}))
+    model.config.untrained_predictors = []
+    model.save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return folder
+
+
+def recorded(out):
+    """Return the settings of the method that answers depend on."""
+    return json.loads((out / "answers" / "toy.run.json").read_text())["method"]
+
+
+@pytest.fixture
+def not_imported(learned):
+    """What a fresh process knows."""
+    sys.modules.pop("learned_method_of_a_user", None)
+    yield
+    read_method(LEARNED)
+
+
+def test_a_named_class_opens_its_checkpoint_and_what_it_was_trained_with_holds(
+    learned, not_imported, toy, tmp_path, capsys
+):
+    """The user's word on the command line imports what the checkpoint's word must not."""
+    assert asked(learned, tmp_path, tmp_path / "refused") != 0
+    assert f"--method {LEARNED}" in capsys.readouterr().err
+    assert asked(learned, tmp_path, tmp_path / "out", "--method", LEARNED) == 0
+    assert recorded(tmp_path / "out")["image_keep_rate"] == 0.4
+    assert asked(learned, tmp_path, tmp_path / "half", "--method", LEARNED, "--method.image-keep-rate", "0.5") == 0
+    assert recorded(tmp_path / "half")["image_keep_rate"] == 0.5
+
+
+def test_a_named_class_opens_its_checkpoint_in_a_chat(learned, not_imported, tmp_path, monkeypatch, capsys):
+    picture = tmp_path / "picture.png"
+    save_picture(picture)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is it?\n"))
+    words = ["--model", str(learned), "--image", str(picture), "--method", LEARNED, "--max-new-tokens", "2"]
+    assert chat(words) == 0, capsys.readouterr().err
+
+
+def test_memory_is_reckoned_for_a_run_that_names_a_class(learned, not_imported, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    settings = {"model": {"base": str(learned)}, "sparsity": {"method": {"name": LEARNED}}}
+    file.write_text(json.dumps(settings))
+    assert profile(["memory", str(file), "--gpus", "1"]) == 0, capsys.readouterr().err
+
+
+def test_a_model_tuned_under_a_rule_does_not_decide_by_untrained_predictors(toy, tmp_path, capsys):
+    """A run that trained under a fixed rule saves predictors that have learned nothing, and says so."""
+    folder = tmp_path / "tuned"
+    model = build_model()
+    model.config.untrained_predictors = ["image_predictor", "output_predictor"]
+    model.save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    assert asked(folder, tmp_path, tmp_path / "out") != 0
+    assert "untrained image_predictor and output_predictor" in capsys.readouterr().err
+    assert asked(folder, tmp_path, tmp_path / "fastv", "--method", "fastv") == 0
