@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dynamic_llava.config import SparsityMode
 from dynamic_llava.costs import decoder_shape, kv_bytes
+from dynamic_llava.engine.decide import check_question
 from dynamic_llava.methods import Spelling
 from dynamic_llava.model import AdmissionCache, SparsityRecord
 from dynamic_llava.model.switches import choose_method
@@ -106,6 +107,12 @@ class Conversation:
         self._shape = decoder_shape(model.config)
         self.reset()
 
+    def check_later_images(self) -> None:
+        """Raise ValueError where the method cannot decide on an image that comes now; the conversation stays."""
+        cuts = () if self.method.is_dense else self.method.cuts(self.model.config.text_config.num_hidden_layers)
+        if self.turns and any("question_row" in cut.sees for cut in cuts):
+            check_question(self.method, torch.ones(1, 1, dtype=torch.bool))
+
     def reset(self) -> None:
         """Forget everything that was said."""
         config = self.model.config
@@ -146,6 +153,8 @@ class Conversation:
             raise ValueError(f"the question holds {IMAGE_PLACE!r}; give the images as `images`, they come first")
         if not question.strip():
             raise ValueError("the question is empty; ask something")
+        if images:
+            self.check_later_images()
         text = "\n".join([*[IMAGE_PLACE] * len(images), question.strip()])
         pixels = self.processor.preprocess_images(images) if images else None
         new_ids, closing = self._new_tokens(text)

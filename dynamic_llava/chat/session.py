@@ -115,6 +115,7 @@ class Chat:
 
     def _attach(self, path: Path) -> None:
         load_image(path)  # a mistake is told now, not with the question
+        self.conversation.check_later_images()
         self.waiting.append(path)
         self._latest = list(self.waiting)
         self._say(f"the next question goes{_with_images(self.waiting)}")

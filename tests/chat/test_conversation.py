@@ -155,6 +155,18 @@ def test_a_mistake_leaves_the_conversation_as_it_was(tiny, question, images, err
     assert torch.equal(chat.ids, before[0]) and chat.cache.seen_tokens == before[1]
 
 
+def test_an_image_that_comes_too_late_for_the_method_leaves_the_conversation_as_it_was(tiny):
+    model, processor, images = tiny
+    chat = Conversation(model, processor, method="fastv")
+    chat.ask("How many objects are there?", images[:1], stop=lambda: True)
+    before, turns = chat.ids.clone(), list(chat.turns)
+    for late in (lambda: chat.ask("And here?", images[1:2]), chat.check_later_images):
+        with pytest.raises(ValueError, match="'fastv' reads the attention of the first question"):
+            late()
+    assert torch.equal(chat.ids, before) and chat.turns == turns
+    assert chat.ask("And in words?", stop=lambda: True).tokens and len(chat.turns) == 2
+
+
 def test_an_error_in_the_middle_begins_anew(tiny):
     chat = said(tiny, "both", TURNS[:1])[0]
 

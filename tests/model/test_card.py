@@ -25,6 +25,7 @@ from tests.builders import (
     tiny_config,
 )
 from tests.sft_builders import write_checkpoint, write_data
+from tests.toys.linear import Linear
 
 PREDICTORS = Dynamic.parts
 
@@ -53,6 +54,16 @@ def test_a_saved_folder_has_a_card_with_its_settings(tmp_path):
     for name, value in model.config.sparsity.to_dict().items():
         assert f"| `{name}` | {'none' if value is None else value} |" in text
     assert "Not trained yet" not in text
+    compile(text.split("```python\n")[1].split("```")[0], "card", "exec")
+
+
+def test_the_card_of_a_learned_method_of_ones_own_is_about_it(tmp_path):
+    name = f"{Linear.__module__}:{Linear.__name__}"
+    method = {"name": name, "image_keep_rate": 0.4}
+    DynamicLlavaForConditionalGeneration(tiny_config(method=method)).save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert f"`{name} (layer 2, image_keep_rate 0.4)`" in text and f"\nimport {Linear.__module__}  #" in text
+    assert "predictor admits" not in text and 'sparsity="image"' not in text and '`sparsity="none"`' in text
     compile(text.split("```python\n")[1].split("```")[0], "card", "exec")
 
 
