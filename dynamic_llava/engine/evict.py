@@ -258,8 +258,15 @@ class Token(Eviction):
 def let_evict(cache: AdmissionCache, method: Method) -> None:
     """Let an empty cache keep tokens by key head if the method evicts, and by row if it does not.
 
-    ValueError for a live cache of the other kind, and for one that has not noted what the method sees of its tokens.
+    ValueError for a live cache of the other kind, for one that has not noted what the method sees of its tokens, and
+    for a method whose setting `layer` says that it evicts from a layer on that is not there.
     """
+    first, layers = getattr(method, "layer", 0), len(cache.layers)
+    if method.evicts and isinstance(first, int) and first >= layers:
+        raise ValueError(
+            f"method {method.name!r} evicts from layer {first} on, and this language model has {layers} layers, so "
+            f"nothing would be evicted; give a `layer` from 0 to {layers - 1}"
+        )
     if not cache.is_live:
         if cache.evicts is not method.evicts:
             kind = HeadLayer if method.evicts else AdmissionLayer

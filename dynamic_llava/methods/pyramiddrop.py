@@ -32,6 +32,10 @@ class PyramidDrop(Method):
         check_keep_rate("stage_keep_rate", self.stage_keep_rate)
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(self.layers))  # a list, from a YAML file
+            if not self.layers:
+                raise ValueError(
+                    "layers=() drops nothing; give one layer or more, or None for each quarter of the depth"
+                )
 
     def cuts(self, layers: int) -> tuple[Cut, ...]:
         """One cut before each of `layers`, or at each quarter of the depth that a shallow model has."""

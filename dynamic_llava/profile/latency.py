@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria
 
+from dynamic_llava.methods import describe_method
 from dynamic_llava.profile.measuring import (
     LIMIT_COLUMNS,
     DeviceLimits,
@@ -335,9 +336,13 @@ def latency_report(preset: Preset, rows: Sequence[Mapping[str, Any]], limits: De
         Column("calls", "calls"),
         Column("tokens_per_second", "tokens/s", ".1f"),
     ]
+    named = (
+        "image, both: Dynamic-LLaVA_I and _I|T, predictors included, exactly the stated rates kept."
+        if preset.method is None
+        else f"The other rows: {describe_method(preset.method)}."
+    )
     notes = [
-        "dense: transformers' own language model on the same weights. image, both: Dynamic-LLaVA_I and _I|T, "
-        "predictors included, exactly the stated rates kept.",
+        f"dense: transformers' own language model on the same weights. {named}",
         "prefill: projected images given. total: vision + prefill + steps, each step's time on the line between those "
         "measured.",
         *(note for note in [preset.past_training(preset.outputs[-1])] if note),

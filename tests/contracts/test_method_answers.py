@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dynamic_llava import DynamicLlavaForConditionalGeneration
-from dynamic_llava.methods import Choice, Cut, Method
-from tests.builders import fixed_rows, prompts, shared_model, tiny_config
+from dynamic_llava.methods import METHODS, Choice, Cut, Method
+from tests.builders import LAYERS, fixed_rows, prompts, shared_model, tiny_config
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,15 @@ def test_what_an_eviction_sees(sees, monkeypatch):
     monkeypatch.setattr(Forgetful, "evict_sees", sees, raising=False)
     with pytest.raises(ValueError, match=r"'answering' evicts by .*frozenset of names among mass"):
         shared_model()(**prompts(fixed_rows(output=0)), method=Forgetful(its_cuts=()), use_cache=True)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, method in METHODS.items() if method().evicts and hasattr(method, "layer")]
+)
+@torch.no_grad()
+def test_an_eviction_from_a_layer_that_is_not_there(name):
+    with pytest.raises(ValueError, match=f"{name!r} evicts from layer 99 on, .* has {LAYERS} layers"):
+        shared_model()(**prompts(fixed_rows(output=0)), method={"name": name, "layer": 99}, use_cache=True)
 
 
 @dataclass(frozen=True)
