@@ -264,6 +264,7 @@ def _taken(answer: Tensor | Choice, layout: TokenLayout, hidden_BCD: Tensor) -> 
         return answer, hidden_BCD
     if answer.into is None:
         return answer.keep, hidden_BCD
+    # A sampled 0 may be a rounding error away from 0.
     stays_In = answer.keep > 0.5 if answer.keep.is_floating_point() else answer.keep
     keep_In, hidden_InD = stays_In & layout.image_valid, layout.gather_images(hidden_BCD)
     itself_n = torch.arange(keep_In.shape[1], device=keep_In.device)

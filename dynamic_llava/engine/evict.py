@@ -9,6 +9,7 @@ Shape suffixes: B rows, K key heads, G query heads per key head, H query heads, 
 size.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -99,7 +100,7 @@ class HeadLayer(AdmissionLayer):
             self.tokens, self.outputs = choose(self.tokens), choose(self.outputs)
 
 
-class Eviction:
+class Eviction(ABC):
     """One stage of one pass on a cache of `HeadLayer`s: what its layers store, and what leaves them afterwards."""
 
     def __init__(
@@ -110,10 +111,11 @@ class Eviction:
         self.kept = kept_BQ & layout.valid
         self._facts: dict[int, dict[SlotEvidence, Tensor]] = {}  # by layer, between its `update` and its `attend`
 
+    @abstractmethod
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store the tokens' keys and values, (B, K, Q, d) each; returns those that attention reads."""
-        raise NotImplementedError
 
+    @abstractmethod
     def attend(
         self, attend: Attend, layer_idx: int, query: Tensor, key: Tensor, scaling: float, mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
@@ -121,7 +123,6 @@ class Eviction:
 
         `mask` is the one that the layer was given.
         """
-        raise NotImplementedError
 
     def _received(self, query: Tensor, key: Tensor, visible: Tensor, scaling: float) -> dict[SlotEvidence, Tensor]:
         """(B, K, W) each: attention that the keys receive in this pass, where the method sees it."""
@@ -138,15 +139,17 @@ class Eviction:
 
     def _facts_of(self, layer: HeadLayer, key: Tensor) -> dict[SlotEvidence, Tensor]:
         """(B, K, Q, 1) each: what the method sees of the chunk's tokens and never changes; key (B, K, Q, d)."""
-        before_BQ = self.kept.cumsum(1) - self.kept.to(torch.int64)
-        before_BQ = before_BQ if layer.tokens is None else before_BQ + layer.tokens[:, None]
-        heads = key.shape[1]
-        facts: dict[SlotEvidence, Tensor] = {
-            "place": before_BQ[:, None, :, None].expand(-1, heads, -1, -1),
-            "output": self.layout.output[:, None, :, None].expand(-1, heads, -1, -1),
-            "key_norm": key.float().norm(dim=-1, keepdim=True),
-        }
-        return {kind: values for kind, values in facts.items() if kind in self.method.evict_sees}
+        facts: dict[SlotEvidence, Tensor] = {}
+        every_head = (-1, key.shape[1], -1, -1)
+        if "place" in self.method.evict_sees:
+            before_BQ = self.kept.cumsum(1) - self.kept.to(torch.int64)
+            before_BQ = before_BQ if layer.tokens is None else before_BQ + layer.tokens[:, None]
+            facts["place"] = before_BQ[:, None, :, None].expand(every_head)
+        if "output" in self.method.evict_sees:
+            facts["output"] = self.layout.output[:, None, :, None].expand(every_head)
+        if "key_norm" in self.method.evict_sees:
+            facts["key_norm"] = key.float().norm(dim=-1, keepdim=True)
+        return facts
 
     def _head_mask(self, visible_BKQW: Tensor, query: Tensor) -> Tensor:
         """(B, H, Q, W): what each query head sees, as the mask that attention takes."""
