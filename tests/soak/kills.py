@@ -99,7 +99,7 @@ def disturbed(bench, kills, wanted):
     except Exception:
         os.killpg(process.pid, signal.SIGKILL)
         return done, f"started again, it did not end within {PATIENCE} s:\n{bench.said()[-1500:]}"
-    if process.returncode and not (process.returncode == 2 and bench.job.done in bench.said()):
+    if process.returncode and not _was_done(bench, process.returncode):
         return done, f"started again, it ended with exit code {process.returncode}:\n{bench.said()[-1500:]}"
     return done, difference(bench, wanted)
 
@@ -119,9 +119,14 @@ def stop(bench, process, kill):
         process.wait()
         return f"not ended within {ENDING} s:\n{bench.said()[-1500:]}"
     allowed = (-signal.SIGKILL,) if number == signal.SIGKILL else (*bench.job.stops, 0)
-    if code not in allowed:
+    if code not in allowed and not _was_done(bench, code):
         return f"exit code {code}:\n{bench.said()[-1500:]}"
     return None
+
+
+def _was_done(bench, code):
+    """Whether a job has refused to do again what an earlier kill had found done."""
+    return code == 2 and bench.job.done in bench.said()
 
 
 def difference(bench, wanted):

@@ -126,6 +126,17 @@ def test_a_job_that_is_not_the_same_after_a_kill_is_found(tmp_path, monkeypatch,
         assert check.found[0]["reproduction"].count("killed by") == 1
 
 
+@pytest.mark.parametrize(("said", "wrong"), [("new is there already", False), ("something else", True)])
+def test_a_job_that_an_earlier_kill_found_done_may_say_so_when_the_next_kill_comes(tmp_path, said, wrong):
+    code = f"import sys; print({said!r}); sys.exit(2)"
+    job = jobs.Job(("-c", code), lambda work: {}, lambda folder: None, done="new is there already")
+    bench = jobs.Bench(job, tmp_path / "toy")
+    bench.clear()
+    process = bench.start()
+    process.wait(60)
+    assert (kills.stop(bench, process, kills.Kill("SIGINT", 0.0)) is not None) == wrong
+
+
 @pytest.mark.slow
 def test_an_interrupted_soak_leaves_a_valid_table(tmp_path):
     """Stopped while it runs, by the signal of a scheduler."""
