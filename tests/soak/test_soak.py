@@ -126,15 +126,18 @@ def test_a_job_that_is_not_the_same_after_a_kill_is_found(tmp_path, monkeypatch,
         assert check.found[0]["reproduction"].count("killed by") == 1
 
 
-@pytest.mark.parametrize(("said", "wrong"), [("new is there already", False), ("something else", True)])
-def test_a_job_that_an_earlier_kill_found_done_may_say_so_when_the_next_kill_comes(tmp_path, said, wrong):
-    code = f"import sys; print({said!r}); sys.exit(2)"
+@pytest.mark.parametrize("how", kills.HOW)
+@pytest.mark.parametrize(
+    ("said", "exit_code", "wrong"), [("", 0, False), ("new is there already", 2, False), ("something else", 2, True)]
+)
+def test_a_kill_that_comes_when_the_job_is_at_its_end_finds_it_done(tmp_path, said, exit_code, wrong, how):
+    code = f"import sys; print({said!r}); sys.exit({exit_code})"
     job = jobs.Job(("-c", code), lambda work: {}, lambda folder: None, done="new is there already")
     bench = jobs.Bench(job, tmp_path / "toy")
     bench.clear()
     process = bench.start()
     process.wait(60)
-    assert (kills.stop(bench, process, kills.Kill("SIGINT", 0.0)) is not None) == wrong
+    assert (kills.stop(bench, process, kills.Kill(how, 0.0)) is not None) == wrong
 
 
 @pytest.mark.slow
