@@ -58,7 +58,7 @@ PUBLIC_TRANSFORMERS = {"transformers", "transformers.utils"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_NESTING = 400, 80, 4
 PROTOCOL_NAMES = {
     "checkpoint_method", "Choice", "Cut", "Draw", "Evidence", "ImageTokens", "Method", "OutputTokens", "SlotEvidence",
-    "Slots",
+    "Slots", "TOWER_EVIDENCE",
 }  # fmt: skip
 METHOD_PROTOCOL = {"base", "eviction", "registry"}
 """Modules of methods/ that concrete methods share; every other module there is one method."""

@@ -56,6 +56,8 @@ LOOK_BACK = tuple(
     name for name, one in METHODS.items() if any("question_row" in cut.sees for cut in one().cuts(layers=4))
 )
 """Methods that rank by the attention of the question's end, at one layer or, where there are two, at two."""
+READS_TOWER = tuple(name for name, one in METHODS.items() if any(cut.reads_tower for cut in one().cuts(layers=4)))
+"""Methods that decide by the vision tower, so that images have to be pixels."""
 ANY_RATE = ("random", "structure", "mixed")
 """Methods with a rate of image tokens and one of output tokens, which may be anything."""
 DROPPING = tuple(
@@ -103,6 +105,8 @@ def worlds(draw):
     shape, call, rows = Shape(**draw_all(draw, MODEL)), draw_all(draw, CALL), []
     for _ in range(draw(st.integers(1, 3))):
         row = [draw(st.lists(PIECES, min_size=int(turn == 0), max_size=4)) for turn in range(call["turns"])]
+        if call["method"] is not None and call["method"][0] in READS_TOWER:
+            call["lengths"] = "one"
         if call["method"] is not None and call["method"][0] in LOOK_BACK:
             # Its row of attention is that of the question's end: images, then text, then answers alone.
             images = [piece for piece in row[0] if piece[0] == "image"]

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.clip import modeling_clip
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
+from dynamic_llava.engine.tower import TowerReading
 from dynamic_llava.sparsity.masked_softmax import masked_softmax_attention
 from dynamic_llava.sparsity.ragged_attention import ragged_attention
 
@@ -60,6 +62,7 @@ def sparse_attention(
     padding_mask: Tensor | None = None,
     filled: Tensor | None = None,
     row: AttentionRow | None = None,
+    tower: TowerReading | None = None,
     evicting: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -70,17 +73,22 @@ def sparse_attention(
     token; both belong to a whole sequence. (The keep mask is a layer's second positional argument because a reentrant
     checkpoint gives gradients to positional arguments alone.) filled is (B,) int64: one new token of each row (N = 1)
     attends to the slots that its row of an admission cache had filled before it, and to itself; (B, K) where key heads
-    have filled different ones. row is read on the way. evicting is the `engine.evict.Eviction` of a method that evicts.
-    With none of them this is the implementation `base` itself. ValueError for a dropout with one of the first two.
+    have filled different ones. row is read on the way, and, in the vision tower's layers, tower. evicting is the
+    `engine.evict.Eviction` of a method that evicts. With none of them this is the implementation `base` itself.
+    ValueError for a dropout with one of the first two.
     """
     scaling = kwargs["scaling"]
     if row is not None:
         row.read(query.to(value.dtype), key.to(value.dtype), scaling)
+    if tower is not None:
+        tower.read(module, query, key, scaling)
     if evicting is not None:
         plainly = partial(sparse_attention, base, module, query, key, value, **kwargs)
         return evicting.attend(plainly, module.layer_idx, query, key, scaling, attention_mask)  # type: ignore[no-any-return]
     if masked_softmax is None and filled is None:
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager_attention_forward)
+        clip = isinstance(module, modeling_clip.CLIPAttention)
+        eager = modeling_clip.eager_attention_forward if clip else eager_attention_forward
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
         named = Plainly(module) if READS_NAME in base else module
         return attend(named, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
     if kwargs.get("dropout"):
@@ -105,7 +113,7 @@ def sparse_attention(
 
 
 class SparseNames:
-    """A decoder's configuration as its attention modules see it: with our name of the attention implementation.
+    """A configuration as its attention modules see it: with our name of the attention implementation.
 
     Every other value is the configuration's own, and so is a later choice of another implementation.
     """
@@ -123,6 +131,16 @@ class SparseNames:
         return getattr(self.plain, name)
 
 
+class TowerNames(SparseNames):
+    """The same for a vision tower, which nobody but its attention modules knows to be asked by our name."""
+
+    @property
+    def _attn_implementation(self) -> str:
+        name: str = self.plain._attn_implementation
+        register(name)
+        return PREFIX + name
+
+
 class Plainly:
     """An attention module that calls its implementation by transformers' name, for kernels that are looked up by it."""
 
@@ -133,11 +151,11 @@ class Plainly:
         return getattr(self._module, name)
 
 
-def serve_sparsely(layers: nn.ModuleList, config: Any) -> None:
-    """Let the attention of a decoder's layers ask for our name of what `config` names."""
-    names = SparseNames(config)
+def serve_sparsely(layers: nn.ModuleList, config: Any, names: type[SparseNames] = SparseNames) -> None:
+    """Let the attention of a decoder's or tower's layers ask for our name of what `config` names."""
+    named = names(config)
     for layer in layers:
-        layer.self_attn.config = names
+        layer.self_attn.config = named
 
 
 def register(base: str) -> None:

@@ -1,7 +1,7 @@
 """Decisions at a cut, on the hidden states that enter its layer: hard at inference, sampled in training.
 
 Shape suffixes: B rows, N tokens, C computed tokens, I images, n image tokens of the longest, T output tokens of the
-batch, D hidden size, d head size.
+batch, D hidden size, F feature size, m image tokens left, d head size.
 """
 
 from dataclasses import dataclass, replace
@@ -110,9 +110,9 @@ def decide(
         return plan.keep_mask.gather(1, flight.column).bool() & flight.kept, flight.hidden
     layout, keep_BC, hidden_BCD = flight.standing, flight.kept, flight.hidden
     if bool(layout.is_image.any()):
-        answer = plan.method.keep_image(cut, _images(plan, layout, hidden_BCD, seen, past), learned)
+        answer = plan.method.keep_image(cut, _images(plan, cut, layout, hidden_BCD, seen, past), learned)
         check_image_answer(plan.method, "keep_image", answer, layout.image_valid)
-        keep_In, hidden_BCD = _taken(answer, layout, hidden_BCD)
+        keep_In, hidden_BCD = _taken(plan, cut, answer, layout, hidden_BCD)
         keep_BC = layout.scatter_images(keep_In, keep_BC)
     if cut.output and bool(layout.output.any()):
         outputs = _outputs(plan, flight, past)
@@ -190,9 +190,9 @@ def sample(
     draw = Draw(tau=plan.tau, settings=plan.settings)
     keep_BN = flight.kept.float()
     if bool(layout.is_image.any()):
-        answer = method.sample(cut, _images(plan, layout, hidden_BND, seen, Past()), learned, draw)
+        answer = method.sample(cut, _images(plan, cut, layout, hidden_BND, seen, Past()), learned, draw)
         check_image_answer(method, "sample", answer, layout.image_valid, sampled=True)
-        keep_In, hidden_BND = _taken(answer, layout, hidden_BND)
+        keep_In, hidden_BND = _taken(plan, cut, answer, layout, hidden_BND)
         keep_BN = layout.scatter_images(keep_In, keep_BN)
     else:
         answer = method.sample(cut, _no_image(plan, cut, hidden_BND), learned, draw)
@@ -215,7 +215,7 @@ def sample(
 
 
 def _images(
-    plan: Plan, layout: TokenLayout, hidden_BCD: Tensor, seen: dict[Evidence, Tensor], past: Past
+    plan: Plan, cut: Cut, layout: TokenLayout, hidden_BCD: Tensor, seen: dict[Evidence, Tensor], past: Past
 ) -> ImageTokens:
     """Return the images of a flight as a method is shown them: of each, the tokens that are still kept."""
     valid_In = layout.image_valid
@@ -223,22 +223,26 @@ def _images(
     if past.images is not None:
         place_I = place_I + past.images[rows_I]
     key_I = fold_key(plan.sample_key[rows_I], place_I)
+    shown: dict[Evidence, Tensor] = {name: layout.gather_images(values_BC) for name, values_BC in seen.items()}
+    if cut.reads_tower and plan.tower is not None:
+        shown = {name: values.to(hidden_BCD.device) for name, values in plan.tower.seen.items()}
     return ImageTokens(
-        hidden=layout.gather_images(hidden_BCD),
+        hidden=shown["tower"] if cut.before_projector else layout.gather_images(hidden_BCD),
         valid=valid_In,
         key=key_I[: len(valid_In)],  # the last images may have been dropped whole
-        seen={evidence: layout.gather_images(values_BC) for evidence, values_BC in seen.items()},
+        seen={name: values for name, values in shown.items() if name in cut.sees},
     )
 
 
 def _no_image(plan: Plan, cut: Cut, hidden_BND: Tensor) -> ImageTokens:
     """Return the first row as if it were an image, for a method that has to be asked although there is none."""
     row_1ND = hidden_BND[:1]
+    like = {name: row_1ND[..., 0] if name.endswith(("row", "received")) else row_1ND for name in cut.sees}
     return ImageTokens(
         hidden=row_1ND,
         valid=torch.ones(row_1ND.shape[:2], dtype=torch.bool, device=row_1ND.device),
         key=plan.sample_key[:1],
-        seen={evidence: torch.zeros_like(row_1ND[..., 0]) for evidence in cut.sees},
+        seen={evidence: torch.zeros_like(values) for evidence, values in like.items()},
     )
 
 
@@ -254,27 +258,51 @@ def _outputs(plan: Plan, flight: Flight, past: Past) -> OutputTokens:
     )
 
 
-def _taken(answer: Tensor | Choice, layout: TokenLayout, hidden_BCD: Tensor) -> tuple[Tensor, Tensor]:
+def _taken(
+    plan: Plan, cut: Cut, answer: Tensor | Choice, layout: TokenLayout, hidden_BCD: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return the keep mask (I, n) of a method's answer, and the hidden states (B, C, D) with its tokens merged.
 
-    What becomes of a kept token is the sum of itself and of those that it takes over, each times its weight; without
-    weights, their mean.
+    Before the projector the tower's features are merged, and of those the projector makes tokens anew.
     """
     if isinstance(answer, Tensor):
         return answer, hidden_BCD
-    if answer.into is None:
+    if answer.into is None and answer.shares is None:
         return answer.keep, hidden_BCD
     # A sampled 0 may be a rounding error away from 0.
     stays_In = answer.keep > 0.5 if answer.keep.is_floating_point() else answer.keep
-    keep_In, hidden_InD = stays_In & layout.image_valid, layout.gather_images(hidden_BCD)
+    keep_In, tokens_InD = stays_In & layout.image_valid, layout.gather_images(hidden_BCD)
+    if cut.before_projector:
+        assert plan.tower is not None and plan.project is not None
+        features_InF = plan.tower.seen["tower"].to(hidden_BCD.device)
+        merged_InF, changed_In = _merged(answer, keep_In, layout.image_valid, features_InF)
+        projected_1mD = plan.project(merged_InF[changed_In][None]).to(tokens_InD)
+        merged_InD = tokens_InD.masked_scatter(changed_In[..., None], projected_1mD)
+    else:
+        merged_InD, _ = _merged(answer, keep_In, layout.image_valid, tokens_InD)
+    return answer.keep, hidden_BCD.masked_scatter(layout.is_image[..., None], merged_InD[layout.image_valid])
+
+
+def _merged(answer: Choice, keep_In: Tensor, valid_In: Tensor, tokens_InD: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge tokens as a choice says; returns (I, n, D), and (I, n) bool, the tokens that have taken in others.
+
+    What becomes of a kept token is the sum of itself and of those that it takes over, each times its weight; without
+    weights, their mean; or, with `shares`, a sum over all tokens. Other tokens stay as they are.
+    """
     itself_n = torch.arange(keep_In.shape[1], device=keep_In.device)
-    heir_In = torch.where(layout.image_valid & ~keep_In, answer.into, itself_n)
-    weight_In = torch.ones_like(hidden_InD[..., 0]) if answer.weight is None else answer.weight.to(hidden_InD.dtype)
-    weight_In = weight_In * layout.image_valid
-    merged_InD = torch.zeros_like(hidden_InD).scatter_add(
-        1, heir_In[..., None].expand_as(hidden_InD), hidden_InD * weight_In[..., None]
+    if answer.shares is not None:
+        shares_Inn = answer.shares.to(tokens_InD) * valid_In[:, None]
+        changed_In = keep_In & (shares_Inn != torch.eye(len(itself_n)).to(shares_Inn)).any(-1)
+        return torch.where(changed_In[..., None], shares_Inn @ tokens_InD, tokens_InD), changed_In
+    assert answer.into is not None
+    heir_In = torch.where(valid_In & ~keep_In, answer.into, itself_n)
+    weight_In = torch.ones_like(tokens_InD[..., 0]) if answer.weight is None else answer.weight.to(tokens_InD.dtype)
+    weight_In = weight_In * valid_In
+    merged_InD = torch.zeros_like(tokens_InD).scatter_add(
+        1, heir_In[..., None].expand_as(tokens_InD), tokens_InD * weight_In[..., None]
     )
     if answer.weight is None:
         merged_InD = merged_InD / torch.zeros_like(weight_In).scatter_add(1, heir_In, weight_In).clamp(min=1)[..., None]
-    merged_InD = torch.where(keep_In[..., None], merged_InD, hidden_InD)
-    return answer.keep, hidden_BCD.masked_scatter(layout.is_image[..., None], merged_InD[layout.image_valid])
+    taken_In = torch.zeros_like(weight_In).scatter_add(1, heir_In, torch.ones_like(weight_In)) > 1
+    changed_In = keep_In & (taken_In | (weight_In != 1))
+    return torch.where(keep_In[..., None], merged_InD, tokens_InD), changed_In

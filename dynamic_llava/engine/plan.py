@@ -1,6 +1,6 @@
 """What one pass of the language model is asked to do, and the stages that its layers fall into."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import get_args
@@ -8,8 +8,9 @@ from typing import get_args
 from torch import Tensor
 
 from dynamic_llava.config import SparsityConfig
+from dynamic_llava.engine.tower import EncodedImages
 from dynamic_llava.layout import TokenLayout
-from dynamic_llava.methods import Cut, Evidence, Method
+from dynamic_llava.methods import TOWER_EVIDENCE, Cut, Evidence, Method
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,10 @@ class Plan:
     """(B,) int64: noise key of each sample."""
     has_images: bool = False
     """Whether the chunk has a token of an image; known on the host."""
+    tower: EncodedImages | None = None
+    """What the vision tower says of the chunk's images, where the first cut reads it."""
+    project: Callable[[Tensor], Tensor] | None = None
+    """The projector, (1, n, F) -> (1, n, D), where the first cut is before it."""
     masked: bool = False
     """Keep the full length and mask (training, teacher forcing) instead of removing tokens."""
     answers_only: bool = False
@@ -85,7 +90,7 @@ def cuts_of(method: Method, layers: int) -> tuple[Cut, ...]:
     """Return the cuts of a method in a language model of so many layers.
 
     Raises ValueError for a cut outside of it, two at one layer or in another order, two that decide on output tokens,
-    and one before the language model that asks for attention.
+    and one that asks for what cannot be seen at its layer.
     """
     cuts = method.cuts(layers)
     for cut in cuts:
@@ -105,9 +110,33 @@ def cuts_of(method: Method, layers: int) -> tuple[Cut, ...]:
             f"method {method.name!r} decides on output tokens at {sum(cut.output for cut in cuts)} cuts; a token is "
             "admitted to the cache once: let one cut say `output`"
         )
-    if cuts and cuts[0].layer == 0 and cuts[0].sees:
-        raise ValueError(
-            f"method {method.name!r} asks for {', '.join(sorted(cuts[0].sees))} at layer 0, and no layer has attended "
-            "before it; let its first cut be at layer 1 or later, or see nothing"
-        )
+    for cut in cuts:
+        _check_evidence(method, cut)
     return cuts
+
+
+def tower_cut(method: Method, layers: int) -> Cut | None:
+    """Return the cut of a method that is shown something of the vision tower, if it has one."""
+    return next((cut for cut in cuts_of(method, layers) if cut.reads_tower), None)
+
+
+def _check_evidence(method: Method, cut: Cut) -> None:
+    """Raise ValueError for evidence that cannot be had at the cut's layer, or not by a method that learns."""
+    if cut.layer == 0 and (asked := cut.sees - TOWER_EVIDENCE):
+        raise ValueError(
+            f"method {method.name!r} asks for {', '.join(sorted(asked))} at layer 0, and no layer has attended "
+            "before it; let its first cut be at layer 1 or later, or see nothing but the vision tower's evidence: "
+            f"{', '.join(sorted(TOWER_EVIDENCE))}"
+        )
+    if cut.layer > 0 and cut.reads_tower:
+        asked = cut.sees & TOWER_EVIDENCE
+        raise ValueError(
+            f"method {method.name!r} asks for {', '.join(sorted(asked)) or 'a cut before the projector'} at layer "
+            f"{cut.layer}; the vision tower is seen at layer 0, before the language model: let it decide there"
+        )
+    if cut.reads_tower and type(method).build is not Method.build:
+        raise ValueError(
+            f"method {method.name!r} learns, and asks for {', '.join(sorted(cut.sees)) or 'a cut before the projector'}"
+            ": a learned method is built for hidden states of the language model and cannot see the vision tower yet; "
+            "let it decide by projected features, Cut(0), or learn nothing"
+        )

@@ -11,6 +11,7 @@ import torch
 from dynamic_llava.config import SparsityConfig
 from dynamic_llava.costs import (
     DecoderShape,
+    VisionShape,
     flops_paper,
     kv_bytes,
     prefill_flops,
@@ -83,14 +84,16 @@ def prefill_costs(
     tokens_per_image: int,
     *,
     method: Method,
+    vision: VisionShape,
 ) -> dict[str, float]:
     """Average image tokens per layer and prefill FLOPs of the prompts that were answered, means over the rows.
 
     `prefill_gflop_exact` counts the real module shapes on the whole prompt (causal attention, the head on one token,
-    and what `method` judges by: its weights, and attention that it is shown); `prefill_gflop_paper` is Eq. 13 on the
-    image tokens alone.
+    and what `method` judges by: its weights, and attention that it is shown, that of the tower `vision` among it);
+    `prefill_gflop_paper` is Eq. 13 on the image tokens alone.
     """
     judging = judging_flops(settings, shape.hidden, tokens_per_image, method)
+    judging += method.tower_flops(shape.layers, vision)
     average, exact, paper = [], [], []
     for prediction in predictions:
         images = len(prediction.image_kept)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dynamic_llava.costs import decoder_shape
+from dynamic_llava.costs import decoder_shape, llava_shape
 from dynamic_llava.eval.answering import (
     Asked,
     Measuring,
@@ -209,7 +209,8 @@ class Evaluation:
         if not counted:
             return {}
         every = list(counted.values())
-        prefill = prefill_costs(shape, config.sparsity, every, per_image, method=self.method)
+        vision = llava_shape(config).vision
+        prefill = prefill_costs(shape, config.sparsity, every, per_image, method=self.method, vision=vision)
         with_image = [sum(map(len, one.image_kept)) for one in every if one.image_kept]
         kept = {"image_tokens_kept": statistics.fmean(with_image)} if with_image else {}
         # What heads hold after evictions does not follow from other counts, and the first lines of such runs lack it.

@@ -4,6 +4,7 @@ The rows stand in registry.py, which also reads a method from what a user writes
 """
 
 from dynamic_llava.methods.base import (
+    TOWER_EVIDENCE,
     Choice,
     Cut,
     Draw,
@@ -20,8 +21,12 @@ from dynamic_llava.methods.divprune import DivPrune
 from dynamic_llava.methods.dynamic import Dynamic
 from dynamic_llava.methods.fastv import FastV
 from dynamic_llava.methods.h2o import H2O
+from dynamic_llava.methods.hiprune import HiPrune
+from dynamic_llava.methods.hired import HiRED
+from dynamic_llava.methods.holov import HoloV
 from dynamic_llava.methods.knorm import KNorm
 from dynamic_llava.methods.mixed import Mixed
+from dynamic_llava.methods.prumerge import PruMergePlus
 from dynamic_llava.methods.pyramiddrop import PyramidDrop
 from dynamic_llava.methods.random import Random
 from dynamic_llava.methods.random_window import RandomWindow
@@ -38,16 +43,21 @@ from dynamic_llava.methods.registry import (
     said_settings,
     settings_of,
 )
+from dynamic_llava.methods.scope import SCOPE
 from dynamic_llava.methods.snapkv import SnapKV
 from dynamic_llava.methods.streaming_llm import StreamingLLM
 from dynamic_llava.methods.structure import Structure
 from dynamic_llava.methods.tome import ToMe
 from dynamic_llava.methods.tova import TOVA
+from dynamic_llava.methods.visionzip import VisionZip
+from dynamic_llava.methods.vispruner import VisPruner
 
 __all__ = [
     "H2O",
     "METHODS",
+    "SCOPE",
     "TOVA",
+    "TOWER_EVIDENCE",
     "Choice",
     "Cut",
     "Dense",
@@ -56,12 +66,16 @@ __all__ = [
     "Dynamic",
     "Evidence",
     "FastV",
+    "HiPrune",
+    "HiRED",
+    "HoloV",
     "ImageTokens",
     "KNorm",
     "Method",
     "Mixed",
     "OneCut",
     "OutputTokens",
+    "PruMergePlus",
     "PyramidDrop",
     "Random",
     "RandomWindow",
@@ -72,6 +86,8 @@ __all__ = [
     "StreamingLLM",
     "Structure",
     "ToMe",
+    "VisPruner",
+    "VisionZip",
     "checkpoint_method",
     "describe_method",
     "get_method",

@@ -5,8 +5,8 @@ padding, positions, masks, packing and the cache. `keep_image` decides on image 
 one at a time or many at once. `learned` is the method's own weights: for Dynamic-LLaVA, a module with the children
 `image_predictor` and `output_predictor`, functions from hidden states (..., D) to logits (..., 2): drop, keep.
 A method may also evict: `evict` is asked after each layer's attention which of the tokens that its key heads hold stay.
-Shape suffixes: I images, n image tokens of the longest, T output tokens of the batch, D hidden size; B rows, N tokens,
-K key heads, W slots of a cache.
+Shape suffixes: I images, n image tokens of the longest, T output tokens of the batch, D hidden size, F feature size,
+d head size; B rows, N tokens, K key heads, W slots of a cache.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,12 +17,31 @@ import torch
 from torch import Tensor, nn
 
 from dynamic_llava.config import SparsityConfig
-from dynamic_llava.costs import DecoderShape, PartCosts
+from dynamic_llava.costs import DecoderShape, PartCosts, VisionShape
 from dynamic_llava.layout import TokenLayout
 
-Evidence = Literal["question_row"]
-"""What a cut may be shown beside the hidden states. question_row: (I, n) head-mean attention, in the layer before the
-cut, of the last token before the row's first answer to each image token."""
+Evidence = Literal[
+    "question_row",
+    "class_row",
+    "tower_keys",
+    "joint_class_row",
+    "joint_tower_keys",
+    "received",
+    "early_received",
+    "tower",
+]
+"""What a cut may be shown beside the hidden states. question_row, at a layer above 0: (I, n) head-mean attention, in
+the layer before the cut, of the last token before the row's first answer to each image token. The others, at layer 0,
+are the vision tower's, one entry for each patch. class_row: (I, n) float32, the attention of the class token to each
+patch, the mean over heads of a softmax that the class token itself is part of; tower_keys: (I, n, d), the mean over
+heads of the patches' keys; joint_class_row, joint_tower_keys: the same of whole queries and keys, (I, n) and (I, n, F
+of one layer), as if all heads were one; received: (I, n) float32, the attention that each patch receives, the mean
+over heads and over all of the tower's tokens; early_received: the same in the layer that the cut's `early_depth` says;
+tower: (I, n, F), the features that the projector reads."""
+TOWER_EVIDENCE: frozenset[Evidence] = frozenset(
+    {"class_row", "tower_keys", "joint_class_row", "joint_tower_keys", "received", "early_received", "tower"}
+)
+"""The evidence that is read in the vision tower; a call that gives images as projected features has none."""
 SlotEvidence = Literal["mass", "latest", "place", "output", "key_norm"]
 """What `evict` may be shown of each stored token, (B, K, W). mass: float32, the attention that it has received from all
 tokens so far, summed over the query heads of the key head; latest: float32, the same from the last `latest_queries`
@@ -40,6 +59,18 @@ class Cut:
     """What `keep_image` is shown here in `ImageTokens.seen`; computed only where it is asked for."""
     output: bool = False
     """Whether output tokens are decided on here, by `keep_output`; at one cut of a method at most."""
+    before_projector: bool = False
+    """At layer 0 alone: whether the vision tower's features are decided on, and merged, instead of projected ones."""
+    tower_layer: int | None = None
+    """Where the tower's attention and keys are read, as `vision_feature_layer` counts; None: the layer whose features
+    the projector reads, the last of several."""
+    early_depth: float | None = None
+    """Where early_received is read, as a share of the tower's depth: 0.375 is layer 9 of 24, and 0 the first."""
+
+    @property
+    def reads_tower(self) -> bool:
+        """Whether anything of the vision tower is shown here."""
+        return self.before_projector or bool(self.sees & TOWER_EVIDENCE)
 
 
 @dataclass(frozen=True)
@@ -47,7 +78,7 @@ class ImageTokens:
     """What `keep_image` is shown: every image of the batch, one entry per image, independent of its row mates."""
 
     hidden: Tensor
-    """(I, n, D): hidden states that enter the cut's layer."""
+    """(I, n, D): hidden states that enter the cut's layer; before the projector (I, n, F), the tower's features."""
     valid: Tensor
     """(I, n) bool: tokens of the image; False at the filler behind an image shorter than the longest."""
     key: Tensor
@@ -78,6 +109,9 @@ class Choice:
     """(I, n) int64: for each dropped token the index, in its image, of the kept token that takes it over."""
     weight: Tensor | None = None
     """(I, n) float: share of each token in what its heir becomes."""
+    shares: Tensor | None = None
+    """(I, n, n) float, instead of `into` and `weight`, where a token goes to several: share of every token (last
+    dimension) in what each kept token becomes."""
 
 
 @dataclass(frozen=True)
@@ -230,6 +264,18 @@ class Method:
         pairs = sum(n + 1 if step else n * (n + 1) // 2 if causal else n * n for n in tokens)
         kinds = len(self.evict_sees & {"mass", "latest"})
         return 2 * (sum(rows) * shape.query_width + kinds * pairs * (shape.query_width + shape.kv_heads))
+
+    def tower_flops(self, layers: int, vision: VisionShape) -> int:
+        """Return the FLOPs of the attention that the method is shown of the vision tower, for one image.
+
+        One row is recomputed for each of `class_row` and `joint_class_row`, all rows for `received` and
+        `early_received`; keys and features are at hand. They join the tower's own, as what is merged before the
+        projector joins the projector's: every patch is projected once, and what has taken in others once more.
+        """
+        tokens, seen = vision.patches + 1, [cut.sees for cut in self.cuts(layers)]
+        rows = sum(len(sees & {"class_row", "joint_class_row"}) for sees in seen)
+        rows += tokens * sum(len(sees & {"received", "early_received"}) for sees in seen)
+        return 2 * rows * tokens * vision.hidden
 
     def sample(self, cut: Cut, images: ImageTokens, learned: Any, draw: Draw) -> Tensor | Choice:
         """(I, n) float, 0 or 1, with a gradient to the method's weights: `keep_image` in training; default: the same.

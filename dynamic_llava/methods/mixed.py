@@ -3,12 +3,12 @@
 {name: mixed, image_by: dynamic, output_by: {name: random, image_keep_rate: null, output_keep_rate: 0.5}}
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dynamic_llava.methods.base import Choice, Cut, Evidence, ImageTokens, Method, OneCut, OutputTokens
+from dynamic_llava.methods.base import Choice, Cut, ImageTokens, Method, OneCut, OutputTokens
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Mixed(Method):
         """One cut, which sees what that of `image_by` sees."""
         if not self._deciding:
             return ()
-        sees = frozenset[Evidence]() if self.image_by is None else self.image_by.cuts(layers)[0].sees
-        return (Cut(self._deciding[0].layer, sees, output=self.output_by is not None),)
+        cut = Cut(self._deciding[0].layer) if self.image_by is None else self.image_by.cuts(layers)[0]
+        return (replace(cut, output=self.output_by is not None),)
 
     def keep_image(self, cut: Cut, images: ImageTokens, learned: Any) -> Tensor | Choice:
         """(I, n) bool: the decision of `image_by`."""

@@ -27,19 +27,27 @@ from dynamic_llava.methods.divprune import DivPrune
 from dynamic_llava.methods.dynamic import Dynamic
 from dynamic_llava.methods.fastv import FastV
 from dynamic_llava.methods.h2o import H2O
+from dynamic_llava.methods.hiprune import HiPrune
+from dynamic_llava.methods.hired import HiRED
+from dynamic_llava.methods.holov import HoloV
 from dynamic_llava.methods.knorm import KNorm
 from dynamic_llava.methods.mixed import Mixed
+from dynamic_llava.methods.prumerge import PruMergePlus
 from dynamic_llava.methods.pyramiddrop import PyramidDrop
 from dynamic_llava.methods.random import Random
 from dynamic_llava.methods.random_window import RandomWindow
+from dynamic_llava.methods.scope import SCOPE
 from dynamic_llava.methods.snapkv import SnapKV
 from dynamic_llava.methods.streaming_llm import StreamingLLM
 from dynamic_llava.methods.structure import Structure
 from dynamic_llava.methods.tome import ToMe
 from dynamic_llava.methods.tova import TOVA
+from dynamic_llava.methods.visionzip import VisionZip
+from dynamic_llava.methods.vispruner import VisPruner
 
 _ROWS: tuple[type[Method], ...] = (
     *(Dense, Dynamic, FastV, PyramidDrop, DivPrune, ToMe),
+    *(VisPruner, VisionZip, HiRED, PruMergePlus, HoloV, SCOPE, HiPrune),
     *(H2O, TOVA, KNorm, SnapKV, StreamingLLM),
     *(Random, Structure, RandomWindow, Mixed),
 )

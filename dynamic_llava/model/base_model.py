@@ -18,6 +18,7 @@ from transformers.models.llava.modeling_llava import LlavaModel, LlavaPreTrained
 from transformers.utils.generic import can_return_tuple
 
 from dynamic_llava.config import SparsityConfig
+from dynamic_llava.engine.attention import TowerNames, serve_sparsely
 from dynamic_llava.engine.cache import CACHE, check_dense_cache, is_live, one_cache
 from dynamic_llava.engine.decoder import FAMILIES
 from dynamic_llava.engine.plan import Plan, cuts_of
@@ -25,7 +26,7 @@ from dynamic_llava.layout import TokenLayout, chunk_of
 from dynamic_llava.methods import Spelling
 from dynamic_llava.model.arguments import check_names, check_served, check_shapes, names_of
 from dynamic_llava.model.configuration import DynamicLlavaConfig
-from dynamic_llava.model.images import ImageInputs, Inputs, check_images, features_of
+from dynamic_llava.model.images import ImageInputs, Inputs, check_images, features_of, tower_of
 from dynamic_llava.model.outputs import DynamicModelOutput
 from dynamic_llava.model.switches import choose_method
 from dynamic_llava.projectors import find_projector
@@ -56,6 +57,7 @@ class DynamicLlavaModel(ImageInputs, DynamicLlavaPreTrainedModel, LlavaModel):
         # LlavaModel's own constructor would build a plain decoder.
         LlavaPreTrainedModel.__init__(self, config)
         self.vision_tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
+        serve_sparsely(self.vision_tower.encoder.layers, self.vision_tower.config, TowerNames)
         activation = ACT2FN[config.projector_hidden_act]
         self.multi_modal_projector = find_projector(config.projector)(config, activation)
         self.language_model = FAMILIES[config.text_config.model_type](config.text_config, config.sparsity)
@@ -133,20 +135,24 @@ class DynamicLlavaModel(ImageInputs, DynamicLlavaPreTrainedModel, LlavaModel):
             output_mask = torch.ones_like(image) if is_step else ~image  # it continues the answer
         lengths = None if is_step else self.lengths_of(inputs)
         layout = TokenLayout.build(image, given["attention_mask"], output_mask, lengths, seen)
+        idle = plan["method"].is_dense and plan["keep_mask"] is None
+        cuts = () if idle else cuts_of(plan["method"], self.config.text_config.num_hidden_layers)
         images = None
         if not is_step:
-            images = self.images_of_call(inputs, layout, **kwargs)
+            reads = next((cut for cut in cuts if cut.reads_tower and plan["keep_mask"] is None), None)
+            images = self.images_of_call(inputs, layout, reads, **kwargs)
             if images is None and inputs.input_ids is not None:
                 _refuse_places_without_images(layout.is_image)
             elif images is None and inputs.image_mask is not None:
                 check_images(layout, lengths)
             plan["has_images"] = bool(layout.is_image.any())
+            if reads is not None and plan["has_images"]:
+                plan["tower"] = tower_of(plan["method"], reads, images)
+                plan["project"] = self.multi_modal_projector
         if plan["sample_key"] is None:
             plan["sample_key"] = torch.zeros(batch, dtype=torch.int64, device=image.device)
         if plan["keep_mask"] is not None:
             plan["keep_mask"] = _decisions(chunk_of("keep_mask", plan["keep_mask"], image, seen))
-        idle = plan["method"].is_dense and plan["keep_mask"] is None
-        cuts = () if idle else cuts_of(plan["method"], self.config.text_config.num_hidden_layers)
         if plan["keep_mask"] is not None and not cuts:
             raise ValueError(
                 f"keep_mask was given to method {plan['method'].name!r}, which never decides, so no layer is the first "

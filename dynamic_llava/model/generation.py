@@ -18,7 +18,9 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 from dynamic_llava.engine.cache import CACHE, AdmissionCache, cache_of, check_dense_cache, rename_cache
 from dynamic_llava.engine.evict import check_eviction, check_search
 from dynamic_llava.engine.learned import warn_untrained
+from dynamic_llava.engine.plan import tower_cut
 from dynamic_llava.engine.record import SparsityRecord
+from dynamic_llava.engine.tower import EncodedImages
 from dynamic_llava.layout import TokenLayout, after_end
 from dynamic_llava.methods import Method
 from dynamic_llava.model.arguments import (
@@ -209,7 +211,8 @@ class SparseGeneration:
         if encoded is not None:
             given["image_features"] = features_of(encoded)
         inputs = replace(_inputs_of(input_ids, given), feature_layer=layer)
-        images = self.model.images_of_call(inputs, self._new_images(input_ids, given))
+        cut = tower_cut(generation.method, self.config.text_config.num_hidden_layers)
+        images = self.model.images_of_call(inputs, self._new_images(input_ids, given), cut)
         if images is not None:
             given["image_features"], given["pixel_values"] = features_of(images), None
         generation.features = given.get("image_features")
@@ -347,4 +350,6 @@ def _chosen(images: Tensor | Sequence[Tensor] | None, order: list[int]) -> Tenso
     """Return the images (I, ...), or the list of them, in this order."""
     if images is None or isinstance(images, Tensor):
         return None if images is None else images[order]
+    if isinstance(images, EncodedImages):
+        return images.chosen(order)
     return [images[number] for number in order]

@@ -12,9 +12,11 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import MultiModalData as MultiModalData  # what servers of models ask processing/ for
 
+from dynamic_llava.engine.tower import EncodedImages, TowerReading
 from dynamic_llava.layout import TokenLayout
+from dynamic_llava.methods import Cut, Evidence, Method
 from dynamic_llava.model.arguments import check_shapes
-from dynamic_llava.projectors import image_tokens
+from dynamic_llava.projectors import STRATEGIES, find_projector, image_tokens
 
 
 @dataclass(frozen=True)
@@ -153,13 +155,23 @@ class ImageInputs:
             )
 
     def encode_images(
-        self, pixel_values: Tensor, layer: int | list[int] | None = None, strategy: str | None = None, **kwargs: Any
+        self,
+        pixel_values: Tensor,
+        layer: int | list[int] | None = None,
+        strategy: str | None = None,
+        cut: Cut | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Run the vision tower and the projector on (I, 3, S, S); `pooler_output` is one (n, D) per image.
 
-        Raises ValueError for pixels of another shape. `kwargs` may ask for output_hidden_states and output_attentions.
+        With a cut that reads the tower it is an EncodedImages, which holds what the cut is shown. Raises ValueError for
+        pixels of another shape, and for a cut that this model's tower or projector cannot serve. `kwargs` may ask for
+        output_hidden_states and output_attentions.
         """
         self.check_pixels(pixel_values)
+        layers = layer if layer is not None else self.config.vision_feature_layer
+        layers = [layers] if isinstance(layers, int) else layers
+        reading = None if cut is None else self._reading(cut, layers, strategy)
         if self.device.type != "meta":  # weights on a disk: their hooks move the input
             pixel_values = pixel_values.to(self.device)
         asked = {name: value for name, value in kwargs.items() if value and name.startswith("output_")}
@@ -169,15 +181,57 @@ class ImageInputs:
             vision_feature_select_strategy=strategy,
             return_dict=True,
             **asked,
+            **({} if reading is None else {"tower": reading}),
         )
+        if cut is not None and reading is not None:
+            seen = dict(reading.seen)
+            if cut.before_projector or "tower" in cut.sees:
+                seen["tower"] = torch.cat([outputs.hidden_states[one][:, 1:] for one in layers], dim=-1)
+            outputs.pooler_output = EncodedImages(features_of(outputs), seen, cut)
         if "output_hidden_states" not in asked:
             outputs.hidden_states = None  # the projector has read them; kept, they would be memory for nothing
         return outputs
 
-    def images_of_call(self, inputs: Inputs, layout: TokenLayout, **kwargs: Any) -> BaseModelOutputWithPooling | None:
+    def _reading(self, cut: Cut, layers: Sequence[int], strategy: str | None) -> TowerReading | None:
+        """Return what reads the vision tower for a cut; None where the cut is shown nothing of it.
+
+        ValueError where an image token is not made of one patch, and where the cut reads a layer without attention.
+        """
+        if not cut.reads_tower:
+            return None
+        wanted = ", ".join(sorted(cut.sees)) or "features before the projector"
+        strategy = strategy if strategy is not None else self.config.vision_feature_select_strategy
+        self.image_length(strategy)  # refuses a strategy that is none
+        if STRATEGIES[strategy] or not find_projector(self.config.projector).per_patch:
+            raise ValueError(
+                f"the method decides about patches by the vision tower ({wanted}), and here an image's tokens are not "
+                f"its patches: vision_feature_select_strategy={strategy!r}, projector={self.config.projector!r}; use "
+                "'default' and a projector with `per_patch`, or a method that decides by projected features, such as "
+                "divprune"
+            )
+        depth, blocks = self.config.vision_config.num_hidden_layers, self.vision_tower.encoder.layers
+        asked: dict[Any, frozenset[Evidence]] = {}
+        if "early_received" in cut.sees:
+            early = max(1, round((cut.early_depth or 0) * depth))
+            asked[blocks[early - 1].self_attn] = frozenset({"early_received"})
+        if not (attended := cut.sees - {"tower", "early_received"}):
+            return TowerReading(asked)
+        layer = layers[-1] if cut.tower_layer is None else cut.tower_layer
+        if not -depth - 1 <= layer <= depth or layer in (0, -depth - 1):
+            raise ValueError(
+                f"the method decides by {wanted} of the vision tower's layer {layer}, and attention is that of the "
+                f"layers 1 to {depth}, or {-depth} to -1, of this tower (0 is the embeddings); choose one of them"
+            )
+        module = blocks[layer % (depth + 1) - 1].self_attn
+        return TowerReading({**asked, module: attended | asked.get(module, frozenset())})
+
+    def images_of_call(
+        self, inputs: Inputs, layout: TokenLayout, cut: Cut | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling | None:
         """Return the images, encoded here or as features given; ValueError unless they fit the layout's image tokens.
 
-        In training a batch without any passes a blank one through, which fills no token.
+        What `cut` is shown of the vision tower comes along (`encode_images`). In training a batch without any passes a
+        blank one through, which fills no token.
         """
         pixels, features = inputs.pixel_values, inputs.image_features
         if pixels is not None and features is not None:
@@ -185,11 +239,12 @@ class ImageInputs:
         lengths = self.lengths_of(inputs)
         if features is not None:
             check_images(layout, lengths, len(features))
-            return BaseModelOutputWithPooling(pooler_output=list(features))
+            given = features if isinstance(features, EncodedImages) else list(features)
+            return BaseModelOutputWithPooling(pooler_output=given)
         if pixels is not None:
             self.check_pixels(pixels)
             check_images(layout, lengths, len(pixels))
-            return self.encode_images(pixels, inputs.feature_layer, inputs.feature_strategy, **kwargs)
+            return self.encode_images(pixels, inputs.feature_layer, inputs.feature_strategy, cut, **kwargs)
         if self.training and torch.is_grad_enabled() and not bool(layout.is_image.any()):
             return self._no_images()
         return None
@@ -208,8 +263,26 @@ class ImageInputs:
 
 
 def features_of(images: BaseModelOutputWithPooling) -> list[Tensor]:
-    """Return the projected features of encoded images, (n, D) for each."""
-    return list(images.pooler_output)
+    """Return the projected features of encoded images, (n, D) for each, with what the vision tower says of them."""
+    found = images.pooler_output
+    return found if isinstance(found, EncodedImages) else list(found)
+
+
+def tower_of(method: Method, cut: Cut, images: BaseModelOutputWithPooling | None) -> EncodedImages:
+    """Return the images with what the vision tower says of them for a method's cut; ValueError where that is lacking.
+
+    Images that came as features have passed the tower elsewhere.
+    """
+    found = None if images is None else images.pooler_output
+    if isinstance(found, EncodedImages) and found.serves(cut):
+        return found
+    wanted = sorted(cut.sees | ({"tower"} if cut.before_projector else set()))
+    raise ValueError(
+        f"method {method.name!r} decides by the vision tower ({', '.join(wanted)}), and the images of this call came "
+        "as projected features, which say nothing of it; give pixel_values, or the pooler_output of "
+        "model.model.encode_images(pixel_values, cut=method.cuts(layers)[0]), or use a method that decides by "
+        "projected features, such as divprune"
+    )
 
 
 def check_images(layout: TokenLayout, lengths: int | Sequence[int], images: int | None = None) -> None:

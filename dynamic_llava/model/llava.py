@@ -55,7 +55,8 @@ class DynamicLlavaForConditionalGeneration(
             a live cache a single new token.
         keep_mask: (B, N) bool, int or float, 1 = kept and 0 = dropped: decisions given instead of made.
         image_features: projected images instead of pixel_values: (I, n, D), or, where images differ in their number of
-            tokens, a list of one (n, D) per image, in row order.
+            tokens, a list of one (n, D) per image, in row order. A method that reads the vision tower takes those alone
+            that `model.encode_images` has encoded for its cut.
         image_mask: (B, N) bool, only with inputs_embeds: the tokens that are images, to be filled or filled already.
         sparsity: "both", "image", "output" or "none"; default both. With "none", and without keep_mask, the parent's
             forward runs, and everything that transformers' LLaVA can do is done as there.

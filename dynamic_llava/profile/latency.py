@@ -228,7 +228,7 @@ def _generation(bench: Bench, variant: Variant, tokens: int) -> Timing:
             given = {"inputs_embeds": prompt.embeds_BND, "attention_mask": mask_BN, **cache}
             bench.twin.generate(**given, **sizes, stopping_criteria=[clock])
         else:
-            given = {"input_ids": prompt.ids_BN, "attention_mask": mask_BN, "image_features": prompt.features_BnD}
+            given = {"input_ids": prompt.ids_BN, "attention_mask": mask_BN, "image_features": prompt.images}
             method = {"method": method_of(bench.preset, variant.way), "compile": variant.compiled}
             bench.model.generate(**given, **sizes, **method, stopping_criteria=[clock])
     return summary([later - earlier for earlier, later in itertools.pairwise(clock.ticks)])
@@ -239,7 +239,7 @@ def _uncached(bench: Bench, way: Way, given: Mapping[str, Any]) -> Call:
         return lambda: bench.twin(inputs_embeds=given["embeds"], use_cache=False, logits_to_keep=1)
     return lambda: bench.model(
         input_ids=given["ids"],
-        image_features=bench.prompt.features_BnD,
+        image_features=bench.prompt.images,
         output_mask=given["output"],
         method=method_of(bench.preset, way),
         use_cache=False,

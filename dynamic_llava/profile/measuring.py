@@ -196,7 +196,7 @@ def work_of(phase: str, preset: Preset, way: Way, value_bytes: int, outputs: int
 
 
 def vision_work(preset: Preset, value_bytes: int) -> Work:
-    """Return the work of vision tower and projector on one image per row."""
+    """Return the work of vision tower and projector on one image per row, without what a method is shown of them."""
     shape = preset.shape
     flops = preset.batch * (shape.vision.flops + shape.projector.forward)
     return Work(flops, value_bytes * (shape.vision.parameters + shape.projector.parameters))

@@ -1,7 +1,8 @@
 """A model of any size without a checkpoint, what it is fed, and caches as they are after so many generated tokens.
 
-Weights are random: time and memory do not depend on their values. Images come in as projected features; the vision
-tower is timed apart, because sparsity does not change it. The dense baseline is transformers' own LlamaForCausalLM,
+Weights are random: time and memory do not depend on their values. Images come in as projected features, with what the
+vision tower says of them for a method that reads it; the tower is timed apart, because sparsity does not change it, but
+for the rows that such a method is shown. The dense baseline is transformers' own LlamaForCausalLM,
 which holds the very same tensors.
 Shape suffixes: B rows, N tokens, C computed tokens, n image tokens of one image, D hidden size.
 """
@@ -17,7 +18,9 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from dynamic_llava.engine.cache import CACHE
+from dynamic_llava.engine.plan import tower_cut
 from dynamic_llava.engine.step import compile_options
+from dynamic_llava.engine.tower import EncodedImages
 from dynamic_llava.layout import TokenLayout
 from dynamic_llava.methods import Dynamic, Method
 from dynamic_llava.model import AdmissionCache, DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
@@ -128,6 +131,8 @@ class Prompt:
     """(B, n, D): projected images."""
     embeds_BND: Tensor
     """(B, N, D): the same with features in place."""
+    images: Tensor | Sequence[Tensor]
+    """The features as the sparse model is given them: those, or encoded for a method that reads the vision tower."""
 
 
 def prompts(model: DynamicLlavaForConditionalGeneration, preset: Preset) -> Prompt:
@@ -140,7 +145,25 @@ def prompts(model: DynamicLlavaForConditionalGeneration, preset: Preset) -> Prom
     features_BnD = 0.02 * torch.randn(preset.batch, n, hidden, device=device, dtype=model.dtype)
     embeds_BND = model.get_input_embeddings()(ids_BN)
     embeds_BND[:, image] = features_BnD
-    return Prompt(ids_BN, features_BnD, embeds_BND)
+    cut = None if preset.method is None else tower_cut(preset.method, preset.shape.decoder.layers)
+    if cut is None:
+        return Prompt(ids_BN, features_BnD, embeds_BND, features_BnD)
+    return Prompt(ids_BN, features_BnD, embeds_BND, EncodedImages(features_BnD, tower_says(model, preset), cut))
+
+
+def tower_says(model: DynamicLlavaForConditionalGeneration, preset: Preset) -> dict[Any, Tensor]:
+    """Return random evidence of the vision tower; the rows are the same for every image, and in every model.
+
+    So a method whose images say themselves how many tokens they need keeps the same number in all rows and rehearsals.
+    """
+    batch, n, width = preset.batch, preset.shape.tokens_per_image, preset.shape.vision.hidden
+    heads = model.config.vision_config.num_attention_heads
+    row_n = torch.randn(n, generator=torch.Generator().manual_seed(0)).softmax(0)
+    row_Bn = row_n.to(model.device).expand(batch, n)
+    widths = {"tower_keys": width // heads, "joint_tower_keys": width, "tower": width}
+    drawn = {name: torch.randn(batch, n, one, device=model.device, dtype=model.dtype) for name, one in widths.items()}
+    rows = dict.fromkeys(("class_row", "joint_class_row", "received", "early_received"), row_Bn)
+    return {**rows, **drawn}
 
 
 def random_ids(model: DynamicLlavaForConditionalGeneration, batch: int, tokens: int) -> Tensor:
@@ -152,7 +175,7 @@ def sparse_prefill(model: DynamicLlavaForConditionalGeneration, preset: Preset, 
     """Run the prompts through the sparse model, image predictor included; returns its output with the cache."""
     return model(
         input_ids=prompt.ids_BN,
-        image_features=prompt.features_BnD,
+        image_features=prompt.images,
         method=method_of(preset, way),
         use_cache=True,
         logits_to_keep=1,

@@ -19,6 +19,9 @@ class Projector(nn.Module, ABC):
     """Base of all projectors; a module, so what it learns is saved as `multi_modal_projector.*`."""
 
     name: ClassVar[str]
+    per_patch: ClassVar[bool] = False
+    """Whether each image token is made of one patch alone, in their order, so that a method's decisions about patches
+    are decisions about tokens. Without it methods that read the vision tower are refused."""
 
     def __init__(self, config: Any, activation: nn.Module) -> None:
         """Build the weights for a LlavaConfig; `activation` is what its projector_hidden_act names."""

@@ -11,6 +11,7 @@ class Mlp(Projector):
     """One token for each patch, and one for the class token; the tensors of transformers' LlavaMultiModalProjector."""
 
     name: ClassVar[str] = "mlp"
+    per_patch: ClassVar[bool] = True
 
     def __init__(self, config: Any, activation: nn.Module) -> None:
         super().__init__(config, activation)

@@ -13,6 +13,8 @@ from tests.builders import FIRST_WORD, HIDDEN, IMAGE_TOKEN, LAYERS, PAD, VOCABUL
 
 ROWS = [[9], [16, 5], [], [1, 20, 7]]
 """Tokens of each image, row by row: neighbours where a row has several, and a row of text."""
+BY_FEATURES = [name for name, kind in METHODS.items() if not any(cut.reads_tower for cut in kind().cuts(LAYERS))]
+"""Methods that decide by projected features; those that read the tower refuse them (tests/model/test_tower.py)."""
 RELAXATIONS = ["gumbel_st", "sigmoid_st", "soft_topk"]
 
 
@@ -41,7 +43,7 @@ def row_alone(batch, number):
     return {**masks, "image_features": batch["image_features"][first : first + len(ROWS[number])]}
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method().evicts])
+@pytest.mark.parametrize("name", [name for name in BY_FEATURES if not METHODS[name]().evicts])
 @pytest.mark.parametrize("rate", [0.2, 0.29, 0.5])
 @torch.no_grad()
 def test_every_image_has_a_budget_of_its_own(name, rate):
@@ -106,7 +108,7 @@ def test_padding_of_shorter_images_reaches_no_score():
 
 
 @pytest.mark.parametrize(
-    "how", [{"sparsity": "both"}, {"sparsity": "none"}, *({"method": name} for name in METHODS)], ids=str
+    "how", [{"sparsity": "both"}, {"sparsity": "none"}, *({"method": name} for name in BY_FEATURES)], ids=str
 )
 @pytest.mark.parametrize("cached", [True, False])
 @torch.no_grad()

@@ -4,6 +4,7 @@ The reference runs transformers' own layers on all tokens with one explicit mask
 earlier ones that the method has not dropped at an earlier layer. It decides by formulas of its own.
 """
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -19,6 +20,21 @@ STAGED = {
     "divprune": {"image_keep_rate": 0.3},
     "tome": {"image_keep_rate": 0.6},
     "tome, rounds": {"image_keep_rate": 0.2},
+    "hired": {"image_keep_rate": 0.3},
+    "vispruner": {"image_keep_rate": 0.45},
+    "vispruner, fastervlm": {"image_keep_rate": 0.3, "important_ratio": 1},
+    "vispruner, thinned": {"image_keep_rate": 0.2, "important_ratio": 0},
+    "visionzip": {"image_keep_rate": 0.5, "dominant_share": 0.6},
+    "visionzip, few": {"image_keep_rate": 0.1},
+    "holov": {"image_keep_rate": 0.4, "image_parts": 4},
+    "holov, uneven": {"image_keep_rate": 0.7, "image_parts": 5, "variation": 0.5},
+    "holov, single": {"image_keep_rate": 0.3},
+    "hiprune": {"image_keep_rate": 0.5, "object_share": 0.7},
+    "hiprune, few": {"image_keep_rate": 0.3, "object_share": 1.0, "object_depth": 1.0},
+    "scope": {"image_keep_rate": 0.4},
+    "scope, flatter": {"image_keep_rate": 0.6, "saliency": 0.5},
+    "prumerge_plus": {},
+    "prumerge_plus, two": {"neighbours": 2},
 }
 
 
@@ -34,17 +50,19 @@ class Reference:
     def __init__(self, model, method, ids, pixels, answers):
         self.decoder, self.method, self.answers = model.model.language_model, method, answers
         embeds = model.get_input_embeddings()(ids[None])
-        self.images = list(images_of(ids))
+        self.images, self.project, self.tower = list(images_of(ids)), model.model.multi_modal_projector, []
         if self.images:
             features = torch.cat(list(model.model.get_image_features(pixels).pooler_output))
             embeds[0, torch.cat(self.images)] = features
+            self.tower = [Tower(model.model.vision_tower, one[None]) for one in pixels]
         self.hidden, self.until = embeds, torch.full(ids.shape, LAYERS)
         self.places = {cut.layer for cut in method.cuts(LAYERS)}
         places = torch.arange(len(ids))[None]
         rotation, self.weights = self.decoder.rotary_emb(embeds, position_ids=places), None
         for index, layer in enumerate(self.decoder.layers):
             if index in self.places:
-                for image in self.images:
+                for number, image in enumerate(self.images):
+                    self.number = number
                     self.cut(image[self.until[image] > index], index)
             seen = (self.until > index) | torch.eye(len(ids), dtype=torch.bool)
             mask = torch.zeros(1, 1, *seen.shape).masked_fill(~seen.tril(), torch.finfo(torch.float32).min)
@@ -87,6 +105,127 @@ class Reference:
         for group in groups:
             self.hidden[0, image[group[0]]] = whole[group].mean(0)
         return [place for place in range(len(image)) if place not in {group[0] for group in groups}]
+
+    def hired(self, image):
+        keep = best(self.tower[self.number].row, budget(self.method.image_keep_rate, len(image)))
+        return [place for place in range(len(image)) if place not in keep]
+
+    def vispruner(self, image):
+        tower, total = self.tower[self.number], budget(self.method.image_keep_rate, len(image))
+        ranked = best(tower.row, len(image))
+        important = int(total * self.method.important_ratio)
+        keep, others = ranked[:important], ranked[important:]
+        others = others if important < total else []
+        while (surplus := len(others) - (total - important)) > 0:
+            nearest = {one: max(cosine(tower.features, one, other) for other in others[1::2]) for one in others[::2]}
+            listed = sorted(nearest, key=lambda one: -nearest[one])
+            others = listed[min(8, surplus) :] + others[1::2]
+        return [place for place in range(len(image)) if place not in keep + others]
+
+    def visionzip(self, image):
+        tower, total = self.tower[self.number], budget(self.method.image_keep_rate, len(image))
+        dominant = best(tower.row, max(1, int(total * self.method.dominant_share)))
+        rest = [place for place in range(len(image)) if place not in dominant]
+        contextual = [rest[i * (len(rest) // (total - len(dominant)))] for i in range(total - len(dominant))]
+        groups = {place: [] for place in contextual}
+        for place in rest if contextual else ():
+            if place not in groups:
+                groups[max(contextual, key=lambda one: cosine(tower.keys, one, place))].append(place)
+        for place, group in groups.items():
+            if group:
+                self.hidden[0, image[place]] = self.project(tower.features[place] + tower.features[group].mean(0))
+        return [place for place in rest if place not in contextual]
+
+    def holov(self, image):
+        row, count = 1e3 * self.tower[self.number].row, min(self.method.image_parts, len(image))
+        hidden, total = self.hidden[0, image], budget(self.method.image_keep_rate, len(image))
+        parts = [part.tolist() for part in np.array_split(np.arange(len(image)), count)]
+        scores = []
+        for part in parts:
+            varies = []
+            for one in part:
+                alike = [0.0 if other == one else cosine(hidden, one, other) for other in part]
+                mean = sum(alike) / max(1, len(part) - 1)
+                varies.append(sum((value - mean) ** 2 for value in alike) / max(1, len(part) - 1))
+            scale = float(row[part].mean()) / (sum(varies) / len(part) + 1e-6)
+            scores.append(float(row[part].mean()) + self.method.variation * scale * sum(varies) / len(part))
+        quotas = [min(len(part), int(score / sum(scores) * total)) for part, score in zip(parts, scores, strict=True)]
+        while sum(quotas) < total:
+            for number in best(torch.tensor(scores), count):
+                quotas[number] += quotas[number] < len(parts[number]) and sum(quotas) < total
+        kept = {part[place] for part, quota in zip(parts, quotas, strict=True) for place in best(row[part], quota)}
+        return [place for place in range(len(image)) if place not in kept]
+
+    def hiprune(self, image):
+        tower, total, side = self.tower[self.number], budget(self.method.image_keep_rate, len(image)), 4
+        early = tower.received[max(1, round(self.method.object_depth * len(tower.received))) - 1]
+        anchors = best(early, round(total * self.method.object_share / 5))
+        beside = [
+            place for place in best(early, len(image))
+            if any(abs(place // side - one // side) + abs(place % side - one % side) == 1 for one in anchors)
+        ]  # fmt: skip
+        keep = [*anchors, *(place for place in beside if place not in anchors)][:total]
+        deep = [place for place in best(tower.received[-2], len(image)) if place not in keep]
+        keep += deep[: total - len(keep)]
+        return [place for place in range(len(image)) if place not in keep]
+
+    def scope(self, image):
+        tower, every, keep = self.tower[self.number], range(len(image)), []
+        alike = [[cosine(tower.features, one, other) for other in every] for one in every]
+
+        def coverage(chosen):
+            return sum(max([0.0, *(alike[one][other] for one in chosen)]) for other in every)
+
+        while len(keep) < budget(self.method.image_keep_rate, len(image)):
+            added = {one: coverage([*keep, one]) - coverage(keep) for one in every if one not in keep}
+            keep.append(max(added, key=lambda one: added[one] * float(tower.row[one]) ** self.method.saliency))
+        return [place for place in every if place not in keep]
+
+    def prumerge_plus(self, image):
+        tower, every = self.tower[self.number], range(len(image))
+        row = tower.joint_row.tolist()
+        lower, upper = np.percentile(row, [25, 75])
+        count = max(1, sum(one > upper + 1.5 * (upper - lower) for one in row))
+        step = max(1, int(int(len(row) / count) / 3))
+        keep = {*best(tower.joint_row, count), *range(0, len(row) - 1, step)}
+        rest = [place for place in every if place not in keep]
+        for one in keep:
+            ranked = sorted((i for i in every if i != one), key=lambda other: -cosine(tower.joint_keys, one, other))
+            added = sum(row[other] * tower.features[other] for other in ranked[: self.method.neighbours])
+            self.hidden[0, image[one]] = self.project(tower.features[one] + added)
+        if rest:
+            self.hidden[0, image[rest[-1]]] = self.project(sum(row[place] * tower.features[place] for place in rest))
+        return rest[:-1]
+
+
+class Tower:
+    """What transformers' own tower gives of one image, all of its attention weights returned."""
+
+    def __init__(self, tower, pixels):
+        out = tower(pixels, output_attentions=True, output_hidden_states=True)
+        depth = len(tower.encoder.layers)
+        self.row = out.attentions[depth - 2][0].mean(0)[0, 1:]  # of the layer whose output the projector reads
+        self.features = out.hidden_states[-2][0, 1:]
+        self.received = [layer[0].mean((0, 1))[1:] for layer in out.attentions]
+        queries, keys = self.maps(tower.encoder.layers[depth - 2], out.hidden_states[depth - 2])
+        self.keys = keys.view(len(keys), tower.config.num_attention_heads, -1).mean(1)[1:]
+        queries, keys = self.maps(tower.encoder.layers[depth - 1], out.hidden_states[depth - 1])
+        self.joint_row = (keys @ queries[0] / keys.shape[1] ** 0.5).softmax(0)[1:]
+        self.joint_keys = keys[1:]
+
+    @staticmethod
+    def maps(layer, hidden):
+        normed = layer.layer_norm1(hidden[0])
+        return layer.self_attn.q_proj(normed), layer.self_attn.k_proj(normed)
+
+
+def best(scores, count):
+    """The places of the highest scores, equal ones by place."""
+    return sorted(range(len(scores)), key=lambda place: -float(scores[place]))[:count]
+
+
+def cosine(vectors, one, other):
+    return float(F.cosine_similarity(vectors[one], vectors[other], dim=0))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

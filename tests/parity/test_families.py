@@ -15,7 +15,7 @@ from dynamic_llava.methods import METHODS as REGISTERED
 from dynamic_llava.methods import Dense, get_method
 from tests.builders import TEXT_CONFIGS, assert_same_logits, build_model, collate, dense_twin, fixed_rows, tiny_config
 from tests.world_laws import QUICK_LAWS, Laws
-from tests.worlds import ANY_RATE, DROPPING, Shape, Unjudged, World
+from tests.worlds import ANY_RATE, DROPPING, READS_TOWER, Shape, Unjudged, World
 
 ROWS = (
     ((("text", 2), ("image", 3), ("text", 2)), (("output", 3), ("text", 1)), (("output", 4),)),
@@ -48,6 +48,7 @@ def world_of(family, method, attention="sdpa", side="left", lengths="one", layer
         image_keep_rate=0.34, image_selection="topk", masked_softmax="chunked", attention=attention, family=family,
         seed=seed,
     )  # fmt: skip
+    lengths = "one" if method in READS_TOWER else lengths  # it decides by pixels
     return World(
         shape, method=METHODS[method], mode="both", turns=3, side=side, autocast="bfloat16", beams=2, returned=2,
         temperature=1.0, lengths=lengths, rows=ROWS,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamic_llava.config import SparsityConfig
-from dynamic_llava.costs import decoder_shape
+from dynamic_llava.costs import decoder_shape, llava_shape
 from dynamic_llava.eval import predict
 from dynamic_llava.eval.efficiency import measure_speed, prefill_costs
 from dynamic_llava.eval.metrics.choices import yes_no_scores
@@ -201,6 +201,7 @@ class Evaluator:
             output.descriptions,
             self.processor.tokens_per_image,
             method=choose_method(self.settings, **row.switches),
+            vision=llava_shape(model.config).vision,
         )
         metrics["kv_kib"] = statistics.fmean(said.cache_bytes for said in output.descriptions) / 1024
         metrics["kv_allocated_kib"] = statistics.fmean(said.allocated_bytes for said in output.descriptions) / 1024

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamic_llava.config import SparsityConfig
-from dynamic_llava.costs import decoder_shape
+from dynamic_llava.costs import decoder_shape, llava_shape
 from dynamic_llava.eval import predict
 from dynamic_llava.eval.efficiency import prefill_costs
 from dynamic_llava.eval.identity import method_settings
@@ -65,6 +65,7 @@ def measure(checkpoint: Path, test: TestSet, method: Method) -> dict[str, float]
         output.descriptions,
         processor.tokens_per_image,
         method=method,
+        vision=llava_shape(model.config).vision,
     )
     return {
         "ppl": testset.perplexity(forced.nll, forced.tokens),
