@@ -108,7 +108,8 @@ class LiveDialogues:
         self.image_seen = torch.zeros(batch, layers, dtype=torch.int64, device=device)
         """(B, L) image tokens that each layer sees."""
         self.output_seen = torch.zeros_like(self.image_seen)
-        """(B, L) output tokens that each layer sees, which stay in its cache."""
+        """(B, L) output tokens that each layer sees; they stay in its cache, unless the method evicts."""
+        self._held: list[Tensor] = []
 
     def feed(self, chunks: Sequence[Sequence[int]], *, output: bool) -> Tensor:
         """Feed each row its ids, which may be none; `output` says whether they belong to an answer.
@@ -138,7 +139,19 @@ class LiveDialogues:
         )
         self._count(result.sparsity, ids_BQ, valid_BQ & output)
         self._cache, self._pixels = cache_of(result), None
+        if self.method.evicts:
+            held_B = self._cache.head_lengths().sum((1, 2))
+            self._held = [*self._held[:1], held_B]
         return result.logits[:, -1].float()
+
+    def heads_hold(self) -> list[tuple[int, int] | None]:
+        """Return of each row how many tokens all key heads held after its first chunk, and hold now, where they evict.
+
+        None for a method that evicts nothing: what its cache holds is what its layers see.
+        """
+        if not self._held:
+            return [None] * len(self.image_seen)
+        return list(zip(self._held[0].tolist(), self._held[-1].tolist(), strict=True))
 
     def _count(self, record: Any, ids_BQ: Tensor, output_BQ: Tensor) -> None:
         image_BQ, layers = (ids_BQ == self.model.config.image_token_id) & ~output_BQ, self.image_seen.shape[1]

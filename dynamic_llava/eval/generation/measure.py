@@ -38,7 +38,9 @@ class Lengths:
     output: int
     """Answer tokens that were fed; the last one of each answer is not."""
     output_seen: Sequence[int]
-    """Per layer those that it sees, and so stores."""
+    """Per layer those that it sees, and so stores, unless they are evicted."""
+    heads_hold: tuple[int, int] | None = None
+    """Tokens that all key heads held after the first prompt, and at the end, where the method evicts."""
 
     def fields(self, shape: DecoderShape, bytes_per_value: int, *, several: bool) -> dict[str, int]:
         """Return lengths, memory and decode FLOPs by the names that answer lines give them.
@@ -46,24 +48,28 @@ class Lengths:
         `decode_flop` is Table 3's: Eq. 13 on the output tokens in one pass. `decode_kv_bytes` is what the keys and
         values of these tokens fill; `max_prefill_memory` and `max_decode_memory` are what all tokens fill after the
         first prompt and at the end (the scripts read the device's allocation there, which is no property of a method).
+        Of a method that evicts, both are what its heads hold, and `decode_kv_bytes` is by how much that has grown.
         """
 
         def filled(tokens: Sequence[int]) -> int:
             return kv_bytes(shape, tokens, bytes_per_value=bytes_per_value)
 
-        opened = [image + self.first_text for image in self.image_seen]
-        ended = [image + self.text + output for image, output in zip(self.image_seen, self.output_seen, strict=True)]
-
+        opened = filled([image + self.first_text for image in self.image_seen])
+        every = zip(self.image_seen, self.output_seen, strict=True)
+        ended, answers = filled([image + self.text + output for image, output in every]), filled(self.output_seen)
+        if self.heads_hold is not None:
+            opened, ended = (count * 2 * shape.head_width * bytes_per_value for count in self.heads_hold)
+            answers = ended - opened
         return {
             "total_token_length": self.image + self.text + self.output,
             # The scripts count the place of the image as one more token where there are several rounds.
             "instruct_token_length": self.text + several,
             "output_token_length": self.output,
             "output_cache_length": self.output_seen[-1],
-            "max_prefill_memory": filled(opened),
-            "max_decode_memory": filled(ended),
+            "max_prefill_memory": opened,
+            "max_decode_memory": ended,
             "decode_flop": flops_paper(self.output_seen, shape.hidden, shape.layers),
-            "decode_kv_bytes": filled(self.output_seen),
+            "decode_kv_bytes": answers,
         }
 
 
@@ -77,6 +83,8 @@ class Generated:
     """Per layer the image tokens that it saw."""
     output_seen: list[int]
     """Per layer the fed answer tokens that it saw."""
+    heads_hold: tuple[int, int] | None
+    """As those of `Lengths`."""
 
 
 def measure_dialogues(
@@ -121,7 +129,7 @@ def _generate(
     live = LiveDialogues(run.model, pixels, run.method, sample_key)
     prompts = [[one.prompt for one in row] for row in rows]
     said = answer_dialogues(live, prompts, run.max_new_tokens, set(ends if isinstance(ends, list) else [ends]))
-    seen = zip(live.image_seen.tolist(), live.output_seen.tolist(), strict=True)
+    seen = zip(live.image_seen.tolist(), live.output_seen.tolist(), live.heads_hold(), strict=True)
     return [Generated(tokens, *numbers) for tokens, numbers in zip(said, seen, strict=True)]
 
 
@@ -138,8 +146,9 @@ def _line(
     image = run.processor.tokens_per_image
     text, first = sum(len(one.prompt) for one in row) - image, len(row[0].prompt) - image
     shape, size = decoder_shape(run.model.config), run.model.dtype.itemsize
-    forced = Lengths(image, scored.image_seen, first, text, sum(len(one.answer) - 1 for one in row), scored.output_seen)
-    free = Lengths(image, said.image_seen, first, text, sum(len(one) - 1 for one in said.tokens), said.output_seen)
+    fed, own_fed = sum(len(one.answer) - 1 for one in row), sum(len(one) - 1 for one in said.tokens)
+    forced = Lengths(image, scored.image_seen, first, text, fed, scored.output_seen, scored.heads_hold)
+    free = Lengths(image, said.image_seen, first, text, own_fed, said.output_seen, said.heads_hold)
     extra: dict[str, Any] = dict(forced.fields(shape, size, several=several))
     own = free.fields(shape, size, several=several)
     extra |= {f"meteor_{name}": value for name, value in own.items()}
@@ -155,6 +164,7 @@ def _line(
         "image_seen": said.image_seen,
         "output_tokens": free.output + 1,
         "output_kept": said.output_seen[-1],
+        **({} if said.heads_hold is None else {"heads_hold": said.heads_hold[1]}),
         "tokens": said.tokens,
     }
     return Said("\n".join(texts), metadata, extra)

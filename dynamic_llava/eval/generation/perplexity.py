@@ -49,6 +49,8 @@ class Scored:
     """Per layer the image tokens that it saw."""
     output_seen: list[int]
     """Per layer the fed answer tokens, of all rounds, that it saw."""
+    heads_hold: tuple[int, int] | None = None
+    """Tokens that all key heads held after the first prompt, and at the end, where the method evicts."""
 
 
 @torch.no_grad()
@@ -64,12 +66,13 @@ def score_dialogues(
 
     pixel_values is (B, 3, S, S), one image a row; sample_key (B,) int64 as in `LiveDialogues`. The head runs only where
     a token is predicted. A method that looks at the question's attention is asked round by round where a first answer
-    feeds no token: in one pass such a question has no end.
+    feeds no token: in one pass such a question has no end. Under a method that evicts, what a token sees depends on the
+    steps before it, so each token is fed by itself.
     """
     model.eval()
     device, layers = model.device, model.config.text_config.num_hidden_layers
     looks = any("question_row" in cut.sees for cut in method.cuts(layers))
-    if looks and any(len(row) > 1 and len(row[0].answer) == 1 for row in rows):
+    if method.evicts or (looks and any(len(row) > 1 and len(row[0].answer) == 1 for row in rows)):
         return score_step_by_step(model, rows, pixel_values, method, sample_key)
     fed = [_fed(row) for row in rows]
     width = max(len(ids) for ids, _, _ in fed)
@@ -127,11 +130,14 @@ def score_step_by_step(
             for place, one in enumerate(now):
                 if step < len(one.answer):
                     nll[place][number].append(nll_B[place])
-    seen = zip(live.image_seen.tolist(), live.output_seen.tolist(), strict=True)
-    return [
-        Scored(tuple(math.exp(torch.stack(one).double().mean().item()) for one in row), image, output)
-        for row, (image, output) in zip(nll, seen, strict=True)
-    ]
+    seen = zip(live.image_seen.tolist(), live.output_seen.tolist(), live.heads_hold(), strict=True)
+    scored = []
+    for row, counts in zip(nll, seen, strict=True):
+        means = [torch.stack(one).double().mean().item() for one in row]
+        if not all(mean < LARGEST for mean in means):
+            raise NotFiniteLogits(NOT_FINITE)
+        scored.append(Scored(tuple(map(math.exp, means)), *counts))
+    return scored
 
 
 def _fed(row: Sequence[EncodedRound]) -> tuple[list[int], list[bool], list[int]]:

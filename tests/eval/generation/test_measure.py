@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 
-from dynamic_llava.costs import LLAVA_7B, LLAVA_13B
+from dynamic_llava.costs import LLAVA_7B, LLAVA_13B, decoder_shape
 from dynamic_llava.eval import run as runner
 from dynamic_llava.eval.answers import read_answers
 from dynamic_llava.eval.generation.measure import Lengths
 from dynamic_llava.eval.metrics import meteor
 from dynamic_llava.eval.tasks import get_task
-from tests.builders import TOKENS_PER_IMAGE
+from tests.builders import TOKENS_PER_IMAGE, shared_model
 from tests.eval.run_builders import lines_of, run, summary
 from tests.eval.task_data import TASK_DATA
 from tests.sft_builders import write_checkpoint
@@ -190,3 +190,27 @@ def test_columns_of_table_3(shape, fed, kept, tflop, mebi):
     assert found["decode_kv_bytes"] / 2**20 == pytest.approx(mebi, abs=0.05)
     assert found["max_decode_memory"] - found["max_prefill_memory"] == found["decode_kv_bytes"]
     assert found["total_token_length"] == 576 + 56 + 159
+
+
+def test_memory_of_a_method_that_evicts_is_what_its_heads_hold():
+    """Keys and values of a head, two bytes a value; the rest is as for any other method."""
+    shape = decoder_shape(shared_model().config)
+    lengths = Lengths(16, [16] * shape.layers, 4, 4, 5, [5] * shape.layers)
+    plain = lengths.fields(shape, 2, several=False)
+    found = replace(lengths, heads_hold=(100, 130)).fields(shape, 2, several=False)
+    token = 2 * 2 * shape.head_width
+    memory = {"max_prefill_memory": 100, "max_decode_memory": 130, "decode_kv_bytes": 30}
+    assert found == plain | {name: token * count for name, count in memory.items()}
+
+
+def test_lines_of_a_method_that_evicts_say_what_its_heads_hold(checkpoint, root):
+    """So that its key-value bytes are counted, and are those of the line."""
+    out = root / "out"
+    method = ("--method", "tova", "--method.keep-rate", "0.4")
+    assert run(checkpoint, "lvis_single,lvis_multi", root, out, "--batch-size", 4, *method) == 0
+    for name in ("lvis_single", "lvis_multi"):
+        found, row = lines(out, name), summary(out)["tasks"][name]
+        assert row["value"] > 1 and all(line["metadata"]["heads_hold"] > 0 for line in found)
+        mean = sum(line["meteor_max_decode_memory"] for line in found) / len(found)
+        assert row["efficiency"]["kv_bytes"]["value"] == pytest.approx(mean)
+        assert all(line["max_decode_memory"] >= line["max_prefill_memory"] > 0 for line in found)

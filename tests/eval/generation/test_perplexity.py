@@ -9,6 +9,8 @@ import torch
 from dynamic_llava.config import SPARSITY_MODES
 from dynamic_llava.eval.generation.dialogues import EncodedRound, encode_dialogue
 from dynamic_llava.eval.generation.perplexity import measure_ppl_speed, score_dialogues, score_step_by_step, write_speed
+from dynamic_llava.methods import get_method
+from dynamic_llava.model import AdmissionCache
 from dynamic_llava.processing.prompts import SYSTEM
 from tests.builders import (
     BOS,
@@ -178,3 +180,63 @@ def test_the_committed_measurement():
 def test_no_repeats_is_refused():
     with pytest.raises(ValueError, match="repeats=0 is not possible"):
         measure_ppl_speed(repeats=0)
+
+
+EVICTING = {
+    "h2o": {"heavy_rate": 0.2, "recent_rate": 0.2}, "knorm": {}, "random_window": {}, "snapkv": {"window": 3},
+    "streaming_llm": {"window": 9}, "tova": {"keep_rate": 0.4},
+}  # fmt: skip
+KEEPS_ALL = {
+    "knorm": {"keep_rate": 1.0}, "streaming_llm": {"window": 1000}, "tova": {"keep_rate": 1.0, "shares_of": "tokens"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KEEPS_ALL)
+def test_a_method_that_could_evict_and_keeps_all_scores_as_dense(name):
+    """Token by token on a cache of its own, and what the heads hold is every token that was fed."""
+    model = shared_model()
+    rows, pixels = dialogues(SEVERAL)
+    dense = score_dialogues(model, rows, pixels, get_method("dense"))
+    found = score_dialogues(model, rows, pixels, get_method(name, **KEEPS_ALL[name]))
+    text = model.config.text_config
+    heads = text.num_hidden_layers * text.num_key_value_heads
+    assert_same(found, dense)
+    for row, one in zip(rows, found, strict=True):
+        fed = sum(len(its.prompt) + len(its.answer) - 1 for its in row)
+        assert one.heads_hold == (heads * len(row[0].prompt), heads * fed)
+    assert {one.heads_hold for one in dense} == {None}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", EVICTING)
+def test_evicting_perplexity_is_that_of_steps_on_a_cache(name):
+    """Each row alone, a call for the prompt and one for each token of its answer, on a cache made by hand."""
+    model, method = shared_model(), get_method(name, **EVICTING[name])
+    rows, pixels = dialogues(SINGLE)
+    found = score_dialogues(model, rows, pixels, method)
+    for (row,), pixel, one in zip(rows, pixels, found, strict=True):
+        cache = AdmissionCache.for_method(method, model.config.text_config.num_hidden_layers, 8)
+        nll, opened = [], None
+        for said, token in enumerate(row.answer):
+            ids = row.prompt if said == 0 else row.answer[said - 1 : said]
+            fed = len(row.prompt) + said
+            output = torch.arange(fed)[None] >= len(row.prompt)
+            more = {"pixel_values": pixel[None]} if said == 0 else {}
+            logits = model(
+                input_ids=torch.tensor([ids]), cache=cache, use_cache=True, method=method, output_mask=output, **more
+            ).logits
+            opened = int(cache.head_lengths().sum()) if opened is None else opened
+            nll.append(-torch.log_softmax(logits[0, -1].double(), -1)[token].item())
+        assert one.perplexities[0] == pytest.approx(math.exp(sum(nll) / len(nll)), rel=1e-4)
+        assert one.heads_hold == (opened, int(cache.head_lengths().sum()))
+
+
+@pytest.mark.parametrize("name", EVICTING)
+def test_a_dialogue_under_eviction_is_scored_as_alone(name):
+    """Ragged rows of several rounds; rows that have ended keep what they hold."""
+    model, method = shared_model(), get_method(name, **EVICTING[name])
+    rows, pixels = dialogues(SEVERAL)
+    for place, one in enumerate(score_dialogues(model, rows, pixels, method)):
+        (alone,) = score_dialogues(model, rows[place : place + 1], pixels[place : place + 1], method)
+        assert_same([one], [alone])
+        assert one.heads_hold == alone.heads_hold
