@@ -23,7 +23,7 @@ BLOCK = re.compile(r"```bash\n(.*?)```", re.DOTALL)
 RUN_BY_CI = ("setup.sh", "test.sh", "test_lmms_eval.sh", "nltk_data.sh")
 """Scripts that .ci/run runs whole."""
 MEASURES = ("latency", "roofline", "training", "curve", "attention", "benchmark", "data", "against")
-LONG = tuple(f"profile {name}" for name in MEASURES)
+LONG = (*(f"profile {name}" for name in MEASURES), "tiny benchmarks")
 """Commands whose arguments alone are checked."""
 WHOLE = ("profile flops", "profile tokens", "profile memory", "eval --tasks list", "sweep")
 """Commands that lack nothing here."""

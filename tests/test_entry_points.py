@@ -23,14 +23,14 @@ HELP = {
     "checkpoints.__main__": ["", "convert", "check"],
     "data.__main__": ["", "check", "first-batch"],
     "eval.__main__": [
-        "", "score", "build-lvis", "build-sharegpt4v", "ppl-speed",
+        "", "compare", "compare-seeds", "score", "build-lvis", "build-sharegpt4v", "ppl-speed",
     ],
     "profile.__main__": [
         "", "flops", "tokens", "memory", "memory x.yaml", "latency", "roofline", "training", "curve", "benchmark",
         "part", "summary", "against", "data",
     ],
     "sweep.__main__": [""],
-    "tiny.__main__": ["", "job", "page", "budgets", "measure"],
+    "tiny.__main__": ["", "job", "page", "budgets", "measure", "benchmarks"],
     "tiny.train_base": [""],
     "train.__main__": [""],
     "train.launch": [""],

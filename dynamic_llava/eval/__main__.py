@@ -3,6 +3,8 @@
 `--tasks list` says which benchmarks there are and which of their files are missing. The same command again goes on
 where an interrupted run was. `bash scripts/eval.sh` takes the same arguments and uses every GPU. Instead of all this:
 
+compare       several methods on the same questions: quality, its difference to dense, costs, and a picture of both
+compare-seeds such comparisons of checkpoints of several training seeds, joined
 score         what an answer file is worth, or the file for the server that scores it
 build-lvis, build-sharegpt4v
               the items of LVIS-VQA and ShareGPT4V-VQA, from the public data they were chosen from
@@ -49,6 +51,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m dynamic_llava.eval", description=__doc__)
     _add_run_arguments(parser)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    comparing = commands.add_parser("compare", help="several methods on the same questions, in one table")
+    _add_compare_arguments(comparing)
+    seeds = commands.add_parser("compare-seeds", help="comparisons of several training seeds, joined into one table")
+    seeds.add_argument("folders", type=Path, nargs="+", help="output folders of `compare`, one for each seed")
+    seeds.add_argument("--output-folder", type=Path, required=True, help="compare.json, .md, .csv, .png, .svg go here")
+    seeds.set_defaults(execute=_join_seeds)
     scoring = commands.add_parser("score", help="score an answer file, without a model")
     score.add_arguments(scoring)
     scoring.set_defaults(execute=score.run)
@@ -65,12 +73,50 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tasks", help=f"benchmarks, separated by commas, required: {names} (default: None)")
     parser.add_argument(
-        "--data-root", type=Path, default=score.DATA_ROOT, help="folder as LLaVA's playground/data/eval"
-    )
-    parser.add_argument(
         "--output-folder", type=Path, help="answers, summary.json and table.md go here; required (default: None)"
     )
     _add_deciding(parser)
+    _add_asking(parser)
+
+
+def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command `compare`."""
+    parser.set_defaults(execute=_compare)
+    parser.add_argument(
+        "--model",
+        action="append",
+        required=True,
+        help="folder of a checkpoint with its processor, or a hub name; may be given more than once, and differences "
+        "are to the dense method on the first",
+    )
+    parser.add_argument(
+        "--methods",
+        required=True,
+        help="what decides, a list with dense in it: dense,dynamic,fastv:layer=3,keep=0.25,my_module:Mine; settings "
+        "stand behind the colon of their method, and a value with commas in brackets: pyramiddrop:layers=(2,4)",
+    )
+    parser.add_argument("--tasks", required=True, help="benchmarks, separated by commas, as without a command")
+    parser.add_argument(
+        "--output-folder",
+        type=Path,
+        required=True,
+        help="answers, compare.json, .md, .csv, .png and .svg go here",
+    )
+    parser.add_argument(
+        "--equal",
+        metavar="BUDGET=NUMBER",
+        help="give every method as much, by its own setting: image-tokens=144, those of each image that the last "
+        "layer sees; or kv-bytes=60000000, what keys and values of the first prompts fill (default: None)",
+    )
+    parser.add_argument("--repeats", type=int, default=7, help="rounds that times are medians of")
+    _add_asking(parser)
+
+
+def _add_asking(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say what is read, and how a model is asked."""
+    parser.add_argument(
+        "--data-root", type=Path, default=score.DATA_ROOT, help="folder as LLaVA's playground/data/eval"
+    )
     parser.add_argument("--batch-size", type=int, default=16, help="questions at once; changes no answer in float32")
     parser.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="auto: the checkpoint's"
@@ -115,17 +161,39 @@ def _run(given: argparse.Namespace) -> int:
     for name in ("model", "tasks", "output_folder"):
         if getattr(given, name) is None:
             raise ValueError(f"--{name.replace('_', '-')} is missing; see --help")
+    from dynamic_llava.eval.run import RunOptions, evaluate
+
+    deciding = {name: getattr(given, name) for name in ("model", "sparsity", "method")}
+    return evaluate(RunOptions(**deciding, **_asking(given)))
+
+
+def _compare(given: argparse.Namespace) -> int:
+    """Compare methods on the same questions."""
+    from dynamic_llava.eval.compare.run import CompareOptions, compare
+    from dynamic_llava.eval.run import RunOptions
+
+    run = RunOptions(model=given.model[0], **_asking(given))
+    return compare(CompareOptions(run, tuple(given.model), given.methods, given.equal, given.repeats))
+
+
+def _join_seeds(given: argparse.Namespace) -> None:
+    """Join comparisons of several seeds, and print their table."""
+    from dynamic_llava.eval.compare.seeds import join_seeds
+
+    path = join_seeds(given.folders, given.output_folder)
+    print(f"{path.read_text(encoding='utf-8')}\ntable: {path}")
+
+
+def _asking(given: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of a run that its tasks, its data and its way of asking make."""
     datasets: dict[str, str] = {}
     for text in given.dataset:
         task, _, dataset = text.partition("=")
         if not dataset or task in datasets:
             raise ValueError(f"--dataset {text} is not understood; give TASK=ID_OR_PATH, once for each task")
         datasets[task] = dataset
-    from dynamic_llava.eval.run import RunOptions, evaluate
-
-    names = ("model", "tasks", "data_root", "output_folder", "sparsity", "method", "batch_size")
-    names += ("dtype", "limit", "max_new_tokens", "source", "round_separator")
-    return evaluate(RunOptions(**{name: getattr(given, name) for name in names}, datasets=datasets))
+    names = ("tasks", "data_root", "output_folder", "batch_size", "dtype", "limit", "max_new_tokens", "source")
+    return {name: getattr(given, name) for name in (*names, "round_separator")} | {"datasets": datasets}
 
 
 def _add_generation_commands(commands: Any) -> None:

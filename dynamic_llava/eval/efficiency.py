@@ -131,7 +131,6 @@ def mean_kv_bytes(
     return statistics.fmean(sizes)
 
 
-@torch.no_grad()
 def measure_speed(
     model: Any,
     batch: QueryBatch,
@@ -145,18 +144,62 @@ def measure_speed(
 
     Medians over `repeats` after one warm-up; decoding is the time of 1 + `tokens` new tokens less that of one.
     """
-    model.eval()
-    inputs = to_device(batch.inputs, model.device)
-
-    def seconds(count: int) -> float:
-        begun = time.perf_counter()
-        model.generate(
-            **inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False, use_cache=use_cache, **switches
-        )
-        return time.perf_counter() - begun
-
-    seconds(2)
-    first = [seconds(1) for _ in range(repeats)]
-    whole = [seconds(1 + tokens) for _ in range(repeats)]
+    clock = Clock(model, batch, switches, use_cache)
+    clock.seconds(2)
+    first = [clock.seconds(1) for _ in range(repeats)]
+    whole = [clock.seconds(1 + tokens) for _ in range(repeats)]
     prefill = statistics.median(first)
     return {"prefill_ms": 1e3 * prefill, "decode_ms": 1e3 * (statistics.median(whole) - prefill) / tokens}
+
+
+class Clock:
+    """Times generations of one batch under one method."""
+
+    def __init__(self, model: Any, batch: QueryBatch, switches: Mapping[str, Any], use_cache: bool = True) -> None:
+        self._model, self._switches, self._use_cache = model.eval(), switches, use_cache
+        self._inputs = to_device(batch.inputs, model.device)
+
+    @torch.no_grad()
+    def seconds(self, count: int) -> float:
+        """Return the seconds of a prefill, images included, and of `count` new tokens, the first of which it gives."""
+        more = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "use_cache": self._use_cache}
+        begun = time.perf_counter()
+        self._model.generate(**self._inputs, **more, **self._switches)
+        return time.perf_counter() - begun
+
+
+@dataclass(frozen=True)
+class Times:
+    """Repeated times of one method, in milliseconds, in the order in which they were taken."""
+
+    prefill: tuple[float, ...]
+    decode: tuple[float, ...]
+    """Of each further token of the whole batch."""
+
+    def summary(self) -> dict[str, float]:
+        """Return medians and quartiles, as columns of a table."""
+        found: dict[str, float] = {}
+        for name, values in (("prefill_ms", self.prefill), ("decode_ms", self.decode)):
+            low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+            found |= {name: middle, f"{name}_low": low, f"{name}_high": high}
+        return found
+
+
+def interleaved_times(clocks: Sequence[Clock], *, tokens: int, repeats: int) -> list[Times]:
+    """Return the times of each clock, taken in turn, `repeats` rounds after a warm-up of each.
+
+    Each round begins with the next clock, so that none is always behind the same one. What slows the machine for a
+    while then slows all of them. A round's decoding is its 1 + `tokens` new tokens less its one.
+    """
+    if repeats < 2:
+        raise ValueError(f"repeats={repeats} have no quartiles; give 2 or more")
+    taken: list[tuple[list[float], list[float]]] = [([], []) for _ in clocks]
+    for clock in clocks:
+        clock.seconds(2)
+    for repeat in range(repeats):
+        for turn in range(len(clocks)):
+            place = (repeat + turn) % len(clocks)
+            first, whole = clocks[place].seconds(1), clocks[place].seconds(1 + tokens)
+            taken[place][0].append(1e3 * first)
+            taken[place][1].append(1e3 * (whole - first) / tokens)
+    return [Times(tuple(prefill), tuple(decode)) for prefill, decode in taken]

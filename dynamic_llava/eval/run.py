@@ -8,7 +8,7 @@ import os
 import statistics
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,20 +64,42 @@ class Failure:
     """Whether the error is that a file could not be written, which ends the run."""
 
 
-class Evaluation:
-    """One loaded model on its way through the tasks. Raises ValueError and OSError where it cannot be loaded."""
+@dataclass(frozen=True)
+class LoadedModel:
+    """A checkpoint on this process's device, set to decode greedily."""
 
-    def __init__(self, options: RunOptions, shard: Shard) -> None:
-        self.options, self.shard = options, shard
+    model: Any
+    processor: DynamicLlavaProcessor
+    settings: Mapping[str, Any]
+    """What answers depend on of it (`model_settings`)."""
+
+    @classmethod
+    def load(cls, source: str, method: Method, dtype: str) -> "LoadedModel":
+        """Load a checkpoint for a method. Raises ValueError and OSError where that is not possible."""
+        hide_library_progress()
+        processor = DynamicLlavaProcessor.from_pretrained(source)
+        model = DynamicLlavaForConditionalGeneration.load_for(method, source, dtype=dtype)
+        model.generation_config = greedy(model, processor)
+        model = model.to(own_device()).eval()
+        return cls(model, processor, model_settings(model, processor, source))
+
+
+class Evaluation:
+    """One loaded model on its way through the tasks. Raises ValueError and OSError where it cannot be loaded.
+
+    `loaded`: the model of the options, where it is there already; timed=False leaves times to the caller.
+    """
+
+    def __init__(
+        self, options: RunOptions, shard: Shard, loaded: LoadedModel | None = None, *, timed: bool = True
+    ) -> None:
+        self.options, self.shard, self.timed = options, shard, timed
         import_named(options.method)
         settings = DynamicLlavaConfig.from_pretrained(options.model).sparsity
         self.method = choose_method(settings, sparsity=options.sparsity, method=options.method)
-        self.processor = DynamicLlavaProcessor.from_pretrained(options.model)
-        self.model = _load(options, self.method, self.processor)
-        self.settings = {
-            "model": model_settings(self.model, self.processor, options.model),
-            **method_settings(self.method, self.model.config.sparsity),
-        }
+        loaded = loaded or LoadedModel.load(options.model, self.method, options.dtype)
+        self.model, self.processor = loaded.model, loaded.processor
+        self.settings = {"model": loaded.settings, **method_settings(self.method, self.model.config.sparsity)}
         """Settings of model and method that every answer depends on."""
 
     def row(self, task: Task) -> TaskRow:
@@ -86,12 +108,12 @@ class Evaluation:
         Processes but the first only answer: their rows hold nothing else.
         """
         label = task_label(task)
-        done = _attempt(label, lambda: self._answer(task, label))
+        done = attempt(label, lambda: self._answer(task, label))
         failures = [one for one in self.shard.gather(done if isinstance(done, Failure) else None) if one is not None]
         if not failures:
             if not self.shard.first:
                 return TaskRow(label, task)
-            row = _attempt(label, lambda: self._finish(task, label, *done))
+            row = attempt(label, lambda: self._finish(task, label, *done))
             if isinstance(row, TaskRow):
                 return row
             failures = [row]
@@ -169,8 +191,8 @@ class Evaluation:
             notes.append(f"empty answers: {shown(empty)} of {len(answers)}")
         if skipped := [one.question_id for one in answers if SKIPPED in one.metadata]:
             notes.append(f"questions whose image cannot be read, left out: {shown(skipped)}")
-        judged = _attempt(label, lambda: self._judge(task, path, answers))
-        costs = _attempt(label, lambda: self._costs(answers, questions))
+        judged = attempt(label, lambda: self._judge(task, path, answers))
+        costs = attempt(label, lambda: self._costs(answers, questions))
         errors = [
             f"{what}: {one.text}" for what, one in (("score", judged), ("costs", costs)) if isinstance(one, Failure)
         ]
@@ -216,7 +238,10 @@ class Evaluation:
         # What heads hold after evictions does not follow from other counts, and the first lines of such runs lack it.
         if not self.method.evicts or all(one.heads_hold is not None for one in every):
             kept["kv_bytes"] = mean_kv_bytes(shape, self.method, every, per_image, self.model.dtype.itemsize)
-        speed = fitting(lambda rows: self._speed(questions, list(counted)[:rows]), self.options.batch_size)
+        places = list(counted)
+        speed = (
+            fitting(lambda rows: self._speed(questions, places[:rows]), self.options.batch_size) if self.timed else {}
+        )
         return {
             **kept,
             "image_tokens_per_layer": prefill["image_tokens_per_layer"],
@@ -295,15 +320,7 @@ def _say_end(rows: Sequence[TaskRow], summary: Summary, folder: Path) -> None:
             print(f"error: {row.error}", file=sys.stderr)
 
 
-def _load(options: RunOptions, method: Method, processor: DynamicLlavaProcessor) -> Any:
-    """Return the model on this process's device, set to decode greedily."""
-    hide_library_progress()
-    model = DynamicLlavaForConditionalGeneration.load_for(method, options.model, dtype=options.dtype)
-    model.generation_config = greedy(model, processor)
-    return model.to(own_device()).eval()
-
-
-def _attempt(label: str, step: Callable[[], Any]) -> Any:
+def attempt(label: str, step: Callable[[], Any]) -> Any:
     """Return what a step returns, or a Failure; one that is no user's mistake also shows where it happened."""
     try:
         return step()
@@ -333,7 +350,7 @@ def _described(options: RunOptions, shard: Shard, evaluation: Evaluation | None)
         sparsity = (options.sparsity or "both") if method is None else None
         return Summary(options.model, sparsity, None, settings, environment(), (), method=method)
     text, device = evaluation.model.config.text_config, evaluation.model.device
-    settings |= {"dtype": str(evaluation.model.dtype).removeprefix("torch."), "device": _device_name(device)}
+    settings |= {"dtype": str(evaluation.model.dtype).removeprefix("torch."), "device": device_name(device)}
     size = SIZES.get((text.hidden_size, text.num_hidden_layers))
     identity = identity_of(evaluation.settings)
     sparsity = evaluation.settings.get("sparsity")
@@ -370,5 +387,6 @@ def _bar(title: str, total: int, done: int, shard: Shard) -> Any:
     )
 
 
-def _device_name(device: torch.device) -> str:
-    return str(device) if device.type == "cpu" else f"{device.type} {torch.get_device_module(device).get_device_name()}"
+def device_name(device: torch.device) -> str:
+    """Return what results call a device: its type, and the name of an accelerator."""
+    return str(device) if device.type == "cpu" else f"{device.type} {torch.get_device_module(device).getdevice_name()}"

@@ -10,7 +10,7 @@ d head size; B rows, N tokens, K key heads, W slots of a cache.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -47,6 +47,10 @@ SlotEvidence = Literal["mass", "latest", "place", "output", "key_norm"]
 tokens so far, summed over the query heads of the key head; latest: float32, the same from the last `latest_queries`
 tokens of this pass alone; place: int64, how many tokens its row had before it in this layer, evicted ones included;
 output: bool, whether it is an output token; key_norm: float32, the Euclidean norm of its key."""
+
+BudgetKind = Literal["image-tokens", "kv-bytes"]
+"""What several methods can be given equally much of. image-tokens: those that the last layer sees of each image;
+kv-bytes: what the keys and values of a prompt fill when its prefill ends."""
 
 
 @dataclass(frozen=True)
@@ -216,6 +220,17 @@ class Method:
     def used_parts(self) -> tuple[str, ...]:
         """The names of `parts` that decide something with these settings, and learn in training."""
         return () if type(self).build is Method.build else self.parts
+
+    def knobs(self, budget: BudgetKind) -> tuple[str, ...]:
+        """Return the settings, int or float, that more or less of a budget is kept by: the larger, the more.
+
+        Several are turned together, in the proportion that they have; one of an inner method has a dotted name. None
+        where the method has no such setting. Default: `image_keep_rate`, and for the bytes of a method that evicts
+        `keep_rate`, where they are numbers.
+        """
+        wanted = "keep_rate" if self.evicts and budget == "kv-bytes" else "image_keep_rate"
+        held = {one.name: getattr(self, one.name) for one in fields(self) if one.init}
+        return (wanted,) if isinstance(held.get(wanted), float | int) else ()
 
     def keep_rates(self, settings: SparsityConfig) -> dict[str, float]:
         """Return the keep rates that training aims at: of "image_keep_rate", "output_keep_rate"; default: none."""

@@ -12,6 +12,7 @@ from dynamic_llava.config import SparsityConfig, SparsityMode, check_keep_rate, 
 from dynamic_llava.costs import PartCosts, predictor_costs
 from dynamic_llava.layout import TokenLayout
 from dynamic_llava.methods.base import (
+    BudgetKind,
     Cut,
     Draw,
     ImageTokens,
@@ -77,6 +78,10 @@ class Dynamic(OneCut):
         """The predictors of the contexts that are sparsified."""
         used = (self.sparsifies_image, self.sparsifies_output)
         return tuple(part for part, uses in zip(self.parts, used, strict=True) if uses)
+
+    def knobs(self, budget: BudgetKind) -> tuple[str, ...]:
+        """r_I, where it decides."""
+        return ("image_keep_rate",) if self.sparsifies_image and self.image_selection == "topk" else ()
 
     def keep_rates(self, settings: SparsityConfig) -> dict[str, float]:
         """r_I and r_OT, where their context is sparsified."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
-from dynamic_llava.methods.base import Method, SlotEvidence, Slots
+from dynamic_llava.methods.base import BudgetKind, Method, SlotEvidence, Slots
 from dynamic_llava.sparsity.decisions import top_k_keep
 
 SharesOf = Literal["prompt", "tokens", "outputs"]
@@ -69,6 +69,10 @@ class TopSlots(Method):
     def evict_sees(self) -> frozenset[SlotEvidence]:  # type: ignore[override]
         """What the score is made of, and which tokens are output tokens where only those may leave."""
         return self.score_sees | ({"output"} if self.shares_of == "outputs" else frozenset())
+
+    def knobs(self, budget: BudgetKind) -> tuple[str, ...]:
+        """`keep_rate`, unless it is a share of answers alone, of which a prefill has none."""
+        return ("keep_rate",) if budget == "kv-bytes" and self.shares_of != "outputs" else ()
 
     score_sees: ClassVar[frozenset[SlotEvidence]] = frozenset()
     """What `score` is shown in `Slots.seen`."""

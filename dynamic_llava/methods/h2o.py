@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from dynamic_llava.methods.base import Method, SlotEvidence, Slots
+from dynamic_llava.methods.base import BudgetKind, Method, SlotEvidence, Slots
 from dynamic_llava.methods.eviction import check_count, check_share, check_shares_of, share
 from dynamic_llava.sparsity.decisions import top_k_keep
 
@@ -46,6 +46,10 @@ class H2O(Method):
         check_share("recent_rate", self.recent_rate)
         check_shares_of(self.shares_of, GrowingOrFixed)
         check_count("layer", self.layer, "decoder layer")
+
+    def knobs(self, budget: BudgetKind) -> tuple[str, ...]:
+        """Both rates."""
+        return ("heavy_rate", "recent_rate") if budget == "kv-bytes" else ()
 
     def evict(self, layer: int, slots: Slots) -> Tensor | None:
         """(B, K, W) bool: the recent window and, of the tokens before it, the heaviest; the older of two equal ones."""

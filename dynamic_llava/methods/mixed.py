@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dynamic_llava.methods.base import Choice, Cut, ImageTokens, Method, OneCut, OutputTokens
+from dynamic_llava.methods.base import BudgetKind, Choice, Cut, ImageTokens, Method, OneCut, OutputTokens
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,11 @@ class Mixed(Method):
     def used_parts(self) -> tuple[str, ...]:
         """What either method decides by."""
         return tuple(dict.fromkeys(part for one in self._deciding for part in one.used_parts))
+
+    def knobs(self, budget: BudgetKind) -> tuple[str, ...]:
+        """Those of `image_by`."""
+        inner = () if self.image_by is None else self.image_by.knobs(budget)
+        return tuple(f"image_by.{name}" for name in inner)
 
     def cuts(self, layers: int) -> tuple[Cut, ...]:
         """One cut, which sees what that of `image_by` sees."""

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from dynamic_llava.config import check_keep_rate
-from dynamic_llava.methods.base import Cut, ImageTokens, Method
+from dynamic_llava.methods.base import BudgetKind, Cut, ImageTokens, Method
 from dynamic_llava.sparsity.decisions import top_k_keep
 
 
@@ -36,6 +36,10 @@ class PyramidDrop(Method):
                 raise ValueError(
                     "layers=() drops nothing; give one layer or more, or None for each quarter of the depth"
                 )
+
+    def knobs(self, budget: BudgetKind) -> tuple[str, ...]:
+        """The share that each cut leaves."""
+        return ("stage_keep_rate",)
 
     def cuts(self, layers: int) -> tuple[Cut, ...]:
         """One cut before each of `layers`, or at each quarter of the depth that a shallow model has."""

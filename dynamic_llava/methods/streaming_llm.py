@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dynamic_llava.methods.base import Method, Slots
+from dynamic_llava.methods.base import BudgetKind, Method, Slots
 from dynamic_llava.methods.eviction import check_count
 
 
@@ -32,6 +32,10 @@ class StreamingLLM(Method):
     def __post_init__(self) -> None:
         check_count("sinks", self.sinks, "number of tokens")
         check_count("window", self.window, "number of tokens")
+
+    def knobs(self, budget: BudgetKind) -> tuple[str, ...]:
+        """The window."""
+        return ("window",) if budget == "kv-bytes" else ()
 
     def evict(self, layer: int, slots: Slots) -> Tensor:
         """(B, K, W) bool: the sinks, which never leave a row's first slots, and the window."""

@@ -1,9 +1,11 @@
-"""`python -m dynamic_llava.tiny job | page | budgets | measure`: the tiny world's main job, and what its runs show.
+"""`python -m dynamic_llava.tiny job | page | budgets | measure | benchmarks`: the tiny world's main job, its results.
 
 job      CONFIG.yaml [overrides]: generate the data, train, evaluate every row of the table, draw, report
 page     the results page docs/results/tiny.md of a job's folder, pictures included
 budgets  accuracy of learned selection, attention and chance at several image keep rates, from a job's folder
 measure  accuracy, perplexity and costs of one checkpoint on the tiny world's test set
+benchmarks
+         the test set as POPE, GQA and LVIS-VQA have theirs, for `python -m dynamic_llava.eval`
 
 `bash scripts/train.sh` without a file runs the job of configs/tiny.yaml. How the shipped base was trained:
 `python -m dynamic_llava.tiny.train_base --help`.
@@ -66,6 +68,14 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--questions", type=int, default=700, help="short questions, spread evenly over the kinds")
     one.add_argument("--descriptions", type=int, default=64, help="descriptions")
     one.set_defaults(execute=_measure)
+    layouts = commands.add_parser("benchmarks", help="the test set in the layouts of POPE, GQA and LVIS-VQA")
+    layouts.add_argument("--output-folder", type=Path, required=True, help="the data root that is written")
+    layouts.add_argument(
+        "--world", type=Path, help="folder of a built world (default: the main job's, built if needed)"
+    )
+    layouts.add_argument("--questions", type=int, default=700, help="short questions, spread evenly over the kinds")
+    layouts.add_argument("--descriptions", type=int, default=64, help="descriptions")
+    layouts.set_defaults(execute=_benchmarks)
     return parser
 
 
@@ -144,6 +154,16 @@ def _measure(given: argparse.Namespace) -> None:
     hide_library_progress()
     test = read_test_set(given.world, given.questions, given.descriptions)
     print(write_measures(given.model, test, given.output_folder, sparsity=given.sparsity, method=given.method))
+
+
+def _benchmarks(given: argparse.Namespace) -> None:
+    """Write the test set of a built world in the layouts of benchmarks."""
+    from dynamic_llava.tiny.job.benchmarks import write_benchmarks
+    from dynamic_llava.tiny.world.dataset import build_world
+
+    world = build_world() if given.world is None else given.world
+    root = write_benchmarks(world, given.output_folder, given.questions, given.descriptions)
+    print(f"pope, gqa and lvis_single of {world}: --data-root {root}")
 
 
 if __name__ == "__main__":

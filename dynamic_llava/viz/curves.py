@@ -124,3 +124,57 @@ def _curve(log: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], lis
     points = [(record["step"], record[key]) for record in log if isinstance(record.get(key), int | float)]
     points = [(step, value) for step, value in points if value == value]
     return [step for step, _ in points], [value for _, value in points]
+
+
+def draw_quality_against_cost(path: Path, panels: Sequence[Mapping[str, Any]], *, title: str = "") -> tuple[Path, Path]:
+    """Draw quality against cost, a PNG and an SVG of the same name, one panel for each benchmark and cost.
+
+    A panel has title, cost and quality (what its axes say), lower_is_better, and points: name, cost, quality, interval
+    (of the difference to the reference, or None), difference, front (whether it is on the Pareto front, which is
+    drawn). The better is always higher. Returns both paths; ValueError without any panel.
+    """
+    if not panels:
+        raise ValueError("no panels were given; give one for each benchmark and cost")
+    columns = max(1, len({panel["title"] for panel in panels}))
+    rows = -(-len(panels) // columns)
+    figure = style.new_figure(4.4 * columns + 2.6, 3.5 * rows)
+    names = list(dict.fromkeys(point["name"] for panel in panels for point in panel["points"]))
+    looks = {name: (style.SERIES[i % 4], _MARKS[i // 4 % len(_MARKS)]) for i, name in enumerate(names)}
+    shown: dict[str, Any] = {}
+    for axes, panel in zip(figure.subplots(rows, columns, squeeze=False).flat, panels, strict=False):
+        shown = _draw_panel(axes, panel, looks) | shown
+    listed = [name for name in (*names, _FRONT) if name in shown]
+    handles = [shown[name] for name in listed]
+    figure.legend(handles, listed, loc="outside right upper", frameon=False, fontsize=8, labelcolor=style.INK)
+    heading = title or "Quality against cost"
+    figure.suptitle(heading, fontsize=12, color=style.INK, fontweight="bold", x=0.01, ha="left")
+    return style.save(figure, path), style.save(figure, path.with_suffix(".svg"))
+
+
+_MARKS = ("o", "s", "^", "D", "v", "P")
+_FRONT = "Pareto front"
+
+
+def _draw_panel(axes: Axes, panel: Mapping[str, Any], looks: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
+    """Draw one panel; return what the legend shows by name."""
+    style.tidy_axes(axes, panel["title"], panel["cost"], panel["quality"])
+    front = sorted((point["cost"], point["quality"]) for point in panel["points"] if point["front"])
+    shown: dict[str, Any] = {}
+    if front:
+        line = axes.plot(*zip(*front, strict=True), color=style.FADED, linewidth=3, zorder=1, drawstyle="steps-post")
+        shown[_FRONT] = line[0]
+    for point in panel["points"]:
+        color, mark = looks[point["name"]]
+        spread = None
+        if point["interval"] is not None:
+            low, high = point["interval"]
+            spread = [[max(0.0, point["difference"] - low)], [max(0.0, high - point["difference"])]]
+        shown[point["name"]] = axes.errorbar(
+            point["cost"], point["quality"], yerr=spread, color=color, marker=mark, markersize=6, elinewidth=1,
+            capsize=2, linestyle="none", zorder=2,
+        )  # fmt: skip
+    if panel["lower_is_better"]:
+        axes.invert_yaxis()
+    axes.margins(0.08)
+    axes.locator_params(axis="x", nbins=5)
+    return shown

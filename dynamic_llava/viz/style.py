@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from matplotlib import font_manager
+from matplotlib import font_manager, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -38,9 +38,11 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, path: Path, dpi: int = 130) -> Path:
-    """Write the figure as PNG (folders are made) and return the path."""
+    """Write the figure in the format of its ending, PNG or SVG (folders are made), and return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=dpi, facecolor=PAPER)
+    undated = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}
+    with rc_context({"svg.hashsalt": "dynamic_llava"}):  # the same figure is the same file
+        figure.savefig(path, dpi=dpi, facecolor=PAPER, **undated)
     return path
 
 

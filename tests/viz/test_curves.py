@@ -6,7 +6,7 @@ from PIL import Image
 
 from dynamic_llava.profile.presets import PRESETS
 from dynamic_llava.profile.tables import curve_report
-from dynamic_llava.viz.curves import draw_cost_curves
+from dynamic_llava.viz.curves import draw_cost_curves, draw_quality_against_cost
 
 
 def test_cost_curves(tmp_path):
@@ -18,3 +18,27 @@ def test_cost_curves(tmp_path):
     assert first.std() > 5 and first.shape[1] > 1000 and not np.array_equal(first, second)
     with pytest.raises(ValueError, match="no rows were given"):
         draw_cost_curves(plain, [])
+
+
+def test_quality_against_cost(tmp_path):
+    """A PNG, and an SVG that is the same file each time."""
+    points = [
+        {
+            "name": f"method {i}",
+            "cost": i,
+            "quality": 3 + i,
+            "interval": (i - 0.5, i + 0.25),
+            "difference": i,
+            "front": i < 3,
+        }
+        for i in range(5)
+    ]
+    points.append({"name": "alone", "cost": 2, "quality": 1, "interval": None, "difference": None, "front": False})
+    panel = {"title": "Toy", "cost": "prefill, TFLOP", "quality": "ppl", "lower_is_better": True, "points": points}
+    for name in ("one", "two"):
+        png, svg = draw_quality_against_cost(tmp_path / f"{name}.png", [panel, {**panel, "cost": "bytes"}])
+        assert (png.suffix, svg.suffix) == (".png", ".svg")
+    assert np.asarray(Image.open(png).convert("L")).std() > 5
+    assert (tmp_path / "one.svg").read_bytes() == svg.read_bytes()
+    with pytest.raises(ValueError, match="no panels were given"):
+        draw_quality_against_cost(tmp_path / "none.png", [])

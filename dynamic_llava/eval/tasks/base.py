@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from dynamic_llava.eval.answers import AnswerLine, read_answers
+from dynamic_llava.eval.metrics.tally import Tally
 from dynamic_llava.eval.reading import shown
 from dynamic_llava.eval.tasks.hub import HubData
 from dynamic_llava.eval.tasks.questions import Question
@@ -90,6 +91,8 @@ class Score:
     warnings: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
     """Further content of the benchmark's own result file (ScienceQA's choice by question)."""
+    tallies: Mapping[str, Tally] = field(default_factory=dict, repr=False, compare=False)
+    """What metrics are made of, unit by unit, by their names; for intervals, and in no file."""
 
     def __post_init__(self) -> None:
         if self.table_metric not in self.metrics:
@@ -104,7 +107,9 @@ class Score:
 
     def to_json(self) -> dict[str, Any]:
         """Return it as a JSON object."""
-        return asdict(self) | {"warnings": list(self.warnings)}
+        found = asdict(replace(self, tallies={})) | {"warnings": list(self.warnings)}
+        found.pop("tallies")
+        return found
 
 
 @dataclass(frozen=True)
@@ -231,6 +236,7 @@ class Task(ABC):
         unreadable: Iterable[tuple[Any, str]],
         warnings: Iterable[str] = (),
         details: Mapping[str, Any] | None = None,
+        tallies: Mapping[str, Tally] | None = None,
     ) -> Score:
         """Return a Score of this task from name -> (value, unit).
 
@@ -247,7 +253,7 @@ class Task(ABC):
                 f"{empty} of them are empty"
             )
         counts = {**counts, "unreadable": len(unread)}
-        return Score(self.name, self.table_metric, named, counts, tuple(warnings), dict(details or {}))
+        return Score(self.name, self.table_metric, named, counts, tuple(warnings), dict(details or {}), tallies or {})
 
 
 def paper_numbers(

@@ -12,6 +12,7 @@ from typing import Any
 
 from dynamic_llava.eval.answers import AnswerLine
 from dynamic_llava.eval.metrics.choices import first_character
+from dynamic_llava.eval.metrics.tally import tally_of_means
 from dynamic_llava.eval.reading import NAME, PATH, TEXT, brief, fields_of, optional, read_json_lines
 from dynamic_llava.eval.tasks.base import LETTER, PAPER_TABLE1, SHORT_TOKENS, DataFile, Score, Task, paper_numbers
 from dynamic_llava.eval.tasks.hub import HubData, read_hub
@@ -69,10 +70,12 @@ class CvBench2d(Task):
             if name in said and first_character(said[name].text) not in letters_of(row)
         ]
         right: dict[str, list[bool]] = {}
+        flags: dict[str, bool] = {}
         for name, row in records.items():
             if part and name not in said:
                 continue
             correct = name in said and first_character(said[name].text) == first_character(row["answer"])
+            flags[name] = correct
             for group in ("accuracy", f"accuracy/{row['source']}", f"accuracy/{row['source']}/{row['task']}"):
                 right.setdefault(group, []).append(correct)
         accuracy = {group: 100 * fmean(values) for group, values in sorted(right.items())}
@@ -81,7 +84,9 @@ class CvBench2d(Task):
             absent = [source for source in SOURCES if f"accuracy/{source}" not in accuracy]
             warnings.append(f"no questions of {', '.join(absent)}: the mean is over the other source")
         values = {"mean_of_sources": fmean(found)} | accuracy
-        return self.result({group: (value, "percent") for group, value in values.items()}, counts, unread, warnings)
+        metrics = {group: (value, "percent") for group, value in values.items()}
+        by_source = tally_of_means(flags, scale=100, groups=[records[name]["source"] for name in flags])
+        return self.result(metrics, counts, unread, warnings, tallies={"mean_of_sources": by_source})
 
     def _rows(self, root: Path, hub: HubData | None) -> list[Mapping[str, Any]]:
         """Return the rows in file order, checked; those of the 3D half are passed over."""

@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any, ClassVar, Literal
 
 from dynamic_llava.eval.answers import AnswerLine, one_per_question
+from dynamic_llava.eval.metrics.tally import tally_of_means
 from dynamic_llava.eval.reading import NAME, NUMBER, NUMBERS, PATH, TEXT, TEXTS, brief, fields_of, read_list, shown
 from dynamic_llava.eval.tasks.base import (
     GENERATION,
@@ -144,7 +145,8 @@ class GenerationTask(Task):
         warnings = [f"items without a line, left out: {shown(missing)}"] if missing else []
         warnings += [f"items whose image cannot be read, left out: {shown(skipped)}"] if skipped else []
         unread = [(one.question_id, one.text) for one in lines if not one.text.strip()]
-        return self.result(metrics, counts, unread, warnings, self._by_round(lines) if self.several else {})
+        tallies = {name: tally_of_means({one.key: _number(one, f"{rounds}{name}") for one in lines}) for name in RUNS}
+        return self.result(metrics, counts, unread, warnings, self._by_round(lines) if self.several else {}, tallies)
 
     @staticmethod
     def _by_round(lines: Sequence[AnswerLine]) -> dict[str, list[float]]:

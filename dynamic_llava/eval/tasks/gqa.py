@@ -12,6 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from dynamic_llava.eval.answers import AnswerLine, one_per_question
+from dynamic_llava.eval.metrics.tally import tally_of_means
 from dynamic_llava.eval.reading import FLAG, OBJECT, TEXT, fields_of, optional, read_json, shown, typed
 from dynamic_llava.eval.tasks.base import (
     LLAVA_EVAL,
@@ -91,6 +92,7 @@ class Gqa(Task):
             counts,
             [(name, said[name].text) for name in asked if not read_gqa(said[name].text).strip()],
             warnings + left_out(part, missing, len(balanced)),
+            tallies={"accuracy": tally_of_means(dict(zip(asked, right["accuracy"], strict=True)), scale=100)},
         )
 
     def _records(self, root: Path, hub: HubData | None) -> Iterator[tuple[str, Mapping[str, Any]]]:

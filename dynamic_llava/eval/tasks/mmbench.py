@@ -17,6 +17,7 @@ from typing import Any
 
 from dynamic_llava.eval.answers import AnswerLine, one_per_question
 from dynamic_llava.eval.metrics.choices import read_mmbench
+from dynamic_llava.eval.metrics.tally import tally_of_means
 from dynamic_llava.eval.reading import TEXT, WHOLE, brief, fields_of, optional, shown
 from dynamic_llava.eval.reading import read_table as read_cells
 from dynamic_llava.eval.tasks.base import (
@@ -138,7 +139,9 @@ class MmBench(Task):
             "row_accuracy": list(right.values()),
         }
         metrics = {name: (100 * fmean(values), "percent") for name, values in (whole | plain).items() if values}
-        return self.result(metrics, counts | {"groups": len(groups)}, unread, warnings)
+        circular = dict(zip(map(str, groups), whole["circular_accuracy"], strict=True))
+        tallies = {"circular_accuracy": tally_of_means(circular, scale=100, unit="groups of rotations")}
+        return self.result(metrics, counts | {"groups": len(groups)}, unread, warnings, tallies=tallies)
 
     def submission(
         self, answers: Sequence[AnswerLine], root: Path, folder: Path, hub: HubData | None = None

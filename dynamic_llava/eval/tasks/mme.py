@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dynamic_llava.eval.answers import AnswerLine, one_per_question
+from dynamic_llava.eval.metrics.tally import Tally
 from dynamic_llava.eval.reading import TEXT, brief, read_text, shown
 from dynamic_llava.eval.tasks.base import (
     LLAVA_EVAL,
@@ -75,6 +76,7 @@ class Mme(Task):
         read = {key: read_mme(answer.text) for key, answer in said.items()}
         metrics: dict[str, tuple[float, str]] = {}
         halves: list[str] = []
+        images: dict[str, list[tuple[bool, bool]]] = {}
         for category in dict.fromkeys(category for category, _, _ in said):
             own = {key: read[key] == labels[key] for key in said if key[0] == category}
             right, odd = _right_by_image(own)
@@ -83,6 +85,7 @@ class Mme(Task):
                     f"mme: {category} images with an odd number of answers: {shown(odd)}; each has two questions"
                 )
             halves += odd
+            images[category] = right
             if not right:
                 continue
             accuracy = sum(map(sum, right)) / (2 * len(right))
@@ -97,7 +100,21 @@ class Mme(Task):
             warnings.append(f"images with one of two answers, left out: {shown(halves)}")
         counts = {"questions": len(labels), "answered": len(said), "missing": len(missing)}
         unread = [("/".join(key), said[key].text) for key, word in read.items() if word == OTHER]
-        return self.result(totals | metrics, counts, unread, warnings)
+        tallies = {"perception": _tally({name: images[name] for name in PERCEPTION if images.get(name)})}
+        return self.result(totals | metrics, counts, unread, warnings, tallies=tallies)
+
+
+def _tally(images: Mapping[str, Sequence[tuple[bool, bool]]]) -> Tally:
+    """Return what a total is made of: of each image, by category, its right answers and whether both are."""
+    named = [(category, number, right) for category, pairs in images.items() for number, right in enumerate(pairs)]
+    return Tally(
+        tuple(f"{category}/{number}" for category, number, _ in named),
+        tuple(category for category, _, _ in named),
+        tuple((float(sum(right)), float(all(right))) for _, _, right in named),
+        lambda sums, count: 100 * (sums[..., 0] / 2 + sums[..., 1]) / count,
+        over_groups="sum",
+        unit="images",
+    )
 
 
 def read_mme(text: str) -> str:

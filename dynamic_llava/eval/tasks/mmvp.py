@@ -16,6 +16,7 @@ from typing import Any
 
 from dynamic_llava.eval.answers import AnswerLine
 from dynamic_llava.eval.metrics.choices import read_option
+from dynamic_llava.eval.metrics.tally import tally_of_means
 from dynamic_llava.eval.reading import TEXT, brief, read_table, shown
 from dynamic_llava.eval.tasks.base import LETTER, PAPER_TABLE1, SHORT_TOKENS, DataFile, Score, Task, paper_numbers
 from dynamic_llava.eval.tasks.hub import HubData, read_hub
@@ -89,7 +90,9 @@ class Mmvp(Task):
             "pair_accuracy": (100 * fmean(right[one] and right[two] for one, two in whole), "percent"),
             "accuracy": (100 * fmean(right.values()), "percent"),
         }
-        return self.result(metrics, counts | {"pairs": len(whole)}, unread, warnings)
+        pairs = {f"{one}, {two}": right[one] and right[two] for one, two in whole}
+        tallies = {"pair_accuracy": tally_of_means(pairs, scale=100, unit="pairs")}
+        return self.result(metrics, counts | {"pairs": len(whole)}, unread, warnings, tallies=tallies)
 
 
 def options_of(row: Mapping[str, Any], place: str) -> dict[str, str]:

@@ -5,12 +5,13 @@ order of the question file. A question without an answer, an unknown id, another
 unequal length (POPE's HEAD has 3,000 random questions, LLaVA's file 2,910) would shift that match: each is an error.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
 from dynamic_llava.eval.answers import AnswerLine, one_per_question
-from dynamic_llava.eval.metrics.choices import says_yes_or_no, yes_no_scores
+from dynamic_llava.eval.metrics.choices import read_yes_no, says_yes_or_no, yes_no_scores
+from dynamic_llava.eval.metrics.tally import Tally
 from dynamic_llava.eval.reading import NAME, TEXT, Kind, brief, fields_of, read_json_lines, shown
 from dynamic_llava.eval.tasks.base import (
     LLAVA_EVAL,
@@ -89,7 +90,9 @@ class Pope(Task):
             for name in ("f1", "accuracy")
         }
         unread = [(name, one.text) for name, one in said.items() if not says_yes_or_no(one.text)]
-        return self.result(means | metrics, {"questions": len(known), "answered": len(said)}, unread, warnings)
+        counts = {"questions": len(known), "answered": len(said)}
+        tallies = {"mean_f1": _tally(ids, said, wanted)}
+        return self.result(means | metrics, counts, unread, warnings, tallies=tallies)
 
     def _labels(self, root: Path) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
         """Return category -> ids of its questions, and category -> its labels, both in their files' order."""
@@ -99,6 +102,18 @@ class Pope(Task):
             category = fields_of(line, {"category": CATEGORY}, f"{path}: question {brief(question.id)}")["category"]
             ids.setdefault(category, []).append(str(question.id))
         return ids, {category: _read_labels(folder / f"coco_pope_{category}.json") for category in ids}
+
+
+def _tally(ids: Mapping[str, Sequence[str]], said: Mapping[str, AnswerLine], wanted: Mapping[str, str]) -> Tally:
+    """Return what the mean F1 is made of: right "yes", and "yes" that is said or due, by category."""
+    named = [(category, name) for category, names in ids.items() for name in names]
+    yes = [(read_yes_no(said[name].text) == "yes", wanted[name] == "yes") for _, name in named]
+    return Tally(
+        tuple(name for _, name in named),
+        tuple(category for category, _ in named),
+        tuple((float(one and other), float(one) + float(other)) for one, other in yes),
+        lambda sums, count: 200 * sums[..., 0] / (sums[..., 1] + (sums[..., 1] == 0)),
+    )
 
 
 def _read_labels(path: Path) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from dynamic_llava.eval.answers import AnswerLine
 from dynamic_llava.eval.metrics.choices import read_letter
+from dynamic_llava.eval.metrics.tally import tally_of_means
 from dynamic_llava.eval.reading import NAME, PATH, TEXT, fields_of, read_list
 from dynamic_llava.eval.tasks.base import PAPER_TABLE1, SHORT_TOKENS, DataFile, Score, Task, paper_numbers
 from dynamic_llava.eval.tasks.hub import HubData, read_hub
@@ -59,15 +60,16 @@ class RealWorldQa(Task):
             for name, label in records.items()
             if name in said and not is_readable(said[name].text, label)
         ]
+        asked = [name for name in records if name in said or not part]
         right: dict[str, list[bool]] = {}
-        for name, label in records.items():
-            if part and name not in said:
-                continue
+        for name in asked:
+            label = records[name]
             correct = name in said and is_right(said[name].text, label)
             for group in ("accuracy", "accuracy/letter" if label.strip() in LETTERS else "accuracy/other"):
                 right.setdefault(group, []).append(correct)
         metrics = {group: (100 * fmean(values), "percent") for group, values in right.items()}
-        return self.result(metrics, counts, unread, warnings)
+        tallies = {"accuracy": tally_of_means(dict(zip(asked, right["accuracy"], strict=True)), scale=100)}
+        return self.result(metrics, counts, unread, warnings, tallies=tallies)
 
     def _read(self, root: Path) -> list[Mapping[str, Any]]:
         path = self.path(root, DATA)

@@ -12,6 +12,7 @@ from typing import Any
 
 from dynamic_llava.eval.answers import AnswerLine
 from dynamic_llava.eval.metrics.choices import SCIENCEQA_LETTERS, read_scienceqa, scienceqa_choice
+from dynamic_llava.eval.metrics.tally import tally_of_means
 from dynamic_llava.eval.reading import (
     LIST,
     NAME,
@@ -128,7 +129,9 @@ class ScienceQa(Task):
             (name, one.text) for name, one in said.items() if name in problems and read_scienceqa(one.text) is None
         ]
         counts["correct"] = sum(right.values())
-        return self.result(metrics, counts, unread, warnings, {"results": chosen})
+        pictured = {name: right[name] for name in groups["img_accuracy"]}
+        tallies = {"img_accuracy": tally_of_means(pictured, scale=100)} if pictured else {}
+        return self.result(metrics, counts, unread, warnings, {"results": chosen}, tallies)
 
     def _problems(self, root: Path) -> dict[str, Mapping[str, Any]]:
         """Return the problems of the test split by id, in the split's order."""

@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from dynamic_llava.eval.answers import AnswerLine, one_per_question
+from dynamic_llava.eval.metrics.tally import tally_of_means
 from dynamic_llava.eval.reading import LIST, NAME, OBJECT, TEXT, fields_of, optional, read_json, shown, typed
 from dynamic_llava.eval.tasks.base import (
     LETTER,
@@ -83,10 +84,12 @@ class Seed(Task):
         kinds = {record["data_type"] for name, record in records.items() if name in said} | {IMAGE}
         asked = {name: record for name, record in records.items() if record["data_type"] in kinds}
         right: dict[str, list[bool]] = {}
+        pictured: dict[str, bool] = {}
         for name, record in asked.items():
             if part and name not in said:
                 continue
             correct = name in said and said[name].text == record["answer"]
+            pictured |= {name: correct} if record["data_type"] == IMAGE else {}
             for group in (record["data_type"], f"type/{record['type']}"):
                 right.setdefault(f"accuracy/{group}", []).append(correct)
             if len(kinds) > 1:
@@ -106,6 +109,7 @@ class Seed(Task):
             counts,
             [(name, said[name].text) for name in asked if name in said and said[name].text not in LETTERS],
             warnings + ([unknown] if unknown else []),
+            tallies={self.table_metric: tally_of_means(pictured, scale=100)} if pictured else {},
         )
 
     def submission(

@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from dynamic_llava.eval.answers import AnswerLine
+from dynamic_llava.eval.metrics.tally import tally_of_means
 from dynamic_llava.eval.metrics.vqa import normalise, normalised_accuracy
 from dynamic_llava.eval.reading import LIST, NAME, TEXT, TEXTS, Kind, brief, fields_of, read_json, shown
 from dynamic_llava.eval.tasks.base import (
@@ -87,7 +88,11 @@ class TextVqa(Task):
         warnings = [f"{missing} questions have no answer; the accuracy is over the others"] if missing else []
         counts = {"questions": len(records), "answered": len(values), "missing": missing}
         unread = [(answer.question_id, answer.text) for answer in answers if not normalise(answer.text)]
-        return self.result({"accuracy": (100 * fmean(values), "percent")}, counts, unread, warnings)
+        metrics, tallies = (
+            {"accuracy": (100 * fmean(values), "percent")},
+            {"accuracy": tally_of_means(values, scale=100)},
+        )
+        return self.result(metrics, counts, unread, warnings, tallies=tallies)
 
     def _records(self, root: Path, hub: HubData | None) -> Sequence[dict[str, Any]]:
         if hub is not None:

@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any, ClassVar
 
 from dynamic_llava.eval.answers import AnswerLine, one_per_question
+from dynamic_llava.eval.metrics.tally import tally_of_means
 from dynamic_llava.eval.metrics.vqa import normalise, normalised_accuracy
 from dynamic_llava.eval.reading import LIST, NAME, PATH, TEXT, TEXTS, brief, fields_of, optional, read_list, shown
 from dynamic_llava.eval.tasks.base import (
@@ -115,7 +116,8 @@ class VizWiz(Task):
         missing = missing_answers(said, range(len(names)))
         counts = {"questions": len(names), "answered": len(said)}
         unread = [(one.question_id, one.text) for one in said.values() if not normalise(one.text)]
-        return self.result(metrics, counts, unread, left_out(part, missing, len(names)))
+        tallies = {"accuracy": tally_of_means({str(place): value for place, value in values.items()}, scale=100)}
+        return self.result(metrics, counts, unread, left_out(part, missing, len(names)), tallies=tallies)
 
     def submission(
         self, answers: Sequence[AnswerLine], root: Path, folder: Path, hub: HubData | None = None

@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import Any, ClassVar
 
 from dynamic_llava.eval.answers import AnswerLine, one_per_question
+from dynamic_llava.eval.metrics.tally import tally_of_means
 from dynamic_llava.eval.metrics.vqa import normalise, server_accuracy
 from dynamic_llava.eval.reading import LIST, NAME, TEXT, WHOLE, fields_of, optional, read_json, shown
 from dynamic_llava.eval.tasks.base import (
@@ -131,7 +132,8 @@ class VqaV2(Task):
         warnings += left_out(part, missing, known)
         counts = {"questions": known, "answered": len(said), "missing": len(missing)}
         unread = [(name, one.text) for name, one in said.items() if not normalise(one.text)]
-        return self.result(metrics, counts, unread, warnings)
+        tallies = {"accuracy": tally_of_means(submitted, scale=100)}
+        return self.result(metrics, counts, unread, warnings, tallies=tallies)
 
     def submission(
         self, answers: Sequence[AnswerLine], root: Path, folder: Path, hub: HubData | None = None

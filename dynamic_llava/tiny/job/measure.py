@@ -15,6 +15,7 @@ from dynamic_llava.costs import decoder_shape, llava_shape
 from dynamic_llava.eval import predict
 from dynamic_llava.eval.efficiency import prefill_costs
 from dynamic_llava.eval.identity import method_settings
+from dynamic_llava.eval.metrics.seeds import mean_and_interval
 from dynamic_llava.eval.writing import write_text
 from dynamic_llava.methods import FastV, Method, Random
 from dynamic_llava.model import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
@@ -25,7 +26,6 @@ from dynamic_llava.sparsity.decisions import budget
 from dynamic_llava.tiny.job import testset
 from dynamic_llava.tiny.job.config import TinyJobConfig
 from dynamic_llava.tiny.job.evaluation import RowOutput, quality
-from dynamic_llava.tiny.job.tables import mean_and_interval
 from dynamic_llava.tiny.job.testset import TestSet, accuracy_by_kind
 
 DENSE, LEARNED, ATTENTION, CHANCE = "dense control", "Dynamic I|T", "control + FastV-like", "control + random image"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamic_llava.config import SparsityConfig
+from dynamic_llava.eval.metrics.seeds import mean_and_interval
 from dynamic_llava.eval.writing import markdown
 from dynamic_llava.files import replace_file, writing
 from dynamic_llava.tiny.job.tables import (
@@ -20,7 +21,6 @@ from dynamic_llava.tiny.job.tables import (
     README_COLUMNS,
     aggregate,
     answer_columns,
-    mean_and_interval,
     notes,
     table,
 )

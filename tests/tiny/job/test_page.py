@@ -6,6 +6,7 @@ import math
 import pytest
 
 from dynamic_llava.config import SparsityConfig
+from dynamic_llava.eval.metrics.seeds import mean_and_interval, student_t_probability, student_t_quantile
 from dynamic_llava.tiny.__main__ import main
 from dynamic_llava.tiny.job.page import (
     ANALYSIS,
@@ -20,9 +21,6 @@ from dynamic_llava.tiny.job.tables import (
     MetricColumn,
     aggregate,
     answer_columns,
-    mean_and_interval,
-    student_t_probability,
-    student_t_quantile,
     table,
 )
 

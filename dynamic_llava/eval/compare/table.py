@@ -1,0 +1,215 @@
+"""What a comparison found, as compare.json holds it, and what follows from that: the page, the table of cells, fronts.
+
+Text that a user, a model or a data file wrote stands in code spans on the page.
+"""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+from dynamic_llava.eval.compare.bootstrap import LEVEL
+from dynamic_llava.eval.summary import MEBI, TERA
+from dynamic_llava.eval.writing import MISSING, code, markdown
+
+COSTS: Mapping[str, tuple[str, Mapping[str, float]]] = {
+    "prefill_flop_exact": ("prefill", {"TFLOP": TERA, "GFLOP": 1e9, "MFLOP": 1e6}),
+    "kv_bytes": ("keys and values", {"GiB": 2**30, "MiB": MEBI, "KiB": 2**10}),
+}
+"""Costs that quality is drawn against: what they are of, and units, largest first, with what they are."""
+LOWER_IS_BETTER = ("perplexity",)
+"""Units of metrics that are better when they are lower."""
+HEAD = (
+    "benchmark", "method", "metric", "value", "to dense", "tokens/layer", "TFLOP", "KV MiB", "prefill ms", "decode ms",
+    "front",
+)  # fmt: skip
+BOOTSTRAP = (
+    "To dense: difference to the reference, and in brackets the {level:.0f} % interval of a paired bootstrap over "
+    "{resamples:,} draws of the same units (seed {seed}; percentiles). An interval around 0 says that the difference "
+    "could be chance of the questions."
+)
+SEEDS = (
+    "Means over {seeds} seeds. To dense: the mean difference to the reference of the same seed, and in brackets its "
+    "{level:.0f} % interval (Student's t). An interval around 0 says that the difference could be chance of the seeds."
+)
+LEGEND = (
+    "Tokens/layer: image tokens that a layer sees, mean over layers. TFLOP: a prefill by real module shapes, with what "
+    "the method judges by. KV MiB: keys and values when an answer ends. Times: medians and quartiles on a batch of up "
+    "to {batch} questions, the methods of one model in turn, of a prefill (images included) and of a decoding step. "
+    "Front: nothing else here is at least as good and as cheap, and better in one of the two: F by prefill FLOP, K by "
+    "bytes."
+)
+
+
+def fronts(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, list[int]]:
+    """Return for each cost the places of the rows on the Pareto front of a metric against it.
+
+    A row is on it unless another is at least as good and as cheap, and better in one of the two.
+    """
+    found: dict[str, list[int]] = {}
+    for cost in COSTS:
+        points = {
+            place: (row["costs"][cost], -_worth(row["metrics"][metric]))
+            for place, row in enumerate(rows)
+            if metric in row["metrics"] and cost in row["costs"]
+        }
+        found[cost] = [
+            place
+            for place, (its, bad) in points.items()
+            if not any(c <= its and b <= bad and (c, b) != (its, bad) for c, b in points.values())
+        ]
+    return found
+
+
+def short_names(models: Sequence[str]) -> dict[str, str]:
+    """Return for each model the parts of its path that the others do not share at its beginning and end."""
+    parts = [list(PurePath(model).parts) for model in models]
+    while len(models) > 1 and all(len(one) > 1 for one in parts) and len({one[0] for one in parts}) == 1:
+        parts = [one[1:] for one in parts]
+    while len(models) > 1 and all(len(one) > 1 for one in parts) and len({one[-1] for one in parts}) == 1:
+        parts = [one[:-1] for one in parts]
+    return {model: "/".join(one) for model, one in zip(models, parts, strict=True)}
+
+
+def _worth(metric: Mapping[str, Any]) -> float:
+    """The value, turned so that more is better."""
+    value: float = metric["value"]
+    return -value if metric["unit"] in LOWER_IS_BETTER else value
+
+
+def page(found: Mapping[str, Any]) -> str:
+    """Return compare.md of a compare.json."""
+    short = short_names(found["models"])
+    names = ", ".join(code(model) for model in found["models"])
+    lines = [f"# Methods compared on {names}", ""]
+    if found["equal"]:
+        lines += [f"Equal budget: every method but the dense one is given {code(found['equal'])}.", ""]
+    table = [HEAD, *(line for task in found["tasks"].values() for line in _task_lines(task, short))]
+    lines += [markdown([[cell.replace("|", r"\|") for cell in line] for line in table]), ""]
+    settings = found["settings"]
+    batch = settings["speed_batch"] or settings["batch_size"]
+    lines += [f"{_interval_legend(found)} {LEGEND.format(batch=batch)}", "", "![quality against cost](compare.png)", ""]
+    lines += [f"- {_named(one, short)}: {code(one['described'])}{_set(one)}" for one in found["methods"]]
+    lines += [f"- left out: {code(one)}" for one in found["left_out"]]
+    for label, task in found["tasks"].items():
+        lines += [f"- **{label}**{whose}: {code(text)}" for whose, text in _remarks(task, short)]
+    lines += ["", _listed(settings), "", _listed(found["environment"])]
+    return "\n".join(lines) + "\n"
+
+
+def _interval_legend(found: Mapping[str, Any]) -> str:
+    boot = found["bootstrap"]
+    if boot is None:
+        return SEEDS.format(seeds=len(found["seeds"]), level=100 * LEVEL)
+    return BOOTSTRAP.format(level=100 * boot["level"], resamples=boot["resamples"], seed=boot["seed"])
+
+
+def table_of_cells(found: Mapping[str, Any]) -> str:
+    """Return compare.csv: one line for each model, method, task and metric, every number as it is."""
+    names = ("model", "method", "task", "metric", "unit", "value", "difference", "low", "high")
+    costs = list(dict.fromkeys(name for _, row, _, _ in _metrics(found) for name in row["costs"]))
+    times = list(dict.fromkeys(name for _, row, _, _ in _metrics(found) for name in row["times"]))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*names, *costs, *times])
+    for label, row, name, metric in _metrics(found):
+        cells = [row["model"], row["method"], label, name, *(metric[key] for key in names[4:])]
+        numbers = [row["costs"].get(cost) for cost in costs] + [row["times"].get(time) for time in times]
+        writer.writerow(["" if cell is None else cell for cell in (*cells, *numbers)])
+    return text.getvalue()
+
+
+def _metrics(found: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], str, Mapping[str, Any]]]:
+    return [
+        (label, row, name, metric)
+        for label, task in found["tasks"].items()
+        for row in task["rows"]
+        for name, metric in row["metrics"].items()
+        if name in task["shown"]
+    ]
+
+
+def _task_lines(task: Mapping[str, Any], short: Mapping[str, str]) -> list[list[str]]:
+    """Return a line for each method, and one more for each further metric of the task."""
+    lines = []
+    for row in task["rows"]:
+        for name in task["shown"]:
+            first, metric = name == task["shown"][0], row["metrics"].get(name)
+            unit = "" if metric is None else f", {metric['unit']}"
+            lines.append([
+                task["title"] if first else "",
+                _named(row, short) if first else "",
+                name + unit,
+                MISSING if metric is None else _number(metric["value"], metric["unit"]),
+                _difference(metric, row["reference"]),
+                *(_costs(row) if first else [""] * 5),
+                _front(row) if first else "",
+            ])  # fmt: skip
+    return lines
+
+
+def _named(row: Mapping[str, Any], short: Mapping[str, str]) -> str:
+    name = code(row["method"])
+    return f"{name} on {code(short[row['model']])}" if len(short) > 1 else name
+
+
+def _set(method: Mapping[str, Any]) -> str:
+    return f", set by the budget: {code(method['set'])}" if method["set"] else ""
+
+
+def _remarks(task: Mapping[str, Any], short: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Return what a reader must know about a task, each remark once, with the methods that it is about unless all."""
+    about: dict[str, list[str]] = {}
+    for row in task["rows"]:
+        for text in ([f"failed: {row['error']}"] if row["error"] else []) + list(row["warnings"]):
+            about.setdefault(text, []).append(_named(row, short))
+    said = [("" if len(names) == len(task["rows"]) else f", {', '.join(names)}", text) for text, names in about.items()]
+    return [*(("", text) for text in task["warnings"]), *said]
+
+
+def _difference(metric: Mapping[str, Any] | None, reference: bool) -> str:
+    if metric is None or metric["difference"] is None:
+        return MISSING
+    if reference:
+        return "reference"
+    unit = metric["unit"]
+    text = _signed(metric["difference"], unit)
+    return (
+        text if metric["low"] is None else f"{text} [{_signed(metric['low'], unit)}, {_signed(metric['high'], unit)}]"
+    )
+
+
+def _costs(row: Mapping[str, Any]) -> list[str]:
+    columns = (("image_tokens_per_layer", 1, 4), ("prefill_flop_exact", TERA, 3), ("kv_bytes", MEBI, 4))
+    cells = [
+        f"{row['costs'][name] / scale:.{digits}g}" if name in row["costs"] else MISSING
+        for name, scale, digits in columns
+    ]
+    times = row["times"]
+    for name in ("prefill_ms", "decode_ms"):
+        quartiles = [times.get(one) for one in (name, f"{name}_low", f"{name}_high")]
+        cells.append(MISSING if None in quartiles else "{:.4g} ({:.4g} to {:.4g})".format(*quartiles))
+    return cells
+
+
+def _front(row: Mapping[str, Any]) -> str:
+    marks = [mark for mark, cost in zip("FK", COSTS, strict=True) if cost in row["front"]]
+    return " ".join(marks)
+
+
+def _digits(unit: str) -> int:
+    return {"fraction": 4, "perplexity": 3}.get(unit, 1)
+
+
+def _number(value: float, unit: str) -> str:
+    return f"{value:.{_digits(unit)}f}"
+
+
+def _signed(value: float, unit: str) -> str:
+    text = f"{value:+.{_digits(unit)}f}"
+    return text.replace("-", "+", 1) if float(text) == 0 else text
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {code(value)}" for name, value in values.items() if value is not None)
