@@ -17,7 +17,7 @@ from dynamic_llava.eval.predict import QueryBatch, generate_answers
 from dynamic_llava.eval.run import Evaluation, LoadedModel
 from dynamic_llava.eval.shard import Shard
 from dynamic_llava.eval.tasks import Question
-from dynamic_llava.methods import Method, describe_method, print_method
+from dynamic_llava.methods import Method, describe_method, import_named, print_method
 from dynamic_llava.model import DynamicLlavaConfig
 from dynamic_llava.model.loading import check_learned, cuts_of
 
@@ -69,13 +69,15 @@ def enter(models: Sequence[str], methods: Sequence[SpelledMethod]) -> tuple[list
     """
     entrants: list[Entrant] = []
     refused: dict[str, list[str]] = {}
+    for one in methods:
+        import_named(one.said)
     for model in models:
         config = DynamicLlavaConfig.from_pretrained(model)
         for one in methods:
             method = one.read(config.sparsity)
             try:
                 cuts_of(method, config.text_config.num_hidden_layers)
-                check_learned(model, method)
+                check_learned(model, config, method)
             except ValueError as error:
                 refused.setdefault(one.label, []).append(f"{one.label} on {model}: {error}")
             else:
