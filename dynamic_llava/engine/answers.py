@@ -26,12 +26,18 @@ def check_answer(
 
 
 def check_image_answer(method: Method, hook: str, answer: Any, valid_In: Tensor, *, sampled: bool = False) -> None:
-    """Raise ValueError unless a hook has answered about images with a mask (I, n), or a Choice whose heirs stay."""
+    """Raise ValueError unless a hook has answered about images with a mask (I, n), or a Choice that can be made."""
     if not isinstance(answer, Choice):
         return check_answer(method, hook, answer, valid_In.shape, IMAGES, sampled=sampled)
     check_answer(method, hook, answer.keep, valid_In.shape, IMAGES, sampled=sampled)
     if answer.weight is not None:
         _check(method, f"answered {hook} with the weight", answer.weight, valid_In.shape, IMAGES, "float")
+        _check_finite(method, f"answered {hook} with the weight", answer.weight[valid_In])
+    if answer.shares is not None:
+        shape = (*valid_In.shape, valid_In.shape[1])
+        _check(method, f"answered {hook} with shares", answer.shares, shape, f"{IMAGES}, the same", "float")
+        both_Inn = valid_In[:, :, None] & valid_In[:, None]
+        _check_finite(method, f"answered {hook} with shares", answer.shares[both_Inn])
     if answer.into is None:
         return None
     _check(method, f"answered {hook} with heirs", answer.into, valid_In.shape, IMAGES, "int64")
@@ -44,6 +50,13 @@ def check_image_answer(method: Method, hook: str, answer: Any, valid_In: Tensor,
             "for each dropped token, the index of a kept one"
         )
     return None
+
+
+def _check_finite(method: Method, what: str, answer: Tensor) -> None:
+    if not bool(torch.isfinite(answer).all()):
+        raise ValueError(
+            f"method {method.name!r} {what} that is not finite at real tokens; tokens merged by it would be lost"
+        )
 
 
 def _check(method: Method, what: str, answer: Any, shape: tuple[int, ...], axes: str, allowed: str) -> None:

@@ -61,6 +61,7 @@ def sparse_attention(
     masked_softmax: str | None = None,
     padding_mask: Tensor | None = None,
     filled: Tensor | None = None,
+    visible: Tensor | None = None,
     row: AttentionRow | None = None,
     tower: TowerReading | None = None,
     evicting: Any = None,
@@ -99,7 +100,7 @@ def sparse_attention(
     # Under autocast the rotary embedding leaves queries and keys in float32.
     query, key = query.to(value.dtype), key.to(value.dtype)
     if masked_softmax is None:
-        return ragged_attention(query, key, value, filled, scale=scaling).transpose(1, 2), None
+        return ragged_attention(query, key, value, filled, visible=visible, scale=scaling).transpose(1, 2), None
     out_BHNd = masked_softmax_attention(
         query,
         key,

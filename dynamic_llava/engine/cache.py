@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from dynamic_llava.engine.plan import cuts_of
+from dynamic_llava.engine.plan import Stage, cuts_of
 from dynamic_llava.engine.record import SparsityRecord
 from dynamic_llava.layout import TokenLayout
 from dynamic_llava.methods import Method
-from dynamic_llava.sparsity.cache import AdmissionSlots, DecisionLog, SlotStorage, TokenSlots
+from dynamic_llava.sparsity.cache import AdmissionSlots, DecisionLog, SlotStorage, TokenSlots, write_token
 
 EARLIER = "past_key_values"
 CACHE = "cache" if "cache" in inspect.signature(LlamaDecoderLayer.forward).parameters else EARLIER
@@ -174,19 +174,26 @@ class StepCache:
     """Per layer (B, K, W, d)."""
     groups: list[TokenSlots]
     """Of each group of layers."""
-    group_of: list[int]
-    """Per layer the number of its group."""
     evicted: "AdmissionCache | None" = None
     """The cache itself where a method evicts from it: each layer then has slots of its own."""
 
-    def slots_of(self, layer_idx: int) -> TokenSlots:
-        """Return the slots of the group that a layer belongs to."""
-        return self.groups[self.group_of[layer_idx]]
+    def of_stage(self, stage: Stage) -> "StageCache":
+        """Return the cache as the layers of a stage use it, which are a group."""
+        return StageCache(self.keys, self.values, self.groups[stage.number].places(self.keys[stage.first].shape[1]))
+
+
+@dataclass(frozen=True)
+class StageCache:
+    """A `StepCache` for the layers of one stage: where the token goes is found out once for all of them."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    places: tuple[Tensor, Tensor, Tensor]
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store the token's key and value, (B, K, 1, d) each; returns the storages, (B, K, W, d), in value's dtype."""
-        slots = self.slots_of(layer_idx)
-        keys, values = slots.write(self.keys[layer_idx], key), slots.write(self.values[layer_idx], value)
+        keys = write_token(self.keys[layer_idx], self.places, key)
+        values = write_token(self.values[layer_idx], self.places, value)
         return keys.to(value.dtype), values.to(value.dtype)
 
 
@@ -280,7 +287,7 @@ class AdmissionCache(Cache):
             slots.reserve(1)
         keys, values = zip(*(layer.grow() for layer in self.layers), strict=True)
         groups = [TokenSlots(slots.open_lengths()) for slots in self.groups]
-        return StepCache(list(keys), list(values), groups, self.group_of, self if self.evicts else None)
+        return StepCache(list(keys), list(values), groups, self if self.evicts else None)
 
     def note(self, layout: TokenLayout, until_BN: Tensor) -> None:
         """Take note of a chunk that has been through all layers, and of what became of it: until_BN (B, N) int64."""

@@ -291,7 +291,7 @@ def _merged(answer: Choice, keep_In: Tensor, valid_In: Tensor, tokens_InD: Tenso
     """
     itself_n = torch.arange(keep_In.shape[1], device=keep_In.device)
     if answer.shares is not None:
-        shares_Inn = answer.shares.to(tokens_InD) * valid_In[:, None]
+        shares_Inn = answer.shares.to(tokens_InD).masked_fill(~valid_In[:, None], 0.0)
         changed_In = keep_In & (shares_Inn != torch.eye(len(itself_n)).to(shares_Inn)).any(-1)
         return torch.where(changed_In[..., None], shares_Inn @ tokens_InD, tokens_InD), changed_In
     assert answer.into is not None

@@ -20,7 +20,7 @@ from dynamic_llava.engine.attention import cache_mask
 from dynamic_llava.engine.cache import AdmissionCache, AdmissionLayer
 from dynamic_llava.layout import TokenLayout
 from dynamic_llava.methods import Method, SlotEvidence, Slots
-from dynamic_llava.sparsity.cache import AdmissionSlots, SlotStorage, TokenSlots
+from dynamic_llava.sparsity.cache import AdmissionSlots, SlotStorage, TokenSlots, write_token
 
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
 """Attention of a layer, given its mask and, for a single token, the slots that are filled."""
@@ -126,16 +126,20 @@ class Eviction(ABC):
 
     def _received(self, query: Tensor, key: Tensor, visible: Tensor, scaling: float) -> dict[SlotEvidence, Tensor]:
         """(B, K, W) each: attention that the keys receive in this pass, where the method sees it."""
-        valid_BQ = self.layout.valid
-        counted: dict[SlotEvidence, Tensor] = {
-            "mass": valid_BQ,
-            "latest": latest(valid_BQ, self.method.latest_queries),
-        }
-        return {
-            kind: attention_mass(query.to(key.dtype), key, visible, counts=counts_BQ, scale=scaling)
-            for kind, counts_BQ in counted.items()
-            if kind in self.method.evict_sees
-        }
+        found: dict[SlotEvidence, Tensor] = {}
+        query, valid_BQ = query.to(key.dtype), self.layout.valid
+        if "mass" in self.method.evict_sees:
+            found["mass"] = attention_mass(query, key, visible, counts=valid_BQ, scale=scaling)
+        if "latest" in self.method.evict_sees:
+            last_BL = latest(valid_BQ, self.method.latest_queries)
+            found["latest"] = attention_mass(
+                query.gather(2, last_BL[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])),
+                key,
+                visible.gather(2, last_BL[:, None, :, None].expand(-1, visible.shape[1], -1, visible.shape[3])),
+                counts=valid_BQ.gather(1, last_BL),
+                scale=scaling,
+            )
+        return found
 
     def _facts_of(self, layer: HeadLayer, key: Tensor) -> dict[SlotEvidence, Tensor]:
         """(B, K, Q, 1) each: what the method sees of the chunk's tokens and never changes; key (B, K, Q, d)."""
@@ -236,8 +240,9 @@ class Token(Eviction):
         layer = self.cache.layers[layer_idx]
         layer.slots.reserve(1)
         self._facts[layer_idx] = self._facts_of(layer, key)
-        slots, (keys, values) = TokenSlots(layer.slots.open_lengths()), layer.grow()
-        return slots.write(keys, key).to(value.dtype), slots.write(values, value).to(value.dtype)
+        keys, values = layer.grow()
+        places = TokenSlots(layer.slots.open_lengths()).places(key.shape[1])
+        return write_token(keys, places, key).to(value.dtype), write_token(values, places, value).to(value.dtype)
 
     def attend(
         self, attend: Attend, layer_idx: int, query: Tensor, key: Tensor, scaling: float, mask: Tensor | None
@@ -247,12 +252,13 @@ class Token(Eviction):
         slots = TokenSlots(layer.slots.open_lengths())
         visible_BK1W = slots.visible(layer.slots.capacity)
         if self.implementation == "sdpa":
-            out = attend(None, filled=slots.lengths)
+            out = attend(None, filled=slots.lengths, visible=visible_BK1W)
         else:
             out = attend(self._head_mask(visible_BK1W, query))
         layer.receive(self._received(query, key, visible_BK1W, scaling))
+        places = slots.places(key.shape[1])
         for kind, new_BK11 in self._facts.pop(layer_idx).items():
-            slots.write(layer.seen[kind].grown(), new_BK11)
+            write_token(layer.seen[kind].grown(), places, new_BK11)
         slots.admit(self.kept[:, 0])
         self._evict(layer_idx, layer, shrink=False)
         return out
@@ -348,6 +354,6 @@ def attention_mass(
 
 
 def latest(valid_BQ: Tensor, count: int) -> Tensor:
-    """(B, Q) bool: the last `count` valid tokens of each row."""
-    behind_BQ = valid_BQ.flip(1).cumsum(1).flip(1)
-    return valid_BQ & (behind_BQ <= count)
+    """(B, L) int64: the places of each row's last `count` valid tokens, of others where it has fewer; L at most Q."""
+    place_Q = torch.arange(1, valid_BQ.shape[1] + 1, device=valid_BQ.device)
+    return (place_Q * valid_BQ).topk(min(count, valid_BQ.shape[1])).indices

@@ -62,11 +62,11 @@ def _given(
     if step.evicted is not None:
         token = Token(plan.method, step.evicted, plan.layout, admit_B[:, None], implementation)
         return {CACHE: token, "evicting": token}
-    slots = step.groups[stage.number]
-    if implementation == "sdpa":
-        return {CACHE: step, "filled": slots.lengths}
+    slots, cache = step.groups[stage.number], step.of_stage(stage)
     visible_B1W = slots.visible(step.keys[stage.first].shape[2])
-    return {CACHE: step, "attention_mask": cache_mask(visible_B1W, implementation, hidden_B1D.dtype)}
+    if implementation == "sdpa":
+        return {CACHE: cache, "filled": slots.lengths, "visible": visible_B1W}
+    return {CACHE: cache, "attention_mask": cache_mask(visible_B1W, implementation, hidden_B1D.dtype)}
 
 
 def compiled_step(

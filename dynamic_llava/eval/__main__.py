@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamic_llava.cli.commands import Parser, add_method, entry_point, exit_on_mistake
-from dynamic_llava.config import SPARSITY_MODES
+from dynamic_llava.config import SPARSITY_MODES, checkpoint_source
 from dynamic_llava.eval import score
 from dynamic_llava.eval.generation.build import KINDS, BuildOptions, build
 from dynamic_llava.eval.tasks import GROUPS, TASKS, task_list
@@ -69,7 +69,10 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     names = f"{', '.join(TASKS)}; vqav2:val names a split; groups: {', '.join(GROUPS)}; or: list"
     parser.set_defaults(execute=_run)
     parser.add_argument(
-        "--model", help="folder of a checkpoint with its processor, or a hub name; required (default: None)"
+        "--model",
+        type=checkpoint_source,
+        help="folder of a checkpoint with its processor, hub name, or tiny (the shipped dense model); required "
+        "(default: None)",
     )
     parser.add_argument("--tasks", help=f"benchmarks, separated by commas, required: {names} (default: None)")
     parser.add_argument(
@@ -84,10 +87,11 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(execute=_compare)
     parser.add_argument(
         "--model",
+        type=checkpoint_source,
         action="append",
         required=True,
-        help="folder of a checkpoint with its processor, or a hub name; may be given more than once, and differences "
-        "are to the dense method on the first",
+        help="folder of a checkpoint with its processor, hub name, or tiny (the shipped dense model); may be given "
+        "more than once, and differences are to the dense method on the first",
     )
     parser.add_argument(
         "--methods",

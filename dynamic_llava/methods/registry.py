@@ -108,9 +108,10 @@ def import_named(spelling: Spelling | None) -> None:
     if spelling is None or isinstance(spelling, Method):
         return
     said = said_settings(spelling)
-    method_class(said[NAME])
-    for inner in said.values():
-        if isinstance(inner, Mapping) and NAME in inner:
+    hints = _hints(method_class(said.pop(NAME)))
+    for name, inner in said.items():
+        named = isinstance(inner, Mapping) and NAME in inner
+        if named or (isinstance(inner, str) and ":" in inner and _takes_method(hints.get(name))):
             import_named(inner)
 
 
@@ -208,7 +209,7 @@ def _own_class(name: str) -> type[Method]:
     for part in class_name.split("."):
         found = getattr(found, part, None)
     if found is None:
-        here = [key for key, value in vars(module).items() if _is_method(value)]
+        here = [key for key, value in vars(module).items() if _is_method(value) and value.__module__ == module_name]
         raise ValueError(f"method {name!r}: {module_name} has no {class_name}; {_advice(class_name, here, 'methods')}")
     if problem := _problem(found):
         raise ValueError(f"method {name!r} {problem} (docs/adding-a-method.md)")
@@ -235,6 +236,11 @@ def _hints(method: type[Method]) -> dict[str, Any]:
             f"method {printed_name(method)!r} has a setting whose type cannot be read ({error}); write types that its "
             "module knows when it runs"
         ) from error
+
+
+def _takes_method(kind: Any) -> bool:
+    """Whether a setting of the type `kind` may be a method."""
+    return any(_is_method(one) for one in (kind, *get_args(kind)))
 
 
 def _is_method(value: Any) -> bool:

@@ -148,18 +148,21 @@ class CheckedLoading:
             if tensors and tensors <= set(loading_info.missing_keys):
                 lost[predictor] = tensors
         if len(lost) == len(parts):
-            kind, words = "a dense checkpoint", "predictor"
+            kind = "a dense checkpoint"
             self.config.untrained_predictors = list(parts)  # type: ignore[attr-defined]
         else:
             # What the checkpoint itself does not call untrained is damage, and an error.
             untrained = self.config.untrained_predictors  # type: ignore[attr-defined]
             lost = {predictor: tensors for predictor, tensors in lost.items() if predictor in untrained}
-            kind, words = "a checkpoint with one predictor", " ".join(lost)
+            kind = "a checkpoint"
         names = {name for tensors in lost.values() for name in tensors}
         loading_info.missing_keys -= names
         if names and not _EXPECTED.get():
             logger.warning(
-                "%s: the %d %s tensors are newly initialised; train before sparse inference", kind, len(names), words
+                "%s without %s: their %d tensors are newly initialised; train before sparse inference",
+                kind,
+                " and ".join(lost),
+                len(names),
             )
 
     def save_pretrained(

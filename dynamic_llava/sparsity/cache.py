@@ -154,16 +154,20 @@ class TokenSlots:
         slots = torch.arange(capacity, device=self.lengths.device)
         return (slots <= self.lengths[..., None])[..., None, :]
 
-    def write(self, storage_BKWd: Tensor, new_BK1d: Tensor) -> Tensor:
-        """Put the token's keys or values into its slot, in place; returns the storage."""
-        rows_B, heads_K = (torch.arange(size, device=new_BK1d.device) for size in new_BK1d.shape[:2])
-        # The compiler keeps an index_put_ in place; for a scatter_ it would copy the whole storage twice a step.
-        places = rows_B[:, None], heads_K, self.lengths if self.lengths.dim() == 2 else self.lengths[:, None]
-        return storage_BKWd.index_put_(places, new_BK1d[:, :, 0].to(storage_BKWd.dtype))
+    def places(self, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the index of the token in a storage of so many key heads: one for all storages with these slots."""
+        rows_B, heads_K = (torch.arange(size, device=self.lengths.device) for size in (self.lengths.shape[0], heads))
+        return rows_B[:, None], heads_K, self.lengths if self.lengths.dim() == 2 else self.lengths[:, None]
 
     def admit(self, admit_B: Tensor) -> None:
         """Admit or drop the token (Eq. 6), after the last layer has used it; admit_B (B,) bool."""
         self.lengths.add_(admit_B if self.lengths.dim() == 1 else admit_B[:, None])
+
+
+def write_token(storage_BKWd: Tensor, places: tuple[Tensor, Tensor, Tensor], new_BK1d: Tensor) -> Tensor:
+    """Put the tokens' keys or values into their places (`TokenSlots.places`), in place; returns the storage."""
+    # The compiler keeps an index_put_ in place; for a scatter_ it would copy the whole storage twice a step.
+    return storage_BKWd.index_put_(places, new_BK1d[:, :, 0].to(storage_BKWd.dtype))
 
 
 class DecisionLog:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dynamic_llava.sparsity.cache import TokenSlots
 from dynamic_llava.sparsity.kernels.choice import choose
 
 RaggedImplementation = Literal["auto", "sdpa", "triton"]
@@ -24,6 +25,7 @@ def ragged_attention(
     values: Tensor,
     lengths: Tensor,
     *,
+    visible: Tensor | None = None,
     scale: float | None = None,
     implementation: RaggedImplementation = "auto",
 ) -> Tensor:
@@ -31,33 +33,38 @@ def ragged_attention(
 
     query (B, H, 1, d); keys, values (B, K, W, d), one float dtype, K dividing H (grouped-query attention); lengths
     (B,) or (B, K) int64, from 0 to W - 1, on the same device: row b sees slots 0 .. lengths[b], or the query heads of
-    key head k in row b slots 0 .. lengths[b, k]. scale: 1 / sqrt(d) by default.
+    key head k in row b slots 0 .. lengths[b, k]. visible, (B, 1, W) or (B, K, 1, W) bool, says the same as lengths, for
+    `sdpa` alone: made once (`TokenSlots.visible`) it serves many layers; it is made here by default.
+    scale: 1 / sqrt(d) by default.
     implementation: `sdpa` is torch's attention under a mask; it reads every slot, so that unfilled ones must be
     finite. `triton` (NVIDIA GPUs, or the CPU in Triton's interpreter) never reads an unfilled slot; `auto` takes
     `triton` where it can run on a GPU. Serves inference: `triton` has no gradient, and
     refuses to run where one would be recorded. Raises ValueError.
     """
-    _check(query, keys, values, lengths, implementation)
+    _check(query, keys, values, lengths, visible, implementation)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     size = query.shape[-1]
     if choose("ragged attention", implementation, "sdpa", query.device, query.dtype, size) == "sdpa":
-        return _masked_sdpa(query, keys, values, lengths, scale)
+        return _masked_sdpa(query, keys, values, lengths, visible, scale)
     from dynamic_llava.sparsity.kernels.triton_ragged import ragged_decode
 
     return ragged_decode(query, keys, values, lengths, scale)
 
 
-def _masked_sdpa(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float) -> Tensor:
-    slots = torch.arange(keys.shape[2], device=lengths.device)
-    visible = slots <= lengths[..., None]
-    visible_BK1W = visible[:, :, None] if lengths.dim() == 2 else visible[:, None, None]  # K is 1 for all heads alike
+def _masked_sdpa(
+    query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, visible: Tensor | None, scale: float
+) -> Tensor:
+    visible = TokenSlots(lengths).visible(keys.shape[2]) if visible is None else visible
+    visible_BK1W = visible[:, None] if visible.dim() == 3 else visible  # K is 1 for all heads alike
     # The query heads of a key head stand in the place of queries: keys and values are neither repeated nor read twice.
     query_BKGd = query.view(query.shape[0], keys.shape[1], -1, query.shape[3])
     out_BKGd = F.scaled_dot_product_attention(query_BKGd, keys, values, attn_mask=visible_BK1W, scale=scale)
     return out_BKGd.reshape(query.shape)
 
 
-def _check(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, implementation: str) -> None:
+def _check(
+    query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, visible: Tensor | None, implementation: str
+) -> None:
     if implementation not in RAGGED_IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} is not known; choose one of {RAGGED_IMPLEMENTATIONS}")
     if query.dim() != 4 or query.shape[2] != 1 or keys.dim() != 4 or keys.shape != values.shape:
@@ -75,4 +82,9 @@ def _check(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, impleme
         raise ValueError(
             f"lengths is {lengths.dtype} of shape {tuple(lengths.shape)}; give int64 of shape ({query.shape[0]},), or "
             f"{tuple(keys.shape[:2])} for a length of each key head"
+        )
+    if visible is not None and (visible.shape != (*lengths.shape, 1, keys.shape[2]) or visible.dtype != torch.bool):
+        raise ValueError(
+            f"visible is {visible.dtype} of shape {tuple(visible.shape)}; give bool of shape "
+            f"{(*lengths.shape, 1, keys.shape[2])}, or leave it out"
         )

@@ -47,6 +47,18 @@ IMAGE = {
     "an heir outside": (lambda valid: Choice(first_stays(valid), valid.long() * 99), "heir that is no kept token"),
     "heirs as floats": (lambda valid: Choice(first_stays(valid), valid.float()), "heirs torch.float32.*int64"),
     "weights of bool": (lambda valid: Choice(first_stays(valid), 0 * valid.long(), valid), "weight torch.bool.*float"),
+    "weights of NaN": (
+        lambda valid: Choice(first_stays(valid), 0 * valid.long(), valid / 0 - torch.inf),
+        "the weight that is not finite at real tokens",
+    ),
+    "shares of another shape": (
+        lambda valid: Choice(first_stays(valid), shares=valid.float()),
+        r"shares torch.float32 of shape \(6, 16\); let it return float of shape \(6, 16, 16\)",
+    ),
+    "shares of infinity": (
+        lambda valid: Choice(first_stays(valid), shares=torch.full((*valid.shape, valid.shape[1]), torch.inf)),
+        "shares that is not finite",
+    ),
 }
 OUTPUT = {
     "floats": (lambda every: every.float(), r"answered keep_output with torch.float32 .*return bool"),

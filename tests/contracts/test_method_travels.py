@@ -15,7 +15,7 @@ from dynamic_llava.costs import decoder_shape, kv_bytes
 from dynamic_llava.eval import run as runner
 from dynamic_llava.eval import tasks
 from dynamic_llava.eval.__main__ import main as evaluate
-from dynamic_llava.methods import describe_method, print_method, read_method
+from dynamic_llava.methods import describe_method, import_named, print_method, read_method
 from dynamic_llava.model import DynamicLlavaForConditionalGeneration
 from dynamic_llava.processing.prompts import SYSTEM
 from dynamic_llava.profile.__main__ import main as profile
@@ -161,6 +161,11 @@ def test_answers_of_different_methods_never_mix(dense, toy, tmp_path, capsys, ow
     assert "method.file was" in capsys.readouterr().err
 
 
+def test_the_shipped_model_is_asked_by_its_short_name(toy, tmp_path):
+    assert asked("tiny", tmp_path, tmp_path / "out", "--method", "fastv", "--limit", "1") == 0
+    assert len(lines_of(tmp_path / "out" / "answers" / "toy.jsonl")) == 1
+
+
 def test_a_folder_of_an_earlier_version_goes_on(dense, toy, tmp_path, monkeypatch):
     """Summaries without `method`, and records that know `sparsity` alone."""
     out = tmp_path / "out"
@@ -211,7 +216,7 @@ WRONG = {
     "near setting": (("--method", "fastv", "--method.layr", "3"), "did you mean 'layer'"),
     "no number": (("--method", "fastv", "--method.layer", "x"), "layer='x' is not a whole number"),
     "no name": (("--method.layer", "3"), "does not say its name"),
-    "no class": (("--method", "own_method_of_a_user:Nrm"), "did you mean 'Norm'"),
+    "no class": (("--method", "own_method_of_a_user:Nrm"), "did you mean 'Norm'? the methods are 'Norm'\n"),
     "learned": (("--method", "dynamic"), "is a dense checkpoint without predictors"),
     "learned by default": ((), "give --sparsity none, or a method that learns nothing, such as --method fastv"),
     "layer outside": (("--method", "fastv", "--method.layer", "40"), "40"),
@@ -283,6 +288,12 @@ def test_a_named_class_opens_its_checkpoint_and_what_it_was_trained_with_holds(
     assert recorded(tmp_path / "out")["image_keep_rate"] == 0.4
     assert asked(learned, tmp_path, tmp_path / "half", "--method", LEARNED, "--method.image-keep-rate", "0.5") == 0
     assert recorded(tmp_path / "half")["image_keep_rate"] == 0.5
+
+
+def test_a_class_that_a_setting_names_is_imported_too(learned, not_imported):
+    import_named({"name": "mixed", "image_by": LEARNED, "output_by": "none"})
+    assert "learned_method_of_a_user" in sys.modules
+    import_named({"name": "mixed", "image_by": "no such method"})  # reading it says what is wrong, and where
 
 
 def test_a_named_class_opens_its_checkpoint_in_a_chat(learned, not_imported, tmp_path, monkeypatch, capsys):

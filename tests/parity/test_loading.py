@@ -51,7 +51,8 @@ def test_hub_names_load_bit_equal_and_only_predictors_are_new(model, tmp_path, c
     loaded, info = load(hub_folder(model, tmp_path), output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     count = sum(name.startswith(PREDICTORS) for name in model.state_dict())
-    assert f"the {count} predictor tensors are newly initialised" in caplog.text
+    both = "a dense checkpoint without image_predictor and output_predictor"
+    assert f"{both}: their {count} tensors are newly initialised" in caplog.text
     for name, value in model.state_dict().items():
         if not name.startswith(PREDICTORS):
             assert torch.equal(loaded.state_dict()[name], value), name

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dynamic_llava.engine.evict import attention_mass, latest
 from dynamic_llava.layout import Packing
-from dynamic_llava.sparsity.cache import AdmissionSlots, SlotStorage, TokenSlots
+from dynamic_llava.sparsity.cache import AdmissionSlots, SlotStorage, TokenSlots, write_token
 from dynamic_llava.sparsity.ragged_attention import ragged_attention
 from tests.properties import few_or_many, for_all
 
@@ -65,7 +65,7 @@ class Both:
         keys, values = self.keys.grown(), self.values.grown()
         token = TokenSlots(self.slots.open_lengths())
         for storage in (keys, values):
-            token.write(storage, self.contents(numbers_B[:, None]))
+            write_token(storage, token.places(HEADS), self.contents(numbers_B[:, None]))
         visible = token.visible(self.slots.capacity)
         visible = visible if visible.dim() == 4 else visible[:, None]
         out = ragged_attention(query_BH1D, keys, values, token.lengths)
@@ -181,13 +181,23 @@ def test_mass_is_the_sum_of_the_attention_weights(examples, monkeypatch):
         torch.manual_seed(seed)
         monkeypatch.setattr("dynamic_llava.engine.evict.PART_NUMBERS", numbers)
         query, keys = torch.randn(batch, 6, queries, SIZE), torch.randn(batch, 2, slots, SIZE)
-        seen, valid = torch.rand(batch, 2, queries, slots) < 0.6, torch.rand(batch, queries) < 0.8
-        counts = latest(valid, 3)
-        assert torch.equal(counts.sum(1), valid.sum(1).clamp(max=3))
+        seen, counts = torch.rand(batch, 2, queries, slots) < 0.6, torch.rand(batch, queries) < 0.8
         scores = query @ keys.repeat_interleave(3, 1).transpose(2, 3) * 0.7
         weights = scores.masked_fill(~seen.repeat_interleave(3, 1), -torch.inf).softmax(-1).nan_to_num(0)
         expected = (weights * counts[:, None, :, None]).sum(2).unflatten(1, (2, 3)).sum(2)
         torch.testing.assert_close(attention_mass(query, keys, seen, counts=counts, scale=0.7), expected)
+
+
+@few_or_many
+def test_latest_are_the_last_valid_tokens(examples):
+    @for_all(examples, st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 9), st.integers(1, 5))
+    def check(seed, rows, tokens, count):
+        torch.manual_seed(seed)
+        valid = torch.rand(rows, tokens) < 0.6
+        places = latest(valid, count)
+        assert places.shape == (rows, min(count, tokens))
+        for real, found in zip(valid, places, strict=True):
+            assert sorted(found[real[found]].tolist()) == real.nonzero()[:, 0].tolist()[-count:]
 
 
 def test_mass_of_queries_and_keys_that_do_not_fit_is_refused():
