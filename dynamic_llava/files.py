@@ -92,6 +92,11 @@ def brief(value: Any) -> str:
     return _REPR.repr(value)
 
 
+def brief_text(text: str) -> str:
+    """Return a message, a long one without its middle: what it quotes of a file may be of any length."""
+    return text if len(text) <= 1000 else f"{text[:500]} ... {text[-400:]}"
+
+
 def amount(size: float) -> str:
     """Return a number of bytes in the unit that suits it: "812 bytes", "3.4 kB", "13.5 GB"."""
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

@@ -49,10 +49,13 @@ def read_tokenizer(folders: list[Path], original: bool) -> Any:
     settings = read_json(path) if path.is_file() else {}
     try:
         if not original:
-            return load_tokenizer(folder)
-        if (folder / "tokenizer.model").is_file():
-            return LlamaTokenizer.from_pretrained(folder, legacy=settings.get("legacy", True), trust_remote_code=False)
-        return PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
+            found = load_tokenizer(folder)
+        elif (folder / "tokenizer.model").is_file():
+            found = LlamaTokenizer.from_pretrained(folder, legacy=settings.get("legacy", True), trust_remote_code=False)
+        else:
+            found = PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
+        found("a")  # some settings are read only now
+        return found
     except ImportError as error:
         raise ValueError(f'reading {folder / "tokenizer.model"} needs: pip install "dynamic-llava[convert]"') from error
     except Exception as error:  # transformers and tokenizers raise what they like for a damaged file

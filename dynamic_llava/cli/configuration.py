@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from dynamic_llava.cli.commands import METHOD, METHOD_HELP, take_method
-from dynamic_llava.files import brief
+from dynamic_llava.files import brief, brief_text
 
 Config = TypeVar("Config")
 
@@ -174,9 +174,9 @@ def _naming(file: str | Path) -> Iterator[None]:
     except OmegaConfBaseException as error:
         # What OmegaConf says of a file as a whole has neither key nor message; further lines are about its classes.
         said = [str(part) for part in (error.full_key, error.msg) if part] or [str(error) or type(error).__name__]
-        raise ValueError(f"{file}: {': '.join(said).splitlines()[0]}") from None
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+        raise ValueError(f"{file}: {brief_text(': '.join(said).splitlines()[0])}") from None
+    except (TypeError, ValueError) as error:  # TypeError: OmegaConf's, for lists in the place of sections
+        raise ValueError(f"{file}: {brief_text(str(error))}") from None
 
 
 def _read_values(path: Path) -> dict[str, Any]:
@@ -212,16 +212,21 @@ def _check_keys(config_class: type, values: Mapping[str, Any], path: Path, prefi
             close = get_close_matches(str(key), known, n=1)
             advice = f"did you mean {prefix}{close[0]}?" if close else f"the known ones are {', '.join(known)}"
             raise ValueError(f"{path}: unknown key {prefix}{key}; {advice}")
-        section = _section(types[key])
+        section, several = _section(types[key]), get_origin(types[key]) in (list, tuple)
         if section is not None and isinstance(value, Mapping):
             _check_keys(section, value, path, f"{prefix}{key}.")
-        elif (
-            section is not None
-            and get_origin(types[key]) not in (list, tuple)
-            and not isinstance(value, _plain(types[key]))
-        ):
-            due = ", ".join(field.name for field in fields(section)[:3])
-            raise ValueError(f"{path}: {prefix}{key} is {brief(value)}; lines of settings are due there: {due}, ...")
+        elif section is not None and several and isinstance(value, list):
+            for number, item in enumerate(value, 1):
+                place = f"{prefix}{key}, entry {number},"
+                if not isinstance(item, Mapping):
+                    raise ValueError(f"{path}: {place} is {brief(item)}; {_due(section)}")
+                _check_keys(section, item, path, f"{place} ")
+        elif section is not None and not several and not isinstance(value, _plain(types[key])):
+            raise ValueError(f"{path}: {prefix}{key} is {brief(value)}; {_due(section)}")
+
+
+def _due(section: type) -> str:
+    return f"lines of settings are due there: {', '.join(field.name for field in fields(section)[:3])}, ..."
 
 
 def _section(annotation: Any) -> type | None:

@@ -7,6 +7,7 @@ before a replay, and after a growth the same compiled code is recorded again for
 Shape suffixes: B rows, W slots, K key heads, D hidden size, d head size.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -21,6 +22,9 @@ from dynamic_llava.engine.evict import Token
 from dynamic_llava.engine.learned import learned_of
 from dynamic_llava.engine.plan import Plan, Stage, stages_of
 
+GRAPHS = 256
+"""Most graphs in one process, one for each model, batch size and method; torch's own limit, 8, ends in an error."""
+_TAKES_LIMIT = "recompile_limit" in inspect.signature(torch.compile).parameters
 SLOTS_DIMENSION = 2
 """Dimension of a storage (B, K, W, d) that grows."""
 
@@ -102,7 +106,10 @@ def compiled_step(
 
 @cache
 def _compiled(replayed: bool) -> Callable[..., tuple[Tensor, Tensor]]:
-    return torch.compile(decode_step, fullgraph=True, dynamic=False, options=compile_options(replayed))
+    more: dict[str, Any] = {"recompile_limit": GRAPHS} if _TAKES_LIMIT else {}
+    compiled = torch.compile(decode_step, fullgraph=True, dynamic=False, options=compile_options(replayed), **more)
+    # Before torch 2.13 the limit is the whole process's, so it is raised during our own calls alone.
+    return compiled if _TAKES_LIMIT else torch._dynamo.config.patch(recompile_limit=GRAPHS)(compiled)
 
 
 def compile_options(replayed: bool) -> dict[str, Any]:

@@ -308,16 +308,16 @@ def _written(row: TaskRow, described: Summary, folder: Path) -> TaskRow:
 
 def _say_end(rows: Sequence[TaskRow], summary: Summary, folder: Path) -> None:
     """Say where the tables lie; print this command's own where they could not be written."""
-    failed = [row.label for row in rows if row.error]
+    failed = [row for row in rows if row.error]
     if any(row.unwritten for row in rows):
         print(f"\n{page(summary.to_json())}")
     else:
         print(f"\ntable: {folder / 'table.md'}; summary: {folder / 'summary.json'}")
+    for row in failed:
+        print(f"{'error' if row.unwritten else 'failed'}: {row.label}: {row.error}", file=sys.stderr)
     if failed:
-        print(f"error: {len(failed)} of {len(rows)} tasks failed: {', '.join(failed)}", file=sys.stderr)
-    for row in rows:
-        if row.unwritten:
-            print(f"error: {row.error}", file=sys.stderr)
+        names = ", ".join(row.label for row in failed)
+        print(f"error: {len(failed)} of {len(rows)} tasks failed: {names}", file=sys.stderr)
 
 
 def attempt(label: str, step: Callable[[], Any]) -> Any:

@@ -18,7 +18,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from dynamic_llava.config import SparsityConfig
 from dynamic_llava.engine.learned import HOME, parts_of, prefixes
 from dynamic_llava.engine.plan import cuts_of
-from dynamic_llava.files import give_usual_modes
+from dynamic_llava.files import brief, brief_text, give_usual_modes
 from dynamic_llava.methods import Method, settings_of
 from dynamic_llava.model.card import replace_generic_card, write_card
 from dynamic_llava.model.supported import (
@@ -278,7 +278,7 @@ def _settings(path: Path, config: dict[str, Any]) -> SparsityConfig:
     try:
         return SparsityConfig.from_dict(values)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} has sparsity {values!r}: {error}") from None
+        raise ValueError(f"{path} has sparsity {brief(values)}: {brief_text(str(error))}") from None
 
 
 def _saved_without_head(config: dict[str, Any]) -> bool:

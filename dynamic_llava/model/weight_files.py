@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dynamic_llava.files import brief
+
 STEMS = ("model.safetensors", "pytorch_model.bin")
 """What transformers calls a checkpoint's file, or the first part of its shards' names; the first one found counts."""
 
@@ -133,8 +135,12 @@ def _read_index(path: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no index of weights ({error!r}); get the file again") from None
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
-            raise ValueError(f"{path} names the file {name!r}; an index may name files of its own folder only")
+        own = isinstance(name, str) and Path(name).name == name and name.isprintable()
+        if not own or not name.endswith((".safetensors", ".bin")):
+            raise ValueError(
+                f"{path} names the file {brief(name)}; an index may name files of weights (.safetensors, .bin) of its "
+                "own folder only"
+            )
     return dict(index)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from dynamic_llava.files import Lock
+from dynamic_llava.files import EXIT_WRITE_FAILED, Lock, WriteError
 from dynamic_llava.sweep.plan import PlannedRow, SweepPlan, SweepStep
 from dynamic_llava.train.stopping import EXIT_STOPPED, Stopped
 
@@ -18,8 +18,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 def run_plan(plan: SweepPlan, say: Callable[[str], None], after_row: Callable[[], None]) -> list[str]:
     """Do what is not done yet, row by row; returns what failed, a line each. `after_row` is called after every row.
 
-    A training that fails takes its row's evaluations with it. Raises Stopped when told to stop; a running step has
-    then been told so too and has ended.
+    A training that fails takes its row's evaluations with it. Raises WriteError where a file could not be written: no
+    later step could write either. Raises Stopped when told to stop; a running step has then been told so too and has
+    ended.
     """
     failures: dict[str, str] = {}
     for planned in plan.rows:
@@ -50,6 +51,9 @@ def _failed(step: SweepStep, failures: dict[str, str], say: Callable[[str], None
             return False
         say(f"  {step}: {shlex.join(step.command)}")
         _execute(step)
+    except WriteError as error:
+        say(f"  FAILED: {step} ({step.folder}): {error}")
+        raise
     except (ValueError, OSError) as error:
         failures[key] = f"{step} ({step.folder}): {error}"
         say(f"  FAILED: {failures[key]}")
@@ -70,6 +74,8 @@ def _execute(step: SweepStep) -> None:
             code = relay.wait(child)
     if relay.told or code == EXIT_STOPPED:
         raise Stopped(f"{step} was told to stop and ended with exit code {code}")
+    if code == EXIT_WRITE_FAILED:
+        raise WriteError(f"a file could not be written (exit code {code}); what the command said stands above")
     if code:
         raise ValueError(f"its command ended with exit code {code}; what it said stands above")
     step.finish()

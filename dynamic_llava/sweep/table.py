@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamic_llava.eval.writing import MISSING, markdown
-from dynamic_llava.files import replace_file
+from dynamic_llava.files import replace_file, writing
 from dynamic_llava.provenance import environment
 from dynamic_llava.sweep.config import TINY, SweepColumn
 from dynamic_llava.sweep.plan import EvaluationStep, PlannedRow, SweepPlan
@@ -34,7 +34,8 @@ def results(plan: SweepPlan) -> dict[str, Any]:
 def write_table(plan: SweepPlan, made_by: str) -> Path:
     """Write results.json and table.md into the sweep's folder; returns the table's path."""
     folder, found = plan.sweep.folder, results(plan)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / "results.json", json.dumps(found | {"made_by": made_by}, indent=1) + "\n")
     replace_file(folder / "table.md", page(plan, found, made_by))
     return folder / "table.md"

@@ -192,7 +192,7 @@ def is_complete(checkpoint: Path) -> bool:
     """Whether the marker is there and every file it names has the size it had then."""
     try:
         facts = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # no JSON, or no UTF-8
         return False
     sizes = {name: checkpoint / name for name in facts["files"]}
     return all(path.is_file() and path.stat().st_size == facts["files"][name] for name, path in sizes.items())

@@ -17,12 +17,14 @@ import numpy as np
 from dynamic_llava.config.run import NOT_COMPARED, RunConfig, flat
 from dynamic_llava.data import SftDataset
 from dynamic_llava.engine.decide import check_training
-from dynamic_llava.files import content_of
+from dynamic_llava.files import brief, content_of
 from dynamic_llava.methods import Dynamic, Method, import_named, print_method, read_method
 from dynamic_llava.model.loading import checkpoint_files
 from dynamic_llava.model.switches import choose_method
 from dynamic_llava.train.distributed import read_deepspeed
 
+LONGEST_CONTENT = 300
+"""Characters of a content that a message shows as it was recorded."""
 SAMPLES_PER_STEP = "samples per optimizer step"
 COMPARED_BY_CONTENT = {"model.base", "data.json", "data.image_folder"}
 """Settings that name files: a copy of the same content elsewhere is the same (`run_inputs`)."""
@@ -80,7 +82,7 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any], *, leave_out: Set[s
     """
     before = {**compared_settings(RunConfig(), 1), **then}
     names = sorted((set(then) | set(now)) - leave_out)
-    return [f"{n} was {before.get(n)!r} and is {now.get(n)!r}" for n in names if before.get(n) != now.get(n)]
+    return [f"{n} was {brief(before.get(n))} and is {brief(now.get(n))}" for n in names if before.get(n) != now.get(n)]
 
 
 def file_inputs(config: RunConfig, base: str) -> dict[str, str]:
@@ -107,10 +109,18 @@ def run_inputs(config: RunConfig, base: str, dataset: SftDataset) -> dict[str, s
 def changed_inputs(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """Return what differs, a "NAME was X and is Y" each."""
     return [
-        f"{name} was {then.get(name, 'absent')} and is {now.get(name, 'absent')}"
+        f"{name} was {_content(then.get(name))} and is {_content(now.get(name))}"
         for name in sorted({*then, *now})
         if then.get(name) != now.get(name)
     ]
+
+
+def _content(recorded: Any) -> str:
+    """Return what a record says of an input, for a message: records are files, and may hold anything."""
+    if recorded is None:
+        return "absent"
+    plain = isinstance(recorded, str) and recorded.isprintable() and len(recorded) < LONGEST_CONTENT
+    return recorded if plain else brief(recorded)
 
 
 def _base_files(base: str) -> list[Path]:

@@ -106,7 +106,10 @@ def _record(model: Path) -> tuple[dict[str, Any], int, dict[str, str] | None]:
     try:
         if record.is_file():
             found = json.loads(record.read_text(encoding="utf-8"))
-            return found["settings"], found["processes"], found["inputs"]
+            settled, processes, inputs = found["settings"], found["processes"], found["inputs"]
+            if not isinstance(settled, dict) or not isinstance(processes, int) or not isinstance(inputs, dict):
+                raise TypeError("settings and inputs are no objects, or processes is no whole number")
+            return settled, processes, inputs
         if settings.is_file():
             values = flat(yaml.safe_load(settings.read_text(encoding="utf-8")))
             batch = values.get("train.batch_size", 1) * values.get("train.gradient_accumulation", 1)

@@ -68,6 +68,7 @@ def test_no_file_gives_the_defaults():
         ("just a word", "unknown key just a word"),
         ("data: 0", "a.yaml: data is 0; lines of settings are due there: json, image_folder"),
         ("sparsity: [a]", r"a.yaml: sparsity is \['a'\]; lines of settings are due there"),
+        ("train: {tune: " + 5000 * "x" + "}", "^.{,1200}$"),
         ("name: [1]", "a.yaml: name: Cannot convert 'ListConfig' to string: '\\[1\\]'$"),
         ("3.5", "Invalid loaded object type: float"),
         ("{" * 3000, "is no valid YAML"),

@@ -346,6 +346,7 @@ def test_missing_files_are_reported_and_the_other_tasks_go_on(checkpoint, tmp_pa
     assert run(checkpoint, "pope,toy,gqa", tmp_path, tmp_path / "out") == 1
     printed = capsys.readouterr()
     assert "2 of 3 tasks failed: pope, gqa" in printed.err
+    assert "failed: pope: " in printed.err and "failed: gqa: " in printed.err, "the reasons stand beside it"
     rows = summary(tmp_path / "out")["tasks"]
     assert rows["toy"]["value"] is not None and rows["pope"]["value"] is None
     assert "llava_pope_test.jsonl, get it from LLaVA's eval.zip" in rows["pope"]["error"]

@@ -251,7 +251,11 @@ class Bench:
 
     @staticmethod
     def remove(folder):
-        """Remove a folder, whatever was done to it."""
+        """Remove a folder, whatever was done to it; what a process that is ending still writes there, too."""
+        for _ in range(20):
+            if subprocess.run(["rm", "-rf", str(folder)], capture_output=True).returncode == 0:
+                return
+            time.sleep(0.5)
         subprocess.run(["rm", "-rf", str(folder)], check=True)
 
     @property

@@ -20,6 +20,8 @@ with (here / "calls.txt").open("a") as calls:
     calls.write(f"train {name}\\n")
 if (here / f"fail-{name}").exists():
     sys.exit(3)
+if (here / f"full-{name}").exists():
+    sys.exit(74)
 if (here / f"stop-{name}").exists():
     inherited = [str(fd.resolve()) for fd in pathlib.Path("/proc/self/fd").iterdir()]
     (here / "inherited.txt").write_text("\\n".join(inherited))

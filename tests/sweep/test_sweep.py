@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from dynamic_llava.cli import read_yaml
 from dynamic_llava.cli.commands import take_method
 from dynamic_llava.eval.summary import Summary, TaskRow
 from dynamic_llava.eval.tasks import get_task
+from dynamic_llava.files import EXIT_WRITE_FAILED
 from dynamic_llava.methods import get_method, print_method
 from dynamic_llava.sweep import plan as planning
 from dynamic_llava.sweep import table
 from dynamic_llava.sweep.__main__ import main
+from dynamic_llava.sweep.config import SweepConfig
 from dynamic_llava.sweep.run import lock_of, run_plan
 from dynamic_llava.sweep.table import results, write_table
 from dynamic_llava.train.config import file_inputs
@@ -80,6 +83,28 @@ def test_a_failed_training_is_reported_and_the_others_go_on(sweep, capsys):
     (sweep.folder / "fail-base").unlink()
     assert run(sweep) == 0
     assert sweep.calls() == ["train base", "evaluate base both"]
+
+
+def test_a_file_that_cannot_be_written_ends_the_sweep_with_an_exit_code_of_its_own(sweep, capsys):
+    (sweep.folder / "full-base").touch()
+    assert run(sweep) == EXIT_WRITE_FAILED
+    assert sweep.calls() == ["evaluate weights none", "train base"], "later steps could not write either"
+    assert "FAILED: train runs/base" in capsys.readouterr().out
+    (sweep.folder / "full-base").unlink()
+    (sweep.folder / "runs/sweeps").rename(sweep.folder / "runs/before")
+    (sweep.folder / "runs/sweeps").write_text("no folder")
+    assert run(sweep) == EXIT_WRITE_FAILED
+    assert "runs/sweeps" in capsys.readouterr().err
+    (sweep.folder / "runs/sweeps").unlink()
+    assert run(sweep) == 0
+    assert sweep.calls() == ALL[1:]
+
+
+@pytest.mark.parametrize("rows", ["[[]]", "[1.5, 2]", "[{titel: x}]", "{a: 1}"])
+def test_rows_that_are_none_are_named(tmp_path, rows):
+    (tmp_path / "odd.yaml").write_text(f"name: odd\nrows: {rows}\n")
+    with pytest.raises(ValueError, match=r"odd\.yaml: (rows, entry 1,|unknown key rows(, entry 1, titel; did you|\.a))"):
+        read_yaml(SweepConfig, tmp_path / "odd.yaml")
 
 
 def test_a_failed_evaluation_costs_its_own_cells_only(sweep, capsys):

@@ -83,7 +83,11 @@ def a_cut_file(checkpoint):
     (checkpoint / "model.safetensors").write_bytes(b"x" * 99)
 
 
-@pytest.mark.parametrize("damage", [no_marker, half_a_marker, a_lost_file, a_cut_file])
+def a_marker_in_another_encoding(checkpoint):
+    (checkpoint / "complete.json").write_bytes(b"\xff" + (checkpoint / "complete.json").read_bytes())
+
+
+@pytest.mark.parametrize("damage", [no_marker, half_a_marker, a_marker_in_another_encoding, a_lost_file, a_cut_file])
 def test_what_is_not_complete_does_not_count_and_goes(tmp_path, damage, caplog):
     checkpoints = checkpoints_in(tmp_path)
     write_steps(checkpoints, 5, 10)
