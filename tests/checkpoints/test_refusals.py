@@ -217,7 +217,9 @@ def test_an_index_that_lacks_its_tensor(saved, open_folder):
     assert "model-00001-of-00003.safetensors lacks the tensor model.language_model.ghost" in open_folder(saved)
 
 
-@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/etc/passwd", "a/b.safetensors", ".."])
+@pytest.mark.parametrize(
+    "name", ["../elsewhere.safetensors", "/etc/passwd", "a/b.safetensors", "..", " ", "a\nb.safetensors", "weights"]
+)
 def test_an_index_stays_in_its_folder(saved, open_folder, name):
     path = saved / "model.safetensors.index.json"
     index = json.loads(path.read_text())

@@ -122,9 +122,16 @@ def test_a_tokenizer_that_contradicts_the_configuration(tmp_path, tokenizer_file
         extend_vocabulary({"image_token_index": 7}, WORDS, AutoTokenizer.from_pretrained(tmp_path), 0)
 
 
-def test_a_damaged_tokenizer_is_named(model, tmp_path, tokenizer_files):
+@pytest.mark.parametrize("damage", [b"nothing", None])
+def test_a_damaged_tokenizer_is_named(model, tmp_path, tokenizer_files, damage):
+    """Also one whose damage shows at the first text: a longest length that is no number."""
     source = original_folder(tmp_path / "source", model, image_token_index=None)
     tokenizer_files(source)
-    (source / "tokenizer.model").write_bytes(b"nothing")
+    if damage is not None:
+        (source / "tokenizer.model").write_bytes(damage)
+    else:
+        path = source / "tokenizer_config.json"
+        settings = json.loads(path.read_text()) if path.is_file() else {}
+        path.write_text(json.dumps(settings | {"model_max_length": [[]]}))
     with pytest.raises(ValueError, match=f"the tokenizer in {source} cannot be read"):
         convert(source, tmp_path / "new")

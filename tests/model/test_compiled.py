@@ -52,6 +52,19 @@ def test_compiled_steps_answer_as_eager_ones():
         assert counters["stats"]["unique_graphs"] == count and not counters["graph_break"]
 
 
+@needs_compiler
+@pytest.mark.slow
+def test_graphs_are_not_counted_by_the_limit_of_other_functions():
+    """A process may compile for many models and batch sizes; torch's own limit, here 1, would be an error."""
+    model = build_model(layers=3, cache_block=8)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for rows in (1, 2, 3):
+            inputs = prompts(fixed_rows(seed=40, output=0)[:rows])
+            answers = [generated(model, inputs, 3, method=HALF, compile=flag).sequences for flag in (False, True)]
+            assert torch.equal(*answers)
+    assert counters["stats"]["unique_graphs"] == 3
+
+
 class OpenCache:
     """A cache opened by a prompt, and what a step on it needs besides its token."""
 

@@ -103,7 +103,9 @@ def test_a_file_that_cannot_be_written_ends_the_sweep_with_an_exit_code_of_its_o
 @pytest.mark.parametrize("rows", ["[[]]", "[1.5, 2]", "[{titel: x}]", "{a: 1}"])
 def test_rows_that_are_none_are_named(tmp_path, rows):
     (tmp_path / "odd.yaml").write_text(f"name: odd\nrows: {rows}\n")
-    with pytest.raises(ValueError, match=r"odd\.yaml: (rows, entry 1,|unknown key rows(, entry 1, titel; did you|\.a))"):
+    with pytest.raises(
+        ValueError, match=r"odd\.yaml: (rows, entry 1,|unknown key rows(, entry 1, titel; did you|\.a))"
+    ):
         read_yaml(SweepConfig, tmp_path / "odd.yaml")
 
 

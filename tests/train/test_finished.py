@@ -90,6 +90,25 @@ def test_other_settings_are_refused_and_nothing_is_touched(copy, tmp_path, capsy
     assert files_of(copy) == before
 
 
+RECORDS = {
+    "no object": ({"inputs": ["a", 1]}, "does not say how the model was trained: TypeError"),
+    "a long value": ({"settings": {"train.learning_rate": 5000 * "x"}}, r"train\.learning_rate was 'xx.*\.\.\..*x'"),
+    "what cannot be printed": ({"inputs": {"data.json": "\ud800"}}, r"data\.json was '\\ud800'"),
+}
+
+
+@pytest.mark.parametrize("record", RECORDS)
+def test_a_record_that_says_anything_is_refused_in_short(copy, tmp_path, capsys, record):
+    changed, message = RECORDS[record]
+    path = copy.folder / "model" / "trained_with.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    write_config(copy, tmp_path / "same.yaml")
+    assert main([str(tmp_path / "same.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and len(error) < 4000, error
+    error.encode()
+
+
 def test_other_content_under_the_same_names_is_refused(copy, start, tmp_path):
     images = shutil.copytree(start.data.image_folder, tmp_path / "images")
     picture(5, (90, 90)).save(images / "1.png")
