@@ -60,7 +60,7 @@ PROTOCOL_NAMES = {
     "checkpoint_method", "Choice", "Cut", "Draw", "Evidence", "ImageTokens", "Method", "OutputTokens", "SlotEvidence",
     "Slots", "TOWER_EVIDENCE",
 }  # fmt: skip
-METHOD_PROTOCOL = {"base", "eviction", "registry"}
+METHOD_PROTOCOL = {"base", "eviction", "registry", "grid"}
 """Modules of methods/ that concrete methods share; every other module there is one method."""
 
 

@@ -129,14 +129,18 @@ def _check_evidence(method: Method, cut: Cut) -> None:
             f"{', '.join(sorted(TOWER_EVIDENCE))}"
         )
     if cut.layer > 0 and cut.reads_tower:
-        asked = cut.sees & TOWER_EVIDENCE
         raise ValueError(
-            f"method {method.name!r} asks for {', '.join(sorted(asked)) or 'a cut before the projector'} at layer "
-            f"{cut.layer}; the vision tower is seen at layer 0, before the language model: let it decide there"
+            f"method {method.name!r} asks for {cut.asked_of_tower} at layer {cut.layer}; the vision tower is seen at "
+            "layer 0, before the language model: let it decide there"
+        )
+    if cut.picture_side is not None and (cut.sees or cut.before_projector):
+        raise ValueError(
+            f"method {method.name!r} asks for {cut.asked_of_tower}: the tower's patches are then not the image's; let "
+            "a cut with a smaller picture see nothing, and stand behind the projector"
         )
     if cut.reads_tower and type(method).build is not Method.build:
         raise ValueError(
-            f"method {method.name!r} learns, and asks for {', '.join(sorted(cut.sees)) or 'a cut before the projector'}"
-            ": a learned method is built for hidden states of the language model and cannot see the vision tower yet; "
-            "let it decide by projected features, Cut(0), or learn nothing"
+            f"method {method.name!r} learns, and asks for {cut.asked_of_tower}: a learned method is built for hidden "
+            "states of the language model and cannot see the vision tower yet; let it decide by projected features, "
+            "Cut(0), or learn nothing"
         )

@@ -68,10 +68,10 @@ class EncodedImages(Sequence[Tensor]):
         return self._features[place]
 
     def serves(self, cut: Cut) -> bool:
-        """Whether everything that a cut is shown was read, and in its layer of the tower."""
+        """Whether everything that a cut is shown was read, in its layer of the tower, of a picture of its size."""
         wanted = cut.sees | ({"tower"} if cut.before_projector else set())
-        read = (cut.tower_layer, cut.early_depth) == (self.cut.tower_layer, self.cut.early_depth)
-        return wanted <= set(self.seen) and read
+        names = ("tower_layer", "early_depth", "picture_side")
+        return wanted <= set(self.seen) and all(getattr(cut, name) == getattr(self.cut, name) for name in names)
 
     def chosen(self, order: Sequence[int]) -> "EncodedImages":
         """Return the images of these numbers, in this order."""

@@ -3,6 +3,7 @@
 The rows stand in registry.py, which also reads a method from what a user writes, and prints it back.
 """
 
+from dynamic_llava.methods.average_pool import AveragePool
 from dynamic_llava.methods.base import (
     TOWER_EVIDENCE,
     Choice,
@@ -18,6 +19,7 @@ from dynamic_llava.methods.base import (
 )
 from dynamic_llava.methods.dense import Dense
 from dynamic_llava.methods.divprune import DivPrune
+from dynamic_llava.methods.downsample import Downsample
 from dynamic_llava.methods.dynamic import Dynamic
 from dynamic_llava.methods.fastv import FastV
 from dynamic_llava.methods.h2o import H2O
@@ -58,10 +60,12 @@ __all__ = [
     "SCOPE",
     "TOVA",
     "TOWER_EVIDENCE",
+    "AveragePool",
     "Choice",
     "Cut",
     "Dense",
     "DivPrune",
+    "Downsample",
     "Draw",
     "Dynamic",
     "Evidence",

@@ -70,11 +70,21 @@ class Cut:
     the projector reads, the last of several."""
     early_depth: float | None = None
     """Where early_received is read, as a share of the tower's depth: 0.375 is layer 9 of 24, and 0 the first."""
+    picture_side: float | None = None
+    """At layer 0 alone, seeing nothing: the tower is given a picture downsampled to this share of its side in patches;
+    its tokens come at the `middles` of that coarser grid (grid.py), and what comes at other places means nothing."""
+
+    @property
+    def asked_of_tower(self) -> str:
+        """What is asked for of the vision tower, in words; empty where nothing is."""
+        asked: list[str] = sorted(self.sees & TOWER_EVIDENCE)
+        asked += ["features before the projector"] if self.before_projector else []
+        return ", ".join(asked + (["a smaller picture"] if self.picture_side is not None else []))
 
     @property
     def reads_tower(self) -> bool:
-        """Whether anything of the vision tower is shown here."""
-        return self.before_projector or bool(self.sees & TOWER_EVIDENCE)
+        """Whether anything of the vision tower is shown here, or asked of it."""
+        return bool(self.asked_of_tower)
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,11 @@ from importlib import import_module
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from dynamic_llava.config import SparsityConfig
+from dynamic_llava.methods.average_pool import AveragePool
 from dynamic_llava.methods.base import Method
 from dynamic_llava.methods.dense import Dense
 from dynamic_llava.methods.divprune import DivPrune
+from dynamic_llava.methods.downsample import Downsample
 from dynamic_llava.methods.dynamic import Dynamic
 from dynamic_llava.methods.fastv import FastV
 from dynamic_llava.methods.h2o import H2O
@@ -49,6 +51,7 @@ _ROWS: tuple[type[Method], ...] = (
     *(Dense, Dynamic, FastV, PyramidDrop, DivPrune, ToMe),
     *(VisPruner, VisionZip, HiRED, PruMergePlus, HoloV, SCOPE, HiPrune),
     *(H2O, TOVA, KNorm, SnapKV, StreamingLLM),
+    *(AveragePool, Downsample),
     *(Random, Structure, RandomWindow, Mixed),
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in sorted(_ROWS, key=lambda method: method.name)}

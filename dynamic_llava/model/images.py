@@ -1,6 +1,7 @@
 """The images of a call: which tokens stand for them, how many each fills, and the features that fill them.
 
-Shape suffixes: B rows, N tokens, I images of the batch in row order, n image tokens of one image, D hidden size.
+Shape suffixes: B rows, N tokens, I images of the batch in row order, n image tokens of one image, m image tokens left
+of a smaller picture, D hidden size.
 """
 
 from collections.abc import Sequence
@@ -9,14 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import MultiModalData as MultiModalData  # what servers of models ask processing/ for
 
 from dynamic_llava.engine.tower import EncodedImages, TowerReading
 from dynamic_llava.layout import TokenLayout
 from dynamic_llava.methods import Cut, Evidence, Method
+from dynamic_llava.methods.grid import middles
 from dynamic_llava.model.arguments import check_shapes
 from dynamic_llava.projectors import STRATEGIES, find_projector, image_tokens
+from dynamic_llava.sparsity.decisions import budget
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,11 @@ class Inputs:
 
 class ImageInputs:
     """What DynamicLlavaModel does with images before its language model runs."""
+
+    @property
+    def _patches_along(self) -> int:
+        vision = self.config.vision_config
+        return int(vision.image_size // vision.patch_size)
 
     @property
     def tokens_per_image(self) -> int:
@@ -175,19 +184,28 @@ class ImageInputs:
         if self.device.type != "meta":  # weights on a disk: their hooks move the input
             pixel_values = pixel_values.to(self.device)
         asked = {name: value for name, value in kwargs.items() if value and name.startswith("output_")}
+        to_tower: dict[str, Any] = {} if reading is None else {"tower": reading}
+        side = coarse = self._patches_along
+        if cut is not None and cut.picture_side is not None:
+            coarse = budget(cut.picture_side, side)
+            pixel_values = _downsampled(pixel_values, coarse * self.config.vision_config.patch_size)
+            to_tower["interpolate_pos_encoding"] = True
         outputs: BaseModelOutputWithPooling = self.get_image_features(
             pixel_values,
             vision_feature_layer=layer,
             vision_feature_select_strategy=strategy,
             return_dict=True,
             **asked,
-            **({} if reading is None else {"tower": reading}),
+            **to_tower,
         )
         if cut is not None and reading is not None:
             seen = dict(reading.seen)
             if cut.before_projector or "tower" in cut.sees:
                 seen["tower"] = torch.cat([outputs.hidden_states[one][:, 1:] for one in layers], dim=-1)
-            outputs.pooler_output = EncodedImages(features_of(outputs), seen, cut)
+            features = features_of(outputs)
+            if cut.picture_side is not None:
+                features = [_placed(one, side, coarse) for one in features]
+            outputs.pooler_output = EncodedImages(features, seen, cut)
         if "output_hidden_states" not in asked:
             outputs.hidden_states = None  # the projector has read them; kept, they would be memory for nothing
         return outputs
@@ -199,7 +217,7 @@ class ImageInputs:
         """
         if not cut.reads_tower:
             return None
-        wanted = ", ".join(sorted(cut.sees)) or "features before the projector"
+        wanted = cut.asked_of_tower
         strategy = strategy if strategy is not None else self.config.vision_feature_select_strategy
         self.image_length(strategy)  # refuses a strategy that is none
         if STRATEGIES[strategy] or not find_projector(self.config.projector).per_patch:
@@ -262,6 +280,18 @@ class ImageInputs:
         return BaseModelOutputWithPooling(pooler_output=features[:0])
 
 
+def _downsampled(pixels: Tensor, size: int) -> Tensor:
+    """(I, 3, size, size): the pictures made smaller, bicubic and antialiased."""
+    made = F.interpolate(pixels.float(), (size, size), mode="bicubic", antialias=True)
+    return made.to(pixels.dtype)
+
+
+def _placed(features_mD: Tensor, side: int, coarse: int) -> Tensor:
+    """(n, D): features (m, D) of a coarse grid, each in the middle of its cell in the whole grid; zeros elsewhere."""
+    place_m = torch.tensor(middles(side, coarse), device=features_mD.device)
+    return features_mD.new_zeros(side**2, features_mD.shape[1]).index_copy(0, place_m, features_mD)
+
+
 def features_of(images: BaseModelOutputWithPooling) -> list[Tensor]:
     """Return the projected features of encoded images, (n, D) for each, with what the vision tower says of them."""
     found = images.pooler_output
@@ -276,9 +306,8 @@ def tower_of(method: Method, cut: Cut, images: BaseModelOutputWithPooling | None
     found = None if images is None else images.pooler_output
     if isinstance(found, EncodedImages) and found.serves(cut):
         return found
-    wanted = sorted(cut.sees | ({"tower"} if cut.before_projector else set()))
     raise ValueError(
-        f"method {method.name!r} decides by the vision tower ({', '.join(wanted)}), and the images of this call came "
+        f"method {method.name!r} decides by the vision tower ({cut.asked_of_tower}), and the images of this call came "
         "as projected features, which say nothing of it; give pixel_values, or the pooler_output of "
         "model.model.encode_images(pixel_values, cut=method.cuts(layers)[0]), or use a method that decides by "
         "projected features, such as divprune"

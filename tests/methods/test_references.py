@@ -7,6 +7,7 @@ earlier ones that the method has not dropped at an earlier layer. It decides by 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from dynamic_llava import get_method
@@ -35,6 +36,10 @@ STAGED = {
     "scope, flatter": {"image_keep_rate": 0.6, "saliency": 0.5},
     "prumerge_plus": {},
     "prumerge_plus, two": {"neighbours": 2},
+    "average_pool": {},
+    "average_pool, overlapping": {"side_keep_rate": 0.75},
+    "downsample": {},
+    "downsample, three of four": {"side_keep_rate": 0.75},
 }
 
 
@@ -55,6 +60,7 @@ class Reference:
             features = torch.cat(list(model.model.get_image_features(pixels).pooler_output))
             embeds[0, torch.cat(self.images)] = features
             self.tower = [Tower(model.model.vision_tower, one[None]) for one in pixels]
+            self.pixels, self.encoder = pixels, model.model.get_image_features
         self.hidden, self.until = embeds, torch.full(ids.shape, LAYERS)
         self.places = {cut.layer for cut in method.cuts(LAYERS)}
         places = torch.arange(len(ids))[None]
@@ -196,6 +202,26 @@ class Reference:
         if rest:
             self.hidden[0, image[rest[-1]]] = self.project(sum(row[place] * tower.features[place] for place in rest))
         return rest[:-1]
+
+    def average_pool(self, image):
+        coarse = int(4 * self.method.side_keep_rate)
+        grid = self.tower[self.number].features.T.unflatten(1, (4, 4))
+        cells = F.adaptive_avg_pool2d(grid, coarse).flatten(1).T
+        self.hidden[0, image[MIDDLES[coarse]]] = self.project(cells)
+        return [place for place in range(len(image)) if place not in MIDDLES[coarse]]
+
+    def downsample(self, image):
+        coarse = int(4 * self.method.side_keep_rate)
+        channels = [Image.fromarray(channel.numpy()) for channel in self.pixels[self.number]]
+        small = [np.asarray(one.resize((14 * coarse, 14 * coarse), Image.Resampling.BICUBIC)) for one in channels]
+        seen = self.encoder(torch.tensor(np.stack(small))[None], interpolate_pos_encoding=True).pooler_output
+        self.hidden[0, image] = 0  # the whole picture is not seen
+        self.hidden[0, image[MIDDLES[coarse]]] = torch.cat(list(seen))
+        return [place for place in range(len(image)) if place not in MIDDLES[coarse]]
+
+
+MIDDLES = {2: [0, 2, 8, 10], 3: [0, 1, 2, 4, 5, 6, 8, 9, 10]}
+"""In a grid of 4 x 4: the upper left of each 2 x 2 cell; of three overlapping cells of two patches, likewise."""
 
 
 class Tower:

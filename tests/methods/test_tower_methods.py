@@ -6,8 +6,10 @@ import torch
 
 from dynamic_llava.methods import (
     SCOPE,
+    AveragePool,
     Choice,
     Cut,
+    Downsample,
     HiPrune,
     HiRED,
     HoloV,
@@ -171,6 +173,27 @@ def test_prumerge_adds_neighbours_by_attention_and_sums_up_what_is_left():
     np.testing.assert_allclose(choice.shares[0, 7], [0, 0.03, 0, 0.04, 0, 0.06, 0, 0.08], rtol=1e-6)
 
 
+def test_pooling_and_downsampling_lay_a_coarser_grid_over_the_patches():
+    """24 x 24 in cells of 2 x 2 and 3 x 3; by 7, which does not divide 24, in cells of four that overlap."""
+    shown = images(rows())
+    for rate, size in ((0.5, 2), (0.3334, 3)):
+        choice = AveragePool(side_keep_rate=rate).keep_image(CUT, shown, None)
+        keep = choice.keep[1].view(24 // size, size, 24 // size, size)
+        middle = (size - 1) // 2
+        assert keep[:, middle, :, middle].all() and int(keep.sum()) == (24 // size) ** 2
+        assert torch.equal(Downsample(side_keep_rate=rate).keep_image(CUT, shown, None), choice.keep)
+        cell = choice.shares[1, 24 * (2 * size + middle) + 5 * size + middle].view(24, 24)
+        wanted = np.zeros((24, 24))
+        wanted[2 * size : 3 * size, 5 * size : 6 * size] = 1 / size**2
+        np.testing.assert_allclose(cell, wanted, rtol=1e-6)
+    choice = AveragePool(side_keep_rate=0.3).keep_image(CUT, shown, None)
+    pooled = torch.nn.functional.adaptive_avg_pool2d(shown.seen["tower"].transpose(1, 2).unflatten(2, (24, 24)), 7)
+    found = (choice.shares @ shown.seen["tower"])[choice.keep].view(2, 49, WIDTH)
+    torch.testing.assert_close(found, pooled.flatten(2).transpose(1, 2))
+    whole = AveragePool(side_keep_rate=1.0).keep_image(CUT, shown, None)
+    assert whole.keep.all() and torch.equal(whole.shares[0], torch.eye(PATCHES))
+
+
 @pytest.mark.parametrize(
     ("build", "words"),
     [
@@ -182,6 +205,8 @@ def test_prumerge_adds_neighbours_by_attention_and_sums_up_what_is_left():
         (lambda: HiPrune(object_depth=2), "object_depth=2 is no share"),
         (lambda: SCOPE(saliency=-1), "saliency=-1 is no exponent"),
         (lambda: PruMergePlus(neighbours=0), "neighbours=0 is no number of patches"),
+        (lambda: AveragePool(side_keep_rate=1.5), "side_keep_rate"),
+        (lambda: Downsample(side_keep_rate=0), "side_keep_rate"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(build, words):

@@ -109,7 +109,11 @@ def test_nothing_is_read_that_no_method_asks_for(monkeypatch):
     for name in READERS:
         method = get_method(name)
         read = counted(cut=method.cuts(6)[0]) - counted()
-        assert len(PIXELS) * method.tower_flops(6, vision) == read == row * (34 if name == "hiprune" else 1), name
+        if name == "downsample":
+            assert read < 0 == method.tower_flops(6, vision), "the tower has less to do, and nothing is read"
+            continue
+        rows = {"hiprune": 34, "average_pool": 0}.get(name, 1)
+        assert len(PIXELS) * method.tower_flops(6, vision) == read == row * rows, name
     assert get_method("fastv").tower_flops(6, vision) == 0
     said = [SimpleNamespace(prompt_tokens=25, image_kept=[range(3)], image_seen=[3] * 6)]
     shape, settings = decoder_shape(model.config), model.config.sparsity
@@ -296,7 +300,7 @@ class Learning(Elsewhere):
     ("method", "words"),
     [
         (Elsewhere((Cut(1, frozenset({"class_row"})),)), "class_row at layer 1.*let it decide there"),
-        (Elsewhere((Cut(2, before_projector=True),)), "a cut before the projector at layer 2"),
+        (Elsewhere((Cut(2, before_projector=True),)), "features before the projector at layer 2"),
         (Elsewhere((Cut(0, frozenset({"class_row", "question_row"})),)), "question_row at layer 0.*class_row, joint"),
         (Learning((Cut(0, frozenset({"tower"})),)), "learns, and asks for tower.*learn nothing"),
     ],

@@ -79,6 +79,15 @@ def test_what_a_method_cannot_be_given_is_refused():
         EqualBudget.read("image-tokens=3").fit(Stored(), lambda method: replace(probe(method), image_tokens=()))
 
 
+@pytest.mark.parametrize("name", ["average_pool", "downsample"])
+@torch.no_grad()
+def test_a_budget_that_is_no_square_names_the_nearest_squares(loaded, asked, name):
+    probing = Probing(loaded, asked[:2], 2)
+    assert EqualBudget("image-tokens", 9).fit(get_method(name), probing).held == 9
+    with pytest.raises(ValueError, match=f"{name} .*the nearest that its side_keep_rate can leave are 4, 9; choose"):
+        EqualBudget("image-tokens", 5).fit(get_method(name), probing)
+
+
 def test_knobs_of_inner_methods_are_turned():
     mixed = get_method("mixed", image_by="fastv", output_by="random")
     assert mixed.knobs("image-tokens") == ("image_by.image_keep_rate",)
