@@ -6,10 +6,12 @@ from typing import Any
 
 from dynamic_llava.eval.compare.bootstrap import paired_intervals
 from dynamic_llava.eval.compare.contenders import Entrant
+from dynamic_llava.eval.compare.split import Split
 from dynamic_llava.eval.compare.table import COSTS, LOWER_IS_BETTER, fronts, short_names
 from dynamic_llava.eval.metrics.tally import Tally
 from dynamic_llava.eval.summary import TaskRow
 from dynamic_llava.eval.tasks import Score, Task, task_label
+from dynamic_llava.methods import Downsample
 
 
 @dataclass
@@ -48,7 +50,29 @@ def task_results(task: Task, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     on = fronts(rows, names[0])
     for place, row in enumerate(rows):
         row["front"] = [cost for cost in COSTS if place in on[cost]]
-    return {"title": task.title, "shown": names, "rows": rows, "warnings": warnings}
+    found = {"title": task.title, "shown": names, "rows": rows, "warnings": warnings}
+    return {**found, "split": _split(outcomes, rows, names[0])}
+
+
+def _split(outcomes: Sequence[Outcome], rows: Sequence[dict[str, Any]], metric: str) -> dict[str, Any] | None:
+    """Give each row its right answers in the groups that the dense and the downsampling row make; return the groups.
+
+    None where no downsampling method runs on the reference's checkpoint, or the benchmark knows no right and wrong.
+    """
+    methods = [one.entrant.method for one in outcomes]
+    tallies = [None if one.row.score is None else one.row.score.tallies.get(metric) for one in outcomes]
+    dense = next((at for at, method in enumerate(methods) if method.is_dense), None)
+    small = [at for at, method in enumerate(methods) if isinstance(method, Downsample)]
+    small = [at for at in small if dense is not None and rows[at]["model"] == rows[dense]["model"]]
+    if dense is None or not small:
+        return None
+    base, downsampled = tallies[dense], tallies[small[0]]
+    split = None if base is None or downsampled is None else Split.of(base, downsampled)
+    if split is None:
+        return None
+    for row, tally in zip(rows, tallies, strict=True):
+        row["groups"] = split.right_of(tally)
+    return split.to_json(rows[dense]["method"], rows[small[0]]["method"])
 
 
 def _intervals(task: Task, name: str, base: Tally, scores: Sequence[Score | None]) -> dict[int, Any]:
@@ -68,6 +92,7 @@ def _row_of(outcome: Outcome, metrics: dict[str, Any], reference: Outcome | None
         "counts": {} if score is None else dict(score.counts),
         "costs": dict(row.costs),
         "times": dict(outcome.times),
+        "groups": {},
         "answers": None if row.answers is None else str(row.answers),
         "error": row.error or None,
         "warnings": [*row.notes, *(() if score is None else score.warnings)],

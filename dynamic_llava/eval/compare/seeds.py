@@ -14,6 +14,7 @@ from typing import Any
 
 from dynamic_llava.eval.compare.bootstrap import LEVEL
 from dynamic_llava.eval.compare.results import panels_of
+from dynamic_llava.eval.compare.split import GROUPS, joined
 from dynamic_llava.eval.compare.table import COSTS, fronts, page, table_of_cells
 from dynamic_llava.eval.metrics.seeds import mean_and_interval
 from dynamic_llava.eval.reading import LIST, OBJECT, fields_of, read_json
@@ -76,7 +77,8 @@ class Seeds:
         on = fronts(rows, shown[0])
         for place, row in enumerate(rows):
             row["front"] = [cost for cost in COSTS if place in on[cost]]
-        return {"title": tasks[0]["title"], "shown": shown, "rows": rows, "warnings": []}
+        split = joined([task.get("split") for task in tasks])
+        return {"title": tasks[0]["title"], "shown": shown, "rows": rows, "warnings": [], "split": split}
 
 
 def join_seeds(folders: Sequence[Path], output: Path) -> Path:
@@ -113,6 +115,7 @@ def _row(own: Sequence[Mapping[str, Any]], shown: Sequence[str], models: Mapping
         "counts": own[0]["counts"],
         "costs": _over(own, "costs", statistics.fmean),
         "times": _times(own),
+        "groups": {one: sum(row["groups"][one] for row in own) for one in GROUPS if _all_have(own, one)},
         "answers": None,
         "error": "; ".join(errors) or None,
         "warnings": [],
@@ -145,6 +148,10 @@ def _times(own: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def _over(own: Sequence[Mapping[str, Any]], what: str, join: Callable[[list[float]], Any]) -> dict[str, Any]:
     return {name: join([row[what][name] for row in own]) for name in own[0][what] if _in_all(own, what, name)}
+
+
+def _all_have(own: Sequence[Mapping[str, Any]], group: str) -> bool:
+    return all(group in row.get("groups", ()) for row in own)  # earlier versions wrote none
 
 
 def _in_all(own: Sequence[Mapping[str, Any]], what: str, name: str) -> bool:

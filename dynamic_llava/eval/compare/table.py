@@ -10,6 +10,7 @@ from pathlib import PurePath
 from typing import Any
 
 from dynamic_llava.eval.compare.bootstrap import LEVEL
+from dynamic_llava.eval.compare.split import GROUPS, said_of, share
 from dynamic_llava.eval.summary import MEBI, TERA
 from dynamic_llava.eval.writing import MISSING, code, markdown
 
@@ -24,6 +25,8 @@ HEAD = (
     "benchmark", "method", "metric", "value", "to dense", "tokens/layer", "TFLOP", "KV MiB", "prefill ms", "decode ms",
     "front",
 )  # fmt: skip
+SPLIT_HEAD = ("A, %", "B, %")
+"""Two more columns where a downsampling method is compared."""
 BOOTSTRAP = (
     "To dense: difference to the reference, and in brackets the {level:.0f} % interval of a paired bootstrap over "
     "{resamples:,} draws of the same units (seed {seed}; percentiles). An interval around 0 says that the difference "
@@ -39,6 +42,12 @@ LEGEND = (
     "to {batch} questions, the methods of one model in turn, of a prefill (images included) and of a decoding step. "
     "Front: nothing else here is at least as good and as cheap, and better in one of the two: F by prefill FLOP, K by "
     "bytes."
+)
+
+
+SPLIT = (
+    "A and B: of the questions that a smaller picture does not solve, and of those that it does, the share that a "
+    "method answers right."
 )
 
 
@@ -85,11 +94,14 @@ def page(found: Mapping[str, Any]) -> str:
     lines = [f"# Methods compared on {names}", ""]
     if found["equal"]:
         lines += [f"Equal budget: every method but the dense one is given {code(found['equal'])}.", ""]
-    table = [HEAD, *(line for task in found["tasks"].values() for line in _task_lines(task, short))]
+    is_split = any(task.get("split") for task in found["tasks"].values())
+    head = (*HEAD[:-1], *(SPLIT_HEAD if is_split else ()), HEAD[-1])
+    table = [head, *(line for task in found["tasks"].values() for line in _task_lines(task, short, is_split))]
     lines += [markdown([[cell.replace("|", r"\|") for cell in line] for line in table]), ""]
     settings = found["settings"]
     batch = settings["speed_batch"] or settings["batch_size"]
-    lines += [f"{_interval_legend(found)} {LEGEND.format(batch=batch)}", "", "![quality against cost](compare.png)", ""]
+    legend = f"{_interval_legend(found)} {LEGEND.format(batch=batch)}{f' {SPLIT}' if is_split else ''}"
+    lines += [legend, "", "![quality against cost](compare.png)", ""]
     lines += [f"- {_named(one, short)}: {code(one['described'])}{_set(one)}" for one in found["methods"]]
     lines += [f"- left out: {code(one)}" for one in found["left_out"]]
     for label, task in found["tasks"].items():
@@ -110,12 +122,16 @@ def table_of_cells(found: Mapping[str, Any]) -> str:
     names = ("model", "method", "task", "metric", "unit", "value", "difference", "low", "high")
     costs = list(dict.fromkeys(name for _, row, _, _ in _metrics(found) for name in row["costs"]))
     times = list(dict.fromkeys(name for _, row, _, _ in _metrics(found) for name in row["times"]))
+    splits = {label: task["split"] for label, task in found["tasks"].items() if task.get("split")}
+    groups = [f"group_{group}{what}" for group in GROUPS for what in ("_right", "")] if splits else []
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*names, *costs, *times])
+    writer.writerow([*names, *costs, *times, *groups])
     for label, row, name, metric in _metrics(found):
         cells = [row["model"], row["method"], label, name, *(metric[key] for key in names[4:])]
         numbers = [row["costs"].get(cost) for cost in costs] + [row["times"].get(time) for time in times]
+        for group in GROUPS if splits else ():
+            numbers += [row.get("groups", {}).get(group), splits.get(label, {}).get(group)]
         writer.writerow(["" if cell is None else cell for cell in (*cells, *numbers)])
     return text.getvalue()
 
@@ -130,9 +146,10 @@ def _metrics(found: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], str
     ]
 
 
-def _task_lines(task: Mapping[str, Any], short: Mapping[str, str]) -> list[list[str]]:
+def _task_lines(task: Mapping[str, Any], short: Mapping[str, str], is_split: bool) -> list[list[str]]:
     """Return a line for each method, and one more for each further metric of the task."""
     lines = []
+    split = task.get("split")
     for row in task["rows"]:
         for name in task["shown"]:
             first, metric = name == task["shown"][0], row["metrics"].get(name)
@@ -144,6 +161,7 @@ def _task_lines(task: Mapping[str, Any], short: Mapping[str, str]) -> list[list[
                 MISSING if metric is None else _number(metric["value"], metric["unit"]),
                 _difference(metric, row["reference"]),
                 *(_costs(row) if first else [""] * 5),
+                *((_share(row, split, group) if first else "" for group in GROUPS) if is_split else ()),
                 _front(row) if first else "",
             ])  # fmt: skip
     return lines
@@ -165,7 +183,8 @@ def _remarks(task: Mapping[str, Any], short: Mapping[str, str]) -> list[tuple[st
         for text in ([f"failed: {row['error']}"] if row["error"] else []) + list(row["warnings"]):
             about.setdefault(text, []).append(_named(row, short))
     said = [("" if len(names) == len(task["rows"]) else f", {', '.join(names)}", text) for text, names in about.items()]
-    return [*(("", text) for text in task["warnings"]), *said]
+    split = [said_of(task["split"])] if task.get("split") else []
+    return [*(("", text) for text in [*task["warnings"], *split]), *said]
 
 
 def _difference(metric: Mapping[str, Any] | None, reference: bool) -> str:
@@ -191,6 +210,11 @@ def _costs(row: Mapping[str, Any]) -> list[str]:
         quartiles = [times.get(one) for one in (name, f"{name}_low", f"{name}_high")]
         cells.append(MISSING if None in quartiles else "{:.4g} ({:.4g} to {:.4g})".format(*quartiles))
     return cells
+
+
+def _share(row: Mapping[str, Any], split: Mapping[str, Any] | None, group: str) -> str:
+    found = None if split is None else share(row, split, group)
+    return MISSING if found is None else f"{found:.1f}"
 
 
 def _front(row: Mapping[str, Any]) -> str:

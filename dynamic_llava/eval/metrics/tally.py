@@ -26,6 +26,8 @@ class Tally:
     over_groups: Literal["mean", "sum"] = "mean"
     unit: str = "questions"
     """What the units are, in the plural."""
+    right: tuple[bool, ...] | None = None
+    """Whether each unit was answered right, half right counting as right; None where nothing is right or wrong."""
 
     def value(self, weights: Any) -> Any:
         """Return the score (...) of samples in which each unit occurs so many times: a numpy array (..., units).
@@ -49,10 +51,11 @@ def tally_of_means(
     scale: float = 1.0,
     groups: Iterable[str] | None = None,
     unit: str = "questions",
+    graded: bool = True,
 ) -> Tally:
     """Return the tally of the mean of one value a unit, times `scale`; with `groups`, of the mean of their means.
 
-    Values without names are named by their places.
+    Values without names are named by their places. graded: they run from 0, wrong, to 1, right.
     """
     named = dict(values) if isinstance(values, Mapping) else {str(place): one for place, one in enumerate(values)}
     return Tally(
@@ -61,4 +64,5 @@ def tally_of_means(
         tuple((float(value),) for value in named.values()),
         lambda sums, count: scale * sums[..., 0] / count,
         unit=unit,
+        right=tuple(value >= 0.5 for value in named.values()) if graded else None,
     )

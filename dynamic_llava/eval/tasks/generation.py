@@ -145,7 +145,8 @@ class GenerationTask(Task):
         warnings = [f"items without a line, left out: {shown(missing)}"] if missing else []
         warnings += [f"items whose image cannot be read, left out: {shown(skipped)}"] if skipped else []
         unread = [(one.question_id, one.text) for one in lines if not one.text.strip()]
-        tallies = {name: tally_of_means({one.key: _number(one, f"{rounds}{name}") for one in lines}) for name in RUNS}
+        numbers = {name: {one.key: _number(one, f"{rounds}{name}") for one in lines} for name in RUNS}
+        tallies = {name: tally_of_means(its, graded=False) for name, its in numbers.items()}
         return self.result(metrics, counts, unread, warnings, self._by_round(lines) if self.several else {}, tallies)
 
     @staticmethod

@@ -114,6 +114,7 @@ def _tally(images: Mapping[str, Sequence[tuple[bool, bool]]]) -> Tally:
         lambda sums, count: 100 * (sums[..., 0] / 2 + sums[..., 1]) / count,
         over_groups="sum",
         unit="images",
+        right=tuple(all(right) for _, _, right in named),
     )
 
 

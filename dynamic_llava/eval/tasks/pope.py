@@ -113,6 +113,7 @@ def _tally(ids: Mapping[str, Sequence[str]], said: Mapping[str, AnswerLine], wan
         tuple(category for category, _ in named),
         tuple((float(one and other), float(one) + float(other)) for one, other in yes),
         lambda sums, count: 200 * sums[..., 0] / (sums[..., 1] + (sums[..., 1] == 0)),
+        right=tuple(one == other for one, other in yes),
     )
 
 

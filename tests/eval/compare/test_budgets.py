@@ -84,6 +84,8 @@ def test_what_a_method_cannot_be_given_is_refused():
 def test_a_budget_that_is_no_square_names_the_nearest_squares(loaded, asked, name):
     probing = Probing(loaded, asked[:2], 2)
     assert EqualBudget("image-tokens", 9).fit(get_method(name), probing).held == 9
+    by_chance = get_method("random", layer=0, output_keep_rate=None)
+    assert EqualBudget("image-tokens", 9).fit(by_chance, probing).held == 9
     with pytest.raises(ValueError, match=f"{name} .*the nearest that its side_keep_rate can leave are 4, 9; choose"):
         EqualBudget("image-tokens", 5).fit(get_method(name), probing)
 
