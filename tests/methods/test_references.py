@@ -36,10 +36,8 @@ STAGED = {
     "scope, flatter": {"image_keep_rate": 0.6, "saliency": 0.5},
     "prumerge_plus": {},
     "prumerge_plus, two": {"neighbours": 2},
-    "average_pool": {},
     "average_pool, overlapping": {"side_keep_rate": 0.75},
     "downsample": {},
-    "downsample, three of four": {"side_keep_rate": 0.75},
 }
 
 
