@@ -210,7 +210,7 @@ def method_of(world):
         return get_method(name, **{part: method_of(replace(world, method=its)) for part, its in parts.items()})
     known = {
         "layer": shape.sparse_layer, "layers": tuple(sorted({shape.sparse_layer, shape.layers - 1})),
-        "image_keep_rate": image, "stage_keep_rate": image, "output_keep_rate": output,
+        "image_keep_rate": image, "stage_keep_rate": image, "side_keep_rate": image, "output_keep_rate": output,
     }  # fmt: skip
     kind = watched(METHODS[name]) if name in LOOK_BACK else METHODS[name]
     return kind(**{setting: value for setting, value in known.items() if setting in METHODS[name].__dataclass_fields__})

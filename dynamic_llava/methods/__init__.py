@@ -22,6 +22,7 @@ from dynamic_llava.methods.divprune import DivPrune
 from dynamic_llava.methods.downsample import Downsample
 from dynamic_llava.methods.dynamic import Dynamic
 from dynamic_llava.methods.fastv import FastV
+from dynamic_llava.methods.fastv_h2o import FastVH2O
 from dynamic_llava.methods.h2o import H2O
 from dynamic_llava.methods.hiprune import HiPrune
 from dynamic_llava.methods.hired import HiRED
@@ -70,6 +71,7 @@ __all__ = [
     "Dynamic",
     "Evidence",
     "FastV",
+    "FastVH2O",
     "HiPrune",
     "HiRED",
     "HoloV",

@@ -22,16 +22,17 @@ def rows():
 
 def where(method):
     """Say where a method decides, as the page does."""
-    if method.evicts:
-        return "in every layer"
     if method.is_dense:
         return "nowhere"
+    if method.evicts and not method.cuts(LAYERS):
+        return "in every layer"
     cuts = method.cuts(LAYERS)
     deep = [str(cut.layer) for cut in cuts if cut.layer]
     places = ["before the projector" if cut.before_projector else "before the language model" for cut in cuts[:1]]
     places = [] if cuts[0].layer else places
     places += [f"layer{'s' if len(deep) > 1 else ''} {', '.join(deep)}"] if deep else []
-    return ", ".join([*places, *(["output tokens too"] if any(cut.output for cut in cuts) else [])])
+    places += ["output tokens too"] if any(cut.output for cut in cuts) else []
+    return ", ".join(places + (["in every layer"] if method.evicts else []))
 
 
 def test_every_registered_method_has_its_row_and_no_other_has():
