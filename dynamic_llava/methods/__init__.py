@@ -22,7 +22,6 @@ from dynamic_llava.methods.divprune import DivPrune
 from dynamic_llava.methods.downsample import Downsample
 from dynamic_llava.methods.dynamic import Dynamic
 from dynamic_llava.methods.fastv import FastV
-from dynamic_llava.methods.fastv_h2o import FastVH2O
 from dynamic_llava.methods.h2o import H2O
 from dynamic_llava.methods.hiprune import HiPrune
 from dynamic_llava.methods.hired import HiRED
@@ -71,7 +70,6 @@ __all__ = [
     "Dynamic",
     "Evidence",
     "FastV",
-    "FastVH2O",
     "HiPrune",
     "HiRED",
     "HoloV",

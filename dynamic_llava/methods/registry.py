@@ -28,7 +28,6 @@ from dynamic_llava.methods.divprune import DivPrune
 from dynamic_llava.methods.downsample import Downsample
 from dynamic_llava.methods.dynamic import Dynamic
 from dynamic_llava.methods.fastv import FastV
-from dynamic_llava.methods.fastv_h2o import FastVH2O
 from dynamic_llava.methods.h2o import H2O
 from dynamic_llava.methods.hiprune import HiPrune
 from dynamic_llava.methods.hired import HiRED
@@ -51,7 +50,7 @@ from dynamic_llava.methods.vispruner import VisPruner
 _ROWS: tuple[type[Method], ...] = (
     *(Dense, Dynamic, FastV, PyramidDrop, DivPrune, ToMe),
     *(VisPruner, VisionZip, HiRED, PruMergePlus, HoloV, SCOPE, HiPrune),
-    *(H2O, FastVH2O, TOVA, KNorm, SnapKV, StreamingLLM),
+    *(H2O, TOVA, KNorm, SnapKV, StreamingLLM),
     *(AveragePool, Downsample),
     *(Random, Structure, RandomWindow, Mixed),
 )

@@ -122,8 +122,7 @@ def test_cached_uncached_and_masked_agree(name, batch):
 def test_image_budgets_are_exact(name, batch, rate):
     model, inputs = shared_model(), collate(batch, "left")
     call = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
-    method = get_method(name, image_keep_rate=rate)
-    record = model(**call, method=method, use_cache=method.evicts).sparsity
+    record = model(**call, method=get_method(name, image_keep_rate=rate)).sparsity
     images = [image for row in record.image_indices for image in row]
     assert len(images) == len(inputs["pixel_values"])
     for kept in images:
@@ -175,7 +174,7 @@ def test_every_registered_method_trains(name):
 
     A method that evicts has no masked pass and is refused by name.
     """
-    model = build_model(layers=4).train()
+    model = build_model(layers=3).train()
     if get_method(name).evicts:
         with pytest.raises(ValueError, match=f"'{name}' evicts"):
             training_call(model, method=name)

@@ -182,7 +182,7 @@ def reference(model, row, case):
 
 def test_every_registered_method_that_evicts_is_tried():
     evicting = {name for name, method in REGISTERED.items() if method().evicts}
-    assert evicting <= {method.name for method, _ in CASES.values()} | {"fastv_h2o"}  # tests/methods/test_fastv_h2o.py
+    assert evicting <= {method.name for method, _ in CASES.values()}
 
 
 @few_or_many

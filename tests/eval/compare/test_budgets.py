@@ -108,7 +108,7 @@ def test_every_method_says_its_knobs_by_settings_that_it_has(name):
         if names:
             assert turn(method, {one: getattr(method, one) for one in names}, 1) != method
     assert any(found.values()) == (name not in ("dense", "mixed", "prumerge_plus"))
-    assert not (method.evicts and found["image-tokens"]) or name == "fastv_h2o", "which evicts output tokens alone"
+    assert not (method.evicts and found["image-tokens"])
 
 
 def test_settings_that_turn_nothing_are_no_knobs():
