@@ -52,10 +52,8 @@ MODEL = {
     "seed": st.integers(0, 2**20),
 }
 """What a model is made of; a dimension may depend on what was drawn before it."""
-LOOK_BACK = tuple(
-    name for name, one in METHODS.items() if any("question_row" in cut.sees for cut in one().cuts(layers=4))
-)
-"""Methods that rank by the attention of the question's end, at one layer or, where there are two, at two."""
+LOOK_BACK = tuple(name for name, one in METHODS.items() if any(cut.reads_question for cut in one().cuts(layers=4)))
+"""Methods that decide by the question, most of them by the attention of its end, at one layer or more."""
 READS_TOWER = tuple(name for name, one in METHODS.items() if any(cut.reads_tower for cut in one().cuts(layers=4)))
 """Methods that decide by the vision tower, so that images have to be pixels."""
 ANY_RATE = ("random", "structure", "mixed")
@@ -190,8 +188,9 @@ class Watched:
     """Collects the attention that a method ranks by, as `Margins` does what the predictors say."""
 
     def keep_image(self, cut, images, learned):
-        rows = zip(images.seen["question_row"], images.valid, strict=True)
-        self.images.extend(row[valid] for row, valid in rows)
+        if "question_row" in cut.sees:
+            rows = zip(images.seen["question_row"], images.valid, strict=True)
+            self.images.extend(row[valid] for row, valid in rows)
         return super().keep_image(cut, images, learned)
 
 

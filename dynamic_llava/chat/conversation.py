@@ -110,7 +110,7 @@ class Conversation:
     def check_later_images(self) -> None:
         """Raise ValueError where the method cannot decide on an image that comes now; the conversation stays."""
         cuts = () if self.method.is_dense else self.method.cuts(self.model.config.text_config.num_hidden_layers)
-        if self.turns and any("question_row" in cut.sees for cut in cuts):
+        if self.turns and any(cut.reads_question for cut in cuts):
             check_question(self.method, torch.ones(1, 1, dtype=torch.bool))
 
     def reset(self) -> None:

@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip import modeling_clip
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
+from dynamic_llava.engine.question import QuestionReading
 from dynamic_llava.engine.tower import TowerReading
 from dynamic_llava.sparsity.masked_softmax import masked_softmax_attention
 from dynamic_llava.sparsity.ragged_attention import ragged_attention
@@ -28,26 +29,6 @@ PREFIX = "sparse_"
 READS_NAME = "flash"
 """Part of the names of implementations that look up a kernel by the name in the configuration of the module."""
 _REGISTERED: set[str] = set()
-
-
-class AttentionRow:
-    """One row of a layer's attention, taken from the layer's own queries and keys while it runs; it costs O(N)."""
-
-    def __init__(self, query_B: Tensor, valid_BN: Tensor) -> None:
-        """The row of query token query_B (B,) int64, over real tokens valid_BN (B, N) bool up to the query itself."""
-        self._query_B, self._valid_BN = query_B, valid_BN
-        self.weights: Tensor | None = None
-        """(B, N) float32: the mean over heads; None until the layer has run."""
-
-    @torch.no_grad()
-    def read(self, query: Tensor, key: Tensor, scaling: float) -> None:
-        """Take the row from queries (B, H, N, d) and keys (B, K, N, d)."""
-        batch, heads, tokens, width = query.shape
-        row_BH1d = query.gather(2, self._query_B[:, None, None, None].expand(batch, heads, 1, width))
-        key = key.repeat_interleave(heads // key.shape[1], dim=1)
-        scores_BHN = (row_BH1d @ key.transpose(2, 3))[:, :, 0].float() * scaling
-        seen_BN = self._valid_BN & (torch.arange(tokens, device=query.device) <= self._query_B[:, None])
-        self.weights = scores_BHN.masked_fill(~seen_BN[:, None], -torch.inf).softmax(-1).nan_to_num(0.0).mean(1)
 
 
 def sparse_attention(
@@ -62,7 +43,7 @@ def sparse_attention(
     padding_mask: Tensor | None = None,
     filled: Tensor | None = None,
     visible: Tensor | None = None,
-    row: AttentionRow | None = None,
+    question: QuestionReading | None = None,
     tower: TowerReading | None = None,
     evicting: Any = None,
     **kwargs: Any,
@@ -74,13 +55,13 @@ def sparse_attention(
     token; both belong to a whole sequence. (The keep mask is a layer's second positional argument because a reentrant
     checkpoint gives gradients to positional arguments alone.) filled is (B,) int64: one new token of each row (N = 1)
     attends to the slots that its row of an admission cache had filled before it, and to itself; (B, K) where key heads
-    have filled different ones. row is read on the way, and, in the vision tower's layers, tower. evicting is the
+    have filled different ones. question is read on the way, and, in the vision tower's layers, tower. evicting is the
     `engine.evict.Eviction` of a method that evicts. With none of them this is the implementation `base` itself.
     ValueError for a dropout with one of the first two.
     """
     scaling = kwargs["scaling"]
-    if row is not None:
-        row.read(query.to(value.dtype), key.to(value.dtype), scaling)
+    if question is not None:
+        question.read(query.to(value.dtype), key.to(value.dtype), scaling)
     if tower is not None:
         tower.read(module, query, key, scaling)
     if evicting is not None:

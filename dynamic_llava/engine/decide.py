@@ -13,8 +13,19 @@ from torch import Tensor
 from dynamic_llava.config import SparsityConfig
 from dynamic_llava.engine.answers import OUTPUTS, check_answer, check_image_answer
 from dynamic_llava.engine.plan import Plan
+from dynamic_llava.engine.question import question_of
 from dynamic_llava.layout import Packing, TokenLayout
-from dynamic_llava.methods import Choice, Cut, Draw, Evidence, ImageTokens, Method, OutputTokens
+from dynamic_llava.methods import (
+    TOKEN_EVIDENCE,
+    Choice,
+    Cut,
+    Draw,
+    Evidence,
+    ImageTokens,
+    Method,
+    OutputTokens,
+    QuestionTokens,
+)
 from dynamic_llava.sparsity.noise import fold_key
 
 HOOKS = {"keep_image": "sample", "keep_output": "sample_output"}
@@ -83,16 +94,20 @@ class Flight:
         """The layout of what is still kept: other tokens count as padding, and are no image's."""
         return replace(self.layout, valid=self.kept, image=torch.where(self.kept, self.layout.image, -1))
 
+    def asking(self, chunk: TokenLayout) -> TokenLayout:
+        """The same, with everything from each row's first answer in the whole chunk on as output."""
+        return replace(self.standing, output=(chunk.output.cumsum(1) > 0).gather(1, self.column))
+
 
 def check_question(method: Method, late_BN: Tensor) -> None:
-    """Raise ValueError if a method that reads the question's attention has to decide on images behind the question.
+    """Raise ValueError if a method that decides by the first question has to decide on images behind it.
 
     late_BN (B, N) bool marks those image tokens: on a live cache any, elsewhere those behind the first output token.
     """
     if bool(late_BN.any()):
         raise ValueError(
-            f"method {method.name!r} reads the attention of the first question's last token, so it cannot decide on an "
-            "image of a later turn; give all images in the first turn, or start a new cache with the whole "
+            f"method {method.name!r} decides by the row's first question, so it cannot decide on an image of a later "
+            "turn; give all images in the first turn, or start a new cache with the whole "
             "conversation as the prompt, earlier answers left out of output_mask"
         )
 
@@ -110,7 +125,7 @@ def decide(
         return plan.keep_mask.gather(1, flight.column).bool() & flight.kept, flight.hidden
     layout, keep_BC, hidden_BCD = flight.standing, flight.kept, flight.hidden
     if bool(layout.is_image.any()):
-        answer = plan.method.keep_image(cut, _images(plan, cut, layout, hidden_BCD, seen, past), learned)
+        answer = plan.method.keep_image(cut, _images(plan, cut, flight, seen, past), learned)
         check_image_answer(plan.method, "keep_image", answer, layout.image_valid)
         keep_In, hidden_BCD = _taken(plan, cut, answer, layout, hidden_BCD)
         keep_BC = layout.scatter_images(keep_In, keep_BC)
@@ -190,7 +205,7 @@ def sample(
     draw = Draw(tau=plan.tau, settings=plan.settings)
     keep_BN = flight.kept.float()
     if bool(layout.is_image.any()):
-        answer = method.sample(cut, _images(plan, cut, layout, hidden_BND, seen, Past()), learned, draw)
+        answer = method.sample(cut, _images(plan, cut, flight, seen, Past()), learned, draw)
         check_image_answer(method, "sample", answer, layout.image_valid, sampled=True)
         keep_In, hidden_BND = _taken(plan, cut, answer, layout, hidden_BND)
         keep_BN = layout.scatter_images(keep_In, keep_BN)
@@ -214,11 +229,11 @@ def sample(
     return torch.where(decided_BN, sampled_BN, keep_BN), hidden_BND, decided_BN
 
 
-def _images(
-    plan: Plan, cut: Cut, layout: TokenLayout, hidden_BCD: Tensor, seen: dict[Evidence, Tensor], past: Past
-) -> ImageTokens:
+def _images(plan: Plan, cut: Cut, flight: Flight, seen: dict[Evidence, Tensor], past: Past) -> ImageTokens:
     """Return the images of a flight as a method is shown them: of each, the tokens that are still kept."""
+    layout, hidden_BCD = flight.standing, flight.hidden
     valid_In = layout.image_valid
+    count = len(valid_In)  # the last images may have been dropped whole
     place_I, rows_I = plan.layout.images_before(), plan.layout.image_rows()
     if past.images is not None:
         place_I = place_I + past.images[rows_I]
@@ -229,8 +244,10 @@ def _images(
     return ImageTokens(
         hidden=shown["tower"] if cut.before_projector else layout.gather_images(hidden_BCD),
         valid=valid_In,
-        key=key_I[: len(valid_In)],  # the last images may have been dropped whole
+        key=key_I[:count],
         seen={name: values for name, values in shown.items() if name in cut.sees},
+        tokens=plan.layout.image_lengths()[:count],
+        question=question_of(flight.asking(plan.layout), rows_I[:count], seen) if cut.sees & TOKEN_EVIDENCE else None,
     )
 
 
@@ -238,11 +255,14 @@ def _no_image(plan: Plan, cut: Cut, hidden_BND: Tensor) -> ImageTokens:
     """Return the first row as if it were an image, for a method that has to be asked although there is none."""
     row_1ND = hidden_BND[:1]
     like = {name: row_1ND[..., 0] if name.endswith(("row", "received")) else row_1ND for name in cut.sees}
+    seen = {evidence: torch.zeros_like(values) for evidence, values in like.items()}
+    valid_1N = torch.ones(row_1ND.shape[:2], dtype=torch.bool, device=row_1ND.device)
     return ImageTokens(
         hidden=row_1ND,
-        valid=torch.ones(row_1ND.shape[:2], dtype=torch.bool, device=row_1ND.device),
+        valid=valid_1N,
         key=plan.sample_key[:1],
-        seen={evidence: torch.zeros_like(values) for evidence, values in like.items()},
+        seen=seen,
+        question=QuestionTokens(valid_1N, seen) if cut.sees & TOKEN_EVIDENCE else None,
     )
 
 

@@ -21,14 +21,15 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
-from dynamic_llava.engine.attention import AttentionRow, cache_mask
+from dynamic_llava.engine.attention import cache_mask
 from dynamic_llava.engine.cache import CACHE, AdmissionCache, check_attention
 from dynamic_llava.engine.decide import Flight, Past, check_question, decide, sample, samples
 from dynamic_llava.engine.evict import Chunk, Eviction, Opening
 from dynamic_llava.engine.learned import learned_of
 from dynamic_llava.engine.plan import Plan, Stage, stages_of
+from dynamic_llava.engine.question import QuestionReading
 from dynamic_llava.layout import Packing
-from dynamic_llava.methods import Cut, Evidence
+from dynamic_llava.methods import QUESTION_EVIDENCE, Cut, Evidence
 from dynamic_llava.sparsity.decisions import entering_mask
 
 
@@ -41,7 +42,7 @@ class Path(ABC):
 
     def check(self) -> None:
         """Raise ValueError for a method that this pass cannot serve, before any layer has run."""
-        if self.plan.reads_attention:
+        if self.plan.reads_question:
             check_question(self.plan.method, self.plan.layout.late_images())
 
     def sees(self, cut: Cut | None) -> frozenset[Evidence]:
@@ -112,24 +113,21 @@ def _run_layers(
 ) -> tuple[Flight, dict[Evidence, Tensor]]:
     """Run the layers of a stage; also return (B, C) of each evidence that the next cut sees."""
     mask, arguments = path.attend(stage, flight)
-    row = _question_row(path.plan, flight) if "question_row" in path.sees(stage.next_cut) else None
+    asked = path.sees(stage.next_cut) & QUESTION_EVIDENCE
+    question = QuestionReading(asked, flight.asking(path.plan.layout), flight.rotation) if asked else None
     hidden_BCD = flight.hidden
     for index in range(stage.first, stage.end):
-        if row is not None and index == stage.end - 1:
-            arguments = {**arguments, "row": row}
+        if question is not None and index == stage.end - 1:
+            arguments = {**arguments, "question": question}
         # No position_ids here: with gaps in them, attention back ends would take one row for several packed sequences.
         hidden_BCD = path.decoder.layers[index](
             path.shown(stage, hidden_BCD), mask, position_embeddings=flight.rotation, **arguments, **kwargs
         )
-    seen: dict[Evidence, Tensor] = {} if row is None or row.weights is None else {"question_row": row.weights}
+    seen: dict[Evidence, Tensor] = {} if question is None else question.seen
+    if "normed" in asked:
+        with torch.no_grad():
+            seen["normed"] = path.decoder.norm(hidden_BCD)
     return replace(flight, hidden=hidden_BCD), seen
-
-
-def _question_row(plan: Plan, flight: Flight) -> AttentionRow:
-    """Return the attention of the last kept token before each row's first output token, over what is kept."""
-    answers_BN = plan.layout.output.cumsum(1) > 0
-    standing = replace(flight.standing, output=answers_BN.gather(1, flight.column))
-    return AttentionRow(standing.question_end(), flight.kept)
 
 
 class MaskedPath(Path):
@@ -254,7 +252,7 @@ class TurnPath(Dropping):
 
     def check(self) -> None:
         """Raise ValueError for new images where the method decides by a question: its attention has gone by."""
-        if self.plan.reads_attention:
+        if self.plan.reads_question:
             check_question(self.plan.method, self.plan.layout.is_image)
 
     def sees(self, cut: Cut | None) -> frozenset[Evidence]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from dynamic_llava.config import SparsityConfig
 from dynamic_llava.engine.tower import EncodedImages
 from dynamic_llava.layout import TokenLayout
-from dynamic_llava.methods import TOWER_EVIDENCE, Cut, Evidence, Method
+from dynamic_llava.methods import QUESTION_EVIDENCE, TOWER_EVIDENCE, Cut, Evidence, Method
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class Plan:
         return next((cut.layer for cut in self.cuts if cut.output), None)
 
     @property
-    def reads_attention(self) -> bool:
-        """Whether the method is asked, and wants a row of attention to decide by."""
-        return any("question_row" in self.sees(cut) for cut in self.cuts)
+    def reads_question(self) -> bool:
+        """Whether the method is asked, and decides by something of the question."""
+        return any(self.sees(cut) & QUESTION_EVIDENCE for cut in self.cuts)
 
 
 @dataclass(frozen=True)

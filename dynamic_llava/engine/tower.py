@@ -30,9 +30,9 @@ class TowerReading:
         asked = self._asked.get(module, frozenset())
         for name in asked & {"received", "early_received"}:
             self.seen[name] = _received(query, key, scaling)[:, 1:]
-        if "class_row" in asked:
+        for name in asked & {"class_row", "early_class_row"}:
             scores_IHP = (query[:, :, :1] @ key.transpose(2, 3))[:, :, 0].float() * scaling
-            self.seen["class_row"] = scores_IHP.softmax(-1).mean(1)[:, 1:]
+            self.seen[name] = scores_IHP.softmax(-1).mean(1)[:, 1:]
         if "tower_keys" in asked:
             self.seen["tower_keys"] = key[:, :, 1:].mean(1)
         if asked & {"joint_class_row", "joint_tower_keys"}:

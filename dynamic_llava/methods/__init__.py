@@ -5,11 +5,9 @@ The rows stand in registry.py, which also reads a method from what a user writes
 
 from dynamic_llava.methods.average_pool import AveragePool
 from dynamic_llava.methods.base import (
-    TOWER_EVIDENCE,
     Choice,
     Cut,
     Draw,
-    Evidence,
     ImageTokens,
     Method,
     OneCut,
@@ -17,15 +15,18 @@ from dynamic_llava.methods.base import (
     SlotEvidence,
     Slots,
 )
+from dynamic_llava.methods.dart import DART
 from dynamic_llava.methods.dense import Dense
 from dynamic_llava.methods.divprune import DivPrune
 from dynamic_llava.methods.downsample import Downsample
 from dynamic_llava.methods.dynamic import Dynamic
+from dynamic_llava.methods.evidence import QUESTION_EVIDENCE, TOKEN_EVIDENCE, TOWER_EVIDENCE, Evidence, QuestionTokens
 from dynamic_llava.methods.fastv import FastV
 from dynamic_llava.methods.h2o import H2O
 from dynamic_llava.methods.hiprune import HiPrune
 from dynamic_llava.methods.hired import HiRED
 from dynamic_llava.methods.holov import HoloV
+from dynamic_llava.methods.idpruner import IDPruner
 from dynamic_llava.methods.knorm import KNorm
 from dynamic_llava.methods.mixed import Mixed
 from dynamic_llava.methods.prumerge import PruMergePlus
@@ -53,11 +54,15 @@ from dynamic_llava.methods.tome import ToMe
 from dynamic_llava.methods.tova import TOVA
 from dynamic_llava.methods.visionzip import VisionZip
 from dynamic_llava.methods.vispruner import VisPruner
+from dynamic_llava.methods.vscan import VScan
 
 __all__ = [
+    "DART",
     "H2O",
     "METHODS",
+    "QUESTION_EVIDENCE",
     "SCOPE",
+    "TOKEN_EVIDENCE",
     "TOVA",
     "TOWER_EVIDENCE",
     "AveragePool",
@@ -73,6 +78,7 @@ __all__ = [
     "HiPrune",
     "HiRED",
     "HoloV",
+    "IDPruner",
     "ImageTokens",
     "KNorm",
     "Method",
@@ -81,6 +87,7 @@ __all__ = [
     "OutputTokens",
     "PruMergePlus",
     "PyramidDrop",
+    "QuestionTokens",
     "Random",
     "RandomWindow",
     "SlotEvidence",
@@ -90,6 +97,7 @@ __all__ = [
     "StreamingLLM",
     "Structure",
     "ToMe",
+    "VScan",
     "VisPruner",
     "VisionZip",
     "checkpoint_method",

@@ -5,8 +5,8 @@ padding, positions, masks, packing and the cache. `keep_image` decides on image 
 one at a time or many at once. `learned` is the method's own weights: for Dynamic-LLaVA, a module with the children
 `image_predictor` and `output_predictor`, functions from hidden states (..., D) to logits (..., 2): drop, keep.
 A method may also evict: `evict` is asked after each layer's attention which of the tokens that its key heads hold stay.
-Shape suffixes: I images, n image tokens of the longest, T output tokens of the batch, D hidden size, F feature size,
-d head size; B rows, N tokens, K key heads, W slots of a cache.
+Shape suffixes: I images, n image tokens of the longest, T output tokens of the batch, D hidden size, F feature size;
+B rows, N tokens, K key heads, W slots of a cache.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,29 +19,8 @@ from torch import Tensor, nn
 from dynamic_llava.config import SparsityConfig
 from dynamic_llava.costs import DecoderShape, PartCosts, VisionShape
 from dynamic_llava.layout import TokenLayout
+from dynamic_llava.methods.evidence import QUESTION_EVIDENCE, TOWER_EVIDENCE, Evidence, QuestionTokens
 
-Evidence = Literal[
-    "question_row",
-    "class_row",
-    "tower_keys",
-    "joint_class_row",
-    "joint_tower_keys",
-    "received",
-    "early_received",
-    "tower",
-]
-"""What a cut may be shown beside the hidden states. question_row, at a layer above 0: (I, n) head-mean attention, in
-the layer before the cut, of the last token before the row's first answer to each image token. The others, at layer 0,
-are the vision tower's, one entry for each patch. class_row: (I, n) float32, the attention of the class token to each
-patch, the mean over heads of a softmax that the class token itself is part of; tower_keys: (I, n, d), the mean over
-heads of the patches' keys; joint_class_row, joint_tower_keys: the same of whole queries and keys, (I, n) and (I, n, F
-of one layer), as if all heads were one; received: (I, n) float32, the attention that each patch receives, the mean
-over heads and over all of the tower's tokens; early_received: the same in the layer that the cut's `early_depth` says;
-tower: (I, n, F), the features that the projector reads."""
-TOWER_EVIDENCE: frozenset[Evidence] = frozenset(
-    {"class_row", "tower_keys", "joint_class_row", "joint_tower_keys", "received", "early_received", "tower"}
-)
-"""The evidence that is read in the vision tower; a call that gives images as projected features has none."""
 SlotEvidence = Literal["mass", "latest", "place", "output", "key_norm"]
 """What `evict` may be shown of each stored token, (B, K, W). mass: float32, the attention that it has received from all
 tokens so far, summed over the query heads of the key head; latest: float32, the same from the last `latest_queries`
@@ -69,7 +48,8 @@ class Cut:
     """Where the tower's attention and keys are read, as `vision_feature_layer` counts; None: the layer whose features
     the projector reads, the last of several."""
     early_depth: float | None = None
-    """Where early_received is read, as a share of the tower's depth: 0.375 is layer 9 of 24, and 0 the first."""
+    """Where early_received and early_class_row are read, as a share of the tower's depth: 0.375 is layer 9 of 24, and 0
+    the first."""
     picture_side: float | None = None
     """At layer 0 alone, seeing nothing: the tower is given a picture downsampled to this share of its side in patches;
     its tokens come at the `middles` of that coarser grid (grid.py), and what comes at other places means nothing."""
@@ -86,6 +66,11 @@ class Cut:
         """Whether anything of the vision tower is shown here, or asked of it."""
         return bool(self.asked_of_tower)
 
+    @property
+    def reads_question(self) -> bool:
+        """Whether something is shown here that only a question behind the images can give."""
+        return bool(self.sees & QUESTION_EVIDENCE)
+
 
 @dataclass(frozen=True)
 class ImageTokens:
@@ -94,11 +79,19 @@ class ImageTokens:
     hidden: Tensor
     """(I, n, D): hidden states that enter the cut's layer; before the projector (I, n, F), the tower's features."""
     valid: Tensor
-    """(I, n) bool: tokens of the image; False at the filler behind an image shorter than the longest."""
+    """(I, n) bool: tokens of the image that are left; False at the filler behind an image shorter than the longest."""
     key: Tensor
     """(I,) int64: noise key of the image's sample and place."""
     seen: Mapping[Evidence, Tensor] = field(default_factory=dict)
     """What the cut `sees`."""
+    tokens: Tensor = None  # type: ignore[assignment]
+    """(I,) int64: tokens that each image had before the first cut; by default those of `valid`."""
+    question: QuestionTokens | None = None
+    """The text that each image is asked about, where the cut sees something of it."""
+
+    def __post_init__(self) -> None:
+        if self.tokens is None:
+            object.__setattr__(self, "tokens", self.valid.sum(1))
 
 
 @dataclass(frozen=True)
@@ -293,12 +286,12 @@ class Method:
     def tower_flops(self, layers: int, vision: VisionShape) -> int:
         """Return the FLOPs of the attention that the method is shown of the vision tower, for one image.
 
-        One row is recomputed for each of `class_row` and `joint_class_row`, all rows for `received` and
-        `early_received`; keys and features are at hand. They join the tower's own, as what is merged before the
+        One row is recomputed for each of `class_row`, `early_class_row` and `joint_class_row`, all rows for `received`
+        and `early_received`; keys and features are at hand. They join the tower's own, as what is merged before the
         projector joins the projector's: every patch is projected once, and what has taken in others once more.
         """
         tokens, seen = vision.patches + 1, [cut.sees for cut in self.cuts(layers)]
-        rows = sum(len(sees & {"class_row", "joint_class_row"}) for sees in seen)
+        rows = sum(len(sees & {"class_row", "early_class_row", "joint_class_row"}) for sees in seen)
         rows += tokens * sum(len(sees & {"received", "early_received"}) for sees in seen)
         return 2 * rows * tokens * vision.hidden
 

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from dynamic_llava.config import check_keep_rate
-from dynamic_llava.methods.base import Cut, Evidence, ImageTokens, OneCut
+from dynamic_llava.methods.base import Cut, ImageTokens, OneCut
+from dynamic_llava.methods.evidence import Evidence
 from dynamic_llava.sparsity.decisions import top_k_keep
 
 

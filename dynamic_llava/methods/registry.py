@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type
 from dynamic_llava.config import SparsityConfig
 from dynamic_llava.methods.average_pool import AveragePool
 from dynamic_llava.methods.base import Method
+from dynamic_llava.methods.dart import DART
 from dynamic_llava.methods.dense import Dense
 from dynamic_llava.methods.divprune import DivPrune
 from dynamic_llava.methods.downsample import Downsample
@@ -32,6 +33,7 @@ from dynamic_llava.methods.h2o import H2O
 from dynamic_llava.methods.hiprune import HiPrune
 from dynamic_llava.methods.hired import HiRED
 from dynamic_llava.methods.holov import HoloV
+from dynamic_llava.methods.idpruner import IDPruner
 from dynamic_llava.methods.knorm import KNorm
 from dynamic_llava.methods.mixed import Mixed
 from dynamic_llava.methods.prumerge import PruMergePlus
@@ -46,9 +48,11 @@ from dynamic_llava.methods.tome import ToMe
 from dynamic_llava.methods.tova import TOVA
 from dynamic_llava.methods.visionzip import VisionZip
 from dynamic_llava.methods.vispruner import VisPruner
+from dynamic_llava.methods.vscan import VScan
 
 _ROWS: tuple[type[Method], ...] = (
     *(Dense, Dynamic, FastV, PyramidDrop, DivPrune, ToMe),
+    *(DART, VScan, IDPruner),
     *(VisPruner, VisionZip, HiRED, PruMergePlus, HoloV, SCOPE, HiPrune),
     *(H2O, TOVA, KNorm, SnapKV, StreamingLLM),
     *(AveragePool, Downsample),

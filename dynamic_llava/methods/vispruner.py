@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dynamic_llava.config import check_keep_rate
-from dynamic_llava.methods.base import Cut, Evidence, ImageTokens, Method
+from dynamic_llava.methods.base import Cut, ImageTokens, Method
+from dynamic_llava.methods.evidence import Evidence
 from dynamic_llava.sparsity.decisions import budget
 
 STEP = 8

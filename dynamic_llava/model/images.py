@@ -229,10 +229,10 @@ class ImageInputs:
             )
         depth, blocks = self.config.vision_config.num_hidden_layers, self.vision_tower.encoder.layers
         asked: dict[Any, frozenset[Evidence]] = {}
-        if "early_received" in cut.sees:
+        if earlier := cut.sees & {"early_received", "early_class_row"}:
             early = max(1, round((cut.early_depth or 0) * depth))
-            asked[blocks[early - 1].self_attn] = frozenset({"early_received"})
-        if not (attended := cut.sees - {"tower", "early_received"}):
+            asked[blocks[early - 1].self_attn] = earlier
+        if not (attended := cut.sees - earlier - {"tower"}):
             return TowerReading(asked)
         layer = layers[-1] if cut.tower_layer is None else cut.tower_layer
         if not -depth - 1 <= layer <= depth or layer in (0, -depth - 1):

@@ -30,6 +30,11 @@ def budget(rate: float, n: int, minimum: int = 1) -> int:
     return min(n, max(minimum, int(Decimal(str(rate)) * n)))
 
 
+def budgets(rate: float, counts: Tensor) -> Tensor:
+    """(I,) int64: what a keep rate leaves of each of (I,) int64 `counts`, which are read on the host."""
+    return torch.tensor([budget(rate, n) for n in counts.tolist()], dtype=torch.int64, device=counts.device)
+
+
 def top_k_keep(
     score_In: Tensor, k: int | Tensor | None = None, valid: Tensor | None = None, *, rate: float | None = None
 ) -> Tensor:

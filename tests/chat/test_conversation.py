@@ -161,7 +161,7 @@ def test_an_image_that_comes_too_late_for_the_method_leaves_the_conversation_as_
     chat.ask("How many objects are there?", images[:1], stop=lambda: True)
     before, turns = chat.ids.clone(), list(chat.turns)
     for late in (lambda: chat.ask("And here?", images[1:2]), chat.check_later_images):
-        with pytest.raises(ValueError, match="'fastv' reads the attention of the first question"):
+        with pytest.raises(ValueError, match="'fastv' decides by the row's first question"):
             late()
     assert torch.equal(chat.ids, before) and chat.turns == turns
     assert chat.ask("And in words?", stop=lambda: True).tokens and len(chat.turns) == 2

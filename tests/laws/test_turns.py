@@ -24,8 +24,8 @@ GIVEN = "given"
 
 
 def reads_question(method):
-    """Whether a class of methods decides by the attention of the first question's last token."""
-    return any("question_row" in cut.sees for cut in method().cuts(layers=4))
+    """Whether a class of methods decides by the first question."""
+    return any(cut.reads_question for cut in method().cuts(layers=4))
 
 
 WITH_LATER_IMAGES = sorted(

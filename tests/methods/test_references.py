@@ -4,11 +4,15 @@ The reference runs transformers' own layers on all tokens with one explicit mask
 earlier ones that the method has not dropped at an earlier layer. It decides by formulas of its own.
 """
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from dynamic_llava import get_method
 from dynamic_llava.engine.decoder import FAMILIES
@@ -34,6 +38,9 @@ STAGED = {
     "hiprune, few": {"image_keep_rate": 0.3, "object_share": 1.0, "object_depth": 1.0},
     "scope": {"image_keep_rate": 0.4},
     "scope, flatter": {"image_keep_rate": 0.6, "saliency": 0.5},
+    "dart": {"image_keep_rate": 0.6, "image_pivots": 2, "layer": 4},
+    "vscan": {"image_keep_rate": 0.35, "wider": 2, "layer": 2, "window": 3, "local_share": 0.8, "shallow_depth": 0.7},
+    "idpruner": {"image_keep_rate": 0.4},
     "prumerge_plus": {},
     "prumerge_plus, two": {"neighbours": 2},
     "average_pool, overlapping": {"side_keep_rate": 0.75},
@@ -70,6 +77,7 @@ class Reference:
                     self.cut(image[self.until[image] > index], index)
             seen = (self.until > index) | torch.eye(len(ids), dtype=torch.bool)
             mask = torch.zeros(1, 1, *seen.shape).masked_fill(~seen.tril(), torch.finfo(torch.float32).min)
+            self.last, self.rotation = (layer, self.hidden), rotation
             queries = layer.self_attn.register_forward_hook(lambda module, given, out: setattr(self, "weights", out[1]))
             self.hidden = layer(self.hidden, attention_mask=mask, position_embeddings=rotation)
             queries.remove()
@@ -77,6 +85,7 @@ class Reference:
 
     def cut(self, image, index):
         """Decide on the columns of an image that are left."""
+        self.at = index
         drop = getattr(self, self.method.name)(image)
         self.until[image[drop]] = index
 
@@ -185,6 +194,59 @@ class Reference:
             keep.append(max(added, key=lambda one: added[one] * float(tower.row[one]) ** self.method.saliency))
         return [place for place in every if place not in keep]
 
+    def dart(self, image):
+        layer, hidden = self.last
+        keys = layer.self_attn.k_proj(layer.input_layernorm(hidden)).unflatten(-1, (2, -1))
+        keys = layer.self_attn.k_norm(keys) if hasattr(layer.self_attn, "k_norm") else keys
+        keys = apply_rotary_pos_emb(keys.transpose(1, 2), keys.transpose(1, 2), *self.rotation)[1]
+        norms, normed = keys[0].abs().sum((0, 2)), self.decoder.norm(self.hidden)[0]
+        question = [place for place in range(int(image[-1]) + 1, len(normed)) if not self.answers[place]]
+        question = [place for place in question if not any(place in other for other in self.images)]
+        question = question or [int((~self.answers).nonzero().max())]
+        total = budget(self.method.image_keep_rate, len(image))
+        first = [int(image[place]) for place in best(norms[image], self.method.image_pivots)][:total]
+        pivots = [*first, *(question[place] for place in best(norms[question], self.method.text_pivots))]
+        keep, share = [*first], Fraction(total - len(first), len(pivots))
+        for number, pivot in enumerate(pivots):
+            left = [place for place in image.tolist() if place not in keep]
+            found = sorted(left, key=lambda place: cosine(normed, place, pivot))
+            keep += found[: math.floor(share * (number + 1)) - math.floor(share * number)]
+        return [place for place in range(len(image)) if int(image[place]) not in keep]
+
+    def vscan(self, image):
+        total = budget(self.method.image_keep_rate, 16)
+        if self.at:
+            asked = int((~self.answers).nonzero().max())
+            keep = best(self.weights[0, :, asked, image].mean(0), total)
+            return [place for place in range(len(image)) if place not in keep]
+        tower, side, every = self.tower[self.number], 4, range(len(image))
+        early = tower.rows[max(1, round(self.method.shallow_depth * len(tower.rows))) - 1]
+        windows = {}
+        for place in best(early, 16):
+            where = place // side // self.method.window, place % side // self.method.window
+            windows.setdefault(where, []).append(place)
+        wide = min(16, self.method.wider * total)
+        each = math.floor(wide * self.method.local_share) // len(windows)
+        keep = [place for window in windows.values() for place in window[:each]]
+        keep += [place for place in best(tower.row, 16) if place not in keep][: wide - len(keep)]
+        groups, whole = {place: [place] for place in keep}, self.hidden[0, image].clone()
+        for place in every:
+            if place not in groups:
+                groups[max(sorted(keep), key=lambda one: cosine(whole, one, place))].append(place)
+        for place, group in groups.items():
+            self.hidden[0, image[place]] = whole[group].mean(0)
+        return [place for place in every if place not in keep]
+
+    def idpruner(self, image):
+        row, hidden = self.tower[self.number].row, self.hidden[0, image]
+        importance = ((row - row.min()) / (row.max() - row.min() + 1e-6)).tolist()
+        keep, weight = best(importance, 1), self.method.importance_weight
+        while len(keep) < budget(self.method.image_keep_rate, len(image)):
+            left = [place for place in range(len(image)) if place not in keep]
+            likeness = {place: max(cosine(hidden, place, one) for one in keep) for place in left}
+            keep.append(max(left, key=lambda place: weight * importance[place] - (1 - weight) * likeness[place]))
+        return [place for place in range(len(image)) if place not in keep]
+
     def prumerge_plus(self, image):
         tower, every = self.tower[self.number], range(len(image))
         row = tower.joint_row.tolist()
@@ -228,7 +290,8 @@ class Tower:
     def __init__(self, tower, pixels):
         out = tower(pixels, output_attentions=True, output_hidden_states=True)
         depth = len(tower.encoder.layers)
-        self.row = out.attentions[depth - 2][0].mean(0)[0, 1:]  # of the layer whose output the projector reads
+        self.rows = [layer[0].mean(0)[0, 1:] for layer in out.attentions]
+        self.row = self.rows[depth - 2]  # of the layer whose output the projector reads
         self.features = out.hidden_states[-2][0, 1:]
         self.received = [layer[0].mean((0, 1))[1:] for layer in out.attentions]
         queries, keys = self.maps(tower.encoder.layers[depth - 2], out.hidden_states[depth - 2])

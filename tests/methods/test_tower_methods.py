@@ -13,6 +13,7 @@ from dynamic_llava.methods import (
     HiPrune,
     HiRED,
     HoloV,
+    IDPruner,
     ImageTokens,
     PruMergePlus,
     VisionZip,
@@ -159,6 +160,19 @@ def test_scope_covers_what_is_not_covered_yet():
         assert method.keep_image(CUT, images(row, features=features), None)[0].nonzero()[:, 0].tolist() == kept
 
 
+def test_idpruner_weighs_importance_against_likeness():
+    """Importance 1, 0.9, 0.5, 0; token 1 is like 0, the others are not. Ties go to the earlier."""
+    hidden = torch.tensor([[[1.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]]])
+    shown = images([[0.4, 0.37, 0.25, 0.1]], features=hidden)  # likeness is that of projected features: the same here
+    chosen = {}
+    for weight in (0, 0.3, 0.6, 1):
+        keep = IDPruner(image_keep_rate=0.5, importance_weight=weight).keep_image(CUT, shown, None)
+        chosen[weight] = keep[0].nonzero()[:, 0].tolist()
+    assert chosen == {0: [0, 2], 0.3: [0, 2], 0.6: [0, 2], 1: [0, 1]}
+    keep = IDPruner(image_keep_rate=0.5, importance_weight=0.72).keep_image(CUT, shown, None)
+    assert keep[0].nonzero()[:, 0].tolist() == [0, 1], "0.72 * 0.9 - 0.28 > 0.72 * 0.5"
+
+
 def test_prumerge_adds_neighbours_by_attention_and_sums_up_what_is_left():
     row = torch.tensor([[0.02, 0.03, 0.5, 0.04, 0.05, 0.06, 0.07, 0.08]])
     keys = torch.eye(8)[None] + 0.1 * torch.arange(8.0)[:, None]
@@ -203,6 +217,7 @@ def test_pooling_and_downsampling_lay_a_coarser_grid_over_the_patches():
         (lambda: HoloV(image_parts=0), "image_parts=0 is no number of parts"),
         (lambda: HoloV(variation=-1), "variation=-1 is no weight"),
         (lambda: HiPrune(object_depth=2), "object_depth=2 is no share"),
+        (lambda: IDPruner(importance_weight=1.5), "importance_weight=1.5 is no weight"),
         (lambda: SCOPE(saliency=-1), "saliency=-1 is no exponent"),
         (lambda: PruMergePlus(neighbours=0), "neighbours=0 is no number of patches"),
         (lambda: AveragePool(side_keep_rate=1.5), "side_keep_rate"),

@@ -74,6 +74,7 @@ def test_evidence_is_that_of_the_layer_asked_for(attention, asked, block):
         "joint_tower_keys": key[:, 1:],
         "received": attentions[block].mean((1, 2))[:, 1:],
         "early_received": attentions[0].mean((1, 2))[:, 1:],  # round(0.4 * 3) is the first of three
+        "early_class_row": attentions[0].mean(1)[:, 0, 1:],
         "tower": hidden[asked.get("layer", -2)][:, 1:],
     }
     assert set(seen) == set(wanted) == TOWER_EVIDENCE
@@ -112,7 +113,7 @@ def test_nothing_is_read_that_no_method_asks_for(monkeypatch):
         if name == "downsample":
             assert read < 0 == method.tower_flops(6, vision), "the tower has less to do, and nothing is read"
             continue
-        rows = {"hiprune": 34, "average_pool": 0}.get(name, 1)
+        rows = {"hiprune": 34, "average_pool": 0, "vscan": 2}.get(name, 1)
         assert len(PIXELS) * method.tower_flops(6, vision) == read == row * rows, name
     assert get_method("fastv").tower_flops(6, vision) == 0
     said = [SimpleNamespace(prompt_tokens=25, image_kept=[range(3)], image_seen=[3] * 6)]
@@ -133,7 +134,7 @@ def test_images_that_are_encoded_once_are_decided_on_everywhere(name):
     model, batch = shared_model(2), fixed_rows(seed=32, output=0)
     inputs, method = prompts(batch), get_method(name)
     wanted = model.generate(**inputs, **CALL, method=name)
-    (cut,) = method.cuts(6)
+    cut = method.cuts(6)[0]
     encoded = model.model.encode_images(inputs["pixel_values"], cut=cut).pooler_output
     given = {**inputs, "pixel_values": None, "image_features": encoded}
     for more in ({}, {"use_cache": False}):
@@ -148,6 +149,10 @@ def test_images_that_are_encoded_once_are_decided_on_everywhere(name):
     cache = model(**inputs, method=name, use_cache=True).cache
     mask = torch.cat([inputs["attention_mask"], later["attention_mask"]], 1)
     turn = {"input_ids": later["input_ids"], "pixel_values": later["pixel_values"], "attention_mask": mask}
+    if any(one.reads_question for one in method.cuts(6)):
+        with pytest.raises(ValueError, match=f"'{name}' decides by the row's first question"):
+            model(**turn, method=name, cache=cache)
+        return
     record = model(**turn, method=name, cache=cache).sparsity
     alone = model(**later, method=name).sparsity
     for found, kept in zip(record.image_indices, alone.image_indices, strict=True):

@@ -71,7 +71,7 @@ def score_dialogues(
     """
     model.eval()
     device, layers = model.device, model.config.text_config.num_hidden_layers
-    looks = any("question_row" in cut.sees for cut in method.cuts(layers))
+    looks = any(cut.reads_question for cut in method.cuts(layers))
     if method.evicts or (looks and any(len(row) > 1 and len(row[0].answer) == 1 for row in rows)):
         return score_step_by_step(model, rows, pixel_values, method, sample_key)
     fed = [_fed(row) for row in rows]

@@ -1,0 +1,56 @@
+"""What a cut may be shown beside hidden states; it is computed only where a method asks for it (`Cut.sees`).
+
+Shape suffixes: I images, n image tokens of the longest, t question tokens of the longest, D hidden size, F feature
+size, K key heads, d head size.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import Tensor
+
+Evidence = Literal[
+    "question_row",
+    "keys",
+    "normed",
+    "class_row",
+    "early_class_row",
+    "tower_keys",
+    "joint_class_row",
+    "joint_tower_keys",
+    "received",
+    "early_received",
+    "tower",
+]
+"""At a layer above 0, of what the layer before the cut sees. question_row: (I, n) head-mean attention of the last token
+before the row's first answer to each image token; keys: (I, n, Kd), the keys of all key heads, rotated as in a row that
+begins at position 0; normed: (I, n, D), the hidden states under the norm behind the last layer. keys and normed are
+shown of the question's tokens too (`QuestionTokens.seen`).
+
+At layer 0, of the vision tower, one entry for each patch. class_row: (I, n) float32, the attention of the class token
+to each patch, the mean over heads of a softmax that the class token itself is part of; early_class_row: the same in the
+layer that the cut's `early_depth` says; tower_keys: (I, n, d), the mean over heads of the patches' keys;
+joint_class_row, joint_tower_keys: the same of whole queries and keys, (I, n) and (I, n, F of one layer), as if all
+heads were one; received: (I, n) float32, the attention that each patch receives, the mean over heads and over all of
+the tower's tokens; early_received: the same in the layer of `early_depth`; tower: (I, n, F), the features that the
+projector reads."""
+TOKEN_EVIDENCE: frozenset[Evidence] = frozenset({"keys", "normed"})
+"""What is shown of single tokens in the language model, those of the question too."""
+QUESTION_EVIDENCE: frozenset[Evidence] = TOKEN_EVIDENCE | {"question_row"}
+"""The evidence of a layer above 0, for which there has to be a question behind the images."""
+TOWER_EVIDENCE: frozenset[Evidence] = frozenset(get_args(Evidence)) - QUESTION_EVIDENCE
+"""The evidence that is read in the vision tower; a call that gives images as projected features has none."""
+
+
+@dataclass(frozen=True)
+class QuestionTokens:
+    """The first question of each image's row: its prompt tokens behind the image and before the row's first answer.
+
+    The last token before the answer is one of them, whatever it is.
+    """
+
+    valid: Tensor
+    """(I, t) bool: tokens of the question; the others fill up a shorter one, or stand before the image."""
+    seen: Mapping[Evidence, Tensor]
+    """(I, t, ...) of each TOKEN_EVIDENCE that the cut sees."""
