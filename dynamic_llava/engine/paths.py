@@ -27,7 +27,7 @@ from dynamic_llava.engine.decide import Flight, Past, check_question, decide, sa
 from dynamic_llava.engine.evict import Chunk, Eviction, Opening
 from dynamic_llava.engine.learned import learned_of
 from dynamic_llava.engine.plan import Plan, Stage, stages_of
-from dynamic_llava.engine.question import QuestionReading
+from dynamic_llava.engine.question import QuestionReading, relevance
 from dynamic_llava.layout import Packing
 from dynamic_llava.methods import QUESTION_EVIDENCE, Cut, Evidence
 from dynamic_llava.sparsity.decisions import entering_mask
@@ -96,8 +96,12 @@ def run_stages(path: Path, flight: Flight, kwargs: dict[str, Any]) -> tuple[Flig
     plan, layers = path.plan, len(path.decoder.layers)
     until_BN = torch.where(plan.layout.valid, layers, 0)
     seen: dict[Evidence, Tensor] = {}
+    looked = any("relevance" in path.sees(cut) for cut in plan.cuts)
+    relevance_BN = relevance(flight.hidden, flight.asking(plan.layout)) if looked else None
     for stage in stages_of(plan.cuts, layers):
         if stage.cut is not None:
+            if relevance_BN is not None:
+                seen["relevance"] = relevance_BN.gather(1, flight.column)
             decided = path.decide(stage.cut, flight, seen)
             gone_BC = flight.kept & ~decided.kept
             last_BC = torch.where(gone_BC, stage.first, until_BN.gather(1, flight.column))

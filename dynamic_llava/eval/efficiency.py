@@ -101,7 +101,7 @@ def prefill_costs(
         average.append(statistics.fmean(seen))
         paper.append(flops_paper(seen, shape.hidden, shape.layers))
         entering = [text + tokens for tokens in seen]
-        evidence = method.evidence_flops(entering, shape, causal=True)
+        evidence = method.evidence_flops(entering, shape, causal=True, question=text)
         exact.append(prefill_flops(entering, shape) + evidence + images * judging)
     return {
         "image_tokens_per_layer": statistics.fmean(average),

@@ -48,6 +48,7 @@ from dynamic_llava.methods.registry import (
 )
 from dynamic_llava.methods.scope import SCOPE
 from dynamic_llava.methods.snapkv import SnapKV
+from dynamic_llava.methods.sparsevlm import SparseVLM, SparseVLMPlus
 from dynamic_llava.methods.streaming_llm import StreamingLLM
 from dynamic_llava.methods.structure import Structure
 from dynamic_llava.methods.tome import ToMe
@@ -93,6 +94,8 @@ __all__ = [
     "SlotEvidence",
     "Slots",
     "SnapKV",
+    "SparseVLM",
+    "SparseVLMPlus",
     "Spelling",
     "StreamingLLM",
     "Structure",

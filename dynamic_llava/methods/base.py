@@ -270,15 +270,24 @@ class Method:
         return None
 
     def evidence_flops(
-        self, tokens: Sequence[int], shape: DecoderShape, *, causal: bool = False, step: bool = False
+        self,
+        tokens: Sequence[int],
+        shape: DecoderShape,
+        *,
+        causal: bool = False,
+        step: bool = False,
+        question: int = 0,
     ) -> int:
         """Return the FLOPs of the attention that the method is shown in a prefill in which layers see `tokens`.
 
-        It is recomputed from queries and keys: of one query before a cut that sees `question_row`, of all queries in
-        each layer, with their sum, for each of `mass` and `latest`. causal=True counts visible pairs only; step=True is
+        It is recomputed from queries and keys: of one query before a cut that sees `question_row`, of `question` many
+        before one that sees `question_rows`, of all queries in each layer, with their sum, for each of `mass` and
+        `latest`. causal=True counts visible pairs only; step=True is
         one new token of a row whose layers hold `tokens`.
         """
-        rows = [tokens[cut.layer - 1] for cut in self.cuts(len(tokens)) if "question_row" in cut.sees and not step]
+        cuts = () if step else self.cuts(len(tokens))
+        asked = {"question_row": 1, "question_rows": question}
+        rows = [tokens[cut.layer - 1] * asked[name] for cut in cuts for name in sorted(cut.sees & asked.keys())]
         pairs = sum(n + 1 if step else n * (n + 1) // 2 if causal else n * n for n in tokens)
         kinds = len(self.evict_sees & {"mass", "latest"})
         return 2 * (sum(rows) * shape.query_width + kinds * pairs * (shape.query_width + shape.kv_heads))

@@ -1,7 +1,7 @@
 """What a cut may be shown beside hidden states; it is computed only where a method asks for it (`Cut.sees`).
 
 Shape suffixes: I images, n image tokens of the longest, t question tokens of the longest, D hidden size, F feature
-size, K key heads, d head size.
+size, H query heads, K key heads, d head size.
 """
 
 from collections.abc import Mapping
@@ -12,8 +12,11 @@ from torch import Tensor
 
 Evidence = Literal[
     "question_row",
+    "question_rows",
+    "relevance",
     "keys",
     "normed",
+    "rotation",
     "class_row",
     "early_class_row",
     "tower_keys",
@@ -24,9 +27,12 @@ Evidence = Literal[
     "tower",
 ]
 """At a layer above 0, of what the layer before the cut sees. question_row: (I, n) head-mean attention of the last token
-before the row's first answer to each image token; keys: (I, n, Kd), the keys of all key heads, rotated as in a row that
-begins at position 0; normed: (I, n, D), the hidden states under the norm behind the last layer. keys and normed are
-shown of the question's tokens too (`QuestionTokens.seen`).
+before the row's first answer to each image token; question_rows: (I, n, t, H) float32, the attention of each token of
+the question (`QuestionTokens`), whole heads, to each image token; relevance: (I, n) float32, how much the row's image
+tokens look for a token of the question as they enter the language model: the mean over them of a softmax, over the
+question, of products of their embeddings, 0 at other tokens; keys: (I, n, Kd), the keys of all key heads, rotated as in
+a row that begins at position 0; normed: (I, n, D), the hidden states under the norm behind the last layer; rotation:
+(I, n, 2d), cosines and sines of the token's position. The last four are shown of the question's tokens too.
 
 At layer 0, of the vision tower, one entry for each patch. class_row: (I, n) float32, the attention of the class token
 to each patch, the mean over heads of a softmax that the class token itself is part of; early_class_row: the same in the
@@ -35,9 +41,9 @@ joint_class_row, joint_tower_keys: the same of whole queries and keys, (I, n) an
 heads were one; received: (I, n) float32, the attention that each patch receives, the mean over heads and over all of
 the tower's tokens; early_received: the same in the layer of `early_depth`; tower: (I, n, F), the features that the
 projector reads."""
-TOKEN_EVIDENCE: frozenset[Evidence] = frozenset({"keys", "normed"})
+TOKEN_EVIDENCE: frozenset[Evidence] = frozenset({"relevance", "keys", "normed", "rotation"})
 """What is shown of single tokens in the language model, those of the question too."""
-QUESTION_EVIDENCE: frozenset[Evidence] = TOKEN_EVIDENCE | {"question_row"}
+QUESTION_EVIDENCE: frozenset[Evidence] = TOKEN_EVIDENCE | {"question_row", "question_rows"}
 """The evidence of a layer above 0, for which there has to be a question behind the images."""
 TOWER_EVIDENCE: frozenset[Evidence] = frozenset(get_args(Evidence)) - QUESTION_EVIDENCE
 """The evidence that is read in the vision tower; a call that gives images as projected features has none."""

@@ -42,6 +42,7 @@ from dynamic_llava.methods.random import Random
 from dynamic_llava.methods.random_window import RandomWindow
 from dynamic_llava.methods.scope import SCOPE
 from dynamic_llava.methods.snapkv import SnapKV
+from dynamic_llava.methods.sparsevlm import SparseVLM, SparseVLMPlus
 from dynamic_llava.methods.streaming_llm import StreamingLLM
 from dynamic_llava.methods.structure import Structure
 from dynamic_llava.methods.tome import ToMe
@@ -52,7 +53,7 @@ from dynamic_llava.methods.vscan import VScan
 
 _ROWS: tuple[type[Method], ...] = (
     *(Dense, Dynamic, FastV, PyramidDrop, DivPrune, ToMe),
-    *(DART, VScan, IDPruner),
+    *(DART, VScan, IDPruner, SparseVLM, SparseVLMPlus),
     *(VisPruner, VisionZip, HiRED, PruMergePlus, HoloV, SCOPE, HiPrune),
     *(H2O, TOVA, KNorm, SnapKV, StreamingLLM),
     *(AveragePool, Downsample),

@@ -30,6 +30,7 @@ from dynamic_llava.costs import (
 from dynamic_llava.engine.learned import learned_costs
 from dynamic_llava.profile.presets import Preset, Way
 from dynamic_llava.profile.results import Column
+from dynamic_llava.profile.workload import BEFORE_IMAGE
 
 log = logging.getLogger(__name__)
 
@@ -207,7 +208,9 @@ def prefill_work(preset: Preset, way: Way, value_bytes: int, outputs: int = 0) -
     decoder = preset.shape.decoder
     flops = prefill_flops(shape=decoder, **preset.groups(way, outputs), batch=preset.batch)
     if way != "dense" and preset.method is not None:
-        flops += preset.batch * preset.method.evidence_flops(preset.seen(way, outputs), decoder, causal=True)
+        flops += preset.batch * preset.method.evidence_flops(
+            preset.seen(way, outputs), decoder, causal=True, question=preset.text - BEFORE_IMAGE
+        )
     if way != "dense" and preset.method is None:
         decided = outputs if way == "both" else 0
         image_tokens = preset.shape.tokens_per_image

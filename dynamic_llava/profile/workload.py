@@ -162,7 +162,7 @@ def tower_says(model: DynamicLlavaForConditionalGeneration, preset: Preset) -> d
     row_Bn = row_n.to(model.device).expand(batch, n)
     widths = {"tower_keys": width // heads, "joint_tower_keys": width, "tower": width}
     drawn = {name: torch.randn(batch, n, one, device=model.device, dtype=model.dtype) for name, one in widths.items()}
-    rows = dict.fromkeys(("class_row", "joint_class_row", "received", "early_received"), row_Bn)
+    rows = dict.fromkeys(("class_row", "early_class_row", "joint_class_row", "received", "early_received"), row_Bn)
     return {**rows, **drawn}
 
 

@@ -3,6 +3,8 @@
 That all paths agree on them, cached and not, in beams and in later turns, is a dimension of `tests/worlds.py`.
 """
 
+from fractions import Fraction
+
 import pytest
 import torch
 
@@ -43,11 +45,16 @@ def row_alone(batch, number):
     return {**masks, "image_features": batch["image_features"][first : first + len(ROWS[number])]}
 
 
-@pytest.mark.parametrize("name", [name for name in BY_FEATURES if not METHODS[name]().evicts])
+@pytest.mark.parametrize(
+    "name", [name for name in BY_FEATURES if not (METHODS[name]().evicts or name.startswith("sparsevlm"))]
+)
 @pytest.mark.parametrize("rate", [0.2, 0.29, 0.5])
 @torch.no_grad()
 def test_every_image_has_a_budget_of_its_own(name, rate):
-    """floor(rate * n_i), exact in decimals, at least 1, for each image i at each cut (Structure keeps whole steps)."""
+    """floor(rate * n_i), exact in decimals, at least 1, for each image i at each cut (Structure keeps whole steps).
+
+    SparseVLM has a schedule instead: test_a_schedule_is_scaled_to_each_image.
+    """
     model, method = shared_model(), METHODS[name]
     settings = {one: rate for one in ("image_keep_rate", "stage_keep_rate") if one in method.__dataclass_fields__}
     out = model(**batch_of(ROWS), labels=batch_of(ROWS)["input_ids"], method=get_method(name, **settings))
@@ -58,6 +65,24 @@ def test_every_image_has_a_budget_of_its_own(name, rate):
     for _ in get_method(name).cuts(LAYERS) if settings else ():
         wanted = [[budget(rate, length, minimum=int(name != "structure")) for length in row] for row in wanted]
     assert kept == wanted
+
+
+@pytest.mark.parametrize("name", ["sparsevlm", "sparsevlm_plus"])
+@torch.no_grad()
+def test_a_schedule_is_scaled_to_each_image(name):
+    """At layers 1 and 3 of 6, entries 1 and 2; version 1 keeps one group more for each ten tokens that it recycles."""
+    last, schedule = ("0.34", (300, 200, 110)) if name == "sparsevlm" else ("0.34", (300, 200, 118))
+    out = shared_model()(
+        **batch_of(ROWS), labels=batch_of(ROWS)["input_ids"], method=get_method(name, last_keep_rate=0.34)
+    )
+    for row, lengths in zip(out.sparsity.image_indices, ROWS, strict=True):
+        for kept, length in zip(row, lengths, strict=True):
+            left = length
+            for entry in schedule[1:]:
+                best = min(left, max(1, int(Fraction(last) * entry / schedule[-1] * length)))
+                recycled = int((left - best) * 0.3) + 1 if left > best and name == "sparsevlm" else 0
+                left = best + (recycled // 10 + 1 if recycled else 0)
+            assert len(kept) == left
 
 
 @pytest.mark.parametrize("relaxation", RELAXATIONS)

@@ -41,6 +41,8 @@ STAGED = {
     "dart": {"image_keep_rate": 0.6, "image_pivots": 2, "layer": 4},
     "vscan": {"image_keep_rate": 0.35, "wider": 2, "layer": 2, "window": 3, "local_share": 0.8, "shallow_depth": 0.7},
     "idpruner": {"image_keep_rate": 0.4},
+    "sparsevlm": {"last_keep_rate": 0.2, "schedule": (40, 10), "drop_layers": (2, 4)},
+    "sparsevlm_plus": {"last_keep_rate": 0.3, "schedule": (40, 20), "drop_layers": (1, 4), "head_share": 0.5},
     "prumerge_plus": {},
     "prumerge_plus, two": {"neighbours": 2},
     "average_pool, overlapping": {"side_keep_rate": 0.75},
@@ -66,7 +68,7 @@ class Reference:
             embeds[0, torch.cat(self.images)] = features
             self.tower = [Tower(model.model.vision_tower, one[None]) for one in pixels]
             self.pixels, self.encoder = pixels, model.model.get_image_features
-        self.hidden, self.until = embeds, torch.full(ids.shape, LAYERS)
+        self.hidden, self.embeds, self.until = embeds, embeds[0].clone(), torch.full(ids.shape, LAYERS)
         self.places = {cut.layer for cut in method.cuts(LAYERS)}
         places = torch.arange(len(ids))[None]
         rotation, self.weights = self.decoder.rotary_emb(embeds, position_ids=places), None
@@ -236,6 +238,56 @@ class Reference:
         for place, group in groups.items():
             self.hidden[0, image[place]] = whole[group].mean(0)
         return [place for place in every if place not in keep]
+
+    def raters(self, image):
+        asked = [place for place in range(int(self.images[0][-1]) + 1, len(self.embeds)) if not self.answers[place]]
+        asked = [place for place in asked if not any(place in other for other in self.images)]
+        end = int((~self.answers).nonzero().max())
+        asked = asked if end in asked else [*asked, end]
+        products = torch.stack([self.embeds[place] @ self.embeds[asked].T for place in torch.cat(self.images)])
+        relevance = dict(zip(asked, products.softmax(-1).mean(0).tolist(), strict=True))
+        mine = [place for place in asked if place > int(image[-1]) or place == end]
+        mean = sum(relevance[place] for place in mine) / len(mine)
+        return [place for place in mine if relevance[place] > mean] or mine
+
+    def scheduled(self):
+        stage = list(self.method.drop_layers).index(self.at)
+        rate, schedule = Fraction(str(self.method.last_keep_rate)), self.method.schedule
+        return max(1, int(rate * schedule[stage] / schedule[-1] * 16))
+
+    def sparsevlm(self, image):
+        rated = self.weights[0, :, self.raters(image)][:, :, image].mean((0, 1))
+        keep = best(rated, self.scheduled())
+        dropped = [place for place in best(rated, len(image)) if place not in keep]
+        if not dropped:
+            return []
+        recycled = sorted(dropped[: int(len(dropped) * 0.3) + 1])
+        whole = self.hidden[0, image[recycled]].clone()
+        count, every = int(len(recycled) / 10) + 1, range(len(recycled))
+        apart = [[float((one - other).norm()) / len(one) ** 0.5 for other in whole] for one in whole]
+        density = [math.exp(-sum(gap**2 for gap in sorted(gaps)[:count]) / count) for gaps in apart]
+        peaks = []
+        for one in every:
+            denser = [apart[one][other] for other in every if (-density[other], other) < (-density[one], one)]
+            peaks.append(density[one] * min(denser, default=max(map(max, apart))))
+        centres = best(torch.tensor(peaks), count)
+        groups = {centre: [] for centre in centres}
+        for one in every:
+            groups[one if one in groups else min(centres, key=lambda centre: apart[one][centre])].append(one)
+        for centre, group in groups.items():
+            self.hidden[0, image[recycled[centre]]] = whole[group].mean(0)
+        keep += [recycled[centre] for centre in centres]
+        return [place for place in range(len(image)) if place not in keep]
+
+    def sparsevlm_plus(self, image):
+        asked, (cos, sin) = self.raters(image), self.rotation
+        vector = torch.ones(1, 1, *cos.shape[1:])
+        turned = apply_rotary_pos_emb(vector, vector, cos, sin)[0][0, 0]
+        alone = turned @ turned.T / turned.shape[1] ** 0.5
+        rows = (self.weights[0] / alone)[:, asked][:, :, image]
+        heads = best(rows.sum((1, 2)), int(self.method.head_share * len(rows)))
+        keep = best(rows[heads].mean((0, 1)), self.scheduled())
+        return [place for place in range(len(image)) if place not in keep]
 
     def idpruner(self, image):
         row, hidden = self.tower[self.number].row, self.hidden[0, image]
