@@ -140,15 +140,21 @@ def h2o(method):
     def rule(head, told):
         if told.layer < method.layer:
             return head.alive
+        leaving = [token for token in head.alive if method.shares_of != "outputs" or told.is_output[token]]
         prompt = told.tokens - told.outputs
+        if method.shares_of == "outputs":
+            prompt = told.outputs
         heavy, recent = math.floor(heavy_rate * prompt), math.floor(recent_rate * prompt)
         if method.shares_of == "tokens":
             recent += math.floor(recent_rate * told.outputs)
             both = heavy_rate + recent_rate
             heavy = math.floor(both * prompt) + math.floor(both * told.outputs) - recent
+        elif method.shares_of == "outputs":
+            heavy = math.floor((heavy_rate + recent_rate) * prompt) - recent
         recent = max(recent, 1)
-        older = sorted(head.alive[:-recent], key=lambda token: (-head.mass[token], token))
-        return [*head.alive[-recent:], *older[:heavy]]
+        older = [token for token in head.alive[:-recent] if token in leaving]
+        best = sorted(older, key=lambda token: (-head.mass[token], token))[:heavy]
+        return {*head.alive[-recent:], *best, *(token for token in head.alive if token not in leaving)}
 
     return rule
 

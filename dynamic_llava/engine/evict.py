@@ -270,7 +270,7 @@ def let_evict(cache: AdmissionCache, method: Method) -> None:
     ValueError for a live cache of the other kind, for one that has not noted what the method sees of its tokens, and
     for a method whose setting `layer` says that it evicts from a layer on that is not there.
     """
-    first, layers = getattr(method, "layer", 0), len(cache.layers)
+    first, layers = method.evicts_from, len(cache.layers)
     if method.evicts and isinstance(first, int) and first >= layers:
         raise ValueError(
             f"method {method.name!r} evicts from layer {first} on, and this language model has {layers} layers, so "

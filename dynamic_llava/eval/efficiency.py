@@ -89,7 +89,8 @@ def prefill_costs(
     """Average image tokens per layer and prefill FLOPs of the prompts that were answered, means over the rows.
 
     `prefill_gflop_exact` counts the real module shapes on the whole prompt (causal attention, the head on one token,
-    and what `method` judges by: its weights, and attention that it is shown, that of the tower `vision` among it);
+    and what `method` judges by: its weights, and attention that it is shown, that of the tower `vision` among it; where
+    the question's is shown, all text of a prompt counts as its question);
     `prefill_gflop_paper` is Eq. 13 on the image tokens alone.
     """
     judging = judging_flops(settings, shape.hidden, tokens_per_image, method)

@@ -257,6 +257,11 @@ class Method:
         return type(self).evict is not Method.evict
 
     @property
+    def evicts_from(self) -> int:
+        """The first layer that evicts, of a method that says so by a setting `layer`."""
+        return getattr(self, "layer", 0)
+
+    @property
     def latest_queries(self) -> int:
         """How many of a pass's last tokens count for the evidence `latest`."""
         return 1

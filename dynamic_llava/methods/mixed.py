@@ -1,6 +1,12 @@
 """Image tokens by one method, output tokens by another: what each of two decisions is worth beside the same other one.
 
 {name: mixed, image_by: dynamic, output_by: {name: random, image_keep_rate: null, output_keep_rate: 0.5}}
+
+What layers have stored may be evicted by a third. The paper's FastV+H2O drops image tokens by FastV in the prefill, and
+evicts half of the answer's tokens:
+
+{name: mixed, image_by: {name: fastv, layer: 3, image_keep_rate: 0.25},
+ evict_by: {name: h2o, shares_of: outputs, heavy_rate: 0.25, recent_rate: 0.25}}
 """
 
 from dataclasses import dataclass, replace
@@ -8,7 +14,17 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dynamic_llava.methods.base import BudgetKind, Choice, Cut, ImageTokens, Method, OneCut, OutputTokens
+from dynamic_llava.methods.base import (
+    BudgetKind,
+    Choice,
+    Cut,
+    ImageTokens,
+    Method,
+    OneCut,
+    OutputTokens,
+    SlotEvidence,
+    Slots,
+)
 
 
 @dataclass(frozen=True)
@@ -24,6 +40,8 @@ class Mixed(Method):
     """Decides on image tokens; None keeps all."""
     output_by: OneCut | None = None
     """Decides on output tokens; None keeps all."""
+    evict_by: Method | None = None
+    """Evicts stored tokens; None evicts none. What it would do at cuts is not asked."""
 
     def __post_init__(self) -> None:
         layers = {one.layer for one in self._deciding}
@@ -35,33 +53,62 @@ class Mixed(Method):
 
         if evicting := [one.name for one in self._deciding if one.evicts]:
             raise ValueError(
-                f"{' and '.join(map(repr, evicting))} evicts stored tokens, which would not be asked here; use such a "
-                "method alone"
+                f"{' and '.join(map(repr, evicting))} evicts stored tokens, which would not be asked here; give such a "
+                "method as evict_by, or use it alone"
             )
+        if self.evict_by is not None and not self.evict_by.evicts:
+            raise ValueError(f"evict_by={self.evict_by.name!r} evicts nothing; give a method that does, such as h2o")
 
     @property
     def _deciding(self) -> tuple[OneCut, ...]:
         return tuple(one for one in (self.image_by, self.output_by) if one is not None)
 
     @property
+    def _all(self) -> tuple[Method, ...]:
+        return (*self._deciding, *(() if self.evict_by is None else (self.evict_by,)))
+
+    @property
     def is_dense(self) -> bool:
-        """True where neither method drops anything."""
-        return all(one.is_dense for one in self._deciding)
+        """True where no method drops anything."""
+        return all(one.is_dense for one in self._all)
 
     @property
     def training_free(self) -> bool:  # type: ignore[override]
-        """Whether neither method learns anything."""
-        return all(one.training_free for one in self._deciding)
+        """Whether no method learns anything."""
+        return all(one.training_free for one in self._all)
 
     @property
     def used_parts(self) -> tuple[str, ...]:
-        """What either method decides by."""
-        return tuple(dict.fromkeys(part for one in self._deciding for part in one.used_parts))
+        """What any method decides by."""
+        return tuple(dict.fromkeys(part for one in self._all for part in one.used_parts))
+
+    @property
+    def evicts(self) -> bool:
+        """Whether there is a method that does."""
+        return self.evict_by is not None
+
+    @property
+    def evicts_from(self) -> int:
+        """That of `evict_by`."""
+        return 0 if self.evict_by is None else self.evict_by.evicts_from
+
+    @property
+    def evict_sees(self) -> frozenset[SlotEvidence]:  # type: ignore[override]
+        """What `evict_by` is shown."""
+        return frozenset() if self.evict_by is None else self.evict_by.evict_sees
+
+    @property
+    def latest_queries(self) -> int:
+        """Those of `evict_by`."""
+        return 1 if self.evict_by is None else self.evict_by.latest_queries
 
     def knobs(self, budget: BudgetKind) -> tuple[str, ...]:
-        """Those of `image_by`."""
-        inner = () if self.image_by is None else self.image_by.knobs(budget)
-        return tuple(f"image_by.{name}" for name in inner)
+        """Those of `image_by`; for stored bytes those of `evict_by`, where it has some."""
+        parts: dict[str, Method | None] = {"image_by": self.image_by}
+        if budget == "kv-bytes":
+            parts = {"evict_by": self.evict_by, **parts}
+        named = [[f"{part}.{name}" for name in one.knobs(budget)] for part, one in parts.items() if one is not None]
+        return tuple(next(filter(None, named), ()))
 
     def cuts(self, layers: int) -> tuple[Cut, ...]:
         """One cut, which sees what that of `image_by` sees."""
@@ -81,3 +128,7 @@ class Mixed(Method):
         if self.output_by is None:
             return super().keep_output(outputs, learned)
         return self.output_by.keep_output(outputs, learned)
+
+    def evict(self, layer: int, slots: Slots) -> Tensor | None:
+        """(B, K, W) bool: the decision of `evict_by`."""
+        return None if self.evict_by is None else self.evict_by.evict(layer, slots)

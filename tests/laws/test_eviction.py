@@ -13,7 +13,19 @@ import torch
 from hypothesis import strategies as st
 
 from dynamic_llava.engine.decoder import FAMILIES
-from dynamic_llava.methods import H2O, TOVA, KNorm, Method, OneCut, RandomWindow, SlotEvidence, SnapKV, StreamingLLM
+from dynamic_llava.methods import (
+    H2O,
+    TOVA,
+    KNorm,
+    Method,
+    Mixed,
+    OneCut,
+    RandomWindow,
+    SlotEvidence,
+    SnapKV,
+    StreamingLLM,
+    Structure,
+)
 from dynamic_llava.methods import METHODS as REGISTERED
 from tests.builders import (
     IMAGE_TOKEN,
@@ -132,6 +144,13 @@ def kept_at_the_cut(ids, output):
     return keep
 
 
+def kept_by_structure(ids, output):
+    image, keep = ids == IMAGE_TOKEN, torch.ones_like(output)
+    place = torch.arange(int(image.sum())) % TOKENS_PER_IMAGE
+    keep[image] = (place + 1) * 3 // 10 > place * 3 // 10
+    return keep
+
+
 @dataclass(frozen=True)
 class Everything(Method):
     """Keeps and stores everything, on a cache of rows."""
@@ -144,6 +163,14 @@ CASES = {
     "h2o": (H2O(heavy_rate=0.2, recent_rate=0.15), h2o),
     "h2o of all tokens": (H2O(heavy_rate=0.25, recent_rate=0.25, shares_of="tokens"), h2o),
     "h2o from layer 3": (H2O(layer=3), h2o),
+    "h2o of outputs": (H2O(heavy_rate=0.25, recent_rate=0.25, shares_of="outputs"), h2o),
+    "structure and h2o": (
+        Mixed(
+            image_by=Structure(image_keep_rate=0.3, output_keep_rate=None),
+            evict_by=H2O(heavy_rate=0.3, recent_rate=0.1, shares_of="outputs"),
+        ),
+        lambda method: h2o(method.evict_by),
+    ),
     "h2o of nothing": (H2O(heavy_rate=0, recent_rate=0), h2o),
     "streaming_llm": (StreamingLLM(sinks=2, window=5), streaming_llm),
     "tova": (TOVA(keep_rate=0.4), top_slots),
@@ -176,7 +203,8 @@ CALL = {"do_sample": False, "output_logits": True, "return_dict_in_generate": Tr
 
 def reference(model, row, case):
     method, rule = CASES[case]
-    cut = {"cut": 2, "keeps": kept_at_the_cut} if method.cuts(LAYERS) else {}
+    keeps = kept_by_structure if isinstance(method, Mixed) else kept_at_the_cut
+    cut = {"cut": 2, "keeps": keeps} if method.cuts(LAYERS) else {}
     return NeverRemove(model, row, rule(method), method.latest_queries, **cut)
 
 

@@ -1,12 +1,28 @@
 """Composed and stated selections: two methods' decisions in one, and exact output keep rates."""
 
+from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
 
-from dynamic_llava.methods import Cut, Dynamic, FastV, ImageTokens, Mixed, OutputTokens, Random, Structure
+from dynamic_llava.methods import (
+    H2O,
+    Cut,
+    Dynamic,
+    FastV,
+    ImageTokens,
+    Mixed,
+    OneCut,
+    OutputTokens,
+    Random,
+    Structure,
+    print_method,
+    read_method,
+)
 from dynamic_llava.sparsity.decisions import budget
+from tests.builders import fixed_rows, prompts, shared_model
 
 LEARNED = SimpleNamespace(
     image_predictor=lambda hidden: hidden[..., :2], output_predictor=lambda hidden: hidden[..., :2]
@@ -56,6 +72,45 @@ def test_mixed_takes_each_decision_from_its_method():
     assert Mixed().is_dense and Mixed(output_by=Dynamic(sparsity="none")).is_dense
     with pytest.raises(ValueError, match="image_by decides at layer 3 and output_by at layer 2"):
         Mixed(image_by=FastV(layer=3), output_by=Random())
+
+
+FASTV_H2O = {
+    "name": "mixed",
+    "image_by": {"name": "fastv", "layer": 3, "image_keep_rate": 0.25},
+    "evict_by": {"name": "h2o", "shares_of": "outputs", "heavy_rate": 0.25, "recent_rate": 0.25},
+}
+"""The paper's FastV+H2O, as docs/methods.md spells it."""
+
+
+@torch.no_grad()
+def test_fastv_and_h2o_drop_image_tokens_and_evict_half_of_an_answer():
+    """Seven tokens are fed: three of them stay, the newest and two heavy ones; of the prompt all that FastV keeps."""
+    model, inputs = shared_model(), prompts(fixed_rows(seed=20, output=0))
+    call = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
+    out = model.generate(**inputs, **call, method=FASTV_H2O)
+    plain = model.generate(**inputs, **call, method=FASTV_H2O["image_by"])
+    width = inputs["input_ids"].shape[1]
+    assert torch.equal(out.sparsity.until[:, :width], plain.sparsity.until[:, :width])
+    prompt = out.sparsity.tokens_per_layer(~out.sparsity.layout.output)
+    assert torch.equal(out.sparsity.head_lengths, (prompt + 3)[..., None].expand_as(out.sparsity.head_lengths))
+    method = read_method(FASTV_H2O)
+    assert method.knobs("image-tokens") == method.knobs("kv-bytes") == ("image_by.image_keep_rate",)
+    assert read_method(print_method(method)) == method and method.training_free and not method.is_dense
+    assert Mixed(evict_by=H2O()).knobs("kv-bytes") == ("evict_by.heavy_rate", "evict_by.recent_rate")
+    with pytest.raises(ValueError, match=r"'h2o' evicts stored tokens.*give such a method as evict_by"):
+        Mixed(image_by=EvictingCut())
+    with pytest.raises(ValueError, match="evict_by='fastv' evicts nothing"):
+        Mixed(evict_by=FastV())
+    with pytest.raises(ValueError, match="'mixed' evicts from layer 9 on, and this language model has 6 layers"):
+        model.generate(**inputs, **call, method=Mixed(evict_by=H2O(layer=9)))
+
+
+@dataclass(frozen=True)
+class EvictingCut(OneCut):
+    name: ClassVar[str] = "h2o"
+
+    def evict(self, layer, slots):
+        return None
 
 
 @pytest.mark.parametrize("rate", [0.3, 0.5, 0.29, 1.0, 0])

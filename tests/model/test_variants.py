@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from dynamic_llava import SparsityConfig
+from dynamic_llava import SparsityConfig, get_method
 from dynamic_llava.sparsity import RELAXATIONS, budget
 from tests.builders import (
     IMAGE_TOKEN,
@@ -188,6 +188,22 @@ def test_zero_vectors_equal_their_literal_construction(kv_heads, monkeypatch):
     for name, ours, theirs in zip(["embeddings", "mask", *parameters], actual, expected, strict=True):
         error = (ours.reshape(theirs.shape) - theirs).norm() / theirs.norm()
         assert error < (1e-6 if name == "mask" else 1e-9), f"{name}: relative error {error:.1e}"  # the mask is float32
+
+
+def test_fastv_trains_with_zero_vectors_for_what_it_drops_at_inference():
+    """The same as its decisions given as a mask; other logits than where dropped tokens are hidden."""
+    logits = {}
+    for dropped in ("zero_vectors", "masked_softmax"):
+        model, fastv = build_model(dropped_tokens=dropped), get_method("fastv", layer=3, image_keep_rate=0.25)
+        call = training_inputs(fixed_rows(seed=65, output=8), "left")
+        wanted = model(**call, method=fastv).sparsity.keep_mask
+        model.train()
+        out = model(**call, method=fastv)
+        assert torch.equal(out.sparsity.keep_mask.bool(), wanted.bool()) and not wanted.all()
+        given = model(**call, keep_mask=wanted.float(), method=get_method("dense", layer=3))
+        torch.testing.assert_close(out.logits, given.logits, rtol=0, atol=0)
+        logits[dropped] = out.logits
+    assert (logits["zero_vectors"] - logits["masked_softmax"]).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
