@@ -2,8 +2,8 @@
 
 Everything is taken from the layer's own queries, keys and output: no layer has to return its attention weights, none
 runs another kernel.
-Shape suffixes: B rows, C computed tokens, I images, t question tokens of the longest, H query heads, K key heads, d
-head size.
+Shape suffixes: B rows, C computed tokens, I images, t question tokens of the longest, D hidden size, H query heads, K
+key heads, d head size.
 """
 
 from collections.abc import Mapping
