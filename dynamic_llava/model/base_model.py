@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
@@ -29,7 +29,7 @@ from dynamic_llava.model.configuration import DynamicLlavaConfig
 from dynamic_llava.model.images import ImageInputs, Inputs, check_images, features_of, tower_of
 from dynamic_llava.model.outputs import DynamicModelOutput
 from dynamic_llava.model.switches import choose_method
-from dynamic_llava.projectors import find_projector
+from dynamic_llava.projectors import Projector, find_projector
 
 TAKES_ENCODED = "mm_encoder_outputs" in inspect.signature(LlavaModel.forward).parameters
 """Whether the installed transformers' LLaVA takes images that are encoded already."""
@@ -43,6 +43,11 @@ class DynamicLlavaPreTrainedModel(LlavaPreTrainedModel):
     _no_split_modules = [  # noqa: RUF012  # as in transformers' models
         layer for family in FAMILIES.values() for layer in family._no_split_modules
     ]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Projector):  # asked behind the modules in it
+            module.initialise()
 
     def settings_of_call(self, output_keep_rate: float | None) -> SparsityConfig:
         """Return the checkpoint's settings, with the rate r_OT that a training call may give instead."""

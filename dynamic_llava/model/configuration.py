@@ -8,7 +8,7 @@ from dynamic_llava.config import SparsityConfig, check_sparse_layer
 from dynamic_llava.engine.learned import check_names, parts_of
 from dynamic_llava.model.loading import spare_learned
 from dynamic_llava.model.supported import check_architecture, check_kernels, check_place, naming_config, refuse_trust
-from dynamic_llava.projectors import DEFAULT, image_tokens
+from dynamic_llava.projectors import DEFAULT, image_tokens, layers_of
 
 
 class DynamicLlavaConfig(LlavaConfig):
@@ -65,6 +65,7 @@ class DynamicLlavaConfig(LlavaConfig):
         values = {name: {**vars(part), "model_type": part.model_type} for name, part in parts.items()}
         check_architecture("the configuration", {**vars(self), "model_type": self.model_type, **values})
         image_tokens(self)  # a ValueError where the projector is unknown, or takes no such images
+        self.vision_feature_layer = layers_of(self)
         self._check_layer()
 
     def __setattr__(self, key: str, value: Any) -> None:

@@ -7,12 +7,15 @@ size.
 """
 
 from abc import ABC, abstractmethod
+from math import isqrt
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 Grid = tuple[int, int]
 """Rows and columns of patches of one image."""
+Layers = int | list[int]
+"""Layers of the vision tower by their hidden states, 0 the embeddings, as vision_feature_layer of a configuration."""
 
 
 class Projector(nn.Module, ABC):
@@ -28,6 +31,14 @@ class Projector(nn.Module, ABC):
         super().__init__()
 
     @classmethod
+    def layers(cls, chosen: Layers, depth: int) -> Layers:
+        """Return the layers that are read where a configuration says `chosen`, of a tower of `depth` layers.
+
+        By default those. ValueError for layers that the projector cannot read.
+        """
+        return chosen
+
+    @classmethod
     @abstractmethod
     def tokens(cls, grid: Grid, class_token: bool = False) -> int:
         """Return n, the tokens of an image of so many patches; `class_token`: whether the tower's comes along.
@@ -41,6 +52,66 @@ class Projector(nn.Module, ABC):
 
         F is the tower's width times the number of its layers that the configuration's vision_feature_layer names.
         """
+
+    def initialise(self) -> None:
+        """Set initial values that are not those of all models: normal weights, zero biases. Bare parameters need it.
+
+        It is called when the model is built, with torch.nn.init's functions guarded, so that nothing loaded is changed.
+        """
+
+
+class BlockProjector(Projector):
+    """Base of projectors that make one token for each block of `scale` x `scale` patches, in raster order.
+
+    They have functions and biases of their own, and no place for the class token.
+    """
+
+    scale: ClassVar[int] = 2
+    """s: patches a side that one token stands for. A class that extends another one may set it anew."""
+
+    def __init__(self, config: Any, activation: nn.Module) -> None:
+        super().__init__(config, activation)
+        for setting, usual in (("projector_hidden_act", "gelu"), ("multimodal_projector_bias", True)):
+            if (given := getattr(config, setting, usual)) != usual:
+                raise ValueError(
+                    f"{setting}={given!r} is a setting of LLaVA's own projector, 'mlp', and {self.name!r} has none; "
+                    "leave it out"
+                )
+
+    @classmethod
+    def tokens(cls, grid: Grid, class_token: bool = False) -> int:
+        """Return the number of blocks."""
+        if class_token:
+            raise ValueError(
+                f"projector {cls.name!r} makes tokens of blocks of patches, and none of the class token; set "
+                "vision_feature_select_strategy to 'default'"
+            )
+        if any(side % cls.scale for side in grid):
+            raise ValueError(
+                f"projector {cls.name!r} makes one token of each {cls.scale} x {cls.scale} patches, and an image of "
+                f"{grid[0]} x {grid[1]} patches does not divide into such blocks; choose an image_size that is a "
+                f"multiple of {cls.scale} times the patch_size, or another projector"
+            )
+        return grid[0] * grid[1] // cls.scale**2
+
+
+def grid_of(config: Any) -> Grid:
+    """Return the grid of patches of a LlavaConfig's images."""
+    vision = config.vision_config
+    return (vision.image_size // vision.patch_size,) * 2
+
+
+def as_map(features_IPF: Tensor) -> Tensor:
+    """Return (I, F, rows, columns) of the patches of square images, (I, P, F)."""
+    side = isqrt(features_IPF.shape[1])
+    return features_IPF.transpose(1, 2).unflatten(2, (side, side))
+
+
+def as_blocks(features_IPF: Tensor, scale: int) -> Tensor:
+    """Return (I, n, scale x scale, F): the patches of each block, both in raster order."""
+    side = isqrt(features_IPF.shape[1]) // scale
+    blocks = features_IPF.unflatten(1, (side, scale, side, scale))
+    return blocks.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 def feature_width(config: Any) -> int:

@@ -11,10 +11,18 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from dynamic_llava.projectors.base import Grid, Projector, feature_width
+from dynamic_llava.projectors.base import Grid, Layers, Projector, feature_width
+from dynamic_llava.projectors.c_abstractor import CAbstractor
+from dynamic_llava.projectors.ldp_v2 import LdpV2
 from dynamic_llava.projectors.mlp import Mlp
+from dynamic_llava.projectors.pixel_shuffle import PixelShuffle
+from dynamic_llava.projectors.resampler import Resampler
+from dynamic_llava.projectors.tokenpacker import TokenPacker, TokenPacker3, TokenPacker4
 
-PROJECTORS: dict[str, type[Projector]] = {projector.name: projector for projector in (Mlp,)}
+PROJECTORS: dict[str, type[Projector]] = {
+    projector.name: projector
+    for projector in (Mlp, CAbstractor, LdpV2, PixelShuffle, Resampler, TokenPacker, TokenPacker3, TokenPacker4)
+}
 """Registered name -> class. A new one is one file and one row here."""
 DEFAULT = Mlp.name
 """The projector of a configuration that names none: LLaVA-1.5's."""
@@ -68,6 +76,12 @@ def image_tokens(config: Any, strategy: str | None = None) -> int:
     vision = config.vision_config
     strategy = strategy if strategy is not None else config.vision_feature_select_strategy
     return tokens_of(vision.image_size, vision.patch_size, strategy, getattr(config, "projector", DEFAULT))
+
+
+def layers_of(config: Any) -> Layers:
+    """Return the layers of the vision tower that a configuration's projector reads; ValueError where it cannot."""
+    projector = find_projector(getattr(config, "projector", DEFAULT))
+    return projector.layers(config.vision_feature_layer, config.vision_config.num_hidden_layers)
 
 
 class ProjectorCosts(NamedTuple):

@@ -30,9 +30,16 @@ EVERY = [*PROJECTORS, OWN]
 LAYERS = [-2, [-3, -1]]
 
 
+def size_of(name):
+    """Return pixels a side of images of 4 x 4 patches, or 6 x 6 for blocks that these do not divide into."""
+    return IMAGE_SIZE if (IMAGE_SIZE // PATCH) % getattr(find_projector(name), "scale", 1) == 0 else 6 * PATCH
+
+
 def config_of(projector, layers=-2, **more):
     """Return the tiny configuration with a projector that reads these layers of the tower."""
     values = {key: value for key, value in tiny_config().to_dict().items() if key != "model_type"}
+    known = projector in EVERY
+    values["vision_config"]["image_size"] = size_of(projector) if known else IMAGE_SIZE
     config = DynamicLlavaConfig(**{**values, "projector": projector, "vision_feature_layer": layers, **more})
     config._attn_implementation = "eager"
     return config
@@ -57,12 +64,12 @@ def test_mlp_is_transformers_own(layers, bias, activation):
 @pytest.mark.parametrize("name", EVERY)
 def test_everybody_says_the_same_number_of_tokens(name, layers):
     """The projector, the configuration, the processor, the costs, and the model that makes them."""
-    config = config_of(name, layers)
-    tokens = find_projector(name).tokens((IMAGE_SIZE // PATCH,) * 2)
+    config, size = config_of(name, layers), size_of(name)
+    tokens = find_projector(name).tokens((size // PATCH,) * 2)
     model = DynamicLlavaForConditionalGeneration(config)
-    features = model.model.encode_images(torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE)).pooler_output
-    processor = DynamicLlavaProcessor(character_tokenizer(), IMAGE_SIZE, PATCH, projector=name)
-    said = [image_tokens(config), tokens_of(IMAGE_SIZE, PATCH, projector=name), llava_shape(config).tokens_per_image]
+    features = model.model.encode_images(torch.randn(2, 3, size, size)).pooler_output
+    processor = DynamicLlavaProcessor(character_tokenizer(), size, PATCH, projector=name)
+    said = [image_tokens(config), tokens_of(size, PATCH, projector=name), llava_shape(config).tokens_per_image]
     said += [model.model.tokens_per_image, processor.tokens_per_image, *map(len, features)]
     assert {*said} == {tokens}
     image = {"images": picture(), "text": "<image>"}
@@ -79,7 +86,7 @@ def test_costs_are_those_of_the_module(name, layers):
     assert counts["projector"] == sum(weight.numel() for weight in projector.parameters())
     model = DynamicLlavaForConditionalGeneration(config)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.model.encode_images(torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE))
+        model.model.encode_images(torch.randn(2, 3, size_of(name), size_of(name)))
     frozen = training_flops(shape, config.sparsity, {}, TrainConfig(sparsity_mode="none"))
     assert counter.get_total_flops() == 2 * frozen.per_image
 
@@ -121,7 +128,7 @@ def test_a_projector_of_ones_own_is_one_file(how, tmp_path, monkeypatch):
 
 
 UNFIT = {
-    "unknown": ("resampler", ["'mlp'", "package.module:Class"]),
+    "unknown": ("perceiver", ["'mlp'", "package.module:Class"]),
     "no text": (7, ["'mlp'"]),
     "not imported": ("antigravity:Projector", ["is not imported", "import antigravity"]),
     "no projector": ("json:JSONDecoder", ["extends Projector"]),
