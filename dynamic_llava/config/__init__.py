@@ -114,6 +114,8 @@ class ModelConfig:
     """Checkpoint to start from: a folder or hub name in llava-hf layout, or `tiny`, which comes with the package."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the weights; train.bf16 computes in bfloat16 over float32 weights."""
+    projector: str | None = None
+    """Projector by its name or as package.module:Class; a new one, where the base has another. None: the base's."""
 
     def __post_init__(self) -> None:
         _one_of("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
@@ -136,6 +138,8 @@ class DataConfig:
     """Samples without an image: leave them out (the paper), or train on them without sparsity."""
     broken: Literal["refuse", "skip"] = "refuse"
     """Samples whose image is missing or cannot be read: end with their names, or leave them out, counted and listed."""
+    template: Literal["chat", "plain"] = "chat"
+    """How samples are written: as conversations, or, for LLaVA's first stage, as an image with its caption alone."""
     max_length: int = 2048
     """Most tokens of a sample, image tokens included; longer text is cut; a sample whose image would be is left out."""
     workers: int = 0
@@ -146,6 +150,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _one_of("data.text_only", self.text_only, ("skip", "dense"))
         _one_of("data.broken", self.broken, ("refuse", "skip"))
+        _one_of("data.template", self.template, ("chat", "plain"))
         _at_least("data.max_length", self.max_length, 1, "LLaVA-1.5 uses 2048")
         _at_least("data.workers", self.workers, 0, "0 decodes images in the training process")
         _at_least("data.cache_images", self.cache_images, 0, "0 keeps none")

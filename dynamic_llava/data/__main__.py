@@ -124,12 +124,12 @@ def peak_resident_bytes() -> int:
 
 
 def _processor(config: RunConfig) -> "DynamicLlavaProcessor":
-    from dynamic_llava.processing import DynamicLlavaProcessor
+    from dynamic_llava.data.prepare import base_processor
 
     for name, value in (("model.base", config.model.base), ("data.json", config.data.json)):
         if not value:
             raise ValueError(f"{name} is not set; give it in the configuration file or as --{name}")
-    return DynamicLlavaProcessor.from_pretrained(config.model.source)
+    return base_processor(config.model)
 
 
 if __name__ == "__main__":

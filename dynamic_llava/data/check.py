@@ -21,6 +21,7 @@ from dynamic_llava.data.llava_json import (
     is_text_only,
     sound_sample,
 )
+from dynamic_llava.data.prepare import as_written
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.processing.images import check_header, load_image
 from dynamic_llava.processing.prompts import EncodedConversation, ImageCutError, RenderingError
@@ -145,6 +146,7 @@ def check(
     each kind are kept. Raises FileNotFoundError when there is no such JSON file or image folder.
     """
     findings, seen = Findings(examples), set[str]()
+    processor = as_written(config, processor)
     look = partial(
         _check_chunk, config=config, processor=processor, sparsity=sparsity, images=images, examples=examples
     )

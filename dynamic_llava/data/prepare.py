@@ -11,6 +11,7 @@ import logging
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from datasets import Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 from filelock import FileLock, Timeout
 
-from dynamic_llava.config import DataConfig, cache_folder
+from dynamic_llava.config import DataConfig, ModelConfig, cache_folder
 from dynamic_llava.data.chunks import Indexed, map_samples
 from dynamic_llava.data.llava_json import (
     BROKEN_KINDS,
@@ -34,7 +35,8 @@ from dynamic_llava.data.llava_json import (
 from dynamic_llava.files import file_digest, writing
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.processing.images import check_header
-from dynamic_llava.processing.prompts import ImageCutError, RenderingError
+from dynamic_llava.processing.prompts import PLAIN, ImageCutError, RenderingError
+from dynamic_llava.projectors import import_projector, tokens_of
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +116,7 @@ def prepare(config: DataConfig, processor: DynamicLlavaProcessor) -> Path:
     once the images of one are there. Raises ValueError that counts the bad samples and shows the first of them, and
     ValueError or FileNotFoundError for a broken or missing file.
     """
+    processor = as_written(config, processor)
     folder = cache_folder() / "sft"
     target = folder / _fingerprint(replace(config, broken="refuse"), processor)
     if config.broken == "skip" and not target.is_dir():
@@ -135,6 +138,25 @@ def prepare(config: DataConfig, processor: DynamicLlavaProcessor) -> Path:
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
     return target
+
+
+def base_processor(config: ModelConfig) -> DynamicLlavaProcessor:
+    """Return the processor of the base that a run starts from, for the projector that the run names."""
+    import_projector(config.projector)  # a run's file is its user's word, the base's is not
+    processor = DynamicLlavaProcessor.from_pretrained(config.source)
+    if config.projector is not None:
+        sizes = processor.image_size, processor.patch_size, processor.feature_select
+        processor.projector, processor.tokens_per_image = config.projector, tokens_of(*sizes, config.projector)
+    return processor
+
+
+def as_written(config: DataConfig, processor: DynamicLlavaProcessor) -> DynamicLlavaProcessor:
+    """Return a processor that writes samples as the data section says; the one that is given stays as it is."""
+    if config.template == "chat":
+        return processor
+    plain = copy(processor)
+    plain.prompt_format = PLAIN
+    return plain
 
 
 def encode_sample(sample: LlavaSample, processor: DynamicLlavaProcessor, max_length: int, encoded: Encoded) -> None:

@@ -29,7 +29,7 @@ from dynamic_llava.model.configuration import DynamicLlavaConfig
 from dynamic_llava.model.images import ImageInputs, Inputs, check_images, features_of, tower_of
 from dynamic_llava.model.outputs import DynamicModelOutput
 from dynamic_llava.model.switches import choose_method
-from dynamic_llava.projectors import Projector, find_projector
+from dynamic_llava.projectors import Projector, find_projector, image_tokens
 
 TAKES_ENCODED = "mm_encoder_outputs" in inspect.signature(LlavaModel.forward).parameters
 """Whether the installed transformers' LLaVA takes images that are encoded already."""
@@ -67,6 +67,24 @@ class DynamicLlavaModel(ImageInputs, DynamicLlavaPreTrainedModel, LlavaModel):
         self.multi_modal_projector = find_projector(config.projector)(config, activation)
         self.language_model = FAMILIES[config.text_config.model_type](config.text_config, config.sparsity)
         self.post_init()
+
+    def exchange_projector(self, name: str) -> None:
+        """Put a newly initialised projector in place of this one; the configuration follows, for the model too.
+
+        It reads what it usually does where the last one read several layers. Its weights depend on torch's seed alone.
+        """
+        config, old = self.config, next(self.multi_modal_projector.parameters())
+        layers = config.vision_feature_layer
+        values = config.to_dict() | {"projector": name}
+        values["vision_feature_layer"] = layers if isinstance(layers, int) else layers[-1]
+        read = DynamicLlavaConfig.from_dict(values)  # ValueError for what does not fit, before anything is changed
+        projector = find_projector(name)(read, ACT2FN[config.projector_hidden_act])
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(torch.initial_seed())
+            projector.apply(self._init_weights)
+        self.multi_modal_projector = projector.to(old.device, old.dtype)
+        config.projector, config.vision_feature_layer = name, read.vision_feature_layer
+        config.image_seq_length = image_tokens(config)
 
     @can_return_tuple
     def forward(

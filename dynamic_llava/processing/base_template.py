@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from dynamic_llava.processing.prompts import (
     END_OF_ANSWER,
     IMAGE_PLACE,
+    PLAIN,
     SYSTEM,
     VICUNA_V1,
     PromptFormat,
@@ -104,7 +105,7 @@ def check_rendering(tokenizer: Any, form: PromptFormat, turns: Sequence[Turn], s
 
     What a template does with certain words, such as leaving out a thought, no made-up conversation shows.
     """
-    if form == VICUNA_V1:
+    if form in (VICUNA_V1, PLAIN):
         return
     try:
         written = _Template(tokenizer, form.template, form.in_parts).render(turns, system, turns[-1][1] is None)

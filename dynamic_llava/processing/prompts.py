@@ -91,6 +91,8 @@ class PromptFormat:
     """Whether the template knows no add_generation_prompt."""
     asks_always: str = ""
     """What the template writes behind the last answer to ask for another one, whether it should or not; left out."""
+    captions: bool = False
+    """Whether a conversation is one image and its caption: of the question nothing is written but the image."""
 
     @property
     def end_token(self) -> str:
@@ -107,6 +109,18 @@ class PromptFormat:
             )
         before, after = self.system_opening
         return before + self.spoken(system) + after
+
+    def asked(self, turns: Sequence["Turn"], system: str | None) -> Sequence["Turn"]:
+        """Return the turns as they are written. RenderingError where captions are and this is none."""
+        if not self.captions:
+            return turns
+        if len(turns) != 1 or image_places(turns[0][0]) != 1 or system is not None:
+            raise RenderingError(
+                f"the plain template writes one image and its caption, and this conversation has {len(turns)} turns, "
+                f"{sum(image_places(question) for question, _ in turns)} images and "
+                f"{'no' if system is None else 'a'} system text; leave it out, or train on conversations"
+            )
+        return [(IMAGE_PLACE, turns[0][1])]
 
     def spoken(self, text: str) -> str:
         """Return a question, an answer or a system text as it stands in the conversation."""
@@ -125,6 +139,9 @@ VICUNA_V1 = PromptFormat(
     template=CHAT_TEMPLATE,
 )
 """LLaVA-1.5's own format."""
+
+PLAIN = PromptFormat("", None, "", "", "", end="\n", closing="", question_opening="", template="", captions=True)
+"""What LLaVA's first stage trains on, its `plain` version: the image, the caption, a line break; no end token."""
 
 Turn = tuple[str, str | None]
 """A question and its answer; None asks for the answer (only in the last turn)."""
@@ -232,6 +249,7 @@ def _text(turns: Sequence[Turn], system: str | None, form: PromptFormat) -> tupl
     if not turns:
         raise ValueError("a conversation needs at least one (question, answer) turn; none was given")
     text, answers = "", []
+    turns = form.asked(turns, system)
     for index, (question, answer) in enumerate(turns):
         text += form.question_opening if index else form.begin(system)
         text += form.spoken(question) + form.answer_opening

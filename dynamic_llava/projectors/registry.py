@@ -4,6 +4,7 @@ Costs are counted on the module itself, with tensors on `meta`, so that a new pr
 """
 
 import sys
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +51,25 @@ def find_projector(name: Any) -> type[Projector]:
     if not (isinstance(found, type) and issubclass(found, Projector)):
         raise ValueError(f"projector={name!r}: {module} has no class {class_name!r} that extends Projector")
     return found
+
+
+def import_projector(name: str | None) -> None:
+    """Import the module of package.module:Class, which a user has named; a name or None needs none.
+
+    A configuration that names it can be read from then on. ValueError where it is not there or no projector.
+    """
+    if name is None:
+        return
+    if name not in PROJECTORS and ":" in name:
+        module = name.partition(":")[0]
+        try:
+            import_module(module)
+        except Exception as error:  # whatever a module of one's own does while it is imported
+            raise ValueError(
+                f"projector={name!r}: importing {module} failed ({type(error).__name__}: {error}); its folder must be "
+                "the current one, or stand in PYTHONPATH"
+            ) from error
+    find_projector(name)
 
 
 def name_of(projector: type[Projector]) -> str:

@@ -16,12 +16,13 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from dynamic_llava.config.run import RunConfig
 from dynamic_llava.data import Collator, SftDataset
-from dynamic_llava.data.prepare import BROKEN, write_broken
+from dynamic_llava.data.prepare import BROKEN, base_processor, write_broken
 from dynamic_llava.files import Lock, replace_file
 from dynamic_llava.methods import import_named
-from dynamic_llava.model import DynamicLlavaForConditionalGeneration
+from dynamic_llava.model import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
 from dynamic_llava.model.switches import choose_method
 from dynamic_llava.processing import DynamicLlavaProcessor
+from dynamic_llava.projectors import import_projector
 from dynamic_llava.provenance import environment, versions
 from dynamic_llava.train.callbacks import (
     Beginning,
@@ -67,6 +68,7 @@ def run(config: RunConfig) -> RunResult:
         if not value:
             raise ValueError(f"{name} is not set; give it in the configuration file or as --{name} on the command line")
     run_method(config)  # what cannot be is said before anything is read
+    import_projector(config.model.projector)
     arguments = training_arguments(config)
     if zero_stage(arguments.get("deepspeed")) == 3:
         # Loading in parts overlooks what does not fit; from the names and shapes alone it is found at once.
@@ -74,7 +76,8 @@ def run(config: RunConfig) -> RunResult:
     joined = join(arguments)
     with together(Lock(config.folder / "run.lock", f"training in {config.folder}")):
         set_seed(config.train.seed)
-        processor = DynamicLlavaProcessor.from_pretrained(config.model.source)
+        processor = base_processor(config.model)
+        check_projector(config)
         dataset = SftDataset(config.data, processor)
         inputs = on_main(lambda: run_inputs(config, config.model.source, dataset))
         if is_finished(config.folder) and not config.train.overwrite:
@@ -129,14 +132,32 @@ def _train(
     return RunResult(config.folder / "model", config.folder, metrics, history)
 
 
+def check_projector(config: RunConfig) -> None:
+    """Raise ValueError where a run would put a new projector into its base, and could not train or store it."""
+    wanted = config.model.projector
+    there = DynamicLlavaConfig.from_pretrained(config.model.source).projector
+    if wanted in (None, there):
+        return
+    new = f"model.projector={wanted!r} is newly initialised, for the base has {there!r}"
+    if config.train.projector_learning_rate is None:
+        raise ValueError(f"{new}, and train.projector_learning_rate is null, so it would stay random; give a rate")
+    if config.lora is not None:
+        raise ValueError(
+            f"{new}, and adapters (train.tune: lora) are stored without their base; train the projector before "
+            "(train.tune: predictors, train.sparsity_mode: none), and adapters over the model that comes of it"
+        )
+
+
 def load(config: RunConfig) -> tuple[DynamicLlavaForConditionalGeneration, DynamicLlavaProcessor]:
-    """Return the base model with the run's sparsity settings, and its processor."""
-    base = config.model.source
+    """Return the base model with the run's sparsity settings and projector, and its processor."""
+    base, projector = config.model.source, config.model.projector
     import_named(config.sparsity.method)
-    processor = DynamicLlavaProcessor.from_pretrained(base)  # first: what it refuses is known before weights are read
+    processor = base_processor(config.model)  # first: what it refuses is known before weights are read
     model = DynamicLlavaForConditionalGeneration.from_pretrained(
         base, sparsity=asdict(config.sparsity), dtype=getattr(torch, config.model.dtype)
     )
+    if projector not in (None, model.config.projector):
+        model.model.exchange_projector(projector)
     return model, processor
 
 

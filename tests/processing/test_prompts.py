@@ -5,8 +5,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from dynamic_llava.processing.prompts import (
+    PLAIN,
     SYSTEM,
     ImageCutError,
+    RenderingError,
     conversation_prompt,
     encode_conversation,
     encode_prompt,
@@ -146,3 +148,29 @@ def test_mistakes_are_named(llama_like):
         conversation_prompt([("a", "<image>")])
     with pytest.raises(ValueError, match="fast tokenizer"):
         encode_prompt(object(), "a", PER_IMAGE, IMAGE_ID)
+
+
+@pytest.mark.parametrize("question", ["<image>", "<image>\nWrite a terse description.", "Say it briefly.\n<image>"])
+def test_plain_is_llavas_first_stage(llama_like, question):
+    """LLaVA's preprocess_plain: start token, image, caption and a line break, of which the last two are learned."""
+    caption = "a cat on a mat "
+    learned = llama_like(caption + "\n").input_ids[1:]
+    found = encode_conversation(llama_like, [(question, caption)], PER_IMAGE, IMAGE_ID, form=PLAIN)
+    assert found.input_ids == [1, *[IMAGE_ID] * PER_IMAGE, *learned]
+    assert found.labels == [IGNORED] * (1 + PER_IMAGE) + learned
+    assert found.output_spans == [(1 + PER_IMAGE, len(found.input_ids))]
+    assert conversation_prompt([(question, caption)], form=PLAIN) == f"<image>{caption}\n"
+
+
+@pytest.mark.parametrize(
+    ("turns", "system", "words"),
+    [
+        ([("What is a cat?", "An animal.")], None, "1 turns, 0 images and no system text"),
+        ([("<image>\n<image>\nWhich?", "Both.")], None, "1 turns, 2 images"),
+        (CONVERSATIONS["three turns"], None, "3 turns, 1 images"),
+        (CONVERSATIONS["one turn"], "Be kind.", "1 images and a system text"),
+    ],
+)
+def test_plain_takes_one_image_and_its_caption(turns, system, words):
+    with pytest.raises(RenderingError, match=words):
+        conversation_prompt(turns, system, PLAIN)
