@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dynamic_llava.cli.commands import Parser, add_method, entry_point, exit_on_mistake
+from dynamic_llava.cli.commands import Parser, add_method, add_projector, entry_point, exit_on_mistake
 from dynamic_llava.config import SPARSITY_MODES
 
 EXIT_INTERRUPTED = 130
@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--sparsity", choices=SPARSITY_MODES, help="what Dynamic-LLaVA drops (default: both)")
     add_method(parser)
+    add_projector(parser)
     add("--max-new-tokens", type=int, default=512, help="most tokens of an answer")
     add("--temperature", type=float, default=0.0, help="temperature of sampling; 0 is greedy")
     add("--seed", type=int, default=0, help="seed of sampling")

@@ -1,6 +1,7 @@
 """`python -m dynamic_llava.checkpoints COMMAND ...`: checkpoints of other layouts made ours, and the way back.
 
-convert SRC DST  from the original LLaVA-1.5, the published Dynamic-LLaVA, llava-hf, LoRA matrices, a projector, or ours
+convert SRC DST  from the original LLaVA-1.5, LLaVA-TokenPacker, the published Dynamic-LLaVA, llava-hf, LoRA matrices, a
+                 projector, a language model alone, or ours
 check SRC        the same checks, nothing is written
 
 SRC, --base and --vision-tower are folders, or names of the hub, which are then downloaded.
@@ -61,6 +62,12 @@ def _parser() -> argparse.ArgumentParser:
             "--keep-projector",
             action="store_true",
             help="the base's projector is right: the LoRA training has left it alone",
+        )
+        made.add_argument(
+            "--projector",
+            metavar="NAME",
+            help="new projector for a language model alone, which becomes a LLaVA with --vision-tower: its name, such "
+            "as mlp, or package.module:Class; it is then trained (configs/pretrain_projector_7b.yaml)",
         )
         made.add_argument(
             "--leave-out",

@@ -12,12 +12,27 @@ from typing import Any
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from dynamic_llava.checkpoints.folders import Say
-from dynamic_llava.checkpoints.names import EMBEDDING, IMAGE_PREDICTOR, OUTPUT_PREDICTOR, TOWER, is_predictors
+from dynamic_llava.checkpoints.names import (
+    EMBEDDING,
+    IMAGE_PREDICTOR,
+    OUTPUT_PREDICTOR,
+    PROJECTOR,
+    TOWER,
+    is_predictors,
+)
 from dynamic_llava.config import SparsityConfig
 from dynamic_llava.engine.learned import parts_of
 from dynamic_llava.model import DynamicLlavaConfig
 from dynamic_llava.model.supported import check_architecture
-from dynamic_llava.projectors import tokens_of
+from dynamic_llava.projectors import (
+    DEFAULT,
+    TokenPacker,
+    TokenPacker3,
+    TokenPacker4,
+    image_tokens,
+    layers_of,
+    tokens_of,
+)
 from dynamic_llava.sparsity import budget
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -56,18 +71,21 @@ _PREDICTOR_FLAGS = {
 }
 _UNUSED = ("use_instruct_predictor", "instruct_keep_rate", "instruct_len_for_training")
 _STRATEGIES = {"patch": "default", "cls_patch": "full"}
+_PACKED = f"{PROJECTOR}query.weight"
+"""A tensor that TokenPacker has, and LLaVA's own projector has not."""
 _HEAD_WIDTH = 64
 """Width of an attention head in every one of OpenAI's CLIP towers."""
 _LAYER = re.compile(r"\.(?:layers|blocks)\.(\d+)\.")
 
 
 def config_from_original(
-    values: dict[str, Any], shapes: Shapes, vision: dict[str, Any] | None, say: Say
+    values: dict[str, Any], shapes: Shapes, vision: dict[str, Any] | None, say: Say, projector: str | None = None
 ) -> DynamicLlavaConfig:
     """Return our configuration for a config.json of the original LLaVA or of the published Dynamic-LLaVA.
 
-    `vision` is the configuration of a separate tower; without it config.json's clip_vision_config is used, and without
-    that the shapes, where the tower is one of OpenAI's. The vocabulary is still the source's.
+    Or for one of a language model alone, which gets a `projector`. `vision` is the configuration of a separate tower;
+    without it config.json's clip_vision_config is used, and without that the shapes, where the tower is one of
+    OpenAI's. The vocabulary is still the source's.
     Raises ValueError for settings of another architecture than LLaVA-1.5.
     """
     _check_architecture(values)
@@ -76,8 +94,10 @@ def config_from_original(
     text = _text_config(values, shapes)
     tower = _vision_config(values, shapes, vision, say)
     strategy = _STRATEGIES[values.get("mm_vision_select_feature") or "patch"]
-    tokens = tokens_of(tower.image_size, tower.patch_size, strategy)
+    projector = projector_of(values, shapes) if projector is None else projector
+    tokens = tokens_of(tower.image_size, tower.patch_size, strategy, projector)
     return DynamicLlavaConfig(
+        projector=projector,
         vision_config=tower,
         text_config=text,
         image_seq_length=tokens,
@@ -87,6 +107,23 @@ def config_from_original(
         sparsity=_sparsity(values, shapes, text.num_hidden_layers, tokens, say),
         untrained_predictors=_untrained(values.get("sparse_config")),
     )
+
+
+def projector_of(values: dict[str, Any], shapes: Shapes) -> str:
+    """Return the name of the projector of an original LLaVA. ValueError for a TokenPacker of another scale than ours.
+
+    Its tensors tell TokenPacker: the published training writes LLaVA's own mm_projector_type into config.json, and
+    where it writes no scale_factor, the code knows 2 alone.
+    """
+    if _PACKED not in shapes and values.get("mm_projector_type") != "tokenpacker":
+        return DEFAULT
+    known = {kind.scale: kind.name for kind in (TokenPacker, TokenPacker3, TokenPacker4)}
+    scale = values.get("scale_factor", TokenPacker.scale)
+    if scale not in known:
+        raise ValueError(
+            f"config.json has scale_factor: {scale!r}, and a TokenPacker has one of {', '.join(map(str, known))}"
+        )
+    return known[scale]
 
 
 def config_from_hf(values: dict[str, Any], ours: bool) -> DynamicLlavaConfig:
@@ -111,8 +148,14 @@ def config_of_parts(
     """
     _check_architecture(trained)
     strategy = _STRATEGIES[trained.get("mm_vision_select_feature") or "patch"]
+    projector = projector_of(trained, shapes)
+    values = {"projector": projector, "vision_feature_layer": trained.get("mm_vision_select_layer", -2)}
+    wanted = layers_of(_with(config, **values)), strategy
+    if projector != config.projector:  # that of the parts
+        config = _with(config, **values)
+        config.image_seq_length = image_tokens(config)
     features = (trained.get("mm_vision_select_layer", -2), strategy)
-    if features != (config.vision_feature_layer, config.vision_feature_select_strategy):
+    if wanted != (config.vision_feature_layer, config.vision_feature_select_strategy):
         raise ValueError(
             f"config.json has features {features} of the tower (mm_vision_select_layer, mm_vision_select_feature), and "
             f"the base has {(config.vision_feature_layer, config.vision_feature_select_strategy)}; give the base that "
@@ -127,6 +170,12 @@ def config_of_parts(
     return config
 
 
+def _with(config: DynamicLlavaConfig, **values: Any) -> DynamicLlavaConfig:
+    """Return a copy of a configuration with other values."""
+    said = {name: value for name, value in config.to_dict().items() if name != "model_type"}
+    return DynamicLlavaConfig.from_dict(said | values)
+
+
 def config_to_hf(config: DynamicLlavaConfig) -> LlavaConfig:
     """Return llava-hf's configuration of the same model without its predictors."""
     own = ("sparsity", "untrained_predictors", "model_type", "architectures", "transformers_version")
@@ -138,7 +187,7 @@ def _check_architecture(values: dict[str, Any]) -> None:
         if not isinstance(values.get(name), dict | None):
             raise ValueError(f"config.json has {name} {values[name]!r}, which should be an object of settings")
     allowed: dict[str, tuple[Any, ...]] = {
-        "mm_projector_type": (None, "mlp2x_gelu"),
+        "mm_projector_type": (None, "mlp2x_gelu", "tokenpacker"),
         "mm_vision_select_feature": (None, *_STRATEGIES),
         "mm_patch_merge_type": (None, "flat"),
         "image_aspect_ratio": (None, "pad", "square"),

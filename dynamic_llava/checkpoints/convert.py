@@ -40,6 +40,7 @@ def convert(
     base: str | Path | None = None,
     dtype: Dtype | None = None,
     keep_projector: bool = False,
+    projector: str | None = None,
     leave_out: Collection[str] = (),
     shard_bytes: int = SHARD_BYTES,
     say: Say = print,
@@ -50,8 +51,9 @@ def convert(
     LoRA matrices over one of them, or of a projector that LLaVA's first stage has trained. to: this library's layout,
     or llava-hf's without predictors. vision_tower: a CLIP folder, for a source without its tower. base: what LoRA
     matrices or a projector belong to. dtype: float32, float16 or bfloat16 for every tensor; None keeps each as it is.
-    keep_projector: the base's projector is right, for LoRA matrices whose training left it alone. leave_out: names of
-    files of weights that are no part of the model. say: gets one line at a time of what is done.
+    keep_projector: the base's projector is right, for LoRA matrices whose training left it alone. projector: name of a
+    new one for a language model alone, which becomes a LLaVA to be trained with vision_tower. leave_out: names of files
+    of weights that are no part of the model. say: gets one line at a time of what is done.
     Raises FileNotFoundError and ValueError before anything is written, for whatever does not fit, and for a file of
     weights that nothing was read from and that is no second copy of what was; ValueError also for a full disk.
     Memory: one tensor beside what the system keeps of the one input file that is open.
@@ -65,6 +67,7 @@ def convert(
         base=base,
         dtype=dtype,
         keep_projector=keep_projector,
+        projector=projector,
         leave_out=leave_out,
         say=say,
     )

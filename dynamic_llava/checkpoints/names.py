@@ -14,16 +14,31 @@ IMAGE_PREDICTOR = "model.language_model.image_predictor."
 OUTPUT_PREDICTOR = "model.language_model.output_predictor."
 """Our beginnings of the names of Dynamic-LLaVA's predictors, which the published layout has others for."""
 TOWER = "model.vision_tower."
+PROJECTOR = "model.multi_modal_projector."
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 """The two tensors that have one row per word of the vocabulary."""
+
+_PROJECTORS: tuple[Rule, ...] = (
+    ("model.mm_projector.0.", f"{PROJECTOR}linear_1."),
+    ("model.mm_projector.2.", f"{PROJECTOR}linear_2."),
+    ("model.mm_projector.q_proj_1.", f"{PROJECTOR}query."),
+    ("model.mm_projector.k_proj_1.", f"{PROJECTOR}key."),
+    ("model.mm_projector.v_proj_1.", f"{PROJECTOR}value."),
+    ("model.mm_projector.ln_q_1.", f"{PROJECTOR}query_norm."),
+    ("model.mm_projector.ln_k_1.", f"{PROJECTOR}key_norm."),
+    ("model.mm_projector.ln_v_1.", f"{PROJECTOR}value_norm."),
+    ("model.mm_projector.clip_attn.in_proj_", f"{PROJECTOR}in_proj_"),
+    ("model.mm_projector.clip_attn.out_proj.", f"{PROJECTOR}out_proj."),
+    ("model.mm_projector.mlp.", f"{PROJECTOR}mlp."),
+)
+"""LLaVA's own projector, and TokenPacker's (github.com/CircleRadon/TokenPacker)."""
 
 ORIGINAL: tuple[Rule, ...] = (
     ("model.embed_tokens.", "model.language_model.embed_tokens."),
     ("model.layers.{i}.", "model.language_model.layers.{i}."),
     ("model.norm.", "model.language_model.norm."),
     ("lm_head.", "lm_head."),
-    ("model.mm_projector.0.", "model.multi_modal_projector.linear_1."),
-    ("model.mm_projector.2.", "model.multi_modal_projector.linear_2."),
+    *_PROJECTORS,
     ("model.vision_tower.vision_tower.vision_model.", TOWER),
     ("model.vision_tower.vision_tower.", TOWER),
 )
@@ -47,13 +62,7 @@ PUBLISHED: tuple[Rule, ...] = (
 """The names of the paper's published code: LLaVA's own with its two predictors."""
 _LAST_LAYERS = (f"{IMAGE_PREDICTOR}head.4.", f"{OUTPUT_PREDICTOR}head.4.")
 
-PROJECTOR = "model.multi_modal_projector."
-
-PARTS: tuple[Rule, ...] = (
-    *PUBLISHED,
-    ("mm_projector.0.", f"{PROJECTOR}linear_1."),
-    ("mm_projector.2.", f"{PROJECTOR}linear_2."),
-)
+PARTS: tuple[Rule, ...] = (*PUBLISHED, *((theirs.removeprefix("model."), ours) for theirs, ours in _PROJECTORS))
 """The same, with the short names that some of LLaVA's tools give a projector in a file of its own."""
 
 LLAVA_HF: tuple[Rule, ...] = (

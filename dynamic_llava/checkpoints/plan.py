@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -14,12 +14,13 @@ from dynamic_llava.checkpoints.folders import Say, some
 from dynamic_llava.checkpoints.names import (
     EMBEDDING,
     HEAD,
+    PROJECTOR,
     TOWER,
     from_ours,
     has_keep_first,
 )
 from dynamic_llava.checkpoints.sources import SourceCheckpoint, Stored, read_source
-from dynamic_llava.checkpoints.tensors import FLOATS, Change, Placement, add_mean_rows, swap_rows
+from dynamic_llava.checkpoints.tensors import FLOATS, Change, NewTensors, Placement, add_mean_rows, swap_rows
 from dynamic_llava.checkpoints.vocabulary import (
     Vocabulary,
     extend_vocabulary,
@@ -31,6 +32,7 @@ from dynamic_llava.engine.learned import prefixes
 from dynamic_llava.model import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
 from dynamic_llava.processing.base_template import Ends
 from dynamic_llava.processing.folder import read_ends
+from dynamic_llava.projectors import DEFAULT, import_projector
 
 TargetLayout = Literal["dynamic-llava", "llava-hf"]
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -60,6 +62,7 @@ def make_plan(
     base: str | Path | None = None,
     dtype: Dtype | None = None,
     keep_projector: bool = False,
+    projector: str | None = None,
     leave_out: Collection[str] = (),
     say: Say = print,
 ) -> Conversion:
@@ -67,8 +70,17 @@ def make_plan(
     for name, value, allowed in (("dtype", dtype, (None, *get_args(Dtype))), ("to", to, get_args(TargetLayout))):
         if value not in allowed:
             raise ValueError(f"{name}={value!r} is not offered; choose one of {', '.join(filter(None, allowed))}")
-    found = read_source(source, vision_tower, base, say, keep_projector=keep_projector, leave_out=leave_out)
+    import_projector(projector)
+    parts = {"keep_projector": keep_projector, "projector": projector}
+    found = read_source(source, vision_tower, base, say, leave_out=leave_out, **parts)
     config = _config(found, say)
+    if projector is not None:
+        found = _with_new_projector(found, config, say)
+    if to == "llava-hf" and config.projector != DEFAULT:
+        raise ValueError(
+            f"{found.folder} has the projector {config.projector!r}, and llava-hf's layout knows none but {DEFAULT!r}; "
+            "leave --to out"
+        )
     own_names = _check(found, config)
     vocabulary = _vocabulary(found, config, say)
     new_rows = vocabulary.rows - config.text_config.vocab_size
@@ -90,7 +102,7 @@ def make_plan(
 def _config(source: SourceCheckpoint, say: Say) -> DynamicLlavaConfig:
     try:
         if source.is_original:
-            return config_from_original(source.config, source.shapes, source.vision_config, say)
+            return config_from_original(source.config, source.shapes, source.vision_config, say, source.projector)
         config = config_from_hf(source.config, ours=source.layout is layouts.OURS)
         if source.trained_config is not None:
             config = config_of_parts(config, source.trained_config, source.shapes, say)
@@ -99,6 +111,19 @@ def _config(source: SourceCheckpoint, say: Say) -> DynamicLlavaConfig:
         raise ValueError(f"{source.folder}: {error}") from None
     except Exception as error:  # transformers has classes of its own for a value of the wrong kind
         raise ValueError(f"{source.folder}: config.json makes no model ({error})") from None
+
+
+def _with_new_projector(source: SourceCheckpoint, config: DynamicLlavaConfig, say: Say) -> SourceCheckpoint:
+    """Return the checkpoint of a language model with a projector's initial values, the same whenever it is made."""
+    with torch.device("meta"):
+        model = DynamicLlavaForConditionalGeneration(config).model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        projector = model.new_projector(config)
+    made = NewTensors(projector.state_dict(), source.tensors[EMBEDDING].head.dtype)
+    say(f"projector: a new {config.projector!r}, {len(made.heads)} tensors; it has learned nothing, so train it first")
+    new = {f"{PROJECTOR}{name}": Stored(made, name, ("", PROJECTOR)) for name in made.heads}
+    return replace(source, tensors=source.tensors | new)
 
 
 def _check(source: SourceCheckpoint, config: DynamicLlavaConfig) -> dict[str, str]:

@@ -62,6 +62,9 @@ class SourceCheckpoint:
     trained_config: dict[str, Any] | None = None
     """config.json of an original LLaVA's LoRA folder whose base has a layout with <image>; `config` is the base's."""
 
+    projector: str | None = None
+    """Projector that a language model alone gets, newly initialised."""
+
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor, by our names."""
@@ -80,6 +83,7 @@ def read_source(
     say: Say,
     *,
     keep_projector: bool = False,
+    projector: str | None = None,
     leave_out: Collection[str] = (),
 ) -> SourceCheckpoint:
     """Find out what a checkpoint holds and where every tensor belongs; arguments and errors are those of `convert`.
@@ -100,11 +104,17 @@ def read_source(
         )
     else:
         source = _read_model(folder, say)
-        if source.layout is layouts.LLAMA:
-            raise ValueError(
-                f"{folder} is a language model without projector and vision tower, no LLaVA; it can be the --base of a "
-                "LoRA folder"
-            )
+    if source.layout is layouts.LLAMA and projector is None:
+        raise ValueError(
+            f"{folder} is a language model without projector and vision tower, no LLaVA; it can be the --base of a "
+            "LoRA folder, or become one with --vision-tower PATH and a new projector, --projector mlp"
+        )
+    if source.layout is not layouts.LLAMA and projector is not None:
+        raise ValueError(
+            f"{folder} has a projector; --projector {projector} is for a language model alone. To train a new one over "
+            f"this model, convert it as it is, and say --model.projector {projector} to the training"
+        )
+    source = replace(source, projector=projector)
     source = _with_tower(source, tower, say)
     opened = {id(files): files for stored in source.tensors.values() for files in stored.files}
     placed = {name: (stored.source, stored.name) for name, stored in source.tensors.items()}
@@ -136,6 +146,8 @@ def _read_parts(
     say(f"{folder}: {kind.title}; {len(adapters)} pairs of matrices to merge, {len(whole)} whole tensors")
     trained = _place(folder, files, kind, say, only=whole)
     tensors = under.tensors | trained
+    if any(name.startswith(names.PROJECTOR) and name not in under.tensors for name in trained):  # of another kind
+        tensors = {name: one for name, one in under.tensors.items() if not name.startswith(names.PROJECTOR)} | trained
     rules = set()
     for name, adapter in adapters.items():
         found = to_ours(name, layouts.ADAPTER.rules)

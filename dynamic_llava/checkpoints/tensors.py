@@ -1,7 +1,7 @@
 """Tensors on their way from one checkpoint into another: one at a time, so that memory holds one of them."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,13 +9,26 @@ import torch
 from torch import Tensor
 
 from dynamic_llava.checkpoints.folders import Say
-from dynamic_llava.model.weight_files import WeightFiles
+from dynamic_llava.model.weight_files import Head, WeightFiles
 
 FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """Number formats that weights may have, with their names in a safetensors file."""
 
 Change = Callable[[Tensor], Tensor]
 """Something that happens to a tensor between reading and writing; it returns a new one."""
+
+
+class NewTensors(WeightFiles):
+    """Tensors that no file holds yet, and that are written with those of files."""
+
+    def __init__(self, values: Mapping[str, Tensor], dtype: torch.dtype | str) -> None:
+        super().__init__(())
+        self._values = values
+        self.heads = {name: Head(Path("new"), tuple(value.shape), dtype) for name, value in values.items()}
+
+    def read(self, name: str) -> Tensor:
+        """Return the value of a tensor."""
+        return self._values[name]
 
 
 @dataclass(frozen=True)

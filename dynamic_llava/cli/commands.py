@@ -223,6 +223,33 @@ def add_method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(METHOD, action=_TakeMethod, metavar="NAME", help=METHOD_HELP)
 
 
+class _ImportProjector(argparse.Action):
+    """Imports the class that is named; a checkpoint that names it can be opened from then on."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        from dynamic_llava.projectors import PROJECTORS, import_projector  # imports torch
+
+        if values in PROJECTORS:
+            parser.error(f"{option_string} {values}: it is found by its name; leave the option out")
+        try:
+            import_projector(values)
+        except ValueError as error:
+            parser.error(str(error))
+
+
+def add_projector(parser: argparse.ArgumentParser) -> None:
+    """Add `--projector` to a command that opens a checkpoint; nothing is stored: the class is imported at once."""
+    parser.add_argument(
+        "--projector",
+        action=_ImportProjector,
+        dest=argparse.SUPPRESS,
+        default=argparse.SUPPRESS,
+        metavar="NAME",
+        help="package.module:Class of your own projector, where the checkpoint has one: a checkpoint's word imports no "
+        "code (default: None)",
+    )
+
+
 class Parser(argparse.ArgumentParser):
     """A command line without abbreviations, whose mistakes name the option that was meant."""
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dynamic_llava.cli.commands import Parser, add_method, entry_point, exit_on_mistake
+from dynamic_llava.cli.commands import Parser, add_method, add_projector, entry_point, exit_on_mistake
 from dynamic_llava.config import SPARSITY_MODES, checkpoint_source
 from dynamic_llava.eval import score
 from dynamic_llava.eval.generation.build import KINDS, BuildOptions, build
@@ -113,6 +113,7 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
         "layer sees; or kv-bytes=60000000, what keys and values of the first prompts fill (default: None)",
     )
     parser.add_argument("--repeats", type=int, default=7, help="rounds that times are medians of")
+    add_projector(parser)
     _add_asking(parser)
 
 
@@ -155,6 +156,7 @@ def _add_deciding(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say what decides."""
     parser.add_argument("--sparsity", choices=SPARSITY_MODES, help="what Dynamic-LLaVA sparsifies (default: both)")
     add_method(parser)
+    add_projector(parser)
 
 
 def _run(given: argparse.Namespace) -> int:

@@ -68,21 +68,25 @@ class DynamicLlavaModel(ImageInputs, DynamicLlavaPreTrainedModel, LlavaModel):
         self.language_model = FAMILIES[config.text_config.model_type](config.text_config, config.sparsity)
         self.post_init()
 
+    def new_projector(self, config: DynamicLlavaConfig) -> Projector:
+        """Return a newly initialised projector for a configuration; its weights depend on torch's seed alone."""
+        projector = find_projector(config.projector)(config, ACT2FN[config.projector_hidden_act])
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(torch.initial_seed())
+            projector.apply(self._init_weights)
+        return projector
+
     def exchange_projector(self, name: str) -> None:
         """Put a newly initialised projector in place of this one; the configuration follows, for the model too.
 
-        It reads what it usually does where the last one read several layers. Its weights depend on torch's seed alone.
+        It reads what it usually does where the last one read several layers.
         """
         config, old = self.config, next(self.multi_modal_projector.parameters())
         layers = config.vision_feature_layer
         values = config.to_dict() | {"projector": name}
         values["vision_feature_layer"] = layers if isinstance(layers, int) else layers[-1]
         read = DynamicLlavaConfig.from_dict(values)  # ValueError for what does not fit, before anything is changed
-        projector = find_projector(name)(read, ACT2FN[config.projector_hidden_act])
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(torch.initial_seed())
-            projector.apply(self._init_weights)
-        self.multi_modal_projector = projector.to(old.device, old.dtype)
+        self.multi_modal_projector = self.new_projector(read).to(old.device, old.dtype)
         config.projector, config.vision_feature_layer = name, read.vision_feature_layer
         config.image_seq_length = image_tokens(config)
 

@@ -45,7 +45,7 @@ def find_projector(name: Any) -> type[Projector]:
     if module not in sys.modules:
         raise ValueError(
             f"projector={name!r} is of a module that is not imported, and a configuration imports no code: if you "
-            f"trust it, say `import {module}` before"
+            f"trust it, say `import {module}` before, or name it on the command line (--projector {name})"
         )
     found = getattr(sys.modules[module], class_name, None)
     if not (isinstance(found, type) and issubclass(found, Projector)):

@@ -231,7 +231,8 @@ def _planned(sweep: SweepConfig, row: SweepRow, path: Path, overrides: Sequence[
     training = TrainingStep(config, (*TRAIN, *arguments))
     trained = config.train.switches if row.sparsity == "trained" else {"sparsity": row.sparsity}
     deciding = _deciding(row, config.sparsity, trained)
-    return PlannedRow(row, training, _evaluations(sweep, str(training.model), training.folder, deciding, world))
+    evaluations = _evaluations(sweep, str(training.model), training.folder, deciding, world, config.model.projector)
+    return PlannedRow(row, training, evaluations)
 
 
 def _deciding(row: SweepRow, settings: SparsityConfig, switches: Mapping[str, Any]) -> dict[str, Any]:
@@ -249,12 +250,18 @@ def _deciding(row: SweepRow, settings: SparsityConfig, switches: Mapping[str, An
 
 
 def _evaluations(
-    sweep: SweepConfig, model: str, folder: Path, deciding: Mapping[str, Any], world: Path | None
+    sweep: SweepConfig,
+    model: str,
+    folder: Path,
+    deciding: Mapping[str, Any],
+    world: Path | None,
+    projector: str | None = None,
 ) -> tuple[EvaluationStep, ...]:
     found = []
     for task in sweep.tasks:
         method = deciding.get("method")
         words = ("--sparsity", deciding["sparsity"]) if method is None else tuple(method_words(method))
+        words += ("--projector", projector) if projector is not None and ":" in projector else ()
         place = folder / "eval" / (_short_name(method) if method else deciding["sparsity"]) / task.replace(":", "-")
         options = ("--model", model, *words, "--output-folder", str(place))
         settings, data = {"task": task, **deciding}, ()

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dynamic_llava.cli import load_config, read_yaml
-from dynamic_llava.cli.commands import Parser, add_method, entry_point, exit_on_mistake
+from dynamic_llava.cli.commands import Parser, add_method, add_projector, entry_point, exit_on_mistake
 from dynamic_llava.config import SPARSITY_MODES
 from dynamic_llava.tiny.job.config import JobConfig
 
@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--output-folder", type=Path, required=True, help="where summary.json goes")
     one.add_argument("--sparsity", choices=SPARSITY_MODES, help="what Dynamic-LLaVA sparsifies (default: both)")
     add_method(one)
+    add_projector(one)
     one.add_argument("--questions", type=int, default=700, help="short questions, spread evenly over the kinds")
     one.add_argument("--descriptions", type=int, default=64, help="descriptions")
     one.set_defaults(execute=_measure)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -152,6 +153,29 @@ def test_a_projector_that_is_none_is_named_and_nothing_is_imported(way, tmp_path
 def test_a_grid_that_a_projector_cannot_serve_is_an_error_of_the_configuration():
     with pytest.raises(ValueError, match="even number of patches"):
         config_of(OWN, vision_feature_select_strategy="full")
+
+
+COMMANDS = {
+    "eval": ["--model", "x", "--tasks", "pope", "--output-folder", "out"],
+    "chat": ["--model", "x"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_line_imports_what_its_user_names(command, tmp_path, monkeypatch, capsys):
+    """So a checkpoint that names a class of one's own can be asked from the command line."""
+    name = f"own_projector_of_{command}"
+    (tmp_path / f"{name}.py").write_text("from tests.toys.pooled import Pooled as Mine\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=f"or name it on the command line \\(--projector {name}:Mine\\)"):
+        find_projector(f"{name}:Mine")
+    parser = import_module(f"dynamic_llava.{command}.__main__")._parser()
+    given = parser.parse_args([*COMMANDS[command], "--projector", f"{name}:Mine"])
+    assert find_projector(f"{name}:Mine") is Pooled and "projector" not in vars(given)
+    for wrong, words in (("mlp", "leave the option out"), ("json:Nothing", "no class 'Nothing'")):
+        with pytest.raises(SystemExit):
+            parser.parse_args([*COMMANDS[command], "--projector", wrong])
+        assert words in capsys.readouterr().err
 
 
 def test_an_mlp_is_not_written_into_the_files(tmp_path):

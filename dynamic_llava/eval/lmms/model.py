@@ -21,6 +21,7 @@ from dynamic_llava.methods import import_named
 from dynamic_llava.model import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
 from dynamic_llava.model.switches import choose_method
 from dynamic_llava.processing import DynamicLlavaProcessor
+from dynamic_llava.projectors import import_projector
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SWITCHES = ("sparsity", "method", "image_keep_rate", "output_threshold")
@@ -35,6 +36,7 @@ class DynamicLlavaLMM(lmms):
         batch_size: rows of one call; the answers do not depend on it (in half precision up to ties).
         device: where the model runs; by default accelerate's choice, in several processes one device each.
         dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16".
+        projector: package.module:Class of one's own projector, where the checkpoint has one; it is imported.
         switches: sparsity ("both", "image", "output", "none"), method, image_keep_rate, output_threshold; and settings
             of the method, as method.layer=3. Spaces separate the values of a tuple: lmms-eval splits at commas.
     Raises ValueError for anything else, before any weight is read.
@@ -48,17 +50,19 @@ class DynamicLlavaLMM(lmms):
         batch_size: int | str = 1,
         device: str | None = None,
         dtype: str = "auto",
+        projector: str | None = None,
         **switches: Any,
     ) -> None:
         super().__init__()
+        import_projector(projector)
         settings = [
             (name.removeprefix("method."), switches.pop(name)) for name in [*switches] if name.startswith("method.")
         ]
         unknown = sorted(set(switches) - set(SWITCHES))
         if unknown:
             raise ValueError(
-                f"unknown model arguments {unknown}; the known ones are pretrained, dtype, {', '.join(SWITCHES)}, "
-                "and lmms-eval's own --batch_size and --device"
+                f"unknown model arguments {unknown}; the known ones are pretrained, dtype, projector, "
+                f"{', '.join(SWITCHES)}, and lmms-eval's own --batch_size and --device"
             )
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is not known; choose one of {', '.join(map(repr, DTYPES))}")
