@@ -114,6 +114,11 @@ def as_blocks(features_IPF: Tensor, scale: int) -> Tensor:
     return blocks.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
+def heads_of(width: int, of_each: int) -> int:
+    """Return the number of heads of at least so many numbers each that a width divides into, 1 for a narrow one."""
+    return next(heads for heads in range(max(1, width // of_each), 0, -1) if width % heads == 0)
+
+
 def feature_width(config: Any) -> int:
     """Return F, the width of what a projector reads: the tower's, for each layer of vision_feature_layer."""
     layers = config.vision_feature_layer

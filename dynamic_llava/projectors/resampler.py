@@ -2,11 +2,12 @@
 
 Bai et al., Qwen-VL, arXiv:2308.12966, as the baseline of Honeybee, Cha et al., arXiv:2312.06742; khanrc/honeybee
 68a8d84, honeybee/projectors/resamplers.py and configs/model_config/resampler.yaml.
-Six layers: queries and features are normalised, queries attend to both, and a gated perceptron follows; what is added
-to is the normalised query, as in the published code. No places are added to the features, as its configuration says.
-Widths of 1024 are the tower's here, heads are 64 wide, and there are as many queries as other projectors make tokens,
-144 for LLaVA-1.5, which the comparison takes, where the published default is 64. The published dropout of attention in
-training, 0.1, is left out: it would draw by batch and process.
+Six layers: queries and features are normalised, queries attend to both, and a perceptron follows, one half of which
+weighs the other; what is added to is the normalised query, as in the published code. No places are added to the
+features, as its configuration says. Widths of 1024 are the tower's here, heads are 64 wide where it is wide enough, and
+there are as many queries as other projectors make tokens, 144 for LLaVA-1.5, which the comparison takes, where the
+published default is 64. The published dropout of attention in training, 0.1, is left out: it would draw by batch and
+process.
 Shape suffixes: I images, P patches of one image, F feature size, n image tokens, D hidden size.
 """
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dynamic_llava.projectors.base import BlockProjector, feature_width, grid_of
+from dynamic_llava.projectors.base import BlockProjector, feature_width, grid_of, heads_of
 
 LAYERS, HEAD_WIDTH = 6, 64
 
@@ -50,30 +51,22 @@ class Resampler(BlockProjector):
 
 
 class _Block(nn.Module):
-    """Queries attend to themselves and to the features; a gated perceptron."""
+    """Queries attend to themselves and to the features; a perceptron that weighs one half by the other."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.split = (max(1, width // HEAD_WIDTH), -1)
-        if width % self.split[0]:
-            raise ValueError(
-                f"projector 'resampler' has heads of {HEAD_WIDTH}, and the vision tower's width {width} is no multiple "
-                "of that; choose another projector"
-            )
+        self.split = (heads_of(width, HEAD_WIDTH), -1)
         self.query_norm, self.key_norm, self.mlp_norm = (nn.LayerNorm(width) for _ in range(3))
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
-        self.gate, self.up, self.down = (
-            nn.Linear(width, 4 * width),
-            nn.Linear(width, 4 * width),
-            nn.Linear(4 * width, width),
-        )
+        self.weighing, self.up = (nn.Linear(width, 4 * width) for _ in range(2))
+        self.down = nn.Linear(4 * width, width)
         self.inner_norm = nn.LayerNorm(4 * width, eps=1e-6)
 
     def forward(self, queries: Tensor, features: Tensor) -> Tensor:
         queries = self.query_norm(queries)
         queries = queries + self.out(self._attend(queries, torch.cat([queries, self.key_norm(features)], dim=1)))
         inner = self.mlp_norm(queries)
-        changed: Tensor = queries + self.down(self.inner_norm(F.silu(self.gate(inner)) * self.up(inner)))
+        changed: Tensor = queries + self.down(self.inner_norm(F.silu(self.weighing(inner)) * self.up(inner)))
         return changed
 
     def _attend(self, queries: Tensor, seen: Tensor) -> Tensor:

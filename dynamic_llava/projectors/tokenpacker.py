@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dynamic_llava.projectors.base import BlockProjector, Layers, as_blocks, as_map, feature_width
+from dynamic_llava.projectors.base import BlockProjector, Layers, as_blocks, as_map, feature_width, heads_of
 
 HEAD_WIDTH = 128
 
@@ -29,7 +29,7 @@ class TokenPacker(BlockProjector):
     def __init__(self, config: Any, activation: nn.Module) -> None:
         super().__init__(config, activation)
         self.width: int = config.vision_config.hidden_size
-        self.heads = next(n for n in range(max(1, self.width // HEAD_WIDTH), 0, -1) if self.width % n == 0)
+        self.heads = heads_of(self.width, HEAD_WIDTH)
         self.query = nn.Linear(self.width, self.width, bias=False)
         self.key, self.value = (_perceptron(feature_width(config), self.width) for _ in range(2))
         self.query_norm, self.key_norm, self.value_norm = (nn.LayerNorm(self.width, eps=1e-6) for _ in range(3))

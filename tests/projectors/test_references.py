@@ -7,6 +7,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from dynamic_llava import DynamicLlavaConfig
 from dynamic_llava.projectors import PROJECTORS, BlockProjector
+from dynamic_llava.projectors.base import heads_of
 from tests.projectors.formulas import (
     attention,
     blocks,
@@ -40,12 +41,12 @@ def resampled(patches, side, weights):
             for one in queries
         ]
         queries = [plus(one, linear(other, weights, f"{at}out")) for one, other in zip(queries, taken, strict=True)]
-        queries = [plus(one, gated(norm(one, weights, f"{at}mlp_norm", 1e-5), weights, at)) for one in queries]
+        queries = [plus(one, weighed(norm(one, weights, f"{at}mlp_norm", 1e-5), weights, at)) for one in queries]
     return [linear(one, weights, "exit") for one in queries]
 
 
-def gated(value, weights, at):
-    inner = times(silu(linear(value, weights, f"{at}gate")), linear(value, weights, f"{at}up"))
+def weighed(value, weights, at):
+    inner = times(silu(linear(value, weights, f"{at}weighing")), linear(value, weights, f"{at}up"))
     return linear(norm(inner, weights, f"{at}inner_norm", 1e-6), weights, f"{at}down")
 
 
@@ -182,3 +183,8 @@ def test_bare_parameters_are_drawn_wherever_a_model_is_built(name):
     torch.manual_seed(0)
     values = list(PROJECTORS[name](config_of(name), nn.GELU()).named_parameters(recurse=False))
     assert len(values) == 1 and 0.01 < float(values[0][1].detach().std()) < 0.03
+
+
+@pytest.mark.parametrize(("width", "heads"), [(1024, 16), (64, 1), (32, 1), (200, 2), (130, 2), (131, 1)])
+def test_heads_divide_the_width_and_are_wide_enough(width, heads):
+    assert heads_of(width, 64) == heads
