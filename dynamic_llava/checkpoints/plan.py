@@ -71,8 +71,9 @@ def make_plan(
         if value not in allowed:
             raise ValueError(f"{name}={value!r} is not offered; choose one of {', '.join(filter(None, allowed))}")
     import_projector(projector)
-    parts = {"keep_projector": keep_projector, "projector": projector}
-    found = read_source(source, vision_tower, base, say, leave_out=leave_out, **parts)
+    found = read_source(
+        source, vision_tower, base, say, keep_projector=keep_projector, projector=projector, leave_out=leave_out
+    )
     config = _config(found, say)
     if projector is not None:
         found = _with_new_projector(found, config, say)
