@@ -63,8 +63,8 @@ class CompareOptions:
             raise ValueError(f"repeats={self.repeats} have no quartiles; give 2 or more")
 
 
-def compare(options: CompareOptions) -> int:
-    """Answer, score, count and time every method on every task; write and print the table.
+def compare(options: CompareOptions, *, table: bool = True) -> int:
+    """Answer, score, count and time every method on every task; write the table, and print it unless table=False.
 
     Returns the exit code: 0, 1 where a task failed for a method, or 74 where a file could not be written. Raises
     ValueError and OSError, before anything is computed, for what cannot be compared.
@@ -81,7 +81,7 @@ def compare(options: CompareOptions) -> int:
             comparison.add([one for one in entrants if one.model == model])
             if comparison.unwritten:
                 break
-        return comparison.end()
+        return comparison.end(table=table)
 
 
 class Comparison:
@@ -222,12 +222,12 @@ class Comparison:
             print(f"{page(found)}\nerror: {error}", file=sys.stderr)
             self.unwritten = True
 
-    def end(self) -> int:
-        """Say where the table lies; return the exit code."""
+    def end(self, *, table: bool) -> int:
+        """Say where the table lies, and print it where it is asked for; return the exit code."""
         failed = [outcome for outcomes in self.outcomes.values() for outcome in outcomes if outcome.row.error]
         if self.shard.first:
             self._write(whole=True)
-            print(f"\n{page(self.results())}\ntable: {self.options.run.output_folder / PAGE}")
+            print((f"\n{page(self.results())}\n" if table else "") + f"table: {self.options.run.output_folder / PAGE}")
             for outcome in failed:
                 print(
                     f"error: {outcome.row.label}, {outcome.entrant.label}: {outcome.row.error}",

@@ -94,12 +94,10 @@ def page(found: Mapping[str, Any]) -> str:
     lines = [f"# Methods compared on {names}", ""]
     if found["equal"]:
         lines += [f"Equal budget: every method but the dense one is given {code(found['equal'])}.", ""]
-    is_split = any(task.get("split") for task in found["tasks"].values())
-    head = (*HEAD[:-1], *(SPLIT_HEAD if is_split else ()), HEAD[-1])
-    table = [head, *(line for task in found["tasks"].values() for line in _task_lines(task, short, is_split))]
-    lines += [markdown([[cell.replace("|", r"\|") for cell in line] for line in table]), ""]
+    lines += [main_table(found), ""]
     settings = found["settings"]
     batch = settings["speed_batch"] or settings["batch_size"]
+    is_split = _is_split(found)
     legend = f"{_interval_legend(found)} {LEGEND.format(batch=batch)}{f' {SPLIT}' if is_split else ''}"
     lines += [legend, "", "![quality against cost](compare.png)", ""]
     lines += [f"- {_named(one, short)}: {code(one['described'])}{_set(one)}" for one in found["methods"]]
@@ -108,6 +106,18 @@ def page(found: Mapping[str, Any]) -> str:
         lines += [f"- **{label}**{whose}: {code(text)}" for whose, text in _remarks(task, short)]
     lines += ["", _listed(settings), "", _listed(found["environment"])]
     return "\n".join(lines) + "\n"
+
+
+def main_table(found: Mapping[str, Any], *, escape: bool = True) -> str:
+    """Return the table of the page, as markdown; `escape=False` for a terminal."""
+    short, is_split = short_names(found["models"]), _is_split(found)
+    head = (*HEAD[:-1], *(SPLIT_HEAD if is_split else ()), HEAD[-1])
+    table = [head, *(line for task in found["tasks"].values() for line in _task_lines(task, short, is_split))]
+    return markdown([[cell.replace("|", r"\|") if escape else cell for cell in line] for line in table])
+
+
+def _is_split(found: Mapping[str, Any]) -> bool:
+    return any(task.get("split") for task in found["tasks"].values())
 
 
 def _interval_legend(found: Mapping[str, Any]) -> str:

@@ -46,6 +46,11 @@ class TinyJobConfig:
     """Decoded tokens that are timed."""
     timing_repeats: int = 3
     """Repetitions of each timing; the median is reported."""
+    rivals: str = "fastv:layer=2,divprune,visionzip,tome,random:output_keep_rate=none"
+    """Methods that learn nothing, spelled as `eval compare` reads them (docs/comparing.md). The report compares them
+    with the learned selection, each with as many image tokens; "" compares none."""
+    rival_questions: int = 100
+    """Questions of each kind of the comparison with rivals."""
     picture_scenes: int = 6
     """Test scenes in the picture of kept patches."""
     picture_answers: int = 3
@@ -54,7 +59,7 @@ class TinyJobConfig:
     def __post_init__(self) -> None:
         for one in fields(self):
             value = getattr(self, one.name)
-            if one.type in (bool, "bool") or one.name == "data_seed":
+            if one.type in (bool, "bool") or one.name in ("data_seed", "rivals"):
                 continue
             least = 0 if one.name.startswith(("uncached_", "picture_")) else 1
             if isinstance(value, bool) or not isinstance(value, int) or value < least:

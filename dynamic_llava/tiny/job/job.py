@@ -31,6 +31,7 @@ from dynamic_llava.tiny.job.config import JobConfig
 from dynamic_llava.tiny.job.evaluation import UNTRAINED, Evaluator, SeedEvaluation
 from dynamic_llava.tiny.job.page import report_text
 from dynamic_llava.tiny.job.pictures import draw_pictures
+from dynamic_llava.tiny.job.rivals import check_rivals, compare_rivals, compared_in
 from dynamic_llava.tiny.job.testset import TestSet, read_test_set
 from dynamic_llava.tiny.world.dataset import build_world
 from dynamic_llava.train.run import RunResult, run, write_config
@@ -43,6 +44,8 @@ TRAININGS: dict[str, tuple[str, SparsityMode]] = {
     "control": ("dense control", "none"),
 }
 """Folder of a training -> its title and what it sparsifies."""
+COMPARED = ("control", "both")
+"""Trainings whose models the rivals run on; differences are to the first, dense."""
 END_OF_TRAINING = 0.2
 """Share of a training's log, from its end, over which realised keep rates are averaged."""
 
@@ -86,7 +89,7 @@ class SeedJob:
             del settings[key]
         if self.method is not None:
             settings["method"] = print_method(self.method)
-        for key in ("seeds", "picture_scenes", "picture_answers"):
+        for key in ("seeds", "picture_scenes", "picture_answers", "rivals", "rival_questions"):
             del settings["tiny"][key]
         for key in ("overwrite", "accept_changed_inputs"):
             del settings["train"][key]
@@ -105,6 +108,7 @@ def main(config: JobConfig) -> Path:
 
 def _main(config: JobConfig, folder: Path) -> Path:
     begun, tiny = time.perf_counter(), config.tiny
+    check_rivals(tiny.rivals, config.sparsity)
     print(f"building the tiny world: {tiny.train_images} training and {tiny.test_images} test images", flush=True)
     world = build_world(train=tiny.train_images, test=tiny.test_images, seed=tiny.data_seed)
     if not config.model.base:
@@ -119,12 +123,23 @@ def _main(config: JobConfig, folder: Path) -> Path:
         print(f"a row of its own: control + {describe_method(jobs[0].method)}", flush=True)
     with new_weights_expected():  # every training starts from a dense base
         results = [_seed_result(job) for job in jobs]
-    _write_job(folder, config, jobs, results)
-    print("\n" + report_text(results, config.sparsity, escape=False))
+        for job in jobs if tiny.rivals else ():
+            _compare(job)
+    compared = compared_in(folder, seeds) if tiny.rivals else None
+    _write_job(folder, config, jobs, results, compared)
+    print("\n" + report_text(results, config.sparsity, compared, escape=False))
     seconds = time.perf_counter() - begun
     print(f"\n{seconds:.0f} s in all; table: {folder / 'table.md'}; numbers: {folder / 'results.json'}")
     print("pictures: " + ", ".join(str(path) for path in sorted((jobs[0].folder / "pictures").glob("*.png"))))
     return folder
+
+
+def _compare(job: SeedJob) -> None:
+    """Compare the rivals on the seed's models."""
+    print(f"seed {job.config.train.seed}: rivals at equal image tokens", flush=True)
+    models = [job.config.training(name=key, output_folder=str(job.folder)).folder / "model" for key in COMPARED]
+    patches = DynamicLlavaProcessor.from_pretrained(job.base).tokens_per_image
+    compare_rivals(job.folder, job.world, models, job.config.sparsity, job.config.tiny, patches)
 
 
 def _seed_result(job: SeedJob) -> dict[str, Any]:
@@ -272,7 +287,13 @@ def _draw(job: SeedJob, test: TestSet, evaluation: SeedEvaluation, trained: dict
     )
 
 
-def _write_job(folder: Path, config: JobConfig, jobs: Sequence[SeedJob], results: Sequence[dict[str, Any]]) -> None:
+def _write_job(
+    folder: Path,
+    config: JobConfig,
+    jobs: Sequence[SeedJob],
+    results: Sequence[dict[str, Any]],
+    compared: Path | None,
+) -> None:
     """Write the files of the whole job beside those of its seeds."""
     write_config(config, folder / "config.yaml")
     lines = []
@@ -281,4 +302,4 @@ def _write_job(folder: Path, config: JobConfig, jobs: Sequence[SeedJob], results
             lines.append(json.dumps({"seed": job.config.train.seed, **json.loads(line)}))
     replace_file(folder / "metrics.jsonl", "".join(f"{line}\n" for line in lines))
     replace_file(folder / "results.json", json.dumps({"seeds": results}, indent=1) + "\n")
-    replace_file(folder / "table.md", report_text(results, config.sparsity) + "\n")
+    replace_file(folder / "table.md", report_text(results, config.sparsity, compared) + "\n")

@@ -14,6 +14,7 @@ from dynamic_llava.config import SparsityConfig
 from dynamic_llava.eval.metrics.seeds import mean_and_interval
 from dynamic_llava.eval.writing import markdown
 from dynamic_llava.files import replace_file, writing
+from dynamic_llava.tiny.job.rivals import compared_in, rivals_section
 from dynamic_llava.tiny.job.tables import (
     COST_COLUMNS,
     DESCRIPTION_COLUMNS,
@@ -44,10 +45,12 @@ Metrics = Mapping[str, Mapping[str, float]]
 """Row key -> metrics of one seed; "overlap/..." are the overlap rows, "training" the realised rates at its end."""
 
 
-def report_text(results: Sequence[Mapping[str, Any]], settings: SparsityConfig, *, escape: bool = True) -> str:
+def report_text(
+    results: Sequence[Mapping[str, Any]], settings: SparsityConfig, compared: Path | None = None, *, escape: bool = True
+) -> str:
     """All tables of the given seeds' results, as markdown; `escape=False` for a terminal.
 
-    Raises ValueError when no result is given.
+    `compared`: folder of the comparison with rivals, if any. Raises ValueError when no result is given.
     """
     rows, overlap = aggregate(results), aggregate(results, "overlap")
     parts = [
@@ -56,11 +59,12 @@ def report_text(results: Sequence[Mapping[str, Any]], settings: SparsityConfig, 
         f"## Cost\n\n{_cost_intro(results)}\n\n" + table(rows, COST_COLUMNS, escape=escape),
         "## Kept patches and objects\n\nPercent; one question per image.\n\n"
         + table(overlap, OVERLAP_COLUMNS, escape=escape),
+        rivals_section(compared, escape=escape),
         "## Cached = uncached\n\n" + _agreement(results),
         "## Targets\n\n" + target_table(results, settings, escape=escape),
         "## Rows\n\n" + notes([*rows, *overlap]),
     ]
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
 
 
 def write_results_page(folder: Path, page: Path, settings: SparsityConfig, command: str) -> Path:
@@ -76,8 +80,9 @@ def write_results_page(folder: Path, page: Path, settings: SparsityConfig, comma
     head = f"# The tiny world, measured\n\nGenerated from results.json of `{command}`. {_environment(results)}"
     with writing(page.parent):
         page.parent.mkdir(parents=True, exist_ok=True)
-        pictures = _copy_pictures(folder / f"seed{results[0]['seed']}" / "pictures", page)
-    parts = [head, report_text(results, settings), pictures, ANALYSIS, analysis]
+        compared = compared_in(folder, [result["seed"] for result in results])
+        pictures = _copy_pictures(folder / f"seed{results[0]['seed']}" / "pictures", compared, page)
+    parts = [head, report_text(results, settings, compared), pictures, ANALYSIS, analysis]
     text = "\n\n".join(part for part in parts if part).rstrip() + "\n"
     replace_file(page, text)
     return page
@@ -113,10 +118,10 @@ def read_results(folder: Path, command: str) -> list[dict[str, Any]]:
     return seeds
 
 
-def _copy_pictures(source: Path, page: Path) -> str:
-    """Copy a seed's pictures beside the page, as <page>_<picture>.png; returns the section that shows them."""
+def _copy_pictures(source: Path, compared: Path | None, page: Path) -> str:
+    """Copy pictures beside the page, as <page>_<picture>.png; returns the section that shows them."""
     shown = []
-    for picture in sorted(source.glob("*.png")):
+    for picture in [*sorted(source.glob("*.png")), *(() if compared is None else compared.glob("*.png"))]:
         target = page.with_name(f"{page.stem}_{picture.name}")
         shutil.copyfile(picture, target)
         shown.append(f"![{picture.stem.replace('_', ' ')}]({target.name})")

@@ -10,7 +10,7 @@ from dynamic_llava.config import ModelConfig, SparsityConfig, TrainConfig
 from dynamic_llava.config.run import RunConfig
 from dynamic_llava.files import Lock
 from dynamic_llava.model import DynamicLlavaForConditionalGeneration
-from dynamic_llava.tiny.job import job
+from dynamic_llava.tiny.job import job, rivals
 from dynamic_llava.tiny.job.config import JobConfig, TinyJobConfig
 from dynamic_llava.tiny.job.job import main
 from dynamic_llava.train.run import RunResult, write_config
@@ -19,7 +19,7 @@ from tests.tiny_pipeline import SPARSITY, write_checkpoint
 TINY = TinyJobConfig(
     train_images=2, test_images=16, questions=12, descriptions=3, uncached_questions=3, uncached_descriptions=1,
     batch_size=12, description_tokens=6, timing_batch=1, timing_tokens=1, timing_repeats=1, dynamic_image=False,
-    picture_scenes=2, picture_answers=1,
+    picture_scenes=2, picture_answers=1, rivals="",
 )  # fmt: skip
 
 
@@ -72,6 +72,33 @@ def test_one_seed_writes_everything_and_says_where(config, trained, capsys):
     assert "Dynamic I|T, no cache" in printed and str(folder / "table.md") in printed
     assert "kept_patches.png" in printed
     assert r"Dynamic I\|T" in (folder / "table.md").read_text()
+
+
+def test_rivals_are_compared_at_equal_image_tokens_and_stand_in_the_report(config, trained, monkeypatch, capsys):
+    two = replace(config, tiny=replace(TINY, seeds=2, rivals="random:output_keep_rate=none", rival_questions=1))
+    folder = main(two)
+    found = [json.loads((folder / f"seed{seed}" / "compare" / "compare.json").read_text()) for seed in (4, 5)]
+    for one in found:
+        assert one["equal"] == f"image-tokens={int(SPARSITY['image_keep_rate'] * 16)}" and not one["left_out"]
+        rows = {(row["method"], row["error"]) for task in one["tasks"].values() for row in task["rows"]}
+        assert rows == {(name, None) for name in ("dense", "dynamic:sparsity=image", "random:output_keep_rate=none")}
+    assert set(found[0]["tasks"]) == {"pope", "gqa"}
+    report = (folder / "table.md").read_text()
+    assert "## Rivals at equal image tokens" in report and "`random:output_keep_rate=none`" in report
+    assert (folder / "compare" / "compare.md").is_file()
+    assert capsys.readouterr().out.count("# Methods compared") == 0
+
+    monkeypatch.setattr(rivals, "compare", None)  # nothing is compared again
+    assert main(two) == folder and (folder / "table.md").read_text() == report
+
+
+@pytest.mark.parametrize(
+    ("rivals", "message"), [("dynamic", "dynamic learns something"), ("fastvv", "did you mean 'fastv'"), ("x=1", "x=1")]
+)
+def test_rivals_that_cannot_run_are_refused_before_anything_is_trained(config, trained, rivals, message):
+    with pytest.raises(ValueError, match=message):
+        main(replace(config, tiny=replace(TINY, rivals=rivals)))
+    assert not trained
 
 
 def test_several_seeds_resume_what_is_finished(config, trained, capsys, caplog):

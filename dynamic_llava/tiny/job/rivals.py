@@ -1,0 +1,87 @@
+"""Rivals of the learned selection on the tiny world's test set, each with as many image tokens as it keeps.
+
+The comparison is that of `python -m dynamic_llava.eval compare`, on the dense control and Dynamic I|T of a seed, whose
+folder gets compare/: the test set as benchmarks, every answer, and compare.json, .md, .csv, .png and .svg.
+"""
+
+from collections.abc import Sequence
+from math import floor
+from pathlib import Path
+
+from dynamic_llava.config import SparsityConfig
+from dynamic_llava.eval.compare.run import RESULT, CompareOptions, compare
+from dynamic_llava.eval.compare.seeds import join_seeds
+from dynamic_llava.eval.compare.spelling import read_methods
+from dynamic_llava.eval.compare.table import main_table
+from dynamic_llava.eval.options import RunOptions
+from dynamic_llava.eval.reading import read_json
+from dynamic_llava.eval.writing import write_json
+from dynamic_llava.files import EXIT_WRITE_FAILED, WriteError
+from dynamic_llava.tiny.job.benchmarks import write_benchmarks
+from dynamic_llava.tiny.job.config import TinyJobConfig
+
+LEARNED = "dynamic:sparsity=image"
+"""What the rivals are compared with; they do not touch output tokens, and neither does it here."""
+TASKS = "pope,gqa"
+ROUNDS = 3
+"""Rounds that times are medians of."""
+
+
+def check_rivals(rivals: str, settings: SparsityConfig) -> None:
+    """Raise ValueError for rivals that no model of the job could run, before anything is trained."""
+    for one in read_methods(rivals) if rivals else ():
+        if not one.read(settings).training_free:
+            raise ValueError(
+                f"tiny.rivals: {one.label} learns something, and the main job trains Dynamic-LLaVA and a dense "
+                "control alone; name methods that learn nothing; python -m dynamic_llava.eval compare runs this one"
+            )
+
+
+def compare_rivals(
+    seed: Path, world: Path, models: Sequence[Path], settings: SparsityConfig, tiny: TinyJobConfig, patches: int
+) -> Path:
+    """Compare the job's rivals on a seed's models, the dense control first; return the comparison's folder.
+
+    What an earlier call of the same settings has found stays. WriteError where a file cannot be written; a method that
+    fails has a row that says why. `patches`: image tokens of one image.
+    """
+    folder, budget = seed / "compare", max(1, floor(settings.image_keep_rate * patches))
+    asked = {
+        "models": [str(model) for model in models], "methods": f"dense,{LEARNED},{tiny.rivals}",
+        "equal": f"image-tokens={budget}", "limit": tiny.rival_questions,
+    }  # fmt: skip
+    if (folder / "asked.json").is_file() and read_json(folder / "asked.json") == asked:
+        return folder
+    data = write_benchmarks(world, folder / "data", tiny.questions, tiny.descriptions)
+    run = RunOptions(
+        model=asked["models"][0], tasks=TASKS, data_root=data, output_folder=folder, limit=asked["limit"],
+        batch_size=tiny.batch_size,
+    )  # fmt: skip
+    options = CompareOptions(run, tuple(asked["models"]), asked["methods"], asked["equal"], ROUNDS)
+    code = compare(options, table=False)
+    if code == EXIT_WRITE_FAILED:
+        raise WriteError(f"the comparison in {folder} could not be written; free the disk, and start the job again")
+    if code == 0:
+        write_json(folder / "asked.json", asked)
+    return folder
+
+
+def compared_in(folder: Path, seeds: Sequence[int]) -> Path | None:
+    """Return the folder of a job's comparison: its one seed's, or that of all seeds joined; None where one lacks it."""
+    own = [folder / f"seed{seed}" / "compare" for seed in seeds]
+    if not all((one / RESULT).is_file() for one in own):
+        return None
+    return own[0] if len(own) == 1 else join_seeds(own, folder / "compare").parent
+
+
+def rivals_section(compared: Path | None, *, escape: bool = True) -> str:
+    """Return the section of the report; "" without a comparison."""
+    if compared is None:
+        return ""
+    found = read_json(compared / RESULT)
+    intro = (
+        f"The first {found['settings']['limit']} questions of each kind through methods that learn nothing, on both "
+        f"models, every one with {found['equal']} of an image in the last layer. compare/compare.md explains the "
+        "columns, and docs/comparing.md how to add a method."
+    )
+    return f"## Rivals at equal image tokens\n\n{intro}\n\n{main_table(found, escape=escape)}"
