@@ -75,11 +75,12 @@ def test_one_seed_writes_everything_and_says_where(config, trained, capsys):
 
 
 def test_rivals_are_compared_at_equal_image_tokens_and_stand_in_the_report(config, trained, monkeypatch, capsys):
-    two = replace(config, tiny=replace(TINY, seeds=2, rivals="random:output_keep_rate=none", rival_questions=1))
+    tiny = replace(TINY, seeds=2, questions=40, rivals="random:output_keep_rate=none", rival_questions=1)
+    two = replace(config, tiny=tiny)
     folder = main(two)
     found = [json.loads((folder / f"seed{seed}" / "compare" / "compare.json").read_text()) for seed in (4, 5)]
     for one in found:
-        assert one["equal"] == f"image-tokens={int(SPARSITY['image_keep_rate'] * 16)}" and not one["left_out"]
+        assert one["equal"] == f"image-tokens={int(config.sparsity.image_keep_rate * 64)}" and not one["left_out"]
         rows = {(row["method"], row["error"]) for task in one["tasks"].values() for row in task["rows"]}
         assert rows == {(name, None) for name in ("dense", "dynamic:sparsity=image", "random:output_keep_rate=none")}
     assert set(found[0]["tasks"]) == {"pope", "gqa"}
