@@ -3,7 +3,7 @@
 The published code ranks by the head-mean attention of the LAST prompt token in the layer before the sparse one, and
 keeps positions; this does the same from one recomputed attention row, so that no layer needs eager attention. In the
 original comparison of the paper: layer 3, keep rate 0.25. Its trained row is the same rule in training, where dropped
-tokens are zero vectors (`dropped_tokens`, configs/fastv_zero_vectors_7b.yaml); FastV+H2O is spelled in mixed.py.
+tokens are zero vectors (configs/ablations/table1_fastv_trained.yaml); FastV+H2O is spelled in mixed.py.
 """
 
 from dataclasses import dataclass
