@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Compare every training-free method, and the learned one, on the tiny world, over seeds and budgets.
+# Compare the training-free methods that can be given a budget, and the learned one, on the tiny world, over seeds.
 #   bash scripts/compare_tiny.sh                 runs/tiny, seeds 0 to 4; results in runs/compare_tiny
 #   RUN=runs/tiny SEEDS="0 1" bash scripts/compare_tiny.sh
 #   RUN     folder of the main job (bash scripts/train.sh), with seedN/control/model and seedN/both/model for each seed
@@ -19,8 +19,10 @@ run=${RUN:-runs/tiny} out=${OUT:-runs/compare_tiny}
 limit=${LIMIT:+--limit $LIMIT}
 
 # fastv decides where the learned method does; output tokens stay, as images are compared.
-image="dense,dynamic:sparsity=image,fastv:layer=2,pyramiddrop,divprune,tome"
-image+=",random:output_keep_rate=none,structure:output_keep_rate=none"
+image="dense,dynamic:sparsity=image,fastv:layer=2,pyramiddrop,sparsevlm,sparsevlm_plus,dart,vscan"
+image+=",divprune,tome,visionzip,vispruner,vispruner:important_ratio=1.0,hired,holov,scope,hiprune,idpruner"
+image+=",random:output_keep_rate=none,structure:output_keep_rate=none,random:layer=0,output_keep_rate=none"
+image+=",average_pool,downsample"
 stored="dense,dynamic:sparsity=image,fastv:layer=2,divprune,tome,h2o,tova,knorm,snapkv:window=8,streaming_llm,random_window"
 
 "$python" -m dynamic_llava.tiny benchmarks --output-folder "$out/data"
@@ -30,7 +32,7 @@ compare() { # FOLDER SEED METHODS TASKS BUDGET
     --methods "$3" --tasks "$4" --equal "$5" --data-root "$out/data" --output-folder "$out/$1/seed$2" $limit
 }
 for seed in ${SEEDS:-0 1 2 3 4}; do
-  for tokens in 6 12 24; do # 10, 19 and 38 % of an image
+  for tokens in 9 16 25; do # 14, 25 and 39 % of an image; squares, as average_pool and downsample can leave
     compare "image_$tokens" "$seed" "$image" pope,gqa,lvis_single "image-tokens=$tokens"
   done
   for bytes in 400000 450000 550000; do # of about 620,000 of a dense prompt

@@ -131,12 +131,12 @@ class Eviction(ABC):
         if "mass" in self.method.evict_sees:
             found["mass"] = attention_mass(query, key, visible, counts=valid_BQ, scale=scaling)
         if "latest" in self.method.evict_sees:
-            last_BL = latest(valid_BQ, self.method.latest_queries)
+            last_BQ = latest(valid_BQ, self.method.latest_queries)
             found["latest"] = attention_mass(
-                query.gather(2, last_BL[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])),
+                query.gather(2, last_BQ[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])),
                 key,
-                visible.gather(2, last_BL[:, None, :, None].expand(-1, visible.shape[1], -1, visible.shape[3])),
-                counts=valid_BQ.gather(1, last_BL),
+                visible.gather(2, last_BQ[:, None, :, None].expand(-1, visible.shape[1], -1, visible.shape[3])),
+                counts=valid_BQ.gather(1, last_BQ),
                 scale=scaling,
             )
         return found
@@ -354,6 +354,6 @@ def attention_mass(
 
 
 def latest(valid_BQ: Tensor, count: int) -> Tensor:
-    """(B, L) int64: the places of each row's last `count` valid tokens, of others where it has fewer; L at most Q."""
+    """(B, Q) int64: the places of each row's last `count` valid tokens, of others where it has fewer; Q <= count."""
     place_Q = torch.arange(1, valid_BQ.shape[1] + 1, device=valid_BQ.device)
     return (place_Q * valid_BQ).topk(min(count, valid_BQ.shape[1])).indices

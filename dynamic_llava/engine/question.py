@@ -76,7 +76,7 @@ def relevance(hidden_BCD: Tensor, asking: TokenLayout) -> Tensor:
     looks_BCt = scores_BCt.softmax(-1).nan_to_num(0.0) * image_BC1
     mean_Bt = looks_BCt.sum(1) / image_BC1.sum(1).clamp(min=1)
     found_BC = torch.zeros_like(hidden_BCD[..., 0], dtype=torch.float32)
-    return found_BC.scatter_add(1, packing.index, mean_Bt * packing.valid)
+    return found_BC.scatter_add(1, packing.index, (mean_Bt * packing.valid).float())  # autocast rounds products
 
 
 def question_of(asking: TokenLayout, rows_I: Tensor, seen: Mapping[Evidence, Tensor]) -> QuestionTokens:

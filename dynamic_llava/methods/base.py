@@ -286,16 +286,20 @@ class Method:
         """Return the FLOPs of the attention that the method is shown in a prefill in which layers see `tokens`.
 
         It is recomputed from queries and keys: of one query before a cut that sees `question_row`, of `question` many
-        before one that sees `question_rows`, of all queries in each layer, with their sum, for each of `mass` and
-        `latest`. causal=True counts visible pairs only; step=True is
-        one new token of a row whose layers hold `tokens`.
+        before one that sees `question_rows`, in each layer of all queries for `mass` and of the last `latest_queries`
+        for `latest`, with their sum. causal=True counts visible pairs only; step=True is one new token of a row whose
+        layers hold `tokens`.
         """
         cuts = () if step else self.cuts(len(tokens))
         asked = {"question_row": 1, "question_rows": question}
         rows = [tokens[cut.layer - 1] * asked[name] for cut in cuts for name in sorted(cut.sees & asked.keys())]
-        pairs = sum(n + 1 if step else n * (n + 1) // 2 if causal else n * n for n in tokens)
-        kinds = len(self.evict_sees & {"mass", "latest"})
-        return 2 * (sum(rows) * shape.query_width + kinds * pairs * (shape.query_width + shape.kv_heads))
+        received = 0
+        for kind in sorted(self.evict_sees & {"mass", "latest"}):
+            for n in (one + 1 if step else one for one in tokens):
+                last = 1 if step else n if kind == "mass" else min(self.latest_queries, n)
+                pairs = last * n - (last * (last - 1) // 2 if causal else 0)
+                received += pairs * (shape.query_width + (shape.kv_heads if last > 1 else 0))
+        return 2 * (sum(rows) * shape.query_width + received)
 
     def tower_flops(self, layers: int, vision: VisionShape) -> int:
         """Return the FLOPs of the attention that the method is shown of the vision tower, for one image.
