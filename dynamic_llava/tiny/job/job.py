@@ -139,7 +139,7 @@ def _compare(job: SeedJob) -> None:
     print(f"seed {job.config.train.seed}: rivals at equal image tokens", flush=True)
     models = [job.config.training(name=key, output_folder=str(job.folder)).folder / "model" for key in COMPARED]
     patches = DynamicLlavaProcessor.from_pretrained(job.base).tokens_per_image
-    compare_rivals(job.folder, job.world, models, job.config.sparsity, job.config.tiny, patches)
+    compare_rivals(job.folder, job.world, models, job.config.sparsity, job.config.tiny, patches, job.fingerprint())
 
 
 def _seed_result(job: SeedJob) -> dict[str, Any]:

@@ -5,7 +5,6 @@ folder gets compare/: the test set as benchmarks, every answer, and compare.json
 """
 
 from collections.abc import Sequence
-from math import floor
 from pathlib import Path
 
 from dynamic_llava.config import SparsityConfig
@@ -17,6 +16,8 @@ from dynamic_llava.eval.options import RunOptions
 from dynamic_llava.eval.reading import read_json
 from dynamic_llava.eval.writing import write_json
 from dynamic_llava.files import EXIT_WRITE_FAILED, WriteError
+from dynamic_llava.provenance import source_digest
+from dynamic_llava.sparsity import budget
 from dynamic_llava.tiny.job.benchmarks import write_benchmarks
 from dynamic_llava.tiny.job.config import TinyJobConfig
 
@@ -38,17 +39,25 @@ def check_rivals(rivals: str, settings: SparsityConfig) -> None:
 
 
 def compare_rivals(
-    seed: Path, world: Path, models: Sequence[Path], settings: SparsityConfig, tiny: TinyJobConfig, patches: int
+    seed: Path,
+    world: Path,
+    models: Sequence[Path],
+    settings: SparsityConfig,
+    tiny: TinyJobConfig,
+    patches: int,
+    fingerprint: str,
 ) -> Path:
     """Compare the job's rivals on a seed's models, the dense control first; return the comparison's folder.
 
-    What an earlier call of the same settings has found stays. WriteError where a file cannot be written; a method that
+    What an earlier call has found stays, if it was of the same settings, trainings (`fingerprint` of the seed's job)
+    and source code. WriteError where a file cannot be written; a method that
     fails has a row that says why. `patches`: image tokens of one image.
     """
-    folder, budget = seed / "compare", max(1, floor(settings.image_keep_rate * patches))
+    folder = seed / "compare"
     asked = {
         "models": [str(model) for model in models], "methods": f"dense,{LEARNED},{tiny.rivals}",
-        "equal": f"image-tokens={budget}", "limit": tiny.rival_questions,
+        "equal": f"image-tokens={budget(settings.image_keep_rate, patches)}", "limit": tiny.rival_questions,
+        "fingerprint": fingerprint, "source": source_digest(),
     }  # fmt: skip
     if (folder / "asked.json").is_file() and read_json(folder / "asked.json") == asked:
         return folder

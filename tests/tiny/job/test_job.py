@@ -91,6 +91,11 @@ def test_rivals_are_compared_at_equal_image_tokens_and_stand_in_the_report(confi
 
     monkeypatch.setattr(rivals, "compare", None)  # nothing is compared again
     assert main(two) == folder and (folder / "table.md").read_text() == report
+    with monkeypatch.context() as patch, pytest.raises(TypeError, match="NoneType"):
+        patch.setattr(rivals, "source_digest", lambda: "other code")
+        main(two)
+    with pytest.raises(TypeError, match="NoneType"):  # models of other trainings under the same names
+        main(replace(two, train=replace(config.train, max_steps=3)))
 
 
 @pytest.mark.parametrize(
