@@ -323,10 +323,8 @@ def _part(options: Any) -> int:
     from dynamic_llava.profile.results import Results
     from dynamic_llava.profile.runner import SETS, attach_to_runner
 
-    if options.attached:
-        attach_to_runner()
-    known = [part.name for part in SETS[options.set]]
-    if options.name not in known:
+    turn = attach_to_runner() if options.attached else None
+    if options.name not in (known := [part.name for part in SETS[options.set]]):
         raise ValueError(f"part {options.name!r} is not in the {options.set} set; choose one of {', '.join(known)}")
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("dynamic_llava").setLevel(logging.INFO)
@@ -334,6 +332,8 @@ def _part(options: Any) -> int:
     try:
         from dynamic_llava.profile.parts import run_part
 
+        if turn is not None:
+            turn.wait()
         run_part(options.name, options.set, results, _part_device(options))
     except Exception as error:
         traceback.print_exc()

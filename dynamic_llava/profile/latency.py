@@ -165,15 +165,18 @@ def step_rows(bench: Bench, variants: Sequence[Variant], lengths: Sequence[int])
 
     A StaticCache has room for the tokens that are fed to it and no more, because attention reads all of it.
     """
-    preset, steps = bench.preset, STEP_WARMUP + bench.effort.step_rounds * bench.effort.step_calls
-
-    def make(variant: Variant, outputs: int) -> Call:
-        if variant.way == "dense":
-            return dense_decoding(bench.model, bench.twin, preset, outputs, steps if variant.compiled else 0).step
-        return sparse_decoding(bench.model, preset, variant.way, outputs, compile=variant.compiled).step
-
     for outputs in lengths:
-        yield from _rows(bench, "step", outputs, {variant: partial(make, variant, outputs) for variant in variants})
+        yield from _rows(
+            bench, "step", outputs, {variant: partial(step_call, bench, variant, outputs) for variant in variants}
+        )
+
+
+def step_call(bench: Bench, variant: Variant, outputs: int) -> Call:
+    """Return a function that feeds one token to every row of a generation with so many tokens behind it."""
+    preset, steps = bench.preset, STEP_WARMUP + bench.effort.step_rounds * bench.effort.step_calls
+    if variant.way == "dense":
+        return dense_decoding(bench.model, bench.twin, preset, outputs, steps if variant.compiled else 0).step
+    return sparse_decoding(bench.model, preset, variant.way, outputs, compile=variant.compiled).step
 
 
 def uncached_rows(bench: Bench, lengths: Sequence[int]) -> Rows:

@@ -27,7 +27,9 @@ from dynamic_llava.profile.measuring import (
     describe,
     output_predictor_work,
     prefill_work,
+    seconds_of,
     step_work,
+    summary,
     time_in_turn,
 )
 from dynamic_llava.profile.presets import Preset, small_shape
@@ -122,7 +124,8 @@ def ragged_rows(
     """Yield the time of attention from one token per row to rows filled by a half to all, each row when it is measured.
 
     "plain" is torch's attention over rows that are all filled, without a mask. Bytes are keys and values of filled
-    slots, which is what has to be read.
+    slots, which is what has to be read. On an accelerator each is timed twice, the second time as a recorded graph of
+    all calls: there the host costs nothing, as in a compiled step.
     """
     torch.manual_seed(0)
     query = torch.randn(batch, heads, 1, width, device=device, dtype=dtype)
@@ -133,20 +136,86 @@ def ragged_rows(
         name: partial(ragged_attention, query, keys, values, lengths, implementation=name) for name in implementations
     }
     timed["plain"] = partial(scaled_dot_product_attention, query, keys, values)
+    ways = ("eager",) if device.type == "cpu" else ("eager", "recorded")
     for name, call in timed.items():
         moved = one * (batch * slots if name == "plain" else filled)
-        row = {"batch": batch, "slots": slots, "implementation": name, "bytes": moved, "seconds": None}
-        with torch.no_grad():
-            timing = attempt((name, batch, slots), partial(_one, call, device, rounds, calls))
-        if isinstance(timing, Exception):
-            yield row | {"phase": "ragged", "way": f"{batch} x {slots}", "engine": name, "failed": describe(timing)}
-            continue
-        spread = {"seconds": timing.median, "low": timing.low, "high": timing.high}
-        yield row | spread | {"rate": moved / timing.median}
+        for way in ways:
+            row = {"batch": batch, "slots": slots, "implementation": name, "way": way, "bytes": moved, "seconds": None}
+            with torch.no_grad():
+                timing = attempt((name, batch, slots), partial(_one, call, device, rounds, calls, way == "recorded"))
+            if isinstance(timing, Exception):
+                engine = f"{name}, {way}"
+                yield row | {
+                    "phase": "ragged",
+                    "way": f"{batch} x {slots}",
+                    "engine": engine,
+                    "failed": describe(timing),
+                }
+                continue
+            spread = {"seconds": timing.median, "low": timing.low, "high": timing.high}
+            yield row | spread | {"rate": moved / timing.median}
 
 
-def _one(call: Callable[[], Any], device: torch.device, rounds: int, calls: int) -> Timing:
-    return time_in_turn({"one": call}, device, rounds, calls=calls, warmup=2)["one"]
+def _one(call: Callable[[], Any], device: torch.device, rounds: int, calls: int, recorded: bool) -> Timing:
+    if not recorded:
+        return time_in_turn({"one": call}, device, rounds, calls=calls, warmup=2)["one"]
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+    timing = time_in_turn({"one": graph.replay}, device, rounds, warmup=2)["one"]
+    spread = {name: getattr(timing, name) / calls for name in ("median", "low", "high", "mean")}
+    return replace(timing, calls=timing.calls * calls, **spread)
+
+
+def new_length_rows(device: torch.device, dtype: torch.dtype, heads: int, width: int, lengths: int = 8) -> Rows:
+    """Yield the time of torch's own attention over keys of a length that it has not met before, and of one that it has.
+
+    An answer grows by a token in every step, and prompts have any length: a backend that plans for each length anew
+    pays for it there. "decoding" is one query without a mask; "prefill" is causal.
+    """
+    cudnn, *others = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
+    backends = {
+        "torch's choice": nullcontext,
+        "cuDNN": partial(sdpa_kernel, cudnn),
+        "others": partial(sdpa_kernel, others),
+    }
+    first = 515
+    for phase in ("decoding", "prefill"):
+        for name, backend in backends.items():
+            row = {"phase": phase, "backend": name, "new": None, "known": None}
+            try:
+                with torch.no_grad(), backend():
+                    times = [_at_length(device, dtype, heads, width, first + more, phase) for more in range(lengths)]
+            except RuntimeError as error:
+                yield row | {"failed": describe(error)}
+                continue
+            new, known = zip(*times, strict=True)
+            yield row | {"new": summary([*new[1:]]).median, "known": summary([*known[1:]]).median}
+        first += 2 * lengths
+
+
+def _at_length(
+    device: torch.device, dtype: torch.dtype, heads: int, width: int, length: int, phase: str
+) -> tuple[float, float]:
+    query = torch.randn(1, heads, 1 if phase == "decoding" else length, width, device=device, dtype=dtype)
+    keys, values = torch.randn(2, 1, heads, length, width, device=device, dtype=dtype)
+    call = partial(scaled_dot_product_attention, query, keys, values, is_causal=phase == "prefill")
+    return seconds_of(call, device), seconds_of(call, device)
+
+
+def new_length_report(dtype: torch.dtype, heads: int, width: int) -> Report:
+    """Return the head of the table of new_length_rows."""
+    columns = (
+        Column("phase", "phase"),
+        Column("backend", "backend"),
+        Column("new", "a new length, ms", ".3f", 1e3),
+        Column("known", "again, ms", ".3f", 1e3),
+        Column("failed", ""),
+    )
+    notes = (f"torch's scaled_dot_product_attention, {dtype}, batch 1, {heads} heads of {width}, about 520 keys.",)
+    return Report("lengths", "What a length costs that attention has not met before", columns, [], notes)
 
 
 def ragged_report(dtype: torch.dtype, heads: int, width: int) -> Report:
@@ -155,6 +224,7 @@ def ragged_report(dtype: torch.dtype, heads: int, width: int) -> Report:
         Column("batch", "rows"),
         Column("slots", "slots"),
         Column("implementation", "implementation"),
+        Column("way", "way"),
         Column("seconds", "ms", ".4f", 1e3),
         Column("low", "quartile, ms", ".4f", 1e3),
         Column("high", "quartile, ms", ".4f", 1e3),

@@ -16,6 +16,7 @@ import torch
 
 from dynamic_llava.costs import device_peak
 from dynamic_llava.profile import checks
+from dynamic_llava.profile.compiling import compile_rows, compiled_steps, compiling_report, side_by_side
 from dynamic_llava.profile.inference_memory import measured_memory, memory_report
 from dynamic_llava.profile.latency import (
     COMPILED,
@@ -34,9 +35,12 @@ from dynamic_llava.profile.latency import (
 )
 from dynamic_llava.profile.laws import kernel_laws
 from dynamic_llava.profile.measuring import DeviceLimits, describe, measure_limits, with_limit
+from dynamic_llava.profile.method_laws import method_laws
 from dynamic_llava.profile.operations import (
     attention_report,
     attention_rows,
+    new_length_report,
+    new_length_rows,
     predictor_shares,
     ragged_report,
     ragged_rows,
@@ -142,6 +146,10 @@ def _kernels(setting: Setting) -> None:
     _hold(setting, "Laws of the kernels", kernel_laws(setting.device).items())
 
 
+def _methods(setting: Setting) -> None:
+    _hold(setting, "Laws of every method and of training", method_laws(setting.device).items())
+
+
 def _compiled(setting: Setting) -> None:
     _hold(setting, "Laws of the compiled step", step_laws(setting.device).items())
 
@@ -169,6 +177,10 @@ def _ragged(setting: Setting, cells: Sequence[tuple[int, int]], heads: int, widt
         sizes = {"batch": batch, "slots": slots, "heads": heads, "width": width, "calls": calls}
         found = ragged_rows(("auto", "sdpa"), setting.device, setting.dtype, **sizes)
         rows += setting.results.rows(head.title, found)
+    if setting.device.type != "cpu":
+        head = new_length_report(setting.dtype, heads, width)
+        setting.results.table(head)
+        setting.results.rows(head.title, new_length_rows(setting.device, setting.dtype, heads, width))
     _raise(failures(rows))
 
 
@@ -194,6 +206,14 @@ def _times(
         known = values
     results.rows(head.title, total_rows(preset, measured))
     return failures(measured)
+
+
+def _compiling(setting: Setting, presets: Sequence[Preset], variants: Sequence[Variant] = STEPS) -> None:
+    steps = compiled_steps(presets, variants)
+    head = compiling_report(side_by_side(steps, setting.device, setting.dtype))
+    setting.results.table(head)
+    rows = compile_rows(steps, setting.device, setting.dtype, setting.effort)
+    _raise(failures(setting.results.rows(head.title, rows)))
 
 
 def _steps(setting: Setting, presets: Sequence[Preset], variants: Sequence[Variant] = STEPS) -> None:
@@ -286,10 +306,10 @@ def _calculated(setting: Setting) -> None:
 def _gpu_parts(small: bool) -> dict[str, PartOf]:
     """Return the GPU's parts, at 7B's sizes or at tiny ones."""
 
-    def sized(name: str, about: str, outputs: tuple[int, ...], layers: int | None = None) -> Preset:
-        preset = replace(PRESETS[name], name=about, about=f"{PRESETS[name].about}, {layers or 'all'} layers")
+    def sized(name: str, outputs: tuple[int, ...]) -> Preset:
+        preset = PRESETS[name]
         if not small:
-            return replace(preset.with_layers(layers), outputs=outputs)
+            return replace(preset, outputs=outputs)
         shape = small_shape(64, 4, 256)
         shape = replace(shape, vision=replace(shape.vision, patches=64), tokens_per_image=64)
         outputs = tuple(8 * (place + 1) for place in range(len(outputs)))
@@ -304,15 +324,15 @@ def _gpu_parts(small: bool) -> dict[str, PartOf]:
         for rate in (0.3, 0.5, 1.0)
     ]
     slots = ((1, 40), (2, 80)) if small else ((8, 1024), (8, 4096), (1, 1024), (1, 4096))
-    one, eight = sized("7b-b1", "7b-b1", (512,)), sized("7b-b8", "7b-b8", (1024, 4096))
-    few = sized("7b-b1", "7b-b1-4-layers", (512,), 4), sized("7b-b8", "7b-b8-4-layers", (1024,), 4)
+    one, eight = sized("7b-b1", (512,)), sized("7b-b8", (1024, 4096))
     return {
         "device": partial(_device, small=small),
+        "methods": _methods,
         "kernels": _kernels,
         "compiled": _compiled,
         "attention": partial(_attention, cells=cells, implementations=("auto",)),
         "ragged": partial(_ragged, cells=slots, heads=heads, width=width, calls=2 if small else 50),
-        "steps-few-layers": partial(_steps, presets=few),
+        "compiling": partial(_compiling, presets=(eight, one)),
         "steps-batch-1": partial(_steps, presets=(one,)),
         "steps-batch-8": partial(_steps, presets=(eight,)),
         "generate": partial(_generate, preset=one, tokens=6 if small else 128),

@@ -3,11 +3,13 @@
 Standard library only, so that neither a broken torch nor a device that hangs takes more than one part with it. The
 parts themselves are in parts.py. A part has to end when its planned seconds and those of all parts before it are over,
 and whatever was given beyond the plan: what an earlier part did not need, a later one may use, and no part takes from
-those behind it.
+those behind it. Beside an accelerator the next part's process is started early: it imports, seconds that are nobody's,
+and waits for its turn. On two CPU cores that would disturb what is being measured.
 """
 
 import contextlib
 import faulthandler
+import itertools
 import os
 import signal
 import subprocess
@@ -42,19 +44,20 @@ class Part:
 
 GPU_PARTS = (
     Part("device", 20, "device, versions, copy bandwidth and matrix-product rate"),
-    Part("kernels", 60, "laws of MaskedSoftmax and ragged attention on the device"),
-    Part("compiled", 55, "laws of the compiled decoding step on the device"),
-    Part("attention", 30, "MaskedSoftmax beside plain attention, both passes"),
+    Part("methods", 20, "every method and a training step on the device beside the CPU"),
+    Part("compiling", 150, "compiling the steps of the next two parts, side by side"),
+    Part("steps-batch-8", 60, "cached steps of all layers, batch 8, beside both dense baselines"),
+    Part("steps-batch-1", 40, "cached steps of all layers, batch 1"),
+    Part("prefill", 20, "prefill, batch 1 and 8"),
+    Part("training", 25, "a training step: time and memory"),
     Part("ragged", 20, "attention of one new token over ragged rows"),
-    Part("steps-few-layers", 65, "cached steps of 4 layers, batch 1 and 8, beside both dense baselines"),
-    Part("steps-batch-1", 85, "cached steps of all layers, batch 1"),
-    Part("steps-batch-8", 90, "cached steps of all layers, batch 8"),
-    Part("generate", 40, "generate(), time of a token"),
-    Part("prefill", 25, "prefill, batch 1 and 8"),
-    Part("training", 30, "a training step: time and memory"),
-    Part("predictors", 20, "what the predictors cost at full size"),
+    Part("predictors", 15, "what the predictors cost at full size"),
+    Part("attention", 20, "MaskedSoftmax beside plain attention, both passes"),
+    Part("compiled", 55, "laws of the compiled decoding step on the device"),
+    Part("kernels", 80, "laws of MaskedSoftmax and ragged attention on the device"),
+    Part("generate", 45, "generate(), time of a token"),
 )
-"""The parts for one GPU, 540 seconds in all, most telling first."""
+"""The parts for one GPU, 570 seconds in all."""
 CPU_PARTS = (
     Part("device", 15, "device, versions, copy bandwidth and matrix-product rate"),
     Part("cache", 30, "bytes of the cache after long generations"),
@@ -185,13 +188,23 @@ def run(chosen: BenchmarkPlan, command: Callable[[str], list[str]], folder: Path
     deadline = begun + chosen.seconds - sum(part.seconds for part in chosen.parts)
     all_done = True
     before = {number: signal.signal(number, _end) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    started: dict[str, subprocess.Popen[bytes] | OSError] = {}
     try:
-        for part in chosen.parts:
+        for part, following in itertools.zip_longest(chosen.parts, chosen.parts[1:]):
+            begun = time.monotonic()
             deadline += part.seconds
-            state = _run_part(part, command(part.name), folder, deadline - ENDING)
+            early = [following] if following is not None and chosen.set != "cpu" else []
+            for each in (part, *early):
+                if each.name not in started:
+                    started[each.name] = _start(command(each.name), folder)
+            state = _run_part(part, started[part.name], folder, begun, deadline - ENDING)
+            del started[part.name]
             all_done &= state["state"] == "done"
             _write_summary(folder)
     finally:
+        for process in started.values():
+            if not isinstance(process, OSError):
+                _kill(process)
         for number, handler in before.items():
             signal.signal(number, handler)
     return all_done
@@ -203,38 +216,58 @@ def _end(number: int, frame: Any) -> None:
     raise Ended(number)
 
 
-def _run_part(part: Part, command: Sequence[str], folder: Path, deadline: float) -> dict[str, Any]:
-    """Run one part until the deadline; returns how it ended, which is in the results by then."""
-    path, log, begun = folder / results.RESULTS, folder / LOG, time.monotonic()
-    limit = deadline - begun
-    _say(folder, f"=== {part.name}, at most {limit:.0f} s ===")
-    results.append(path, {"part": part.name, "state": "running", "limit": limit})
-    offset, process, state = log.stat().st_size, None, {"state": "cut off", "reason": "the whole benchmark was ended"}
+def _start(command: Sequence[str], folder: Path) -> subprocess.Popen[bytes] | OSError:
+    """Start a part's process, which imports and then waits for its turn; what cannot be started gives its reason."""
     try:
-        with log.open("ab") as output:
-            process = subprocess.Popen(
+        with (folder / LOG).open("ab") as output:
+            return subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,  # its other end closes when this process ends, however it does
+                bufsize=0,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},
             )
-        try:
-            state = _outcome(process.wait(max(0.0, limit)), part.name, path, log, offset)
-        except subprocess.TimeoutExpired:
-            state = {"state": "timed out", "reason": f"ended after {time.monotonic() - begun:.0f} s"}
-            _dump_stack(process)
     except OSError as error:
-        state = {"state": "failed", "reason": f"the process could not be started: {error}"}
+        return error
+
+
+def _run_part(
+    part: Part, process: subprocess.Popen[bytes] | OSError, folder: Path, begun: float, deadline: float
+) -> dict[str, Any]:
+    """Run one part until the deadline; returns how it ended, which is in the results by then."""
+    path, log = folder / results.RESULTS, folder / LOG
+    limit = deadline - begun
+    _say(folder, f"=== {part.name}, at most {limit:.0f} s ===")
+    results.append(path, {"part": part.name, "state": "running", "limit": limit})
+    offset, state = log.stat().st_size, {"state": "cut off", "reason": "the whole benchmark was ended"}
+    try:
+        state = _wait(process, limit, begun, lambda code: _outcome(code, part.name, path, log, offset))
     finally:
-        if process is not None and not _kill(process):
+        if not isinstance(process, OSError) and not _kill(process):
             state["reason"] = f"{state.get('reason', '')}; its process could not be ended"
         results.append(path, {"part": part.name, "seconds": round(time.monotonic() - begun, 1), **state})
         _say(folder, f"=== {part.name}: {state['state']}{', ' + state['reason'] if state.get('reason') else ''} ===")
         if state["state"] == "cut off":
             _write_summary(folder)
     return state
+
+
+def _wait(
+    process: subprocess.Popen[bytes] | OSError, limit: float, begun: float, outcome: Callable[[int], dict[str, Any]]
+) -> dict[str, Any]:
+    if isinstance(process, OSError):
+        return {"state": "failed", "reason": f"the process could not be started: {process}"}
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # it has ended by itself, and its code says how
+        process.stdin.write(b"your turn\n")
+        process.stdin.flush()
+    try:
+        return outcome(process.wait(max(0.0, limit)))
+    except subprocess.TimeoutExpired:
+        _dump_stack(process)
+        return {"state": "timed out", "reason": f"ended after {time.monotonic() - begun:.0f} s"}
 
 
 def _outcome(code: int, name: str, path: Path, log: Path, offset: int) -> dict[str, Any]:
@@ -271,19 +304,22 @@ def _kill(process: subprocess.Popen[bytes]) -> bool:
     return True
 
 
-def attach_to_runner() -> None:
+def attach_to_runner() -> threading.Event:
     """Make this process a part: its stack goes into the log when asked for, and it ends when its runner has ended.
 
-    The runner holds the other end of standard input. With the process ends all that it has started.
+    Returns an event that is set when it is the part's turn. The runner holds the other end of standard input. With the
+    process ends all that it has started.
     """
     faulthandler.register(signal.SIGUSR1)
+    turn = threading.Event()
 
     def watch() -> None:
         while os.read(0, 4096):
-            continue
+            turn.set()
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
+    return turn
 
 
 def _say(folder: Path, line: str) -> None:

@@ -50,9 +50,10 @@ def step_laws(device: torch.device) -> Laws:
     return found
 
 
-def random_model(device: torch.device, dtype: torch.dtype, spread: float = 0.15) -> Any:
+def random_model(device: torch.device, dtype: torch.dtype, spread: float = 0.15, preset: Preset = PRESET) -> Any:
     """Return the model of the laws: the same weights in every dtype; a spread of 0.15 sets logits far apart."""
-    model = build_model(PRESET, torch.device("cpu"), torch.float32)
+    torch.manual_seed(0)  # biases are drawn where they are made
+    model = build_model(preset, torch.device("cpu"), torch.float32)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

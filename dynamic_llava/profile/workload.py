@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from dynamic_llava.engine.cache import CACHE
@@ -313,14 +314,27 @@ def dense_decoding(
     """Return a dense generation with `outputs` tokens behind it: DynamicCache, or compiled for `steps` more tokens.
 
     Compiled means StaticCache and torch.compile with the settings of the sparse step: replayed where the device can.
+    A DynamicCache is one longer in every step, and cuDNN's attention would plan anew each time, which is far slower
+    (`operations.new_length_rows`): it is left out there, on an accelerator, so that the baseline is no straw man.
     """
     token_B1 = random_ids(model, preset.batch, 1)
     if not steps:
-        return Decoding(twin, token_B1, dense_cache(twin, preset, outputs))
+        forward = twin if model.device.type == "cpu" else without_cudnn(twin)
+        return Decoding(forward, token_B1, dense_cache(twin, preset, outputs))
     longest = preset.prompt + outputs + steps
     options = compile_options(replayed=model.device.type != "cpu")
     forward = torch.compile(twin.forward, fullgraph=True, dynamic=False, options=options)
     return Decoding(forward, token_B1, dense_cache(twin, preset, outputs, longest))
+
+
+def without_cudnn(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function, run with every backend of torch's attention but cuDNN's."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            return function(*args, **kwargs)
+
+    return run
 
 
 @contextmanager

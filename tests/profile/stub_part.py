@@ -41,7 +41,7 @@ def misbehave(fault: str, results: Results) -> None:
 
 
 def main(name: str, path: str, fault: str, pause: str = "0") -> None:
-    attach_to_runner()
+    attach_to_runner().wait()
     results = Results(Path(path), name)
     results.add(about={"device": "stub"})
     head = Report("stub", f"Table of {name}", [Column("row", "row"), Column("pid", "pid")], [])
