@@ -160,8 +160,9 @@ def _one(call: Callable[[], Any], device: torch.device, rounds: int, calls: int,
     if not recorded:
         return time_in_turn({"one": call}, device, rounds, calls=calls, warmup=2)["one"]
     call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    module = torch.get_device_module(device)
+    graph = module.CUDAGraph()
+    with module.graph(graph):
         for _ in range(calls):
             call()
     timing = time_in_turn({"one": graph.replay}, device, rounds, warmup=2)["one"]

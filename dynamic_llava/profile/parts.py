@@ -328,17 +328,17 @@ def _gpu_parts(small: bool) -> dict[str, PartOf]:
     return {
         "device": partial(_device, small=small),
         "methods": _methods,
-        "kernels": _kernels,
-        "compiled": _compiled,
-        "attention": partial(_attention, cells=cells, implementations=("auto",)),
-        "ragged": partial(_ragged, cells=slots, heads=heads, width=width, calls=2 if small else 50),
         "compiling": partial(_compiling, presets=(eight, one)),
-        "steps-batch-1": partial(_steps, presets=(one,)),
         "steps-batch-8": partial(_steps, presets=(eight,)),
-        "generate": partial(_generate, preset=one, tokens=6 if small else 128),
+        "steps-batch-1": partial(_steps, presets=(one,)),
         "prefill": partial(_prefill, presets=(eight, one)),
         "training": partial(_training, preset=eight),
+        "ragged": partial(_ragged, cells=slots, heads=heads, width=width, calls=2 if small else 50),
         "predictors": partial(_predictors, preset=one),
+        "attention": partial(_attention, cells=cells, implementations=("auto",)),
+        "compiled": _compiled,
+        "kernels": _kernels,
+        "generate": partial(_generate, preset=one, tokens=6 if small else 128),
     }
 
 

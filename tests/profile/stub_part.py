@@ -41,7 +41,9 @@ def misbehave(fault: str, results: Results) -> None:
 
 
 def main(name: str, path: str, fault: str, pause: str = "0") -> None:
-    attach_to_runner().wait()
+    turn, times = attach_to_runner(), {f"started_{name}": time.time()}
+    turn.wait()
+    times[f"begun_{name}"] = time.time()
     results = Results(Path(path), name)
     results.add(about={"device": "stub"})
     head = Report("stub", f"Table of {name}", [Column("row", "row"), Column("pid", "pid")], [])
@@ -52,6 +54,7 @@ def main(name: str, path: str, fault: str, pause: str = "0") -> None:
         print(f"finished {name} {row}", flush=True)  # after the result is on the disk: the log must not know more
         if row == 0:
             misbehave(fault, results)
+    results.values(**times, **{f"ended_{name}": time.time()})
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dynamic_llava.profile import laws
+from dynamic_llava.methods import METHODS
+from dynamic_llava.profile import laws, method_laws
 from dynamic_llava.profile.laws import kernel_laws, kernel_on
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,3 +87,31 @@ def test_laws_of_triton_in_its_interpreter():
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("triton") == len(LAWS) - len(COMPILING)
+
+
+@pytest.mark.parametrize("name", method_laws.method_laws(CPU))
+def test_methods_and_training_are_themselves(name):
+    method_laws.method_laws(CPU)[name]()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_law_notices_a_method_that_is_another_on_the_device(monkeypatch, name):
+    """The device, under another name of the CPU, has a model whose weights are a little off."""
+    device, model = torch.device("cpu", 0), method_laws._model
+    other = method_laws.random_model(CPU, torch.float32, 0.151, method_laws._preset())
+    monkeypatch.setattr(method_laws, "_model", lambda place: other if place == device else model(place))
+    with pytest.raises(AssertionError, match=r"other|logits"):
+        method_laws.answers_alike(device, name)
+
+
+def test_a_law_notices_another_gradient(monkeypatch):
+    device, trained = torch.device("cpu", 0), method_laws._trained
+
+    def off(place, given):
+        found = trained(place, given)
+        last = [*found][-1]
+        return found if place == CPU else found | {last: found[last] + 1e-3}
+
+    monkeypatch.setattr(method_laws, "_trained", off)
+    with pytest.raises(AssertionError, match="of its scale"):
+        method_laws.trains_alike(device)

@@ -70,9 +70,21 @@ def test_real_parts_raise_hang_and_are_killed_and_the_others_finish(tmp_path):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_the_steps_run_eager_compiled_and_beside_both_dense_baselines(tmp_path):
-    found = rehearse(tmp_path / "x", {"steps-batch-1"})
-    assert found.parts["steps-batch-1"]["state"] == "done", (tmp_path / "x/log.txt").read_text()[-2000:]
-    engines = [(row["way"], row["engine"]) for report in found.reports for row in report.rows]
+    found = rehearse(tmp_path / "x", {"compiling", "steps-batch-1"})
+    for part in ("compiling", "steps-batch-1"):
+        assert found.parts[part]["state"] == "done", (tmp_path / "x/log.txt").read_text()[-2000:]
+    fresh, timed = (report.rows for report in found.reports)
+    assert {(row["preset"], row["engine"], row["outputs"]) for row in fresh} == {
+        ("7b-b8", "compiled", 8),
+        ("7b-b8", "StaticCache, compiled", 8),
+        ("7b-b8", "StaticCache, compiled", 16),
+        ("7b-b1", "compiled", 8),
+        ("7b-b1", "StaticCache, compiled", 8),
+    }
+    seconds = {row["engine"]: row["seconds"] for row in fresh if row["preset"] == "7b-b1"}
+    again = {row["engine"]: row["ready"] for row in timed if row["engine"] in seconds}
+    assert sum(again.values()) < sum(seconds.values()), "a part that times a step finds it compiled on the disk"
+    engines = [(row["way"], row["engine"]) for row in timed]
     assert engines == [
         ("both", "eager"),
         ("dense", "DynamicCache"),
