@@ -241,13 +241,16 @@ def _images(plan: Plan, cut: Cut, flight: Flight, seen: dict[Evidence, Tensor], 
     shown: dict[Evidence, Tensor] = {name: layout.gather_images(values_BC) for name, values_BC in seen.items()}
     if cut.reads_tower and plan.tower is not None:
         shown = {name: values.to(hidden_BCD.device) for name, values in plan.tower.seen.items()}
+    question = plan.question if "clip_text" in cut.sees else None
+    if cut.sees & TOKEN_EVIDENCE:
+        question = question_of(flight.asking(plan.layout), rows_I[:count], seen)
     return ImageTokens(
         hidden=shown["tower"] if cut.before_projector else layout.gather_images(hidden_BCD),
         valid=valid_In,
         key=key_I[:count],
         seen={name: values for name, values in shown.items() if name in cut.sees},
         tokens=plan.layout.image_lengths()[:count],
-        question=question_of(flight.asking(plan.layout), rows_I[:count], seen) if cut.sees & TOKEN_EVIDENCE else None,
+        question=question,
     )
 
 

@@ -10,7 +10,15 @@ from torch import Tensor
 from dynamic_llava.config import SparsityConfig
 from dynamic_llava.engine.tower import EncodedImages
 from dynamic_llava.layout import TokenLayout
-from dynamic_llava.methods import QUESTION_EVIDENCE, TOWER_EVIDENCE, Cut, Evidence, Method
+from dynamic_llava.methods import (
+    CLIP_EVIDENCE,
+    QUESTION_EVIDENCE,
+    TOWER_EVIDENCE,
+    Cut,
+    Evidence,
+    Method,
+    QuestionTokens,
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,8 @@ class Plan:
     """What the vision tower says of the chunk's images, where the first cut reads it."""
     project: Callable[[Tensor], Tensor] | None = None
     """The projector, (1, n, F) -> (1, n, D), where the first cut is before it."""
+    question: QuestionTokens | None = None
+    """What CLIP's text tower says of the question of each image, where the first cut sees it."""
     masked: bool = False
     """Keep the full length and mask (training, teacher forcing) instead of removing tokens."""
     answers_only: bool = False
@@ -122,11 +132,26 @@ def tower_cut(method: Method, layers: int) -> Cut | None:
 
 def _check_evidence(method: Method, cut: Cut) -> None:
     """Raise ValueError for evidence that cannot be had at the cut's layer, or not by a method that learns."""
-    if cut.layer == 0 and (asked := cut.sees - TOWER_EVIDENCE):
+    if cut.layer == 0 and (asked := cut.sees - TOWER_EVIDENCE - CLIP_EVIDENCE):
         raise ValueError(
             f"method {method.name!r} asks for {', '.join(sorted(asked))} at layer 0, and no layer has attended "
-            "before it; let its first cut be at layer 1 or later, or see nothing but the vision tower's evidence: "
-            f"{', '.join(sorted(TOWER_EVIDENCE))}"
+            "before it; let its first cut be at layer 1 or later, or see nothing but the evidence of vision tower and "
+            f"CLIP: {', '.join(sorted(TOWER_EVIDENCE | CLIP_EVIDENCE))}"
+        )
+    if cut.layer > 0 and "clip_text" in cut.sees:
+        raise ValueError(
+            f"method {method.name!r} asks for clip_text at layer {cut.layer}; what CLIP says of the question is shown "
+            "at layer 0, before the language model: let it decide there"
+        )
+    if "clip_text" in cut.sees and "clip_tokens" not in cut.sees:
+        raise ValueError(
+            f"method {method.name!r} asks for clip_text without clip_tokens, and nothing else lies in the space of "
+            "CLIP's texts; let its cut see both"
+        )
+    if cut.sees & CLIP_EVIDENCE and not cut.text_tower:
+        raise ValueError(
+            f"method {method.name!r} asks for {', '.join(sorted(cut.sees & CLIP_EVIDENCE))}, and its cut says no "
+            "text_tower; let the cut name the folder of a whole CLIP checkpoint: Cut(0, ..., text_tower=folder)"
         )
     if cut.layer > 0 and cut.reads_tower:
         raise ValueError(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynamic_llava.methods import Cut, Evidence
+from dynamic_llava.methods import QUESTION_EVIDENCE, Cut, Evidence
 
 
 class TowerReading:
@@ -69,8 +69,8 @@ class EncodedImages(Sequence[Tensor]):
 
     def serves(self, cut: Cut) -> bool:
         """Whether everything that a cut is shown was read, in its layer of the tower, of a picture of its size."""
-        wanted = cut.sees | ({"tower"} if cut.before_projector else set())
-        names = ("tower_layer", "early_depth", "picture_side")
+        wanted = (cut.sees - QUESTION_EVIDENCE) | ({"tower"} if cut.before_projector else set())
+        names = ("tower_layer", "early_depth", "picture_side", "text_tower")
         return wanted <= set(self.seen) and all(getattr(cut, name) == getattr(self.cut, name) for name in names)
 
     def chosen(self, order: Sequence[int]) -> "EncodedImages":

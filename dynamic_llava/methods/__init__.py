@@ -15,12 +15,20 @@ from dynamic_llava.methods.base import (
     SlotEvidence,
     Slots,
 )
+from dynamic_llava.methods.cdpruner import CDPruner
 from dynamic_llava.methods.dart import DART
 from dynamic_llava.methods.dense import Dense
 from dynamic_llava.methods.divprune import DivPrune
 from dynamic_llava.methods.downsample import Downsample
 from dynamic_llava.methods.dynamic import Dynamic
-from dynamic_llava.methods.evidence import QUESTION_EVIDENCE, TOKEN_EVIDENCE, TOWER_EVIDENCE, Evidence, QuestionTokens
+from dynamic_llava.methods.evidence import (
+    CLIP_EVIDENCE,
+    QUESTION_EVIDENCE,
+    TOKEN_EVIDENCE,
+    TOWER_EVIDENCE,
+    Evidence,
+    QuestionTokens,
+)
 from dynamic_llava.methods.fastv import FastV
 from dynamic_llava.methods.h2o import H2O
 from dynamic_llava.methods.hiprune import HiPrune
@@ -53,11 +61,13 @@ from dynamic_llava.methods.streaming_llm import StreamingLLM
 from dynamic_llava.methods.structure import Structure
 from dynamic_llava.methods.tome import ToMe
 from dynamic_llava.methods.tova import TOVA
+from dynamic_llava.methods.trim import TRIM
 from dynamic_llava.methods.visionzip import VisionZip
 from dynamic_llava.methods.vispruner import VisPruner
 from dynamic_llava.methods.vscan import VScan
 
 __all__ = [
+    "CLIP_EVIDENCE",
     "DART",
     "H2O",
     "METHODS",
@@ -66,7 +76,9 @@ __all__ = [
     "TOKEN_EVIDENCE",
     "TOVA",
     "TOWER_EVIDENCE",
+    "TRIM",
     "AveragePool",
+    "CDPruner",
     "Choice",
     "Cut",
     "Dense",

@@ -50,6 +50,8 @@ class Cut:
     early_depth: float | None = None
     """Where early_received and early_class_row are read, as a share of the tower's depth: 0.375 is layer 9 of 24, and 0
     the first."""
+    text_tower: str | None = None
+    """Where clip_tokens and clip_text are read: the folder or hub name of a whole CLIP checkpoint."""
     picture_side: float | None = None
     """At layer 0 alone, seeing nothing: the tower is given a picture downsampled to this share of its side in patches;
     its tokens come at the `middles` of that coarser grid (grid.py), and what comes at other places means nothing."""
@@ -227,6 +229,7 @@ class Method:
     def knobs(self, budget: BudgetKind) -> tuple[str, ...]:
         """Return the settings, int or float, that more or less of a budget is kept by: the larger, the more.
 
+        One that also names a rule in words, which fits the budget to the image, may be given a float all the same.
         Several are turned together, in the proportion that they have; one of an inner method has a dotted name. None
         where the method has no such setting. Default: `image_keep_rate`, and for the bytes of a method that evicts
         `keep_rate`, where they are numbers.

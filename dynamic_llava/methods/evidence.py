@@ -1,7 +1,7 @@
 """What a cut may be shown beside hidden states; it is computed only where a method asks for it (`Cut.sees`).
 
 Shape suffixes: I images, n image tokens of the longest, t question tokens of the longest, D hidden size, F feature
-size, H query heads, K key heads, d head size.
+size, H query heads, K key heads, d head size, p pieces of the longest text, s size of CLIP's shared space.
 """
 
 from collections.abc import Mapping
@@ -25,6 +25,8 @@ Evidence = Literal[
     "received",
     "early_received",
     "tower",
+    "clip_tokens",
+    "clip_text",
 ]
 """At a layer above 0, of what the layer before the cut sees. question_row: (I, n) head-mean attention of the last token
 before the row's first answer to each image token; question_rows: (I, n, t, H) float32, the attention of each token of
@@ -40,23 +42,29 @@ layer that the cut's `early_depth` says; tower_keys: (I, n, d), the mean over he
 joint_class_row, joint_tower_keys: the same of whole queries and keys, (I, n) and (I, n, F of one layer), as if all
 heads were one; received: (I, n) float32, the attention that each patch receives, the mean over heads and over all of
 the tower's tokens; early_received: the same in the layer of `early_depth`; tower: (I, n, F), the features that the
-projector reads."""
+projector reads; clip_tokens: (I, n, s) float32, the patches in CLIP's shared space: those features, of several layers
+the last, under CLIP's norm behind its last layer and its projection of images. Of the question, in `QuestionTokens`:
+clip_text: (I, p, s) float32, the text tower's embedding of each piece of its text; no cut sees it without
+clip_tokens."""
 TOKEN_EVIDENCE: frozenset[Evidence] = frozenset({"relevance", "keys", "normed", "rotation"})
 """What is shown of single tokens in the language model, those of the question too."""
-QUESTION_EVIDENCE: frozenset[Evidence] = TOKEN_EVIDENCE | {"question_row", "question_rows"}
-"""The evidence of a layer above 0, for which there has to be a question behind the images."""
+QUESTION_EVIDENCE: frozenset[Evidence] = TOKEN_EVIDENCE | {"question_row", "question_rows", "clip_text"}
+"""The evidence for which there has to be a question behind the images: clip_text at layer 0, the others above it."""
 TOWER_EVIDENCE: frozenset[Evidence] = frozenset(get_args(Evidence)) - QUESTION_EVIDENCE
 """The evidence that is read in the vision tower; a call that gives images as projected features has none."""
+CLIP_EVIDENCE: frozenset[Evidence] = frozenset({"clip_tokens", "clip_text"})
+"""The evidence for which a whole CLIP checkpoint is opened beside the model (`Cut.text_tower`)."""
 
 
 @dataclass(frozen=True)
 class QuestionTokens:
     """The first question of each image's row: its prompt tokens behind the image and before the row's first answer.
 
-    The last token before the answer is one of them, whatever it is.
+    The last token before the answer is one of them, whatever it is. Where a cut sees clip_text, t is p instead: the
+    entries are pieces of the question's text, each as long as CLIP's text tower reads, nearly always one.
     """
 
     valid: Tensor
-    """(I, t) bool: tokens of the question; the others fill up a shorter one, or stand before the image."""
+    """(I, t) bool: tokens, or pieces, of the question; the others fill up a shorter one, or stand before the image."""
     seen: Mapping[Evidence, Tensor]
-    """(I, t, ...) of each TOKEN_EVIDENCE that the cut sees."""
+    """(I, t, ...) of clip_text, or of each TOKEN_EVIDENCE, that the cut sees."""

@@ -29,6 +29,7 @@ from dynamic_llava.model.configuration import DynamicLlavaConfig
 from dynamic_llava.model.images import ImageInputs, Inputs, check_images, features_of, tower_of
 from dynamic_llava.model.outputs import DynamicModelOutput
 from dynamic_llava.model.switches import choose_method
+from dynamic_llava.model.text_tower import asked_text
 from dynamic_llava.projectors import Projector, find_projector, image_tokens
 
 TAKES_ENCODED = "mm_encoder_outputs" in inspect.signature(LlavaModel.forward).parameters
@@ -176,6 +177,7 @@ class DynamicLlavaModel(ImageInputs, DynamicLlavaPreTrainedModel, LlavaModel):
             if reads is not None and plan["has_images"]:
                 plan["tower"] = tower_of(plan["method"], reads, images)
                 plan["project"] = self.multi_modal_projector
+                plan["question"] = asked_text(self.config, plan["method"], reads, inputs.input_ids, layout)
         if plan["sample_key"] is None:
             plan["sample_key"] = torch.zeros(batch, dtype=torch.int64, device=image.device)
         if plan["keep_mask"] is not None:

@@ -16,8 +16,9 @@ from transformers.processing_utils import MultiModalData as MultiModalData  # wh
 
 from dynamic_llava.engine.tower import EncodedImages, TowerReading
 from dynamic_llava.layout import TokenLayout
-from dynamic_llava.methods import Cut, Evidence, Method
+from dynamic_llava.methods import CLIP_EVIDENCE, Cut, Evidence, Method
 from dynamic_llava.methods.grid import middles
+from dynamic_llava.model import text_tower
 from dynamic_llava.model.arguments import check_shapes
 from dynamic_llava.projectors import STRATEGIES, find_projector, image_tokens
 from dynamic_llava.sparsity.decisions import budget
@@ -203,6 +204,11 @@ class ImageInputs:
             if cut.before_projector or "tower" in cut.sees:
                 seen["tower"] = torch.cat([outputs.hidden_states[one][:, 1:] for one in layers], dim=-1)
             features = features_of(outputs)
+            if "clip_tokens" in cut.sees:
+                width = self.config.vision_config.hidden_size
+                patches = outputs.hidden_states[layers[-1]][:, 1:]
+                clip = text_tower.open_clip(str(cut.text_tower), width, patches.device)
+                seen["clip_tokens"] = clip.tokens(patches)
             if cut.picture_side is not None:
                 features = [_placed(one, side, coarse) for one in features]
             outputs.pooler_output = EncodedImages(features, seen, cut)
@@ -232,7 +238,7 @@ class ImageInputs:
         if earlier := cut.sees & {"early_received", "early_class_row"}:
             early = max(1, round((cut.early_depth or 0) * depth))
             asked[blocks[early - 1].self_attn] = earlier
-        if not (attended := cut.sees - earlier - {"tower"}):
+        if not (attended := cut.sees - earlier - {"tower"} - CLIP_EVIDENCE):
             return TowerReading(asked)
         layer = layers[-1] if cut.tower_layer is None else cut.tower_layer
         if not -depth - 1 <= layer <= depth or layer in (0, -depth - 1):

@@ -23,7 +23,7 @@ from dynamic_llava.engine.plan import tower_cut
 from dynamic_llava.engine.step import compile_options
 from dynamic_llava.engine.tower import EncodedImages
 from dynamic_llava.layout import TokenLayout
-from dynamic_llava.methods import Dynamic, Method
+from dynamic_llava.methods import CLIP_EVIDENCE, Dynamic, Method
 from dynamic_llava.model import AdmissionCache, DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
 from dynamic_llava.profile.presets import Preset, Way
 
@@ -149,6 +149,12 @@ def prompts(model: DynamicLlavaForConditionalGeneration, preset: Preset) -> Prom
     cut = None if preset.method is None else tower_cut(preset.method, preset.shape.decoder.layers)
     if cut is None:
         return Prompt(ids_BN, features_BnD, embeds_BND, features_BnD)
+    if cut.sees & CLIP_EVIDENCE:
+        assert preset.method is not None
+        raise ValueError(
+            f"method {preset.method.name!r} reads the question's text, and a benchmark's model has no "
+            "tokenizer that says it; time a method that reads no text, such as divprune"
+        )
     return Prompt(ids_BN, features_BnD, embeds_BND, EncodedImages(features_BnD, tower_says(model, preset), cut))
 
 

@@ -12,12 +12,14 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
+from transformers import AutoTokenizer, CLIPModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from dynamic_llava import get_method
 from dynamic_llava.engine.decoder import FAMILIES
 from dynamic_llava.sparsity import budget
 from tests.builders import IMAGE_TOKEN, LAYERS, assert_same_logits, build_model, collate, fixed_rows
+from tests.clip_folders import READS, tiny_clip
 
 STAGED = {
     "pyramiddrop": {"stage_keep_rate": 0.5},
@@ -47,6 +49,9 @@ STAGED = {
     "prumerge_plus, two": {"neighbours": 2},
     "average_pool, overlapping": {"side_keep_rate": 0.75},
     "downsample": {},
+    "trim": {},
+    "trim, share": {"image_keep_rate": 0.3},
+    "cdpruner": {"image_keep_rate": 0.4},
 }
 
 
@@ -68,6 +73,7 @@ class Reference:
             embeds[0, torch.cat(self.images)] = features
             self.tower = [Tower(model.model.vision_tower, one[None]) for one in pixels]
             self.pixels, self.encoder = pixels, model.model.get_image_features
+        self.ids = ids
         self.hidden, self.embeds, self.until = embeds, embeds[0].clone(), torch.full(ids.shape, LAYERS)
         self.places = {cut.layer for cut in method.cuts(LAYERS)}
         places = torch.arange(len(ids))[None]
@@ -298,6 +304,47 @@ class Reference:
             likeness = {place: max(cosine(hidden, place, one) for one in keep) for place in left}
             keep.append(max(left, key=lambda place: weight * importance[place] - (1 - weight) * likeness[place]))
         return [place for place in range(len(image)) if place not in keep]
+
+    def clip(self, image):
+        """(n, P) patches and (m, P) pieces of the question in the shared space, by transformers' own CLIP."""
+        folder = tiny_clip(self.tower[0].features.shape[1])
+        whole = CLIPModel.from_pretrained(folder).eval()
+        taken = whole.visual_projection(whole.vision_model.post_layernorm(self.tower[self.number].features))
+        asked = range(int(image.max()) + 1, int(self.answers.nonzero()[0]) if self.answers.any() else len(self.ids))
+        words = " ".join(f"w{self.ids[column]}" for column in asked if self.ids[column] != IMAGE_TOKEN)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        (start, *letters, end), room = tokenizer(words)["input_ids"], READS - 2
+        cut = [[start, *letters[at : at + room], end] for at in range(0, max(1, len(letters)), room)]
+        return taken, torch.cat([whole.get_text_features(torch.tensor([one])).pooler_output for one in cut])
+
+    def trim(self, image):
+        patches, pieces = self.clip(image)
+        scores = np.exp(-(patches @ pieces[0]).double().numpy())
+        scores /= scores.sum()
+        if self.method.image_keep_rate == "outliers":
+            lower, upper = np.percentile(scores, [25, 75])
+            count = int((scores > upper + 1.5 * (upper - lower)).sum())
+        else:
+            count = int(Fraction(str(self.method.image_keep_rate)) * len(image)) - 1
+        keep = best(torch.tensor(scores), count)
+        rest = [place for place in range(len(image)) if place not in keep]
+        self.hidden[0, image[rest[-1]]] = self.project(self.tower[self.number].features[rest].mean(0))
+        return rest[:-1]
+
+    def cdpruner(self, image):
+        patches, pieces = self.clip(image)
+        unlike = np.array(
+            [-np.mean([float(F.cosine_similarity(one, piece, dim=0)) for piece in pieces]) for one in patches]
+        )
+        relevance = (unlike - unlike.min() + 1e-6) / (unlike.max() - unlike.min())
+        unit = F.normalize(self.hidden[0, image], dim=-1).double().numpy()
+        kernel, keep, every = relevance[:, None] * (unit @ unit.T) * relevance, [], range(len(image))
+        while len(keep) < budget(self.method.image_keep_rate, len(image)):
+            volume = {
+                one: np.linalg.det(kernel[np.ix_([*keep, one], [*keep, one])]) for one in every if one not in keep
+            }
+            keep.append(max(volume, key=lambda one: volume[one]))
+        return [place for place in every if place not in keep]
 
     def prumerge_plus(self, image):
         tower, every = self.tower[self.number], range(len(image))

@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import convert_to_fp32, send_to_device
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AttentionInterface
+from transformers import AttentionInterface, CLIPModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dynamic_llava import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration, get_method
@@ -31,12 +31,13 @@ from tests.builders import (
     shared_model,
     tiny_config,
 )
+from tests.clip_folders import PUBLISHED, SHARED, tiny_clip
 from tests.toys import pooled as pooled
 
 READERS = [name for name, kind in METHODS.items() if any(cut.reads_tower for cut in kind().cuts(6))]
 PIXELS = torch.randn(3, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(7))
 CALL = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-EVERYTHING = Cut(0, TOWER_EVIDENCE)
+EVERYTHING = Cut(0, TOWER_EVIDENCE, text_tower=PUBLISHED)
 
 
 @torch.no_grad()
@@ -67,6 +68,8 @@ def test_evidence_is_that_of_the_layer_asked_for(attention, asked, block):
     normed = layer.layer_norm1(hidden[block])
     query, key = layer.self_attn.q_proj(normed), layer.self_attn.k_proj(normed)
     joint = (query[:, :1] @ key.transpose(1, 2) * key.shape[-1] ** -0.5).softmax(-1)[:, 0, 1:]
+    clip = CLIPModel.from_pretrained(tiny_clip(hidden[0].shape[-1]))
+    patches = hidden[asked.get("layer", -2)][:, 1:]
     wanted = {
         "class_row": attentions[block].mean(1)[:, 0, 1:],
         "tower_keys": key.unflatten(-1, (layer.self_attn.num_heads, -1)).mean(2)[:, 1:],
@@ -75,7 +78,8 @@ def test_evidence_is_that_of_the_layer_asked_for(attention, asked, block):
         "received": attentions[block].mean((1, 2))[:, 1:],
         "early_received": attentions[0].mean((1, 2))[:, 1:],  # round(0.4 * 3) is the first of three
         "early_class_row": attentions[0].mean(1)[:, 0, 1:],
-        "tower": hidden[asked.get("layer", -2)][:, 1:],
+        "tower": patches,
+        "clip_tokens": clip.visual_projection(clip.vision_model.post_layernorm(patches)),
     }
     assert set(seen) == set(wanted) == TOWER_EVIDENCE
     for name, values in wanted.items():
@@ -112,6 +116,10 @@ def test_nothing_is_read_that_no_method_asks_for(monkeypatch):
         read = counted(cut=method.cuts(6)[0]) - counted()
         if name == "downsample":
             assert read < 0 == method.tower_flops(6, vision), "the tower has less to do, and nothing is read"
+            continue
+        if name in ("trim", "cdpruner"):
+            assert read == row // (TOKENS_PER_IMAGE + 1) * TOKENS_PER_IMAGE * SHARED, "the projection alone"
+            assert method.tower_flops(6, vision) == 0, "what CLIP costs is stated in docs/methods.md, not counted"
             continue
         rows = {"hiprune": 34, "average_pool": 0, "vscan": 2}.get(name, 1)
         assert len(PIXELS) * method.tower_flops(6, vision) == read == row * rows, name
@@ -222,7 +230,7 @@ def test_what_cannot_be_read_is_refused_and_says_what_to_do(name):
         for call in (model, model.generate):
             with pytest.raises(ValueError, match=words):
                 call(**given, image_features=images, method=name)
-    other = Cut(0, TOWER_EVIDENCE, tower_layer=2)
+    other = Cut(0, TOWER_EVIDENCE, tower_layer=2, text_tower=PUBLISHED)
     with pytest.raises(ValueError, match=words):
         model(
             **given,
@@ -240,7 +248,7 @@ class Drawn(Method):
     name: ClassVar[str] = "drawn"
 
     def cuts(self, layers):
-        return (Cut(0, TOWER_EVIDENCE, early_depth=0),)
+        return (Cut(0, TOWER_EVIDENCE, early_depth=0, text_tower=PUBLISHED),)
 
     def keep_image(self, cut, images: ImageTokens, learned):
         images.seen["tower_keys"].sum(-1) + images.seen["tower"].sum(-1) + images.seen["received"]

@@ -10,6 +10,7 @@ from dynamic_llava.methods import METHODS as REGISTERED
 from dynamic_llava.methods import Mixed
 from dynamic_llava.model import cache_of
 from dynamic_llava.profile.inference_memory import cache_bytes, inference_memory, measured_memory
+from dynamic_llava.profile.method_laws import method_laws
 from dynamic_llava.profile.presets import Preset, small_shape
 from dynamic_llava.profile.rehearsal import preset_under
 from dynamic_llava.profile.workload import (
@@ -62,8 +63,13 @@ SETTINGS = {
     "h2o": {"shares_of": "tokens"},
     "streaming_llm": {"window": 20},
 }
-METHODS = [name for name, method in REGISTERED.items() if method is Mixed or (method.training_free and name != "dense")]
-"""Every registered method that learns nothing and drops something."""
+READ_TEXT = ("cdpruner", "trim")
+METHODS = [
+    name
+    for name, method in REGISTERED.items()
+    if method is Mixed or (method.training_free and name not in ("dense", *READ_TEXT))
+]
+"""Every registered method that learns nothing, drops something and needs no tokenizer."""
 
 
 @lru_cache
@@ -111,6 +117,17 @@ def test_a_cache_opened_pre_filled_is_that_of_a_generation(model, name, outputs)
     assert all(torch.equal(*(getattr(one.record.layout, kind) for one in (after.cache, cache))) for kind in KINDS)
     assert torch.equal(after.cache.record.tokens_per_layer(), cache.record.tokens_per_layer())
     assert after.cache.allocated_bytes() == cache.allocated_bytes() or cache.evicts  # blocks go by the longest so far
+
+
+def test_a_device_is_judged_by_every_other_method():
+    judged = {law.partition(" on the device")[0] for law in method_laws(CPU)} - {"a training step"}
+    assert judged == set(REGISTERED) - set(READ_TEXT)
+
+
+@pytest.mark.parametrize("name", READ_TEXT)
+def test_methods_that_read_text_are_refused(model, name):
+    with pytest.raises(ValueError, match=f"'{name}' reads the question's text.*no tokenizer.*divprune"):
+        prompts(model, preset_of(name)[0])
 
 
 @pytest.mark.parametrize("outputs", [0, 63, 90, 300])

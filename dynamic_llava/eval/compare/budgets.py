@@ -39,14 +39,15 @@ class Fitted:
     """A method whose knob was turned to a budget."""
 
     method: Method
-    turned: Mapping[str, tuple[float, float]]
+    turned: Mapping[str, tuple[Any, float]]
     """Setting -> its value before and now."""
     held: float
     """What it leaves of the prompts that were tried."""
 
     def describe(self) -> str:
         """Say what was set."""
-        return ", ".join(f"{name} {before:g} -> {now:g}" for name, (before, now) in self.turned.items())
+        words = {name: f"{old:g}" if _is_number(old) else str(old) for name, (old, _) in self.turned.items()}
+        return ", ".join(f"{name} {words[name]} -> {now:g}" for name, (_, now) in self.turned.items())
 
 
 @dataclass(frozen=True)
@@ -126,13 +127,20 @@ class EqualBudget:
 
 
 def turn(method: Method, knobs: Mapping[str, Any], total: float) -> Method:
-    """Return the method with the settings of a knob adding up to `total`, in the proportion that they have."""
-    whole = sum(knobs.values())
+    """Return the method with the settings of a knob adding up to `total`, in the proportion that they have.
+
+    A setting that names a rule instead of a number, as one that adapts to the image, gets an equal part.
+    """
+    whole = sum(knobs.values()) if all(map(_is_number, knobs.values())) else 0
     for name, value in knobs.items():
         part = value / whole if whole else 1 / len(knobs)
         turned = math.floor(total * part) if isinstance(value, int) else round(total * part, 6)
         method = _with(method, name.split("."), turned)
     return method
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
 
 
 def held_setting(method: Method, path: str) -> Any:

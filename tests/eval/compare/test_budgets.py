@@ -99,16 +99,23 @@ def test_knobs_of_inner_methods_are_turned():
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_every_method_says_its_knobs_by_settings_that_it_has(name):
-    """Numbers that a turn changes; none has what keeps everything, leaves images to others, or asks each image."""
+    """Numbers that a turn changes, or a rule that it replaces; none has what keeps all, or leaves images to others."""
     method = get_method(name)
     found = {kind: method.knobs(kind) for kind in ("image-tokens", "kv-bytes")}
     for names in found.values():
         for one in names:
-            assert isinstance(getattr(method, one), int | float) and not isinstance(getattr(method, one), bool)
+            value = getattr(method, one)
+            assert (isinstance(value, int | float) and not isinstance(value, bool)) or value == "outliers"
         if names:
             assert turn(method, {one: getattr(method, one) for one in names}, 1) != method
     assert any(found.values()) == (name not in ("dense", "mixed", "prumerge_plus"))
     assert not (method.evicts and found["image-tokens"])
+
+
+def test_a_rule_in_words_gives_way_to_a_share(loaded, asked):
+    with torch.no_grad():
+        fitted = EqualBudget("image-tokens", 5).fit(get_method("trim"), Probing(loaded, asked[:2], 2))
+    assert fitted.held == 5 and fitted.describe() == f"image_keep_rate outliers -> {fitted.method.image_keep_rate:g}"
 
 
 def test_settings_that_turn_nothing_are_no_knobs():
