@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from dynamic_llava.sparsity import ragged_attention as ragged_module
 from dynamic_llava.sparsity.ragged_attention import ragged_attention
 from tests.sparsity.implementations import device_of, moved, with_triton
 
@@ -180,3 +181,13 @@ def test_triton_splits_cover_every_slot(rows, slots, processors):
     splits, each = split_slots(rows, slots, 64, processors)
     assert each % 64 == 0 and (splits - 1) * each < slots <= splits * each
     assert splits == 1 or rows * (splits - 1) <= 2 * processors + rows
+
+
+@pytest.mark.parametrize(("compiling", "asked"), [(False, "sdpa"), (True, "auto")])
+def test_auto_is_a_kernel_of_ours_only_where_no_launch_costs_anything(monkeypatch, compiling, asked):
+    chosen = []
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    monkeypatch.setattr(ragged_module, "choose", lambda _, implementation, *__: chosen.append(implementation) or "sdpa")
+    query, keys, values = torch.randn(1, 2, 1, 8), *torch.randn(2, 1, 2, 5, 8)
+    ragged_module.ragged_attention(query, keys, values, torch.tensor([2]))
+    assert chosen == [asked]
