@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
+from transformers.utils.output_capturing import capture_outputs
 
 from dynamic_llava.engine.attention import cache_mask
 from dynamic_llava.engine.cache import CACHE, StepCache
@@ -27,6 +29,10 @@ GRAPHS = 256
 _TAKES_LIMIT = "recompile_limit" in inspect.signature(torch.compile).parameters
 SLOTS_DIMENSION = 2
 """Dimension of a storage (B, K, W, d) that grows."""
+CAPTURES = ("output_attentions", "output_hidden_states")
+"""What transformers captures of a decoder when it is asked to."""
+_NOTICE_HOOKS = {"skip_nnmodule_hook_guards": False}
+"""A forward hook that a module is given, or loses, makes a graph of its own; torch's default is not to look."""
 
 
 def decode_step(
@@ -73,6 +79,7 @@ def _given(
     return {CACHE: cache, "attention_mask": cache_mask(visible_B1W, implementation, hidden_B1D.dtype)}
 
 
+@torch.compiler.disable  # a model that is compiled as a whole calls it between two graphs
 def compiled_step(
     decoder: Any,
     hidden_B1D: Tensor,
@@ -84,17 +91,10 @@ def compiled_step(
 ) -> tuple[Tensor, Tensor]:
     """Run `decode_step` compiled; the first call for a model and a batch size compiles, which takes a while.
 
-    Returns tensors that later steps leave alone. Raises ValueError where gradients are recorded, and for arguments of
-    layers, which a graph has no use for.
+    Returns tensors that later steps leave alone. Raises ValueError where gradients are recorded, for arguments of
+    layers, which a graph has no use for, and for hooks that it cannot follow.
     """
-    if torch.is_grad_enabled():
-        raise ValueError(
-            "compile=True serves inference, but gradients are being recorded; call it in torch.no_grad() or "
-            "torch.inference_mode(), or use generate"
-        )
-    given = sorted(name for name, value in kwargs.items() if value)
-    if given:
-        raise ValueError(f"a compiled step has no use for {given}; leave them out, or leave out compile=True")
+    _check(decoder, kwargs)
     _mark(step)
     replayed = hidden_B1D.device.type != "cpu"
     if replayed:
@@ -104,12 +104,61 @@ def compiled_step(
     return hidden_B1D, until_B1.clone() if replayed else until_B1
 
 
+def _check(decoder: Any, kwargs: dict[str, Any]) -> None:
+    """Raise ValueError for what a compiled step cannot serve."""
+    if torch.is_grad_enabled():
+        raise ValueError(
+            "compile=True serves inference, but gradients are being recorded; call it in torch.no_grad() or "
+            "torch.inference_mode(), or use generate"
+        )
+    captured = {name: getattr(decoder.config, name, False) for name in CAPTURES}
+    given = sorted(name for name, value in {**captured, **kwargs}.items() if value)
+    if given:
+        raise ValueError(
+            f"a compiled step has no use for {given}, of the call or of the configuration; leave them out, or leave "
+            "out compile=True"
+        )
+    if "_hf_hook" in vars(decoder.norm):
+        raise ValueError(
+            "compile=True serves a model that stays on one device, and accelerate moves weights or states of this one "
+            "(device_map, offloading); load it onto one device, or leave out compile=True"
+        )
+    if _has_any_global_hook():
+        raise ValueError(
+            "compile=True serves hooks of single modules, and PyTorch holds a hook for all modules "
+            "(register_module_forward_hook and the like), which a graph would not notice to come or go; remove it, or "
+            "leave out compile=True"
+        )
+
+
+@capture_outputs
+def _uncaptured(decoder: Any, *inputs: Any, **_: Any) -> tuple[Tensor, Tensor]:
+    return decode_step(decoder, *inputs)
+
+
+def traced_step(decoder: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+    """Run `decode_step` as it is compiled: while nothing is captured, whatever the configuration says.
+
+    A model that was once asked for hidden states or attentions keeps the hooks of transformers' that capture them. They
+    look for the capture in progress, and a compiler can follow them only to one that begins in its graph, so an empty
+    one does.
+    """
+    return _uncaptured(decoder, *inputs, return_dict=True, **dict.fromkeys(CAPTURES, False))
+
+
+def as_one_graph(**how: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return `traced_step` compiled without breaks; `how` goes to torch.compile."""
+    limit: dict[str, Any] = {"recompile_limit": GRAPHS}
+    more = limit if _TAKES_LIMIT else {}
+    compiled = torch.compile(traced_step, fullgraph=True, dynamic=False, **how, **more)
+    # Other functions are compiled by the same settings, so ours hold during our calls alone; before torch 2.13 the
+    # limit is such a setting.
+    return torch._dynamo.config.patch({**_NOTICE_HOOKS, **({} if _TAKES_LIMIT else limit)})(compiled)
+
+
 @cache
 def _compiled(replayed: bool) -> Callable[..., tuple[Tensor, Tensor]]:
-    more: dict[str, Any] = {"recompile_limit": GRAPHS} if _TAKES_LIMIT else {}
-    compiled = torch.compile(decode_step, fullgraph=True, dynamic=False, options=compile_options(replayed), **more)
-    # Before torch 2.13 the limit is the whole process's, so it is raised during our own calls alone.
-    return compiled if _TAKES_LIMIT else torch._dynamo.config.patch(recompile_limit=GRAPHS)(compiled)
+    return as_one_graph(options=compile_options(replayed))
 
 
 def compile_options(replayed: bool) -> dict[str, Any]:

@@ -325,12 +325,14 @@ def test_a_toy_is_profiled_by_its_name(toy, command, capsys):
 @pytest.mark.slow
 @torch.no_grad()
 def test_a_toys_compiled_steps_are_its_steps(toy):
+    """On a model that was asked for hidden states before, as a shared one may have been or not."""
     model, inputs = toy.model(), prompts(toy.rows())
     torch._dynamo.reset()
     if toy.method.evicts:
         with pytest.raises(ValueError, match="compile"):
             model.generate(**inputs, **CALL, **toy.given(), compile=True)
         return
+    model(**inputs, **toy.given(), output_hidden_states=True)
     eager, compiled = (model.generate(**inputs, **CALL, **toy.given(), compile=on) for on in (False, True))
     assert_same_logits(torch.stack(compiled.logits), torch.stack(eager.logits))
     assert torch.equal(compiled.sparsity.until, eager.sparsity.until)

@@ -4,13 +4,15 @@ import shutil
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch._dynamo.utils import counters
 from torch.nn.functional import pad
+from torch.nn.modules.module import register_module_forward_hook
 from torch.profiler import ProfilerActivity, profile
 
 from dynamic_llava import get_method
-from dynamic_llava.engine.step import _mark, decode_step
-from tests.builders import build_model, fixed_rows, prompts
+from dynamic_llava.engine.step import _mark, as_one_graph, decode_step
+from tests.builders import assert_same_logits, build_model, fixed_rows, prompts
 
 HALF = get_method("random", image_keep_rate=0.25, output_keep_rate=0.5)
 SWITCHES = [{"method": HALF, "sample_key": torch.arange(4)}, {}]
@@ -121,6 +123,60 @@ def test_a_compiled_step_works_in_place():
     assert [storage.data.data_ptr() for storage in storages] == places
 
 
+@pytest.fixture
+def traced(monkeypatch):
+    """A compiled step is one graph without breaks as ever, but its operations are PyTorch's own: no wait for code."""
+    graph = as_one_graph(backend="eager")
+    monkeypatch.setattr("dynamic_llava.engine.step._compiled", lambda replayed: graph)
+
+
+def compiled_as_eager(model, inputs):
+    """Return the logits of compiled steps, after they were held against those of eager ones."""
+    eager, compiled = (
+        torch.stack(generated(model, inputs, 4, compile=flag, **SWITCHES[0]).logits) for flag in (False, True)
+    )
+    assert_same_logits(compiled, eager)
+    return compiled
+
+
+@torch.no_grad()
+def test_captures_and_compiled_steps_leave_each_other_alone(traced):
+    """A model once asked for hidden states and attentions keeps transformers' hooks; in any order a call is itself."""
+    untouched, model = (build_model(attention="eager", layers=3) for _ in range(2))
+    inputs = prompts(fixed_rows(seed=40, output=0))
+    asked = {"output_hidden_states": True, "output_attentions": True, **SWITCHES[0]}
+    expected = untouched(**inputs, **asked)
+    assert len(expected.hidden_states) == 4 and len(expected.attentions) == 3
+    for _ in range(2):
+        compiled_as_eager(model, inputs)
+        captured = model(**inputs, **asked)
+        for name in ("hidden_states", "attentions"):
+            assert len(captured[name]) == len(expected[name]) and all(map(torch.equal, captured[name], expected[name]))
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+
+
+@torch.no_grad()
+def test_a_hook_that_comes_or_goes_is_followed(traced):
+    """A hook of one's own that changes what an MLP says, registered behind the first compiled steps, then removed."""
+    model, inputs = build_model(layers=3), prompts(fixed_rows(seed=40, output=0))
+    before = compiled_as_eager(model, inputs)
+    hook = model.model.language_model.layers[1].mlp.register_forward_hook(lambda module, given, out: 2 * out)
+    assert not torch.allclose(compiled_as_eager(model, inputs), before)
+    hook.remove()
+    assert torch.equal(compiled_as_eager(model, inputs), before)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_decoder_that_is_compiled_as_a_whole_takes_compiled_steps(traced):
+    model = build_model(layers=3, cache_block=8)
+    opened, compiled = OpenCache(model), OpenCache(model, compile=True)
+    model.model.language_model.compile(backend="eager")
+    said = compiled.step()
+    model.model.language_model._compiled_call_impl = None
+    assert_same_logits(said.logits, opened.step().logits)
+
+
 def test_calls_without_compilable_steps_are_refused():
     model, inputs = build_model(), prompts(fixed_rows(seed=40, output=0))
     with pytest.raises(ValueError, match="cache_implementation='static'"):
@@ -133,3 +189,22 @@ def test_calls_without_compilable_steps_are_refused():
     opened = OpenCache(model, compile=True)
     with torch.no_grad(), pytest.raises(ValueError, match="output_hidden_states"):
         opened.step(output_hidden_states=True)
+
+
+@torch.no_grad()
+def test_models_whose_modules_a_graph_cannot_follow_are_refused(monkeypatch):
+    """Settings that capture, weights that accelerate moves, and a hook for all modules: before a graph is made."""
+    model, offloaded = build_model(layers=3), cpu_offload(build_model(layers=3), torch.device("cpu"))
+    opened, moved = OpenCache(model, compile=True), OpenCache(offloaded, compile=True)
+    with pytest.raises(ValueError, match="stays on one device"):
+        moved.step()
+    monkeypatch.setattr(model.config.text_config, "output_hidden_states", True)
+    with pytest.raises(ValueError, match=r"output_hidden_states.*configuration"):
+        opened.step()
+    monkeypatch.undo()
+    hook = register_module_forward_hook(lambda module, given, out: None)
+    try:
+        with pytest.raises(ValueError, match="hook for all modules"):
+            opened.step()
+    finally:
+        hook.remove()
