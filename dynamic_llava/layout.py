@@ -17,8 +17,9 @@ from torch.nn import functional as F
 class TokenLayout:
     """The kind of each token (docs/method.md, section 1), of every row by itself.
 
-    A valid token that is neither image nor output is a prompt token and is never dropped. The tokens of an image follow
-    one another; two images may be neighbours, and each may have a length of its own.
+    A valid token that is neither image nor output is a prompt token and, unless a method decides on questions too,
+    never dropped. The tokens of an image follow one another; two images may be neighbours, and each may have a length
+    of its own.
     """
 
     valid: Tensor
@@ -67,8 +68,20 @@ class TokenLayout:
 
     @property
     def prompt(self) -> Tensor:
-        """(B, N) bool: tokens that are never dropped."""
+        """(B, N) bool: tokens that are neither image nor output."""
         return self.valid & ~self.is_image & ~self.output
+
+    def questions(self, seen_images: Tensor | None = None, among: Tensor | None = None) -> Tensor:
+        """(B, N) bool: prompt tokens behind the row's first image; each run of them is a question.
+
+        seen_images (B,) int64 counts the images of each row before this chunk. `among` (B, N) bool limits what may be
+        part of a question.
+        """
+        behind = self.is_image.cumsum(1) > 0
+        if seen_images is not None:
+            behind = behind | (seen_images > 0)[:, None]
+        asked = self.prompt & behind
+        return asked if among is None else asked & among
 
     @cached_property
     def image_starts(self) -> Tensor:
@@ -138,20 +151,11 @@ class TokenLayout:
 
     def answer_lengths(self) -> Tensor:
         """(B, N) int64: at each output token the length of the answer (run of output tokens) it belongs to, else 0."""
-        answer_BN = self._answer_starts().cumsum(1) * self.output
-        sizes = torch.zeros(
-            answer_BN.shape[0], answer_BN.shape[1] + 1, dtype=torch.long, device=answer_BN.device
-        ).scatter_add(1, answer_BN, self.output.long())
-        return sizes.gather(1, answer_BN) * self.output
+        return run_lengths(self.output)
 
     def answer_places(self) -> tuple[Tensor, Tensor]:
         """(T,), (T,) int64: each output token's answer, counted over the batch, and its index within it; row order."""
-        starts_T = self._answer_starts()[self.output]
-        answer_T = starts_T.cumsum(0) - 1
-        return answer_T, torch.arange(len(answer_T), device=answer_T.device) - starts_T.nonzero()[:, 0][answer_T]
-
-    def _answer_starts(self) -> Tensor:
-        return self.output & ~F.pad(self.output, (1, 0))[:, :-1]
+        return run_places(self.output)
 
     def newest(self) -> Tensor:
         """(B, N) bool: each row's last real token; none in a row of padding."""
@@ -178,6 +182,29 @@ class TokenLayout:
     def late_images(self) -> Tensor:
         """(B, N) bool: the image tokens behind the row's first output token."""
         return self.is_image & (self.output.cumsum(1) > 0)
+
+
+def run_lengths(mask: Tensor) -> Tensor:
+    """(B, N) int64: at each True the length of the run of them that it is part of, else 0."""
+    run_BN = _run_starts(mask).cumsum(1) * mask
+    sizes = torch.zeros(run_BN.shape[0], run_BN.shape[1] + 1, dtype=torch.long, device=run_BN.device)
+    return sizes.scatter_add(1, run_BN, mask.long()).gather(1, run_BN) * mask
+
+
+def run_places(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(T,), (T,) int64: of each True in row order, its run, counted over the batch, and its index within it."""
+    starts_T = _run_starts(mask)[mask]
+    run_T = starts_T.cumsum(0) - 1
+    return run_T, torch.arange(len(run_T), device=run_T.device) - starts_T.nonzero()[:, 0][run_T]
+
+
+def without_last(mask: Tensor) -> Tensor:
+    """(B, N) bool: `mask` without the last of each run of True."""
+    return mask & F.pad(mask, (0, 1))[:, 1:]
+
+
+def _run_starts(mask: Tensor) -> Tensor:
+    return mask & ~F.pad(mask, (1, 0))[:, :-1]
 
 
 def chunk_of(name: str, mask: Tensor, like: Tensor, past: int = 0) -> Tensor:

@@ -118,10 +118,10 @@ def deciding(how, config=TINY_SPARSITY):
 
 
 def predictors(model):
-    """Return the image and the output predictor of a model."""
+    """Return the image and the output predictor of a model; one of prompt tokens comes behind them."""
     kinds = (ImagePredictor, OutputPredictor)
-    found = {type(module): module for module in model.modules() if isinstance(module, kinds)}
-    return found[ImagePredictor], found[OutputPredictor]
+    first = [next(module for module in model.modules() if isinstance(module, kind)) for kind in kinds]
+    return first[0], first[1]
 
 
 @torch.no_grad()

@@ -38,6 +38,11 @@ class SparsityConfig:
     """An output token is kept where keep logit - drop logit exceeds this; 0 is the paper's rule (Eq. 5)."""
     output_min_length: int = 50
     """LEN_OT: shorter answers are not sparsified in training."""
+    prompt_keep_rate: float | None = None
+    """Share of a question's tokens that training aims to keep by a third predictor (Table 9: 0.7); None (the paper's
+    method): there is no such predictor, and prompt tokens stay."""
+    prompt_min_length: int = 25
+    """Shorter questions are not sparsified in training; of use with prompt_keep_rate alone."""
     output_segments: Literal["last", "all"] = "last"
     """Which answers of a multi-turn training sample count as output: the last one (published results), or all."""
     predictor_width: int = 512
@@ -73,9 +78,11 @@ class SparsityConfig:
         _at_least("sparse_layer", self.sparse_layer, 1, "layer 0 has no earlier layer whose output could be judged")
         check_keep_rate("image_keep_rate", self.image_keep_rate)
         check_keep_rate("output_keep_rate", self.output_keep_rate)
+        if self.prompt_keep_rate is not None:
+            check_keep_rate("prompt_keep_rate", self.prompt_keep_rate)
         for name, low in (("predictor_width", 4), ("predictor_heads", 1), ("predictor_mlp", 1), ("cache_block", 1)):
             _at_least(name, getattr(self, name), low, "choose a larger value")
-        for name in ("output_min_length", "predictor_blocks", "keep_rate_weight"):
+        for name in ("output_min_length", "prompt_min_length", "predictor_blocks", "keep_rate_weight"):
             _at_least(name, getattr(self, name), 0, "choose 0 or more")
         if self.predictor_width % self.predictor_heads:
             raise ValueError(
@@ -102,8 +109,14 @@ class SparsityConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plain dict that config.json stores; `method` only where it is not Dynamic-LLaVA."""
-        return {name: value for name, value in asdict(self).items() if name != "method" or value is not None}
+        """Return the plain dict that config.json stores.
+
+        `method` only where it is not Dynamic-LLaVA, and what belongs to a prompt predictor only where there is one.
+        """
+        without = {"method"} if self.method is None else set()
+        if self.prompt_keep_rate is None:
+            without |= {"prompt_keep_rate", "prompt_min_length"}
+        return {name: value for name, value in asdict(self).items() if name not in without}
 
 
 @dataclass(frozen=True)

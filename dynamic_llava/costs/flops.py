@@ -113,11 +113,15 @@ class TrainingFlops:
     """Vision tower, projector, and what judges image tokens."""
     per_output_token: int
     """What judges output tokens."""
+    per_prompt_token: int = 0
+    """What judges the tokens of questions, which all text but the output counts as. It is counted for every token that
+    is no output token; `per_image` takes those of an image off again."""
 
     def of_batch(self, rows: int, tokens: int, images: int, output_tokens: int) -> int:
         """Return the FLOPs of `rows` samples of `tokens` tokens; images and output tokens are those of all rows."""
         text = rows * (self.per_token * tokens + self.per_pair * tokens * (tokens + 1) // 2)
-        return text + self.per_image * images + self.per_output_token * output_tokens
+        judged = self.per_output_token * output_tokens + self.per_prompt_token * (rows * tokens - output_tokens)
+        return text + self.per_image * images + judged
 
 
 def training_flops(
@@ -155,7 +159,9 @@ def training_flops(
     learning = [part for part in learned.values() if part.learns]
     image += 3 * sum(part.judging(shape.tokens_per_image) for part in learning if part.judges_images)
     output = 3 * sum(part.judging(1) for part in learning if part.judges_outputs)
-    return TrainingFlops(2 * (linear + head), pairs, image, output)
+    prompt = 3 * sum(part.judging(1) for part in learning if part.judges_prompts)
+    image -= prompt * shape.tokens_per_image
+    return TrainingFlops(2 * (linear + head), pairs, image, output, prompt)
 
 
 def kv_bytes(

@@ -260,11 +260,11 @@ def _norm_bytes(run: _Run) -> int:
 
 
 def _learned_bytes(run: _Run, tokens: int, pictures: int) -> int:
-    """Bytes that the method's parts keep; every token that is no image token may be an output token."""
+    """Bytes that the method's parts keep; a token that is no image's may be an answer's or a question's."""
     kept = 0
     for part in run.learned.values():
         if part.learns:
-            judged = part.judges_images * pictures + part.judges_outputs * (tokens - pictures)
+            judged = part.judges_images * pictures + (part.judges_outputs or part.judges_prompts) * (tokens - pictures)
             cast = run.weight * run.decoder.hidden if run.compute != run.weight else 0
             copies = run.compute * part.parameters if run.compute != run.trained else 0
             kept += judged * (run.compute * part.kept + cast) + copies

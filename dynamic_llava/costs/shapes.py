@@ -271,6 +271,8 @@ class PartCosts:
     """Whether it judges image tokens."""
     judges_outputs: bool = False
     """Whether it judges output tokens."""
+    judges_prompts: bool = False
+    """Whether it judges the tokens of questions."""
     learns: bool = True
     """Whether it decides anything, and so learns in training."""
 
@@ -284,7 +286,7 @@ Learned = Mapping[str, PartCosts]
 
 
 def predictor_costs(hidden: int, sparsity: SparsityConfig) -> dict[str, PartCosts]:
-    """Return the costs of the image and the output predictor (sparsity/predictors.py) for a hidden size."""
+    """Return the costs of the image, the output and the prompt predictor (sparsity/predictors.py) for a hidden size."""
     width, mlp, blocks = sparsity.predictor_width, sparsity.predictor_mlp, sparsity.predictor_blocks
     half, quarter = width // 2, width // 4
     head = width * half + half * quarter + quarter * 2
@@ -298,7 +300,10 @@ def predictor_costs(hidden: int, sparsity: SparsityConfig) -> dict[str, PartCost
         kept=kept + blocks * (8 * width + 2 * mlp),
         judges_images=True,
     )
-    return {"image_predictor": image, "output_predictor": PartCosts(ends, token, kept=kept, judges_outputs=True)}
+    found = {"image_predictor": image, "output_predictor": PartCosts(ends, token, kept=kept, judges_outputs=True)}
+    if sparsity.prompt_keep_rate is not None:
+        found["prompt_predictor"] = PartCosts(ends, token, kept=kept, judges_prompts=True)
+    return found
 
 
 def parameter_counts(shape: LlavaShape, learned: Learned, lora: LoraConfig | None = None) -> dict[str, int]:

@@ -12,6 +12,7 @@ from dynamic_llava.methods import Choice, Method
 
 IMAGES = "images, tokens of the longest"
 OUTPUTS = "output tokens"
+PROMPTS = "tokens of questions"
 
 
 def check_answer(

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from dynamic_llava.config import SparsityConfig
-from dynamic_llava.engine.answers import OUTPUTS, check_answer, check_image_answer
+from dynamic_llava.engine.answers import OUTPUTS, PROMPTS, check_answer, check_image_answer
 from dynamic_llava.engine.plan import Plan
 from dynamic_llava.engine.question import question_of
-from dynamic_llava.layout import Packing, TokenLayout
+from dynamic_llava.layout import Packing, TokenLayout, run_lengths, run_places, without_last
 from dynamic_llava.methods import (
     TOKEN_EVIDENCE,
     Choice,
@@ -24,11 +24,12 @@ from dynamic_llava.methods import (
     ImageTokens,
     Method,
     OutputTokens,
+    PromptTokens,
     QuestionTokens,
 )
 from dynamic_llava.sparsity.noise import fold_key
 
-HOOKS = {"keep_image": "sample", "keep_output": "sample_output"}
+HOOKS = {"keep_image": "sample", "keep_output": "sample_output", "keep_prompt": "sample_prompt"}
 """What a method defines to decide at inference, and to sample the same decision in training."""
 
 
@@ -118,8 +119,8 @@ def decide(
     """Decide at inference (Eq. 5, 11); returns what stays, (B, C) bool, and the hidden states, (B, C, D).
 
     `learned` holds the method's own weights; `seen` holds (B, C) of each evidence. Nothing that an earlier cut has
-    dropped comes back, and prompt tokens stay. Hidden states change only where the method merges tokens. Decisions that
-    the caller has given hold from the first cut on.
+    dropped comes back; prompt tokens stay but where the cut decides on questions. Hidden states change only where the
+    method merges tokens. Decisions that the caller has given hold from the first cut on.
     """
     if plan.keep_mask is not None:
         return plan.keep_mask.gather(1, flight.column).bool() & flight.kept, flight.hidden
@@ -134,6 +135,12 @@ def decide(
         keep_T = plan.method.keep_output(outputs, learned)
         check_answer(plan.method, "keep_output", keep_T, outputs.rank.shape, OUTPUTS)
         keep_BC = keep_BC.masked_scatter(layout.output, keep_T)
+    asked_BC = asked_prompts(plan, past).gather(1, flight.column) & flight.kept if cut.prompt else None
+    if asked_BC is not None and bool(asked_BC.any()):
+        prompts = _prompts(plan, flight, asked_BC)
+        keep_T = plan.method.keep_prompt(prompts, learned)
+        check_answer(plan.method, "keep_prompt", keep_T, prompts.rank.shape, PROMPTS)
+        keep_BC = keep_BC.masked_scatter(asked_BC, keep_T)
     return keep_BC, hidden_BCD
 
 
@@ -168,7 +175,8 @@ def check_training(method: Method) -> None:
     raise ValueError(
         f"method {method.name!r} ({own}) cannot be used in training mode: its hooks decide by 0 or 1, so nothing that "
         f"it learned would have a gradient. If {own} has nothing to learn, set `training_free: ClassVar[bool] = True` "
-        f"in the class {own}; if it has, define `sample` beside keep_image and `sample_output` beside keep_output, or "
+        f"in the class {own}; if it has, define `sample` beside keep_image, `sample_output` beside keep_output and "
+        "`sample_prompt` beside keep_prompt, or "
         "decide in your own training loop and give the decisions as keep_mask, whose gradient is exact "
         "(dynamic_llava.sparsity.gumbel_keep makes such a mask), or call model.eval()"
     )
@@ -187,9 +195,32 @@ def _definer(method: Method, name: str) -> type:
     return next(one for one in type(method).__mro__ if name in vars(one))
 
 
-def decided_outputs(layout: TokenLayout, settings: SparsityConfig) -> Tensor:
-    """(B, N) bool: the output tokens that training decides on, those of answers of `output_min_length` tokens."""
-    return layout.output & (layout.answer_lengths() >= settings.output_min_length)
+def decided_tokens(
+    layout: TokenLayout, settings: SparsityConfig, among: Tensor | None = None, *, prompt: bool = False
+) -> Tensor:
+    """(B, N) bool: the tokens that training decides on: those of answers of `output_min_length` tokens.
+
+    With `prompt` also those of questions of `prompt_min_length` tokens, each but for its last, `among` (B, N) bool.
+    """
+    decided_BN = layout.output & (layout.answer_lengths() >= settings.output_min_length)
+    if prompt:
+        asked_BN = layout.questions(among=among)
+        decided_BN = decided_BN | without_last(asked_BN) & (run_lengths(asked_BN) >= settings.prompt_min_length)
+    return decided_BN
+
+
+def asked_by(labels: Tensor, output: Tensor) -> Tensor:
+    """(B, N) bool: where training may decide on questions: behind the row's last answer that counts as prompt.
+
+    Such an answer is labelled, in labels (B, N) int64, and not of `output` (B, N) bool.
+    """
+    earlier_BN = (labels != -100) & ~output.bool()
+    return earlier_BN.flip(1).cumsum(1).flip(1) == 0
+
+
+def asked_prompts(plan: Plan, past: Past) -> Tensor:
+    """(B, N) bool: the tokens of the chunk's questions, each but for its last, which always stays."""
+    return without_last(plan.layout.questions(past.images, plan.asked))
 
 
 def sample(
@@ -197,9 +228,9 @@ def sample(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Let the method sample in a training pass, which removes nothing; arguments as of `decide`.
 
-    Returns what stays, (B, N) float32 with a gradient; the hidden states; and (B, N) bool, the output tokens that were
-    decided on. Each hook is called once whatever the batch holds, so that every rank of a distributed run gathers, and
-    has a gradient for, all parameters.
+    Returns what stays, (B, N) float32 with a gradient; the hidden states; and (B, N) bool, the output and prompt tokens
+    that were decided on. Each hook is called once whatever the batch holds, so that every rank of a distributed run
+    gathers, and has a gradient for, all parameters.
     """
     method, layout, hidden_BND = plan.method, flight.standing, flight.hidden
     draw = Draw(tau=plan.tau, settings=plan.settings)
@@ -213,20 +244,46 @@ def sample(
         answer = method.sample(cut, _no_image(plan, cut, hidden_BND), learned, draw)
         keep_In = answer.keep if isinstance(answer, Choice) else answer
         keep_BN = keep_BN + 0.0 * keep_In.float().sum()
-    decided_BN = decided_outputs(layout, plan.settings)
-    if not cut.output:
-        return keep_BN, hidden_BND, torch.zeros_like(decided_BN)
-    if not bool(layout.output.any()):
-        first_1 = torch.zeros(1, dtype=torch.int64, device=hidden_BND.device)
-        outputs = OutputTokens(hidden=hidden_BND[:1, 0], rank=first_1, key=plan.sample_key[:1])
-        keep_T = method.sample_output(outputs, learned, replace(draw, answer=first_1, place=first_1))
-        return keep_BN + 0.0 * keep_T.float().sum(), hidden_BND, decided_BN
-    answer_T, place_T = layout.answer_places()
-    outputs = _outputs(plan, flight, Past())
-    keep_T = method.sample_output(outputs, learned, replace(draw, answer=answer_T, place=place_T))
-    check_answer(method, "sample_output", keep_T, answer_T.shape, OUTPUTS, sampled=True)
-    sampled_BN = keep_BN.masked_scatter(layout.output, keep_T.to(keep_BN.dtype))
-    return torch.where(decided_BN, sampled_BN, keep_BN), hidden_BND, decided_BN
+    decided_BN = decided_tokens(layout, plan.settings, plan.asked, prompt=cut.prompt)
+    if cut.output:
+        outputs = _outputs(plan, flight, Past()) if bool(layout.output.any()) else None
+        keep_BN = _sampled(plan, "sample_output", outputs, layout.output, (keep_BN, decided_BN), flight, learned, draw)
+    else:
+        decided_BN = decided_BN & ~layout.output
+    if cut.prompt:
+        asked_BN = asked_prompts(plan, Past()) & flight.kept
+        prompts = _prompts(plan, flight, asked_BN) if bool(asked_BN.any()) else None
+        keep_BN = _sampled(plan, "sample_prompt", prompts, asked_BN, (keep_BN, decided_BN), flight, learned, draw)
+    return keep_BN, hidden_BND, decided_BN
+
+
+def _sampled(
+    plan: Plan,
+    hook: str,
+    tokens: OutputTokens | PromptTokens | None,
+    where_BN: Tensor,
+    so_far: tuple[Tensor, Tensor],
+    flight: Flight,
+    learned: Any,
+    draw: Draw,
+) -> Tensor:
+    """Return what stays, with a hook's samples at the `tokens`, which stand `where_BN`, as far as they are decided on.
+
+    so_far: what stays without them, and which tokens are decided on, (B, N) each. Without tokens the hook is asked
+    about the first of the batch, and its answer counts for nothing.
+    """
+    (keep_BN, decided_BN), ask = so_far, getattr(plan.method, hook)
+    if tokens is None:
+        first_1 = torch.zeros(1, dtype=torch.int64, device=keep_BN.device)
+        kind = OutputTokens if hook == "sample_output" else PromptTokens
+        no_tokens = kind(hidden=flight.hidden[:1, 0], rank=first_1, key=plan.sample_key[:1])
+        keep_1 = ask(no_tokens, learned, replace(draw, answer=first_1, place=first_1))
+        return keep_BN + 0.0 * keep_1.float().sum()
+    set_T, place_T = run_places(where_BN)
+    keep_T = ask(tokens, learned, replace(draw, answer=set_T, place=place_T))
+    axes = OUTPUTS if hook == "sample_output" else PROMPTS
+    check_answer(plan.method, hook, keep_T, set_T.shape, axes, sampled=True)
+    return torch.where(decided_BN, keep_BN.masked_scatter(where_BN, keep_T.to(keep_BN.dtype)), keep_BN)
 
 
 def _images(plan: Plan, cut: Cut, flight: Flight, seen: dict[Evidence, Tensor], past: Past) -> ImageTokens:
@@ -278,6 +335,15 @@ def _outputs(plan: Plan, flight: Flight, past: Past) -> OutputTokens:
         hidden=flight.hidden[layout.output],
         rank=rank_BC[layout.output],
         key=plan.sample_key[:, None].expand_as(rank_BC)[layout.output],
+    )
+
+
+def _prompts(plan: Plan, flight: Flight, asked_BC: Tensor) -> PromptTokens:
+    rank_BC = asked_BC.cumsum(1) - 1
+    return PromptTokens(
+        hidden=flight.hidden[asked_BC],
+        rank=rank_BC[asked_BC],
+        key=plan.sample_key[:, None].expand_as(rank_BC)[asked_BC],
     )
 
 

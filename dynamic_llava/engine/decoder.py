@@ -104,7 +104,8 @@ class SparseDecoder:
         flight, until_BN = run_stages(path, Flight.of(hidden_BND, layout, rotation), kwargs)
         record = SparsityRecord(layout, until_BN, layers, until_BN == layers, layout.output)
         if isinstance(path, MaskedPath):
-            record.keep_mask, record.sparsified_output = path.keep, path.decided
+            record.keep_mask, record.sparsified_output = path.keep, path.decided & ~layout.prompt
+            record.asked = path.decided & layout.prompt
             record.entering_masks = tuple(path.entering)
         if isinstance(path, TurnPath):
             path.cache.commit_chunk(path.admits)

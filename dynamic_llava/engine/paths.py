@@ -23,7 +23,7 @@ from transformers.masking_utils import create_causal_mask
 
 from dynamic_llava.engine.attention import cache_mask
 from dynamic_llava.engine.cache import CACHE, AdmissionCache, check_attention
-from dynamic_llava.engine.decide import Flight, Past, check_question, decide, sample, samples
+from dynamic_llava.engine.decide import Flight, Past, asked_prompts, check_question, decide, sample, samples
 from dynamic_llava.engine.evict import Chunk, Eviction, Opening
 from dynamic_llava.engine.learned import learned_of
 from dynamic_llava.engine.plan import Plan, Stage, stages_of
@@ -142,7 +142,9 @@ class MaskedPath(Path):
         self.keep = self.plan.layout.valid
         """(B, N): M, as it has been decided so far; bool, or float with a gradient."""
         self.decided = self.plan.layout.output
-        """(B, N) bool: output tokens that a decision was made for."""
+        """(B, N) bool: output and prompt tokens that a decision was made for."""
+        if any(cut.prompt for cut in self.plan.cuts) and self.plan.keep_mask is None:
+            self.decided = self.decided | asked_prompts(self.plan, Past())
         self.entering: list[Tensor] = []
         """(B, N) float of each cut so far: M as it enters the attention behind it."""
         self._zeroes = self.decoder.training and self.decoder.settings.dropped_tokens == "zero_vectors"
@@ -155,7 +157,7 @@ class MaskedPath(Path):
             hidden_BND = flight.hidden
         elif self.decoder.training and samples(plan.method):
             keep_BN, hidden_BND, decided_BN = sample(plan, cut, learned_of(self.decoder), flight, seen)
-            self.decided = decided_BN if cut.output or len(plan.cuts) == 1 else self.decided
+            self.decided = decided_BN if cut.output or cut.prompt or len(plan.cuts) == 1 else self.decided
         else:
             keep_BN, hidden_BND = decide(plan, cut, learned_of(self.decoder), flight, seen, Past())
         self.keep = self.keep * keep_BN if self.entering and plan.keep_mask is None else keep_BN

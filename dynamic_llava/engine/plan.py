@@ -49,6 +49,8 @@ class Plan:
     """The checkpoint's settings, with what the call has overridden."""
     keep_mask: Tensor | None = None
     """(B, N): decisions given by the caller, which hold from the first cut on; the method is asked nothing."""
+    asked: Tensor | None = None
+    """(B, N) bool: where a token may be one of a question; None: anywhere behind an image."""
     loss_scale: float = 1.0
     """What the caller multiplies the loss by before the backward pass."""
     compile: bool = False
@@ -99,8 +101,8 @@ def stages_of(cuts: Sequence[Cut], layers: int) -> tuple[Stage, ...]:
 def cuts_of(method: Method, layers: int) -> tuple[Cut, ...]:
     """Return the cuts of a method in a language model of so many layers.
 
-    Raises ValueError for a cut outside of it, two at one layer or in another order, two that decide on output tokens,
-    and one that asks for what cannot be seen at its layer.
+    Raises ValueError for a cut outside of it, two at one layer or in another order, two that decide on output or on
+    prompt tokens, and one that asks for what cannot be seen at its layer.
     """
     cuts = method.cuts(layers)
     for cut in cuts:
@@ -119,6 +121,11 @@ def cuts_of(method: Method, layers: int) -> tuple[Cut, ...]:
         raise ValueError(
             f"method {method.name!r} decides on output tokens at {sum(cut.output for cut in cuts)} cuts; a token is "
             "admitted to the cache once: let one cut say `output`"
+        )
+    if sum(cut.prompt for cut in cuts) > 1:
+        raise ValueError(
+            f"method {method.name!r} decides on questions at {sum(cut.prompt for cut in cuts)} cuts; let one cut say "
+            "`prompt`"
         )
     for cut in cuts:
         _check_evidence(method, cut)

@@ -41,8 +41,8 @@ class SparsityRecord:
     layers: int
     """L: layers of the language model."""
     keep_mask: Tensor
-    """(B, N): M of Eq. 7, 1 (True) where a token is kept to the end, so at every prompt token, and 0 at padding; bool,
-    or float in training. With a cache its row sums are `cache_lengths`."""
+    """(B, N): M of Eq. 7, 1 (True) where a token is kept to the end, so at every prompt token that no method decides
+    on, and 0 at padding; bool, or float in training. With a cache its row sums are `cache_lengths`."""
     sparsified_output: Tensor
     """(B, N) bool: output tokens that a decision was made for."""
     cache_lengths: Tensor | None = None
@@ -54,6 +54,13 @@ class SparsityRecord:
     evicts nothing. `until` and the other lengths count the tokens that a layer was given."""
     entering_masks: tuple[Tensor, ...] = ()
     """(B, N) float of each cut: the keep mask as it entered the attention behind it, in a masked pass."""
+    asked: Tensor | None = None
+    """(B, N) bool: prompt tokens that a masked pass has decided on; None of other passes."""
+
+    @property
+    def sparsified_prompt(self) -> Tensor:
+        """(B, N) bool: prompt tokens that a masked pass has decided on; none elsewhere."""
+        return torch.zeros_like(self.layout.valid) if self.asked is None else self.asked
 
     @property
     def mask_gradient(self) -> Tensor | None:
@@ -86,6 +93,11 @@ class SparsityRecord:
     def output_keep_rate(self) -> Tensor:
         """() float: share kept of the output tokens that were decided about; nan without any."""
         return _mean_where(self.keep_mask, self.sparsified_output)
+
+    @property
+    def prompt_keep_rate(self) -> Tensor:
+        """() float: share kept of the prompt tokens that a masked pass decided about; nan without any."""
+        return _mean_where(self.keep_mask, self.sparsified_prompt)
 
     @property
     def image_indices(self) -> list[list[Tensor]]:
@@ -127,6 +139,7 @@ class SparsityRecord:
             until=torch.cat([record.until for record in records], dim=1),
             keep_mask=torch.cat([record.keep_mask for record in records], dim=1),
             sparsified_output=torch.cat([record.sparsified_output for record in records], dim=1),
+            asked=None,
         )
 
     def select_rows(self, choose: Callable[[Tensor], Tensor]) -> "SparsityRecord":
@@ -137,6 +150,7 @@ class SparsityRecord:
             until=choose(self.until),
             keep_mask=choose(self.keep_mask),
             sparsified_output=choose(self.sparsified_output),
+            asked=None if self.asked is None else choose(self.asked),
             cache_lengths=None if self.cache_lengths is None else choose(self.cache_lengths),
             dense_cache_lengths=None if self.dense_cache_lengths is None else choose(self.dense_cache_lengths),
             head_lengths=None if self.head_lengths is None else choose(self.head_lengths),
@@ -145,11 +159,15 @@ class SparsityRecord:
     def __repr__(self) -> str:
         lengths = self.layout.image_lengths().tolist()
         lines = [f"SparsityRecord of {self.keep_mask.shape[0]} x {self.keep_mask.shape[1]} tokens"]
-        for number, row in enumerate(self.rows):
+        prompt_BN = self.layout.prompt
+        prompts = [counts.tolist() for counts in ((prompt_BN & (self.until == self.layers)).sum(1), prompt_BN.sum(1))]
+        for number, (row, stayed, asked) in enumerate(zip(self.rows, *prompts, strict=True)):
             parts = []
             if row.image_indices:
                 its, lengths = lengths[: len(row.image_indices)], lengths[len(row.image_indices) :]
                 parts.append(f"kept {_shares([*map(len, row.image_indices)], its)} tokens per image")
+            if stayed < asked:
+                parts.append(f"kept {stayed} of {asked} prompt tokens")
             if row.output_decisions:
                 parts.append(f"kept {sum(row.output_decisions)} of {len(row.output_decisions)} output tokens")
             if row.cache_length is not None:

@@ -4,17 +4,7 @@ The rows stand in registry.py, which also reads a method from what a user writes
 """
 
 from dynamic_llava.methods.average_pool import AveragePool
-from dynamic_llava.methods.base import (
-    Choice,
-    Cut,
-    Draw,
-    ImageTokens,
-    Method,
-    OneCut,
-    OutputTokens,
-    SlotEvidence,
-    Slots,
-)
+from dynamic_llava.methods.base import Choice, Cut, Draw, ImageTokens, Method, OneCut, OutputTokens, PromptTokens
 from dynamic_llava.methods.cdpruner import CDPruner
 from dynamic_llava.methods.dart import DART
 from dynamic_llava.methods.dense import Dense
@@ -28,6 +18,8 @@ from dynamic_llava.methods.evidence import (
     TOWER_EVIDENCE,
     Evidence,
     QuestionTokens,
+    SlotEvidence,
+    Slots,
 )
 from dynamic_llava.methods.fastv import FastV
 from dynamic_llava.methods.h2o import H2O
@@ -98,6 +90,7 @@ __all__ = [
     "Mixed",
     "OneCut",
     "OutputTokens",
+    "PromptTokens",
     "PruMergePlus",
     "PyramidDrop",
     "QuestionTokens",

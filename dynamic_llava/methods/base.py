@@ -1,9 +1,10 @@
-"""What a sparsification method is: decisions on image and output tokens, taken where hidden states enter a layer.
+"""What a sparsification method is: decisions on tokens, taken where hidden states enter a layer.
 
 A method says at which layers it decides (its cuts) and answers there which tokens stay. The engine (`model/`) owns
 padding, positions, masks, packing and the cache. `keep_image` decides on image tokens, `keep_output` on output tokens,
-one at a time or many at once. `learned` is the method's own weights: for Dynamic-LLaVA, a module with the children
-`image_predictor` and `output_predictor`, functions from hidden states (..., D) to logits (..., 2): drop, keep.
+one at a time or many at once, `keep_prompt` on those of questions. `learned` is the method's own weights: for
+Dynamic-LLaVA, a module with the children `image_predictor` and `output_predictor`, functions from hidden states
+(..., D) to logits (..., 2): drop, keep.
 A method may also evict: `evict` is asked after each layer's attention which of the tokens that its key heads hold stay.
 Shape suffixes: I images, n image tokens of the longest, T output tokens of the batch, D hidden size, F feature size;
 B rows, N tokens, K key heads, W slots of a cache.
@@ -19,13 +20,14 @@ from torch import Tensor, nn
 from dynamic_llava.config import SparsityConfig
 from dynamic_llava.costs import DecoderShape, PartCosts, VisionShape
 from dynamic_llava.layout import TokenLayout
-from dynamic_llava.methods.evidence import QUESTION_EVIDENCE, TOWER_EVIDENCE, Evidence, QuestionTokens
-
-SlotEvidence = Literal["mass", "latest", "place", "output", "key_norm"]
-"""What `evict` may be shown of each stored token, (B, K, W). mass: float32, the attention that it has received from all
-tokens so far, summed over the query heads of the key head; latest: float32, the same from the last `latest_queries`
-tokens of this pass alone; place: int64, how many tokens its row had before it in this layer, evicted ones included;
-output: bool, whether it is an output token; key_norm: float32, the Euclidean norm of its key."""
+from dynamic_llava.methods.evidence import (
+    QUESTION_EVIDENCE,
+    TOWER_EVIDENCE,
+    Evidence,
+    QuestionTokens,
+    SlotEvidence,
+    Slots,
+)
 
 BudgetKind = Literal["image-tokens", "kv-bytes"]
 """What several methods can be given equally much of. image-tokens: those that the last layer sees of each image;
@@ -42,6 +44,8 @@ class Cut:
     """What `keep_image` is shown here in `ImageTokens.seen`; computed only where it is asked for."""
     output: bool = False
     """Whether output tokens are decided on here, by `keep_output`; at one cut of a method at most."""
+    prompt: bool = False
+    """Whether tokens of questions are decided on here, by `keep_prompt`; at one cut of a method at most."""
     before_projector: bool = False
     """At layer 0 alone: whether the vision tower's features are decided on, and merged, instead of projected ones."""
     tower_layer: int | None = None
@@ -109,6 +113,22 @@ class OutputTokens:
 
 
 @dataclass(frozen=True)
+class PromptTokens:
+    """What `keep_prompt` is shown: the tokens of the batch's questions, flattened; each is judged alone.
+
+    A question is what stands between a row's first image, or an answer, and the next answer or the end of the call. Its
+    last token, from which the answer is predicted, is not among them: it always stays.
+    """
+
+    hidden: Tensor
+    """(T, D): hidden states that enter the cut's layer."""
+    rank: Tensor
+    """(T,) int64: index of the token among those of its row in this call."""
+    key: Tensor
+    """(T,) int64: noise key of the token's sample."""
+
+
+@dataclass(frozen=True)
 class Choice:
     """What becomes of image tokens where some are merged; a plain keep mask is a choice without heirs."""
 
@@ -132,9 +152,9 @@ class Draw:
     settings: SparsityConfig
     """The checkpoint's settings, with what the call has overridden."""
     answer: Tensor | None = None
-    """(T,) int64, with output tokens: which answer of the batch each belongs to."""
+    """(T,) int64, with output or prompt tokens: which answer or question of the batch each belongs to."""
     place: Tensor | None = None
-    """(T,) int64, with output tokens: index of each in its answer."""
+    """(T,) int64, with output or prompt tokens: index of each in it."""
 
 
 class Record(Protocol):
@@ -145,31 +165,8 @@ class Record(Protocol):
     """(B, N) float: the decisions with their gradient; 1 at prompt tokens, 0 at padding."""
     sparsified_output: Tensor
     """(B, N) bool: output tokens that were decided on."""
-
-
-@dataclass(frozen=True)
-class Slots:
-    """What `evict` is shown: the tokens that the key heads of one layer hold, right after the layer has attended."""
-
-    filled: Tensor
-    """(B, K, W) bool: slots that hold a token; they come first, from a head's oldest token to its newest."""
-    tokens: Tensor
-    """(B,) int64: tokens that the layer has been given so far, evicted ones included and padding not."""
-    outputs: Tensor
-    """(B,) int64: how many of `tokens` are output tokens."""
-    seen: Mapping[SlotEvidence, Tensor] = field(default_factory=dict)
-    """What the method sees (`evict_sees`); the values at unfilled slots mean nothing."""
-
-    @property
-    def lengths(self) -> Tensor:
-        """(B, K) int64: tokens that each head holds."""
-        return self.filled.sum(-1)
-
-    def newest(self, count: int | Tensor) -> Tensor:
-        """(B, K, W) bool: the newest `count` tokens of each head, an int or (B,) int64: one count per row."""
-        count_B11 = count[:, None, None] if isinstance(count, Tensor) else count
-        place_W = torch.arange(self.filled.shape[-1], device=self.filled.device)
-        return self.filled & (place_W >= self.lengths[..., None] - count_B11)
+    sparsified_prompt: Tensor
+    """(B, N) bool: prompt tokens that were decided on."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +177,7 @@ class Method:
     training_free: ClassVar[bool] = False
     """Whether training mode decides as inference does, by 0 or 1: nothing of the method is learned, the model is tuned
     under its fixed rule. The class that defines the hooks declares it; inherited, it says nothing about new hooks. A
-    method that learns defines `sample` beside `keep_image`, `sample_output` beside `keep_output`."""
+    method that learns defines `sample` beside `keep_image`, and so on (HOOKS in engine/decide.py)."""
     evict_sees: ClassVar[frozenset[SlotEvidence]] = frozenset()
     """What `evict` is shown in `Slots.seen`; computed only where it is asked for."""
 
@@ -239,7 +236,9 @@ class Method:
         return (wanted,) if isinstance(held.get(wanted), float | int) else ()
 
     def keep_rates(self, settings: SparsityConfig) -> dict[str, float]:
-        """Return the keep rates that training aims at: of "image_keep_rate", "output_keep_rate"; default: none."""
+        """Return the keep rates that training aims at, "image_keep_rate", "output_keep_rate" and "prompt_keep_rate"
+        among them; default: none.
+        """
         return {}
 
     def cuts(self, layers: int) -> tuple[Cut, ...]:
@@ -253,6 +252,10 @@ class Method:
     def keep_output(self, outputs: OutputTokens, learned: Any) -> Tensor:
         """(T,) bool, True where an output token stays: its keys and values are admitted; default: all stay."""
         return torch.ones_like(outputs.rank, dtype=torch.bool)
+
+    def keep_prompt(self, prompts: PromptTokens, learned: Any) -> Tensor:
+        """(T,) bool, True where a question's token stays, asked at the cut that says `prompt`; default: all stay."""
+        return torch.ones_like(prompts.rank, dtype=torch.bool)
 
     @property
     def evicts(self) -> bool:
@@ -331,11 +334,18 @@ class Method:
         """
         return self.keep_output(outputs, learned)
 
+    def sample_prompt(self, prompts: PromptTokens, learned: Any, draw: Draw) -> Tensor:
+        """(T,) float, 0 or 1, with a gradient: `keep_prompt` in training, about whole questions; default: the same.
+
+        Questions below `prompt_min_length` are asked about and kept whatever is said. As `sample`, it is always asked.
+        """
+        return self.keep_prompt(prompts, learned)
+
     def loss_samples(self, layout: TokenLayout, decided: Tensor, settings: SparsityConfig) -> dict[str, Tensor]:
         """Return the method's own losses by name, with (B,) bool: the samples that each is a mean over.
 
-        `decided` (B, N) bool are the output tokens that training decides on. Known before a pass, so that a loss is
-        divided by its samples in the global batch: all processes and accumulation steps.
+        `decided` (B, N) bool are the output and prompt tokens that training decides on. Known before a pass, so that a
+        loss is divided by its samples in the global batch: all processes and accumulation steps.
         """
         return {}
 

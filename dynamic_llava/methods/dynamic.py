@@ -1,4 +1,12 @@
-"""Dynamic-LLaVA: two learned predictors decide (Sec. 3.2, 3.3; Eq. 5, 6, 11)."""
+"""Dynamic-LLaVA: two learned predictors decide (Sec. 3.2, 3.3; Eq. 5, 6, 11).
+
+A third, off by default, decides on the tokens of questions (A.3.3, Table 9; github.com/Osilly/dynamic_llava at
+e1469bc): the output predictor's net, a keep rate of 0.7, questions under 25 tokens left alone in training, the sign of
+the margin at inference, where a question's last token stays. Deviations from that code: a question is told by where it
+stands, behind an image or an answer, so role words are part of it, and its last token is theirs; that token stays in
+training too, and the keep rate is that of the others; every turn on a live cache has its question decided on, where the
+first alone has; batches have any size, and rows without an image keep all.
+"""
 
 import math
 from collections.abc import Mapping
@@ -18,6 +26,7 @@ from dynamic_llava.methods.base import (
     ImageTokens,
     OneCut,
     OutputTokens,
+    PromptTokens,
     Record,
     check_rate_or_none,
     keep_all_image,
@@ -49,6 +58,10 @@ class Dynamic(OneCut):
     output_keep_rate: float | None = None
     """The share that topk and spread keep of an answer; None with threshold, which has no rate."""
 
+    prompt_threshold: float | None = None
+    """A question's token stays where the third predictor's keep logit - drop logit exceeds this, when both contexts are
+    sparsified; None: prompt tokens stay. 0 by default in a checkpoint with that predictor."""
+
     def __post_init__(self) -> None:
         check_sparsity_mode(self.sparsity)
         check_keep_rate("image_keep_rate", self.image_keep_rate)
@@ -59,34 +72,45 @@ class Dynamic(OneCut):
                 "spread need a rate, and threshold has none"
             )
 
-    parts: ClassVar[tuple[str, ...]] = ("image_predictor", "output_predictor")
-
-    def build(self, width: int, settings: SparsityConfig) -> nn.Module:
-        """The two predictors."""
-        sizes = {"heads": settings.predictor_heads, "mlp": settings.predictor_mlp, "blocks": settings.predictor_blocks}
-        image = ImagePredictor(width, settings.predictor_width, **sizes)
-        return nn.ModuleDict(
-            {"image_predictor": image, "output_predictor": OutputPredictor(width, settings.predictor_width)}
+    @property
+    def parts(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The two predictors, and that of prompt tokens where it decides."""
+        return (
+            "image_predictor",
+            "output_predictor",
+            *(() if self.prompt_threshold is None else ("prompt_predictor",)),
         )
 
+    def build(self, width: int, settings: SparsityConfig) -> nn.Module:
+        """The two predictors, or three."""
+        sizes = {"heads": settings.predictor_heads, "mlp": settings.predictor_mlp, "blocks": settings.predictor_blocks}
+        image = ImagePredictor(width, settings.predictor_width, **sizes)
+        built = {"image_predictor": image, "output_predictor": OutputPredictor(width, settings.predictor_width)}
+        if settings.prompt_keep_rate is not None:
+            built["prompt_predictor"] = OutputPredictor(width, settings.predictor_width)
+        return nn.ModuleDict(built)
+
     def costs(self, width: int, settings: SparsityConfig) -> dict[str, PartCosts]:
-        """Those of the two predictors."""
+        """Those of the predictors."""
         return predictor_costs(width, settings)
 
     @property
     def used_parts(self) -> tuple[str, ...]:
         """The predictors of the contexts that are sparsified."""
-        used = (self.sparsifies_image, self.sparsifies_output)
-        return tuple(part for part, uses in zip(self.parts, used, strict=True) if uses)
+        used = (self.sparsifies_image, self.sparsifies_output, self.sparsifies_prompt)
+        return tuple(part for part, uses in zip(self.parts, used, strict=False) if uses)
 
     def knobs(self, budget: BudgetKind) -> tuple[str, ...]:
         """r_I, where it decides."""
         return ("image_keep_rate",) if self.sparsifies_image and self.image_selection == "topk" else ()
 
     def keep_rates(self, settings: SparsityConfig) -> dict[str, float]:
-        """r_I and r_OT, where their context is sparsified."""
+        """r_I, r_OT and that of questions, where their context is sparsified."""
         rates = {"image_keep_rate": self.image_keep_rate} if self.sparsifies_image else {}
-        return rates | ({"output_keep_rate": settings.output_keep_rate} if self.sparsifies_output else {})
+        rates |= {"output_keep_rate": settings.output_keep_rate} if self.sparsifies_output else {}
+        if self.sparsifies_prompt and settings.prompt_keep_rate is not None:
+            rates["prompt_keep_rate"] = settings.prompt_keep_rate
+        return rates
 
     @classmethod
     def settings_from(cls, config: SparsityConfig) -> dict[str, Any]:
@@ -96,6 +120,7 @@ class Dynamic(OneCut):
             "image_keep_rate": config.image_keep_rate,
             "image_selection": config.image_selection,
             "output_threshold": config.output_threshold,
+            "prompt_threshold": None if config.prompt_keep_rate is None else 0.0,
         }
 
     @classmethod
@@ -109,8 +134,8 @@ class Dynamic(OneCut):
         return self.sparsity == "none"
 
     def cuts(self, layers: int) -> tuple[Cut, ...]:
-        """One cut, at `layer`; output tokens are decided on where they are sparsified."""
-        return (Cut(self.layer, output=self.sparsifies_output),)
+        """One cut, at `layer`; output and prompt tokens are decided on where they are sparsified."""
+        return (Cut(self.layer, output=self.sparsifies_output, prompt=self.sparsifies_prompt),)
 
     @property
     def sparsifies_image(self) -> bool:
@@ -121,6 +146,11 @@ class Dynamic(OneCut):
     def sparsifies_output(self) -> bool:
         """Whether output tokens may be dropped."""
         return self.sparsity in ("both", "output")
+
+    @property
+    def sparsifies_prompt(self) -> bool:
+        """Whether tokens of questions may be dropped."""
+        return self.sparsity == "both" and self.prompt_threshold is not None
 
     def keep_image(self, cut: Cut, images: ImageTokens, learned: Any) -> Tensor:
         """(I, n) bool from the image predictor."""
@@ -157,26 +187,34 @@ class Dynamic(OneCut):
         """(T,) float: the configured relaxation at r_OT, answer by answer."""
         if not self.sparsifies_output:
             return super().keep_output(outputs, learned)
-        assert draw.answer is not None and draw.place is not None
         logits_T2 = learned.output_predictor(outputs.hidden)
         noise_T2 = gumbel_noise(fold_key(outputs.key, -1), outputs.rank[:, None])[:, 0]
-        place = draw.answer, draw.place
-        answers, longest = (int(index_T.max()) + 1 for index_T in place)
+        return _relaxed(logits_T2, noise_T2, draw, draw.settings.output_keep_rate)
 
-        def by_answer(values_T: Tensor) -> Tensor:
-            """Gather (T, ...) into (A, N, ...), one row per answer, filled up with zeros."""
-            return values_T.new_zeros(answers, longest, *values_T.shape[1:]).index_put(place, values_T)
+    def keep_prompt(self, prompts: PromptTokens, learned: Any) -> Tensor:
+        """(T,) bool from the prompt predictor."""
+        if not self.sparsifies_prompt:
+            return super().keep_prompt(prompts, learned)
+        assert self.prompt_threshold is not None
+        return threshold_keep(keep_margin(learned.prompt_predictor(prompts.hidden)), self.prompt_threshold)
 
-        valid_AN = by_answer(torch.ones_like(logits_T2[..., 0], dtype=torch.bool))
-        relax, rate = RELAXATIONS[draw.settings.relaxation], draw.settings.output_keep_rate
-        return relax(by_answer(logits_T2), by_answer(noise_T2), draw.tau, rate, valid_AN)[place]
+    def sample_prompt(self, prompts: PromptTokens, learned: Any, draw: Draw) -> Tensor:
+        """(T,) float: the configured relaxation at `prompt_keep_rate`, question by question."""
+        if not self.sparsifies_prompt:
+            return super().keep_prompt(prompts, learned)
+        assert draw.settings.prompt_keep_rate is not None
+        logits_T2 = learned.prompt_predictor(prompts.hidden)
+        noise_T2 = gumbel_noise(fold_key(prompts.key, -2), prompts.rank[:, None])[:, 0]
+        return _relaxed(logits_T2, noise_T2, draw, draw.settings.prompt_keep_rate)
 
     def loss_samples(self, layout: TokenLayout, decided: Tensor, settings: SparsityConfig) -> dict[str, Tensor]:
-        """The two keep-rate terms of Eq. 10: means over all samples, or over those that a term applies to."""
+        """The keep-rate terms of Eq. 10: means over all samples, or over those that a term applies to."""
+        applies = {"image_keep_loss": layout.is_image, "output_keep_loss": decided & layout.output}
+        if self.sparsifies_prompt:
+            applies["prompt_keep_loss"] = decided & layout.prompt
         if settings.keep_rate_reduction == "batch":
-            every_B = torch.ones_like(decided[:, 0])
-            return {"image_keep_loss": every_B, "output_keep_loss": every_B}
-        return {"image_keep_loss": layout.is_image.any(1), "output_keep_loss": decided.any(1)}
+            return dict.fromkeys(applies, torch.ones_like(decided[:, 0]))
+        return {name: where_BN.any(1) for name, where_BN in applies.items()}
 
     def losses(self, record: Record, counts: Mapping[str, Tensor], settings: SparsityConfig) -> dict[str, Tensor]:
         """The keep-rate regulariser (Eq. 10), unweighted; a context that is not sparsified costs 0."""
@@ -190,8 +228,28 @@ class Dynamic(OneCut):
         if self.sparsifies_output:
             where, rate, many = record.sparsified_output, settings.output_keep_rate, counts["output_keep_loss"]
             output = keep_rate_loss(mask, where, rate, distance=distance, denominator=many)
-        return {"image_keep_loss": image, "output_keep_loss": output}
+        terms = {"image_keep_loss": image, "output_keep_loss": output}
+        if self.sparsifies_prompt:
+            assert settings.prompt_keep_rate is not None
+            where, rate, many = record.sparsified_prompt, settings.prompt_keep_rate, counts["prompt_keep_loss"]
+            terms["prompt_keep_loss"] = keep_rate_loss(mask, where, rate, distance=distance, denominator=many)
+        return terms
 
     def loss_weight(self, settings: SparsityConfig) -> float:
         """Lambda of Eq. 10."""
         return settings.keep_rate_weight
+
+
+def _relaxed(logits_T2: Tensor, noise_T2: Tensor, draw: Draw, rate: float) -> Tensor:
+    """(T,) float: the configured relaxation of tokens, answer by answer or question by question."""
+    assert draw.answer is not None and draw.place is not None
+    place = draw.answer, draw.place
+    sets, longest = (int(index_T.max()) + 1 for index_T in place)
+
+    def by_set(values_T: Tensor) -> Tensor:
+        """Gather (T, ...) into (J, N, ...), one row per answer or question, filled up with zeros."""
+        return values_T.new_zeros(sets, longest, *values_T.shape[1:]).index_put(place, values_T)
+
+    valid_JN = by_set(torch.ones_like(logits_T2[..., 0], dtype=torch.bool))
+    relax = RELAXATIONS[draw.settings.relaxation]
+    return relax(by_set(logits_T2), by_set(noise_T2), draw.tau, rate, valid_JN)[place]

@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
-from dynamic_llava.methods.base import BudgetKind, Method, SlotEvidence, Slots
+from dynamic_llava.methods.base import BudgetKind, Method
+from dynamic_llava.methods.evidence import SlotEvidence, Slots
 from dynamic_llava.sparsity.decisions import top_k_keep
 
 SharesOf = Literal["prompt", "tokens", "outputs"]

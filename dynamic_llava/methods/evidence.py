@@ -1,13 +1,15 @@
-"""What a cut may be shown beside hidden states; it is computed only where a method asks for it (`Cut.sees`).
+"""What a method may be shown beside hidden states; it is computed only where it asks (`Cut.sees`, `evict_sees`).
 
 Shape suffixes: I images, n image tokens of the longest, t question tokens of the longest, D hidden size, F feature
-size, H query heads, K key heads, d head size, p pieces of the longest text, s size of CLIP's shared space.
+size, H query heads, K key heads, d head size, p pieces of the longest text, s size of CLIP's shared space; B rows, W
+slots of a cache.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 Evidence = Literal[
@@ -68,3 +70,35 @@ class QuestionTokens:
     """(I, t) bool: tokens, or pieces, of the question; the others fill up a shorter one, or stand before the image."""
     seen: Mapping[Evidence, Tensor]
     """(I, t, ...) of clip_text, or of each TOKEN_EVIDENCE, that the cut sees."""
+
+
+SlotEvidence = Literal["mass", "latest", "place", "output", "key_norm"]
+"""What `evict` may be shown of each stored token, (B, K, W). mass: float32, the attention that it has received from all
+tokens so far, summed over the query heads of the key head; latest: float32, the same from the last `latest_queries`
+tokens of this pass alone; place: int64, how many tokens its row had before it in this layer, evicted ones included;
+output: bool, whether it is an output token; key_norm: float32, the Euclidean norm of its key."""
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What `evict` is shown: the tokens that the key heads of one layer hold, right after the layer has attended."""
+
+    filled: Tensor
+    """(B, K, W) bool: slots that hold a token; they come first, from a head's oldest token to its newest."""
+    tokens: Tensor
+    """(B,) int64: tokens that the layer has been given so far, evicted ones included and padding not."""
+    outputs: Tensor
+    """(B,) int64: how many of `tokens` are output tokens."""
+    seen: Mapping[SlotEvidence, Tensor] = field(default_factory=dict)
+    """What the method sees (`evict_sees`); the values at unfilled slots mean nothing."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B, K) int64: tokens that each head holds."""
+        return self.filled.sum(-1)
+
+    def newest(self, count: int | Tensor) -> Tensor:
+        """(B, K, W) bool: the newest `count` tokens of each head, an int or (B,) int64: one count per row."""
+        count_B11 = count[:, None, None] if isinstance(count, Tensor) else count
+        place_W = torch.arange(self.filled.shape[-1], device=self.filled.device)
+        return self.filled & (place_W >= self.lengths[..., None] - count_B11)

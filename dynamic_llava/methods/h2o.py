@@ -17,8 +17,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from dynamic_llava.methods.base import BudgetKind, Method, SlotEvidence, Slots
+from dynamic_llava.methods.base import BudgetKind, Method
 from dynamic_llava.methods.eviction import SharesOf, check_count, check_share, check_shares_of, share
+from dynamic_llava.methods.evidence import SlotEvidence, Slots
 from dynamic_llava.sparsity.decisions import top_k_keep
 
 

@@ -14,17 +14,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dynamic_llava.methods.base import (
-    BudgetKind,
-    Choice,
-    Cut,
-    ImageTokens,
-    Method,
-    OneCut,
-    OutputTokens,
-    SlotEvidence,
-    Slots,
-)
+from dynamic_llava.methods.base import BudgetKind, Choice, Cut, ImageTokens, Method, OneCut, OutputTokens
+from dynamic_llava.methods.evidence import SlotEvidence, Slots
 
 
 @dataclass(frozen=True)

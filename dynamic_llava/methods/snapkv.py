@@ -13,8 +13,9 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
-from dynamic_llava.methods.base import Method, SlotEvidence, Slots
+from dynamic_llava.methods.base import Method
 from dynamic_llava.methods.eviction import check_count, check_share, share
+from dynamic_llava.methods.evidence import SlotEvidence, Slots
 from dynamic_llava.sparsity.decisions import top_k_keep
 
 

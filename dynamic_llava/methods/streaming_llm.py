@@ -13,8 +13,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dynamic_llava.methods.base import BudgetKind, Method, Slots
+from dynamic_llava.methods.base import BudgetKind, Method
 from dynamic_llava.methods.eviction import check_count
+from dynamic_llava.methods.evidence import Slots
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from dynamic_llava.methods.base import SlotEvidence, Slots
 from dynamic_llava.methods.eviction import SharesOf, TopSlots
+from dynamic_llava.methods.evidence import SlotEvidence, Slots
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,7 @@ class DynamicLlavaModel(ImageInputs, DynamicLlavaPreTrainedModel, LlavaModel):
         method: Spelling | None = None,
         masked: bool = False,
         answers_only: bool = False,
+        asked: Tensor | None = None,
         sample_key: Tensor | None = None,
         tau: float = 1.0,
         output_keep_rate: float | None = None,
@@ -146,6 +147,7 @@ class DynamicLlavaModel(ImageInputs, DynamicLlavaPreTrainedModel, LlavaModel):
             return self._dense_forward(inputs, tokens, output_mask, image_sizes=image_sizes, **kwargs)
         check_served({**kwargs, "image_sizes": image_sizes})
         plan = {"method": method, "masked": masked, "answers_only": answers_only, "tau": tau, "compile": compile}
+        plan["asked"] = asked
         plan |= {"keep_mask": keep_mask, "sample_key": sample_key, "loss_scale": loss_scale}
         plan["settings"] = self.settings_of_call(output_keep_rate)
         return self._sparse_forward(inputs, tokens, output_mask, plan, **kwargs)

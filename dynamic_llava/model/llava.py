@@ -17,6 +17,7 @@ from transformers.utils.generic import can_return_tuple
 
 from dynamic_llava.config import SparsityConfig, SparsityMode
 from dynamic_llava.engine.cache import CACHE, is_live, one_cache
+from dynamic_llava.engine.decide import asked_by
 from dynamic_llava.engine.learned import warn_untrained
 from dynamic_llava.engine.record import SparsityRecord
 from dynamic_llava.methods import Method, Spelling
@@ -182,7 +183,8 @@ class DynamicLlavaForConditionalGeneration(
             raise ValueError("labels need the logits of every token: leave logits_to_keep out")
         if inputs["output_mask"] is None:
             inputs["output_mask"] = _answers(labels, self._image_places(inputs), self.config.sparsity.output_segments)
-        outputs = self.model(**{**inputs, "use_cache": False}, masked=True, return_dict=True)
+        asked = asked_by(labels, inputs["output_mask"]) if self.training else None
+        outputs = self.model(**{**inputs, "use_cache": False, "asked": asked}, masked=True, return_dict=True)
         logits = self._logits(outputs, 0)
         lm_loss = self.loss_function(logits=logits, vocab_size=self.config.text_config.vocab_size, **loss)
         settings = self.settings_of_call(inputs["output_keep_rate"])
@@ -275,7 +277,8 @@ def method_losses(
 
     `samples` is what each is divided by: counts by name, one count for all, or by default the batch's own samples.
     """
-    counted = method.loss_samples(record.layout, record.sparsified_output, settings)
+    decided_BN = record.sparsified_output | record.sparsified_prompt
+    counted = method.loss_samples(record.layout, decided_BN, settings)
     if samples is None:
         samples = {name: where_B.sum().clamp(min=1) for name, where_B in counted.items()}
     if not isinstance(samples, Mapping):

@@ -262,7 +262,7 @@ def _is_step_before(line: str, step: int) -> bool:
 
 def _summary(logs: dict[str, float]) -> str:
     shown = [f"loss {logs['lm_loss']:.3f}"]
-    for name, label in (("image_keep_rate", "image kept"), ("output_keep_rate", "output kept")):
+    for name in ("image_keep_rate", "output_keep_rate", "prompt_keep_rate"):
         if name in logs:
-            shown.append(f"{label} {logs[name]:.2f}")
+            shown.append(f"{name.split('_')[0]} kept {logs[name]:.2f}")
     return ", ".join([*shown, f"{logs['tokens_per_second']:,.0f} tokens/s"])

@@ -97,7 +97,9 @@ def batch_flops(flops: TrainingFlops, inputs: Mapping[str, Tensor], lengths_B: T
     pictures = inputs.get("pixel_values")
     images = 0 if pictures is None else len(pictures)
     text = flops.per_token * lengths + flops.per_pair * lengths * (lengths + 1) / 2
-    return text.sum() + flops.per_image * images + flops.per_output_token * inputs["output_mask"].sum()
+    outputs = inputs["output_mask"].sum()
+    judged = flops.per_output_token * outputs + flops.per_prompt_token * (lengths.sum() - outputs)
+    return text.sum() + flops.per_image * images + judged
 
 
 def peak_flops(config: TrainConfig, device: torch.device) -> float | None:

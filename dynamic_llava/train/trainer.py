@@ -16,7 +16,7 @@ from dynamic_llava.config import LoraConfig, SparsityConfig, TrainConfig
 from dynamic_llava.costs import llava_shape, training_flops
 from dynamic_llava.data import FILLER, EpochSampler, SftDataset
 from dynamic_llava.data.prepare import BROKEN
-from dynamic_llava.engine.decide import decided_outputs
+from dynamic_llava.engine.decide import asked_by, decided_tokens
 from dynamic_llava.engine.learned import learned_costs
 from dynamic_llava.engine.record import SparsityRecord
 from dynamic_llava.layout import TokenLayout
@@ -31,7 +31,7 @@ from dynamic_llava.train.meter import Meter, batch_flops, peak_flops
 from dynamic_llava.train.optimizer import build_optimizer, clip_separately
 
 Batch = dict[str, Tensor]
-_NOTHING: Batch = {name: torch.zeros(0, 1) for name in ("input_ids", "attention_mask", "output_mask")}
+_NOTHING: Batch = {name: torch.zeros(0, 1) for name in ("input_ids", "attention_mask", "output_mask", "labels")}
 """A batch without samples."""
 
 
@@ -226,6 +226,7 @@ class DynamicLlavaTrainer(Trainer):
         for name, value in terms.items():
             self.meter.add_share(name, value)
         counted = {"image_keep_rate": record.layout.is_image, "output_keep_rate": record.sparsified_output}
+        counted["prompt_keep_rate"] = record.sparsified_prompt
         for name, where in counted.items():
             self.meter.add_ratio(name, (record.keep_mask * where).sum(), where.sum())
         self._record = record
@@ -247,4 +248,7 @@ class DynamicLlavaTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         image = batch["input_ids"] == model.config.image_token_id
         layout = TokenLayout.build(image, batch["attention_mask"], batch["output_mask"], image_lengths=1)
-        return self.method.loss_samples(layout, decided_outputs(layout, self.settings), self.settings)
+        prompt = any(cut.prompt for cut in self.method.cuts(model.config.text_config.num_hidden_layers))
+        asked = asked_by(batch["labels"], batch["output_mask"])
+        decided = decided_tokens(layout, self.settings, asked, prompt=prompt)
+        return self.method.loss_samples(layout, decided, self.settings)

@@ -27,7 +27,7 @@ from tests.builders import (
 from tests.sft_builders import write_checkpoint, write_data
 from tests.toys.linear import Linear
 
-PREDICTORS = Dynamic.parts
+PREDICTORS = Dynamic().parts
 
 WARNING = "sparse inference with newly initialised predictors"
 
