@@ -288,8 +288,9 @@ def _sparsity(values: dict[str, Any], shapes: Shapes, layers: int, tokens: int, 
         return SparsityConfig(sparse_layer=max(1, min(SparsityConfig.sparse_layer, layers - 1)))
     if published.get("use_instruct_predictor"):
         raise ValueError(
-            "config.json has sparse_config.use_instruct_predictor: true; prompt tokens are never dropped here, so a "
-            "model that was trained with a predictor of them cannot be run"
+            "config.json has sparse_config.use_instruct_predictor: true; that predictor of prompt tokens has learned "
+            "questions without their role words, and here they are told by their place, role words included: train one "
+            "(sparsity.prompt_keep_rate: 0.7)"
         )
     known = {*_SPARSITY, *_UNUSED, *(flag for flags in _PREDICTOR_FLAGS.values() for flag in flags)}
     unknown = sorted(set(published) - known)

@@ -91,7 +91,8 @@ def prefill_costs(
     `prefill_gflop_exact` counts the real module shapes on the whole prompt (causal attention, the head on one token,
     and what `method` judges by: its weights, and attention that it is shown, that of the tower `vision` among it; where
     the question's is shown, all text of a prompt counts as its question);
-    `prefill_gflop_paper` is Eq. 13 on the image tokens alone.
+    `prefill_gflop_paper` is Eq. 13 on the image tokens alone. Text counts in every layer, also where a predictor of
+    prompt tokens drops some, and what that predictor judges by is left out.
     """
     judging = judging_flops(settings, shape.hidden, tokens_per_image, method)
     judging += method.tower_flops(shape.layers, vision)
@@ -118,7 +119,10 @@ def mean_kv_bytes(
     tokens_per_image: int,
     bytes_per_value: int,
 ) -> float:
-    """Return the mean over answers of the keys and values that a cache holds of each when its last token is said."""
+    """Return the mean over answers of the keys and values that a cache holds of each when its last token is said.
+
+    All text of a prompt counts, also what a predictor of prompt tokens drops.
+    """
     sizes = []
     below = next((cut.layer for cut in method.cuts(shape.layers) if cut.output), shape.layers)
     for said in answers:
