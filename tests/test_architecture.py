@@ -58,7 +58,7 @@ PUBLIC_TRANSFORMERS = {"transformers", "transformers.utils"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_NESTING = 400, 80, 4
 PROTOCOL_NAMES = {
     "checkpoint_method", "Choice", "CLIP_EVIDENCE", "Cut", "Draw", "Evidence", "ImageTokens", "Method", "OutputTokens",
-    "QUESTION_EVIDENCE", "QuestionTokens", "SlotEvidence", "Slots", "TOKEN_EVIDENCE", "TOWER_EVIDENCE",
+    "PromptTokens", "QUESTION_EVIDENCE", "QuestionTokens", "SlotEvidence", "Slots", "TOKEN_EVIDENCE", "TOWER_EVIDENCE",
 }  # fmt: skip
 METHOD_PROTOCOL = {"base", "eviction", "evidence", "grid", "registry", "values"}
 """Modules of methods/ that concrete methods share; every other module there is one method."""

@@ -29,6 +29,10 @@ class Prefilled(Protocol):
         """Length of the prompt, image tokens included."""
 
     @property
+    def prompt_dropped(self) -> int:
+        """How many of them are tokens of questions that were dropped."""
+
+    @property
     def image_kept(self) -> Sequence[Sized]:
         """The tokens of each image that are kept to the end."""
 
@@ -50,6 +54,8 @@ class Counted:
     """Generated tokens that are kept; the last one, which is never fed back, does not count."""
     heads_hold: int | None = None
     """Tokens that the key heads of all layers hold together at the end, where a method evicts."""
+    prompt_dropped: int = 0
+    """Tokens of questions that were dropped."""
 
     @classmethod
     def read(cls, facts: Mapping[str, Any], method: Method, layers: int, tokens_per_image: int) -> "Counted":
@@ -63,7 +69,7 @@ class Counted:
             below = next((cut.layer for cut in method.cuts(layers)), layers)
             seen = [len(kept) * tokens_per_image] * below + [sum(kept)] * (layers - below)
         images = tuple(map(range, kept))
-        counts = facts["output_tokens"], facts["output_kept"], facts.get("heads_hold")
+        counts = facts["output_tokens"], facts["output_kept"], facts.get("heads_hold"), facts.get("prompt_dropped", 0)
         return cls(facts["prompt_tokens"], images, tuple(seen), *counts)
 
 
@@ -91,20 +97,24 @@ def prefill_costs(
     `prefill_gflop_exact` counts the real module shapes on the whole prompt (causal attention, the head on one token,
     and what `method` judges by: its weights, and attention that it is shown, that of the tower `vision` among it; where
     the question's is shown, all text of a prompt counts as its question);
-    `prefill_gflop_paper` is Eq. 13 on the image tokens alone. Text counts in every layer, also where a predictor of
-    prompt tokens drops some, and what that predictor judges by is left out.
+    `prefill_gflop_paper` is Eq. 13 on the image tokens alone. A predictor of prompt tokens is taken to judge all text.
     """
     judging = judging_flops(settings, shape.hidden, tokens_per_image, method)
     judging += method.tower_flops(shape.layers, vision)
+    asking = sum(
+        part.judging(1)
+        for part in learned_costs(settings, shape.hidden, method).values()
+        if part.learns and part.judges_prompts
+    )
     average, exact, paper = [], [], []
     for prediction in predictions:
         images = len(prediction.image_kept)
         text, seen = prediction.prompt_tokens - images * tokens_per_image, prediction.image_seen
         average.append(statistics.fmean(seen))
         paper.append(flops_paper(seen, shape.hidden, shape.layers))
-        entering = [text + tokens for tokens in seen]
+        entering = [its + tokens for its, tokens in zip(_text_seen(text, prediction, method, shape), seen, strict=True)]
         evidence = method.evidence_flops(entering, shape, causal=True, question=text)
-        exact.append(prefill_flops(entering, shape) + evidence + images * judging)
+        exact.append(prefill_flops(entering, shape) + evidence + images * judging + text * asking)
     return {
         "image_tokens_per_layer": statistics.fmean(average),
         "prefill_gflop_exact": statistics.fmean(exact) / 1e9,
@@ -119,10 +129,7 @@ def mean_kv_bytes(
     tokens_per_image: int,
     bytes_per_value: int,
 ) -> float:
-    """Return the mean over answers of the keys and values that a cache holds of each when its last token is said.
-
-    All text of a prompt counts, also what a predictor of prompt tokens drops.
-    """
+    """Return the mean over answers of the keys and values that a cache holds of each when its last token is said."""
     sizes = []
     below = next((cut.layer for cut in method.cuts(shape.layers) if cut.output), shape.layers)
     for said in answers:
@@ -131,9 +138,16 @@ def mean_kv_bytes(
             continue
         text, fed = said.prompt_tokens - len(said.image_kept) * tokens_per_image, said.output_tokens - 1
         output = [fed] * below + [said.output_kept] * (shape.layers - below)
-        tokens = [text + image + its for image, its in zip(said.image_seen, output, strict=True)]
+        texts = _text_seen(text, said, method, shape)
+        tokens = [words + image + its for words, image, its in zip(texts, said.image_seen, output, strict=True)]
         sizes.append(kv_bytes(shape, tokens, bytes_per_value=bytes_per_value))
     return statistics.fmean(sizes)
+
+
+def _text_seen(text: int, said: Prefilled, method: Method, shape: DecoderShape) -> list[int]:
+    """Return how many of a prompt's `text` tokens each layer sees."""
+    below = next((cut.layer for cut in method.cuts(shape.layers) if cut.prompt), shape.layers)
+    return [text] * below + [text - said.prompt_dropped] * (shape.layers - below)
 
 
 def measure_speed(

@@ -53,6 +53,8 @@ class Prediction:
     """One decision per generated token before the last (which is never fed back)."""
     prompt_tokens: int
     """Length of the prompt, image tokens included."""
+    prompt_dropped: int
+    """How many of them are tokens of questions that were dropped."""
     heads_hold: int | None
     """Tokens that the key heads of all layers hold together when the last token is said; None: nothing is evicted."""
     cache_bytes: int
@@ -176,6 +178,7 @@ def _read(
     image_BN = prompt_BN == processor.image_token_id if dense else output.sparsity.layout.is_image
     image_seen = seen_in_layers(output.sparsity, image_BN, layers).tolist()
     prompt_tokens = batch.inputs["attention_mask"].sum(1).tolist()
+    dropped = [0] * len(answers) if dense else _prompts_dropped(output.sparsity).tolist()
     lengths = [next((i + 1 for i, token in enumerate(row) if token in ends), len(row)) for row in answers]
     steps = output.sequences.shape[1] - prompt_BN.shape[1] - 1  # the last token is never fed back
     fed = [prompt + min(length, steps) for prompt, length in zip(prompt_tokens, lengths, strict=True)]
@@ -190,10 +193,16 @@ def _read(
             image_seen=tuple(image_seen[row]),
             output_kept=(decisions[row] if decisions is not None else (True,) * length)[: length - 1],
             prompt_tokens=prompt_tokens[row],
+            prompt_dropped=dropped[row],
             heads_hold=heads_hold[row],
             cache_bytes=filled[row],
             allocated_bytes=allocated // len(answers),
         )
+
+
+def _prompts_dropped(record: Any) -> Tensor:
+    """(B,) int64: the prompt tokens of each row that not all layers see."""
+    return (record.layout.prompt & (record.until < record.layers)).sum(1)  # type: ignore[no-any-return]
 
 
 def _decisions(

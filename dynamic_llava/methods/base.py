@@ -236,9 +236,7 @@ class Method:
         return (wanted,) if isinstance(held.get(wanted), float | int) else ()
 
     def keep_rates(self, settings: SparsityConfig) -> dict[str, float]:
-        """Return the keep rates that training aims at, "image_keep_rate", "output_keep_rate" and "prompt_keep_rate"
-        among them; default: none.
-        """
+        """Return the keep rates that training aims at: of image_keep_rate, output_keep_rate, prompt_keep_rate."""
         return {}
 
     def cuts(self, layers: int) -> tuple[Cut, ...]:

@@ -91,7 +91,9 @@ def test_a_row_of_table_10_is_what_its_method_keeps(name, size):
         record = model(input_ids=ids, method=method, **images_for(model, method, tokens)).sparsity
         until = record.until[record.layout.is_image]
         seen = [int((until > layer).sum()) for layer in range(shape.layers)]
-    said = [SimpleNamespace(prompt_tokens=ids.shape[1], image_kept=[range(seen[-1])], image_seen=seen)]
+    said = [
+        SimpleNamespace(prompt_dropped=0, prompt_tokens=ids.shape[1], image_kept=[range(seen[-1])], image_seen=seen)
+    ]
     settings = model.config.sparsity
     costs = prefill_costs(shape, settings, said, tokens, method=method, vision=LLAVA_SHAPES[size].vision)
     assert round(costs["image_tokens_per_layer"], 1) == pytest.approx(average, abs=0.051)

@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 
 from dynamic_llava import DynamicLlavaForConditionalGeneration
 from dynamic_llava.config import DataConfig, ModelConfig, SparsityConfig, TrainConfig
-from dynamic_llava.costs import llava_shape, training_flops
+from dynamic_llava.costs import kv_bytes, llava_shape, prefill_flops, training_flops
 from dynamic_llava.engine.decide import asked_by, decided_tokens
 from dynamic_llava.engine.learned import learned_costs
+from dynamic_llava.eval.efficiency import Counted, mean_kv_bytes, prefill_costs
 from dynamic_llava.layout import TokenLayout, run_lengths, without_last
 from dynamic_llava.methods import Dynamic
 from dynamic_llava.sparsity import keep_margin
@@ -263,3 +264,19 @@ def test_a_run_trains_saves_and_loads_it(tmp_path):
     own = model.state_dict()
     assert all(own[name].equal(value) for name, value in weights.items() if "prompt_predictor" in name)
     assert model.config.sparsity.prompt_min_length == 2
+
+
+def test_what_is_dropped_is_left_out_of_a_prefills_costs(model):
+    shape, settings = llava_shape(model.config), replace(TINY_SPARSITY, **SETTINGS)
+    said = [Counted(40, (range(4),), (16, 16, 4, 4, 4, 4), 1, 0, None, dropped) for dropped in (0, 5)]
+    method = Dynamic.from_config(settings)
+    given = {"method": method, "vision": shape.vision}
+    whole, less = (prefill_costs(shape.decoder, settings, [one], 16, **given)["prefill_gflop_exact"] for one in said)
+    tokens = [[24 + 16] * 2 + [24 + 4 - dropped] * 4 for dropped in (0, 5)]
+    spared = prefill_flops(tokens[0], shape.decoder) - prefill_flops(tokens[1], shape.decoder)
+    assert (whole - less) * 1e9 == pytest.approx(spared)
+    held = [mean_kv_bytes(shape.decoder, method, [one], 16, 2) for one in said]
+    assert held[0] - held[1] == kv_bytes(shape.decoder, 5, bytes_per_value=2) * 4 / 6
+    plain = prefill_costs(shape.decoder, TINY_SPARSITY, said[:1], 16, method=Dynamic.from_config(TINY_SPARSITY),
+                          vision=shape.vision)["prefill_gflop_exact"]  # fmt: skip
+    assert (whole - plain) * 1e9 == pytest.approx(24 * learned_costs(settings, HIDDEN)["prompt_predictor"].flops)

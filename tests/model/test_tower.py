@@ -124,7 +124,7 @@ def test_nothing_is_read_that_no_method_asks_for(monkeypatch):
         rows = {"hiprune": 34, "average_pool": 0, "vscan": 2}.get(name, 1)
         assert len(PIXELS) * method.tower_flops(6, vision) == read == row * rows, name
     assert get_method("fastv").tower_flops(6, vision) == 0
-    said = [SimpleNamespace(prompt_tokens=25, image_kept=[range(3)], image_seen=[3] * 6)]
+    said = [SimpleNamespace(prompt_dropped=0, prompt_tokens=25, image_kept=[range(3)], image_seen=[3] * 6)]
     shape, settings = decoder_shape(model.config), model.config.sparsity
     one, other = (
         prefill_costs(shape, settings, said, TOKENS_PER_IMAGE, method=get_method(name), vision=vision)

@@ -141,7 +141,13 @@ class Probing:
         ]
         counted = [
             Counted(
-                one.prompt_tokens, tuple(map(range, map(len, one.image_kept))), one.image_seen, 1, 0, one.heads_hold
+                one.prompt_tokens,
+                tuple(map(range, map(len, one.image_kept))),
+                one.image_seen,
+                1,
+                0,
+                one.heads_hold,
+                one.prompt_dropped,
             )
             for one in said
         ]
