@@ -92,7 +92,7 @@ def build_model(kv_heads=4, attention="sdpa", seed=0, layers=LAYERS, family="lla
             for predictor in predictors(model):
                 for parameter in predictor.parameters():
                     parameter.normal_(std=0.3) if parameter.dim() > 1 else parameter.add_(0.1)
-        _centre_output_margins(model)
+        centre_text_margins(model, torch.randint(FIRST_WORD, VOCABULARY, (8, 40)))
     # An answer that ends early would make the batches of the tests less ragged, not more.
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
@@ -118,21 +118,19 @@ def deciding(how, config=TINY_SPARSITY):
 
 
 def predictors(model):
-    """Return the image and the output predictor of a model; one of prompt tokens comes behind them."""
-    kinds = (ImagePredictor, OutputPredictor)
-    first = [next(module for module in model.modules() if isinstance(module, kind)) for kind in kinds]
-    return first[0], first[1]
+    """Return the image and the output predictor of a model, and that of prompt tokens where there is one."""
+    return tuple(module for module in model.modules() if isinstance(module, (ImagePredictor, OutputPredictor)))
 
 
 @torch.no_grad()
-def _centre_output_margins(model):
-    margins = []
-    output = predictors(model)[1]
-    handle = output.register_forward_hook(lambda module, inputs, logits: margins.append(keep_margin(logits).flatten()))
-    ids = torch.randint(FIRST_WORD, VOCABULARY, (8, 40))
-    model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, output_mask=torch.ones_like(ids).bool())
+def centre_text_margins(model, ids):
+    """Shift the predictors of text tokens so that each keeps half of the words `ids` (B, N) of an answer."""
+    entering, cut = [], model.model.language_model.layers[model.config.sparsity.sparse_layer]
+    handle = cut.register_forward_pre_hook(lambda layer, given: entering.append(given[0]))
+    model(input_ids=ids, labels=ids, output_mask=torch.ones_like(ids).bool())
     handle.remove()
-    output.head[-1].bias[1] -= torch.cat(margins).median()
+    for predictor in predictors(model)[1:]:
+        predictor.head[-1].bias[1] -= keep_margin(predictor(entering[0])).median()
 
 
 def dense_twin(model):

@@ -48,7 +48,7 @@ class Laws:
     def refuse_ties(self, margins):
         """Leave a world unjudged in which rounding alone could change a decision."""
         looked_at = getattr(self.switches.get("method"), "images", margins.images)
-        if has_tie(looked_at, margins.outputs, self.world.shape):
+        if has_tie(looked_at, margins.texts, self.world.shape):
             raise Unjudged("a tie")
 
     def of_rows(self, rows):

@@ -25,6 +25,7 @@ from tests.builders import (
     PAD,
     TEXT_CONFIGS,
     VOCABULARY,
+    centre_text_margins,
     predictors,
     vary_biases_and_norms,
 )
@@ -46,6 +47,7 @@ MODEL = {
     "cache_block": st.sampled_from([1, 2, 7, 64]),
     "image_keep_rate": st.sampled_from([0.05, 0.2, 0.34, 0.5, 1.0]),
     "image_selection": st.sampled_from(["topk", "threshold"]),
+    "prompt_keep_rate": st.sampled_from([None, 0.7]),
     "masked_softmax": st.sampled_from(["reference", "chunked"]),
     "attention": st.sampled_from(["sdpa", "eager"]),
     "family": st.sampled_from(sorted(FAMILIES)),
@@ -109,8 +111,21 @@ def worlds(draw):
             # Its row of attention is that of the question's end: images, then text, then answers alone.
             images = [piece for piece in row[0] if piece[0] == "image"]
             row = [[*images, ("text", 2)], *([("output", length) for _, length in turn] for turn in row[1:])]
+        if call["method"] is None and shape.prompt_keep_rate is not None:
+            row = asked_apart(row)
         rows.append(tuple(tuple(turn) for turn in row))
     return World(shape, **call, rows=tuple(rows))
+
+
+def asked_apart(row):
+    """Return a row's turns with an answer wherever two of them meet in text: in one pass they would be one question."""
+    apart, last = [], None
+    for turn in row:
+        if turn and last == turn[0][0] == "text":
+            turn = [("output", 1), *turn]
+        last = turn[-1][0] if turn else last
+        apart.append(turn)
+    return apart
 
 
 class Unjudged(Exception):
@@ -120,7 +135,7 @@ class Unjudged(Exception):
 @lru_cache(maxsize=4)
 @torch.no_grad()
 def build(shape):
-    """Return the world's model, whose output decisions are mixed, and transformers' own with the same weights."""
+    """Return the world's model, whose decisions on text are mixed, and transformers' own with the same weights."""
     hidden = shape.heads * 8
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
@@ -136,6 +151,7 @@ def build(shape):
     sparsity = SparsityConfig(
         sparse_layer=shape.sparse_layer, image_keep_rate=shape.image_keep_rate, image_selection=shape.image_selection,
         cache_block=shape.cache_block, masked_softmax=shape.masked_softmax, output_min_length=1,
+        prompt_keep_rate=shape.prompt_keep_rate, prompt_min_length=1,
         predictor_width=8, predictor_heads=2, predictor_mlp=8, predictor_blocks=1,
     )  # fmt: skip
     common = {
@@ -156,28 +172,30 @@ def build(shape):
     twin.load_state_dict(own, strict=True)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, PAD
     twin.generation_config = model.generation_config
-    with Margins(model) as margins:
-        model(input_ids=ids, labels=ids, output_mask=torch.ones_like(ids).bool(), sparsity="output")
-    predictors(model)[1].head[-1].bias[1] -= torch.cat(margins.outputs).median()
+    centre_text_margins(model, ids)
     return model, twin
 
 
 class Margins:
-    """Collects what the predictors say while it is entered: margins of each image (n,) and of output tokens (T,)."""
+    """Collects what the predictors say while it is entered: margins of each image (n,) and of text tokens (T,)."""
 
     def __init__(self, model):
-        self.images, self.outputs, self.handles = [], [], []
+        self.images, self.texts, self.handles = [], [], []
         self.predictors = predictors(model)
 
     def __enter__(self):
-        hooks = self.of_images, lambda module, inputs, logits: self.outputs.append(keep_margin(logits).flatten())
-        for predictor, hook in zip(self.predictors, hooks, strict=True):
-            self.handles.append(predictor.register_forward_hook(hook))
+        image, *of_text = self.predictors
+        self.handles.append(image.register_forward_hook(self.of_images))
+        for predictor in of_text:
+            self.handles.append(predictor.register_forward_hook(self.of_texts))
         return self
 
     def of_images(self, module, inputs, logits):
         _, valid = inputs
         self.images.extend(margin[its] for margin, its in zip(keep_margin(logits), valid, strict=True))
+
+    def of_texts(self, module, inputs, logits):
+        self.texts.append(keep_margin(logits).flatten())
 
     def __exit__(self, *_):
         for handle in self.handles:
@@ -215,9 +233,9 @@ def method_of(world):
     return kind(**{setting: value for setting, value in known.items() if setting in METHODS[name].__dataclass_fields__})
 
 
-def has_tie(images, outputs, shape):
+def has_tie(images, texts, shape):
     """Whether some decision hangs on less than rounding changes; scores of each image (n,), margins (T,)."""
-    near_zero = [*outputs, *(images if shape.image_selection == "threshold" else ())]
+    near_zero = [*texts, *(images if shape.image_selection == "threshold" else ())]
     near_another = [score.sort().values.diff() for score in images]
     return any(bool((found.abs() < TIE).any()) for found in (*near_zero, *near_another))
 

@@ -23,6 +23,8 @@ IMAGE = "image"
 """Field of an answer's metadata: a digest of the image that was asked about."""
 DIGITS = 16
 """Hexadecimal digits that stand for a digest."""
+LATER: dict[str, Any] = {"prompt_threshold": None}
+"""Settings of methods that answers of earlier versions do not know, with the value that says the same: left out."""
 
 
 def model_settings(model: Any, processor: DynamicLlavaProcessor, source: str) -> dict[str, Any]:
@@ -57,11 +59,17 @@ def method_settings(method: Method, config: SparsityConfig) -> dict[str, Any]:
         return {"sparsity": "none"}
     if isinstance(method, Dynamic) and method == Dynamic.from_config(config, method.sparsity):
         return {"sparsity": method.sparsity}
-    found: dict[str, Any] = {"method": print_method(method)}
+    found: dict[str, Any] = {"method": _as_before(print_method(method))}
     source = inspect.getsourcefile(type(method))
     if found["method"]["name"] not in METHODS and source is not None:
         found["method"] |= {"file": file_digest(Path(source))[:DIGITS]}
     return found
+
+
+def _as_before(printed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a printed method without what is `LATER` in it, or in a method of its settings."""
+    said = {name: value for name, value in printed.items() if name not in LATER or value != LATER[name]}
+    return {name: _as_before(value) if isinstance(value, Mapping) else value for name, value in said.items()}
 
 
 def question_settings(questions: Sequence[Question]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dynamic_llava.methods.base import BudgetKind, Choice, Cut, ImageTokens, Method, OneCut, OutputTokens
+from dynamic_llava.methods.base import BudgetKind, Choice, Cut, ImageTokens, Method, OneCut, OutputTokens, PromptTokens
 from dynamic_llava.methods.evidence import SlotEvidence, Slots
 
 
@@ -22,13 +22,13 @@ from dynamic_llava.methods.evidence import SlotEvidence, Slots
 class Mixed(Method):
     """Each kind of token is decided on by a method of its own, at the same layer, with the weights of the checkpoint.
 
-    What `image_by` would do with output tokens, and `output_by` with image tokens, is not asked.
+    What `image_by` would do with output tokens, and `output_by` with image tokens and questions, is not asked.
     """
 
     name: ClassVar[str] = "mixed"
 
     image_by: OneCut | None = None
-    """Decides on image tokens; None keeps all."""
+    """Decides on image tokens, and on the tokens of questions where it does so by itself; None keeps all."""
     output_by: OneCut | None = None
     """Decides on output tokens; None keeps all."""
     evict_by: Method | None = None
@@ -119,6 +119,12 @@ class Mixed(Method):
         if self.output_by is None:
             return super().keep_output(outputs, learned)
         return self.output_by.keep_output(outputs, learned)
+
+    def keep_prompt(self, prompts: PromptTokens, learned: Any) -> Tensor:
+        """(T,) bool: the decision of `image_by`."""
+        if self.image_by is None:
+            return super().keep_prompt(prompts, learned)
+        return self.image_by.keep_prompt(prompts, learned)
 
     def evict(self, layer: int, slots: Slots) -> Tensor | None:
         """(B, K, W) bool: the decision of `evict_by`."""

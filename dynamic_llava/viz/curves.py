@@ -11,7 +11,11 @@ from matplotlib.axes import Axes
 
 from dynamic_llava.viz import style
 
-_KEEP_CURVES = (("image_keep_rate", "image tokens", style.ACCENT), ("output_keep_rate", "output tokens", style.SECOND))
+_KEEP_CURVES = (
+    ("image_keep_rate", "image tokens", style.ACCENT),
+    ("output_keep_rate", "output tokens", style.SECOND),
+    ("prompt_keep_rate", "prompt tokens", style.THIRD),
+)
 
 _PANELS = (
     ("flops", 1e-12, "One step without cache", "TFLOP"),
@@ -30,8 +34,8 @@ def draw_training_curves(
     """Draw a PNG with one panel of keep rates per sparse run and one panel of every run's loss.
 
     `runs` maps a run's title to its logged records, each a dict with "step" and any of image_keep_rate,
-    output_keep_rate and `loss_key`; `targets` maps the two keep rates to their targets. Runs that log no keep rate
-    appear in the loss panel only. Returns the path; ValueError without any record.
+    output_keep_rate, prompt_keep_rate and `loss_key`; `targets` maps keep rates to their targets. Runs that log no keep
+    rate appear in the loss panel only. Returns the path; ValueError without any record.
     """
     if not any(runs.values()):
         raise ValueError("no training records were given; give the lines of at least one metrics.jsonl")

@@ -13,9 +13,9 @@ from dynamic_llava.costs import kv_bytes, llava_shape, prefill_flops, training_f
 from dynamic_llava.engine.decide import asked_by, decided_tokens
 from dynamic_llava.engine.learned import learned_costs
 from dynamic_llava.eval.efficiency import Counted, mean_kv_bytes, prefill_costs
+from dynamic_llava.eval.identity import method_settings
 from dynamic_llava.layout import TokenLayout, run_lengths, without_last
-from dynamic_llava.methods import Dynamic
-from dynamic_llava.sparsity import keep_margin
+from dynamic_llava.methods import Dynamic, get_method, print_method, read_method
 from dynamic_llava.train.config import RunConfig
 from dynamic_llava.train.run import run
 from tests.builders import (
@@ -46,17 +46,7 @@ TURNS = [
 @pytest.fixture(scope="module")
 def model():
     """A model whose prompt predictor keeps about half; nothing may write to it."""
-    model = build_model(2, **SETTINGS)
-    predictor, margins = model.model.language_model.prompt_predictor, []
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(1)
-        for parameter in predictor.parameters():
-            parameter.normal_(std=0.3) if parameter.dim() > 1 else parameter.add_(0.1)
-        handle = predictor.register_forward_hook(lambda module, given, logits: margins.append(keep_margin(logits)))
-        model(**without_decisions([make_row([("image", 0), ("text", 40)], seed) for seed in range(6)]))
-        predictor.head[-1].bias[1] -= torch.cat(margins).median()
-        handle.remove()
-    return model
+    return build_model(2, **SETTINGS)
 
 
 def without_decisions(batch, side="right"):
@@ -160,6 +150,33 @@ def test_cached_decoding_equals_decoding_without_a_cache(model):
     plain = cached.sparsity.layout.prompt
     assert (plain & ~cached.sparsity.keep_mask).any()
     assert not (plain & ~image_alone.sparsity.keep_mask).any(), "image alone leaves prompt tokens alone"
+
+
+@torch.no_grad()
+def test_mixed_decides_on_questions_as_its_method_of_images_does(model):
+    batch = prompts([make_row(turns[:-1], seed) for seed, turns in enumerate(TURNS)])
+    alone, settings = model(**batch, use_cache=True).sparsity, model.config.sparsity
+    without = {"name": "dynamic", "prompt_threshold": None}
+    for image_by, same in (("dynamic", True), (without, False), (None, False)):
+        mixed = {"name": "mixed", "image_by": image_by, "output_by": {"name": "random", "output_keep_rate": 0.5}}
+        record = model(**batch, use_cache=True, method=mixed).sparsity
+        asked = record.layout.prompt & ~alone.keep_mask
+        assert asked.any() and (~record.keep_mask[asked]).all() == same and record.keep_mask[asked].any() != same
+        assert not (record.layout.prompt & alone.keep_mask & ~record.keep_mask).any()
+        assert read_method(print_method(read_method(mixed, settings)), settings) == read_method(mixed, settings)
+
+
+def test_answers_of_before_are_of_the_same_settings(model):
+    """Where no prompt token is dropped, answers do not depend on the threshold, and their record has no word of it."""
+    plain, own = SparsityConfig(), model.config.sparsity
+    half = Dynamic(image_keep_rate=0.5)
+    assert method_settings(half, plain)["method"] == {
+        name: value for name, value in print_method(half).items() if name != "prompt_threshold"
+    }
+    mixed = get_method("mixed", image_by=half)
+    assert "prompt_threshold" not in method_settings(mixed, plain)["method"]["image_by"]
+    assert method_settings(Dynamic.from_config(own), own) == {"sparsity": "both"}
+    assert method_settings(replace(Dynamic.from_config(own), prompt_threshold=1.0), own)["method"]["prompt_threshold"]
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from PIL import Image
 
 from dynamic_llava.profile.presets import PRESETS
 from dynamic_llava.profile.tables import curve_report
-from dynamic_llava.viz.curves import draw_cost_curves, draw_quality_against_cost
+from dynamic_llava.viz.curves import draw_cost_curves, draw_quality_against_cost, draw_training_curves
 
 
 def test_cost_curves(tmp_path):
@@ -18,6 +18,19 @@ def test_cost_curves(tmp_path):
     assert first.std() > 5 and first.shape[1] > 1000 and not np.array_equal(first, second)
     with pytest.raises(ValueError, match="no rows were given"):
         draw_cost_curves(plain, [])
+
+
+def test_training_curves_show_every_keep_rate(tmp_path):
+    log = [{"step": step, "lm_loss": 2.0, "image_keep_rate": 0.2, "output_keep_rate": 0.5} for step in range(5)]
+    of_questions = [{**line, "prompt_keep_rate": 0.7 + line["step"] / 50} for line in log]
+    targets = {"image_keep_rate": 0.2, "output_keep_rate": 0.5, "prompt_keep_rate": 0.7}
+    two, three = (
+        np.asarray(Image.open(draw_training_curves(tmp_path / f"{len(found[0])}.png", {"run": found}, targets)))
+        for found in (log, of_questions)
+    )
+    assert two.shape == three.shape and not np.array_equal(two, three)
+    with pytest.raises(ValueError, match="no training records were given"):
+        draw_training_curves(tmp_path / "none.png", {"run": []}, targets)
 
 
 def test_quality_against_cost(tmp_path):

@@ -36,7 +36,7 @@ class EncodedRound(NamedTuple):
     """One question and its reference answer."""
 
     prompt: list[int]
-    """Ids that are fed before the answer, image tokens included; none of them is ever dropped but image tokens."""
+    """Ids that are fed before the answer, image tokens included."""
     answer: list[int]
     """Ids of the answer and its `</s>`, which is predicted but never fed."""
 
@@ -109,6 +109,7 @@ class LiveDialogues:
         """(B, L) image tokens that each layer sees."""
         self.output_seen = torch.zeros_like(self.image_seen)
         """(B, L) output tokens that each layer sees; they stay in its cache, unless the method evicts."""
+        self._text_seen: list[Tensor] = []
         self._held: list[Tensor] = []
 
     def feed(self, chunks: Sequence[Sequence[int]], *, output: bool) -> Tensor:
@@ -137,7 +138,7 @@ class LiveDialogues:
             sample_key=self._key_B,
             logits_to_keep=1,
         )
-        self._count(result.sparsity, ids_BQ, valid_BQ & output)
+        self._count(result.sparsity, ids_BQ, valid_BQ, output=output)
         self._cache, self._pixels = cache_of(result), None
         if self.method.evicts:
             held_B = self._cache.head_lengths().sum((1, 2))
@@ -153,10 +154,19 @@ class LiveDialogues:
             return [None] * len(self.image_seen)
         return list(zip(self._held[0].tolist(), self._held[-1].tolist(), strict=True))
 
-    def _count(self, record: Any, ids_BQ: Tensor, output_BQ: Tensor) -> None:
-        image_BQ, layers = (ids_BQ == self.model.config.image_token_id) & ~output_BQ, self.image_seen.shape[1]
-        self.image_seen += seen_in_layers(record, image_BQ, layers)
-        self.output_seen += seen_in_layers(record, output_BQ, layers)
+    def text_seen(self) -> list[tuple[list[int], list[int]]]:
+        """Return of each row, per layer, the text tokens that it sees: of the first prompt, and of all prompts."""
+        return list(zip(self._text_seen[0].tolist(), self._text_seen[-1].tolist(), strict=True))
+
+    def _count(self, record: Any, ids_BQ: Tensor, valid_BQ: Tensor, *, output: bool) -> None:
+        layers = self.image_seen.shape[1]
+        if output:
+            self.output_seen += seen_in_layers(record, valid_BQ, layers)
+            return
+        image_BQ = ids_BQ == self.model.config.image_token_id
+        self.image_seen += seen_in_layers(record, image_BQ & valid_BQ, layers)
+        text_BL = seen_in_layers(record, ~image_BQ & valid_BQ, layers)
+        self._text_seen = [*self._text_seen[:1], text_BL + (self._text_seen[-1] if self._text_seen else 0)]
 
 
 @torch.no_grad()

@@ -31,10 +31,10 @@ class Lengths:
     image: int
     image_seen: Sequence[int]
     """Per layer the image tokens that it sees."""
-    first_text: int
-    """Text tokens of the first prompt, system text included."""
     text: int
-    """Text tokens of all prompts."""
+    """Text tokens of all prompts, system text included."""
+    text_seen: tuple[Sequence[int], Sequence[int]]
+    """Per layer those of the first prompt, and of all, that it sees."""
     output: int
     """Answer tokens that were fed; the last one of each answer is not."""
     output_seen: Sequence[int]
@@ -54,9 +54,10 @@ class Lengths:
         def filled(tokens: Sequence[int]) -> int:
             return kv_bytes(shape, tokens, bytes_per_value=bytes_per_value)
 
-        opened = filled([image + self.first_text for image in self.image_seen])
-        every = zip(self.image_seen, self.output_seen, strict=True)
-        ended, answers = filled([image + self.text + output for image, output in every]), filled(self.output_seen)
+        first, texts = self.text_seen
+        opened = filled([*map(sum, zip(self.image_seen, first, strict=True))])
+        ended = filled([*map(sum, zip(self.image_seen, texts, self.output_seen, strict=True))])
+        answers = filled(self.output_seen)
         if self.heads_hold is not None:
             opened, ended = (count * 2 * shape.head_width * bytes_per_value for count in self.heads_hold)
             answers = ended - opened
@@ -83,6 +84,8 @@ class Generated:
     """Per layer the image tokens that it saw."""
     output_seen: list[int]
     """Per layer the fed answer tokens that it saw."""
+    text_seen: tuple[list[int], list[int]]
+    """As those of `Lengths`."""
     heads_hold: tuple[int, int] | None
     """As those of `Lengths`."""
 
@@ -129,8 +132,8 @@ def _generate(
     live = LiveDialogues(run.model, pixels, run.method, sample_key)
     prompts = [[one.prompt for one in row] for row in rows]
     said = answer_dialogues(live, prompts, run.max_new_tokens, set(ends if isinstance(ends, list) else [ends]))
-    seen = zip(live.image_seen.tolist(), live.output_seen.tolist(), live.heads_hold(), strict=True)
-    return [Generated(tokens, *numbers) for tokens, numbers in zip(said, seen, strict=True)]
+    counted = live.image_seen.tolist(), live.output_seen.tolist(), live.text_seen(), live.heads_hold()
+    return [Generated(tokens, *numbers) for tokens, *numbers in zip(said, *counted, strict=True)]
 
 
 def _line(
@@ -144,11 +147,11 @@ def _line(
     several: bool,
 ) -> Said:
     image = run.processor.tokens_per_image
-    text, first = sum(len(one.prompt) for one in row) - image, len(row[0].prompt) - image
+    text = sum(len(one.prompt) for one in row) - image
     shape, size = decoder_shape(run.model.config), run.model.dtype.itemsize
     fed, own_fed = sum(len(one.answer) - 1 for one in row), sum(len(one) - 1 for one in said.tokens)
-    forced = Lengths(image, scored.image_seen, first, text, fed, scored.output_seen, scored.heads_hold)
-    free = Lengths(image, said.image_seen, first, text, own_fed, said.output_seen, said.heads_hold)
+    forced = Lengths(image, scored.image_seen, text, scored.text_seen, fed, scored.output_seen, scored.heads_hold)
+    free = Lengths(image, said.image_seen, text, said.text_seen, own_fed, said.output_seen, said.heads_hold)
     extra: dict[str, Any] = dict(forced.fields(shape, size, several=several))
     own = free.fields(shape, size, several=several)
     extra |= {f"meteor_{name}": value for name, value in own.items()}
@@ -158,8 +161,10 @@ def _line(
         extra |= {"mean_round_ppl": fmean(perplexities), "mean_round_meteor": fmean(scores)}
     else:
         extra |= {"ppl": perplexities[0], "meteor": scores[0]}
+    dropped = text - said.text_seen[1][-1]
     metadata = {
         "prompt_tokens": image + text,
+        **({"prompt_dropped": dropped} if dropped else {}),
         "image_kept": [said.image_seen[-1]],
         "image_seen": said.image_seen,
         "output_tokens": free.output + 1,

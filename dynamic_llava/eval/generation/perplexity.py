@@ -49,6 +49,8 @@ class Scored:
     """Per layer the image tokens that it saw."""
     output_seen: list[int]
     """Per layer the fed answer tokens, of all rounds, that it saw."""
+    text_seen: tuple[list[int], list[int]]
+    """Per layer the text tokens of the first prompt, and of all prompts, that it saw."""
     heads_hold: tuple[int, int] | None = None
     """Tokens that all key heads held after the first prompt, and at the end, where the method evicts."""
 
@@ -65,14 +67,14 @@ def score_dialogues(
     """Score every round of each row in ONE forward pass over right-padded rows, filled up with the id `filler`.
 
     pixel_values is (B, 3, S, S), one image a row; sample_key (B,) int64 as in `LiveDialogues`. The head runs only where
-    a token is predicted. A method that looks at the question's attention is asked round by round where a first answer
-    feeds no token: in one pass such a question has no end. Under a method that evicts, what a token sees depends on the
-    steps before it, so each token is fed by itself.
+    a token is predicted. A method that looks at the question's attention, or decides on questions, is asked round by
+    round where an answer before the last feeds no token: in one pass such a question has no end. Under a method that
+    evicts, what a token sees depends on the steps before it, so each token is fed by itself.
     """
     model.eval()
     device, layers = model.device, model.config.text_config.num_hidden_layers
-    looks = any(cut.reads_question for cut in method.cuts(layers))
-    if method.evicts or (looks and any(len(row) > 1 and len(row[0].answer) == 1 for row in rows)):
+    asks = any(cut.reads_question or cut.prompt for cut in method.cuts(layers))
+    if method.evicts or (asks and any(len(one.answer) == 1 for row in rows for one in row[:-1])):
         return score_step_by_step(model, rows, pixel_values, method, sample_key)
     fed = [_fed(row) for row in rows]
     width = max(len(ids) for ids, _, _ in fed)
@@ -90,7 +92,12 @@ def score_dialogues(
         use_cache=False,
     )
     image_BN = (ids_BN == model.config.image_token_id) & ~output_BN
-    image_BL, output_BL = (seen_in_layers(result.sparsity, where, layers).tolist() for where in (image_BN, output_BN))
+    text_BN = valid_BN.bool() & ~image_BN & ~output_BN
+    opening_B1 = torch.tensor([[len(row[0].prompt)] for row in rows], device=device)
+    first_BN = text_BN & (torch.arange(width, device=device) < opening_B1)
+    image_BL, output_BL, first_BL, text_BL = (
+        seen_in_layers(result.sparsity, where, layers).tolist() for where in (image_BN, output_BN, first_BN, text_BN)
+    )
     scored = []
     for number, (row, (_, _, places)) in enumerate(zip(rows, fed, strict=True)):
         logits_TV = model.lm_head(result.last_hidden_state[number, torch.tensor(places, device=device)]).float()
@@ -99,7 +106,8 @@ def score_dialogues(
         means = [part.double().mean().item() for part in nll_T.split([len(one.answer) for one in row])]
         if not all(mean < LARGEST for mean in means):
             raise NotFiniteLogits(NOT_FINITE)
-        scored.append(Scored(tuple(map(math.exp, means)), image_BL[number], output_BL[number]))
+        texts = first_BL[number], text_BL[number]
+        scored.append(Scored(tuple(map(math.exp, means)), image_BL[number], output_BL[number], texts))
     return scored
 
 
@@ -130,7 +138,8 @@ def score_step_by_step(
             for place, one in enumerate(now):
                 if step < len(one.answer):
                     nll[place][number].append(nll_B[place])
-    seen = zip(live.image_seen.tolist(), live.output_seen.tolist(), live.heads_hold(), strict=True)
+    counted = live.image_seen.tolist(), live.output_seen.tolist(), live.text_seen(), live.heads_hold()
+    seen = zip(*counted, strict=True)
     scored = []
     for row, counts in zip(nll, seen, strict=True):
         means = [torch.stack(one).double().mean().item() for one in row]

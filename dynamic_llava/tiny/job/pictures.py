@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamic_llava.config import SparsityConfig
+from dynamic_llava.methods import Dynamic
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.processing.images import load_image
 from dynamic_llava.processing.prompts import IMAGE_PLACE
@@ -33,7 +34,7 @@ def draw_pictures(
 ) -> list[Path]:
     """Draw all pictures into `folder`; returns their paths. `histories` are the logs of the trainings by title."""
     side = processor.image_size // processor.patch_size
-    targets = {"image_keep_rate": sparsity.image_keep_rate, "output_keep_rate": sparsity.output_keep_rate}
+    targets = Dynamic.from_config(sparsity).keep_rates(sparsity)
     drawn = [draw_training_curves(folder / "training_curves.png", histories, targets)]
     if tiny.picture_scenes:
         drawn.append(_kept_patches(folder, test, evaluation, tiny.picture_scenes, side, sparsity.sparse_layer))

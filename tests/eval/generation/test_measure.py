@@ -185,7 +185,9 @@ def test_columns_of_table_3(shape, fed, kept, tflop, mebi):
     def behind(every, left):
         return [every] * 2 + [left] * (shape.layers - 2)
 
-    found = Lengths(576, behind(576, 115), 56, 56, fed, behind(fed, kept)).fields(shape, 2, several=False)
+    found = Lengths(576, behind(576, 115), 56, ([56] * shape.layers,) * 2, fed, behind(fed, kept)).fields(
+        shape, 2, several=False
+    )
     assert found["decode_flop"] / 1e12 == pytest.approx(tflop, abs=1e-3)
     assert found["decode_kv_bytes"] / 2**20 == pytest.approx(mebi, abs=0.05)
     assert found["max_decode_memory"] - found["max_prefill_memory"] == found["decode_kv_bytes"]
@@ -195,7 +197,7 @@ def test_columns_of_table_3(shape, fed, kept, tflop, mebi):
 def test_memory_of_a_method_that_evicts_is_what_its_heads_hold():
     """Keys and values of a head, two bytes a value; the rest is as for any other method."""
     shape = decoder_shape(shared_model().config)
-    lengths = Lengths(16, [16] * shape.layers, 4, 4, 5, [5] * shape.layers)
+    lengths = Lengths(16, [16] * shape.layers, 4, ([4] * shape.layers,) * 2, 5, [5] * shape.layers)
     plain = lengths.fields(shape, 2, several=False)
     found = replace(lengths, heads_hold=(100, 130)).fields(shape, 2, several=False)
     token = 2 * 2 * shape.head_width

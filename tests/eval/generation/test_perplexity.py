@@ -53,6 +53,7 @@ def assert_same(one_pass, loop):
     for ours, reference in zip(one_pass, loop, strict=True):
         assert ours.perplexities == pytest.approx(reference.perplexities, rel=1e-4)
         assert (ours.image_seen, ours.output_seen) == (reference.image_seen, reference.output_seen)
+        assert ours.text_seen == reference.text_seen
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -69,6 +70,24 @@ def test_one_pass_equals_the_cached_loop(shape, how, attention):
     else:
         assert [one.output_seen[-1] for one in one_pass] == fed
     assert {one.image_seen[-1] for one in one_pass} == {IMAGE_KEPT.get(how, TOKENS_PER_IMAGE)}
+
+
+@pytest.mark.parametrize("shape", [SINGLE, [[(4, 9), (5, 1), (6, 2)], [(7, 5)]]], ids=["single", "an answer is empty"])
+def test_dropped_tokens_of_questions_are_counted(shape):
+    """The last token of each question stays, although nothing stands between it and the next where no answer is fed."""
+    model = build_model(prompt_keep_rate=0.7)
+    rows, pixels = dialogues(shape)
+    method = deciding("both", model.config.sparsity)
+    loop = score_step_by_step(model, rows, pixels, method)
+    one_pass = score_dialogues(model, rows, pixels, method)
+    assert_same(one_pass, loop)
+    below = model.config.sparsity.sparse_layer
+    for row, sizes, one in zip(rows, shape, loop, strict=True):
+        every = 1 + sizes[0][0], 1 + sum(question for question, _ in sizes)
+        for seen, text in zip(one.text_seen, every, strict=True):
+            assert set(seen[:below]) == {text} and len(set(seen[below:])) == 1 and seen[-1] <= text
+        assert sum(one.text_seen[1]) >= sum(one.text_seen[0]) and one.text_seen[1][-1] > len(row)
+    assert any(one.text_seen[1][-1] < one.text_seen[1][0] for one in loop)
 
 
 @pytest.mark.slow
