@@ -1,7 +1,7 @@
 """The admission cache (sparsity/cache.py) as a transformers `Cache`: groups of layers, each with its row lengths.
 
 The layers between two cuts of a method are a group. Those below the first cut store every token; the others store
-prompt tokens, and the image and output tokens that all cuts up to theirs have kept.
+what all cuts up to theirs have kept.
 transformers calls the cache `past_key_values` until 5.23 and `cache` from 5.24 on; this library says `cache`, and takes
 and gives the earlier name as well, whichever transformers is installed.
 Shape suffixes: B rows, K key heads, N tokens, Q new tokens, W slots, L layers, d head size.

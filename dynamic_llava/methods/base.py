@@ -162,7 +162,7 @@ class Record(Protocol):
 
     layout: TokenLayout
     keep_mask: Tensor
-    """(B, N) float: the decisions with their gradient; 1 at prompt tokens, 0 at padding."""
+    """(B, N) float: the decisions with their gradient; 1 where nothing decides, 0 at padding."""
     sparsified_output: Tensor
     """(B, N) bool: output tokens that were decided on."""
     sparsified_prompt: Tensor
