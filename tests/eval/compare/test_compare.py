@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from PIL import Image
 
 from dynamic_llava.eval import answering, tasks
 from dynamic_llava.eval import run as runner
+from dynamic_llava.eval.__main__ import main
 from dynamic_llava.eval.compare import run as comparing
 from dynamic_llava.eval.compare.table import COSTS, fronts, short_names
 from dynamic_llava.files import EXIT_WRITE_FAILED, WriteError
@@ -52,6 +54,27 @@ def test_a_method_under_two_names_differs_by_nothing(whole):
     one, other = rows["fastv"], rows["fastv:image_keep_rate=0.5"]
     assert {**one, "method": ""} == {**other, "method": ""}
     assert metric(one)["difference"] != 0 and metric(one)["low"] < metric(one)["high"]
+
+
+def test_the_page_on_adding_a_method_ends_with_its_comparison(checkpoint, tmp_path, monkeypatch):
+    """The page's last command, its own example among the methods, on another checkpoint and other questions."""
+    page = (ROOT / "docs" / "adding-a-method.md").read_text("utf-8")
+    (tmp_path / "norm.py").write_text(page.split("```python\n")[1].split("```")[0], "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(comparing, "TIMED_TOKENS", 2)
+    command = shlex.split(page.split("```bash\n")[-1].split("```")[0].strip().splitlines()[-1])
+    assert command[:4] == ["python", "-m", "dynamic_llava.eval", "compare"]
+    here = {"--model": checkpoint, "--data-root": checkpoint, "--tasks": "toy", "--output-folder": tmp_path / "out"}
+    for flag, value in here.items():
+        command[command.index(flag) + 1] = str(value)
+    try:
+        assert main([*command[3:], "--limit", "3", "--repeats", "2"]) == 0
+    finally:
+        sys.modules.pop("norm", None)
+    found = results(tmp_path / "out")
+    assert len(found["methods"]) == len(found["tasks"]["toy"]["rows"]) == 6
+    assert found["tasks"]["toy"]["rows"][-1]["method"] == "norm:Norm"
+    assert found["methods"][-1]["set"] == "image_keep_rate 0.2 -> 0.75", "12 of 16 tokens"
 
 
 def test_rows_hold_what_the_answers_say(whole):
