@@ -21,6 +21,7 @@ limit=${LIMIT:+--limit $LIMIT}
 # fastv decides where the learned method does; output tokens stay, as images are compared.
 image="dense,dynamic:sparsity=image,fastv:layer=2,pyramiddrop,sparsevlm,sparsevlm_plus,dart,vscan"
 image+=",divprune,tome,visionzip,vispruner,vispruner:important_ratio=1.0,hired,holov,scope,hiprune,idpruner"
+image+=",prumerge_plus"
 image+=",random:output_keep_rate=none,structure:output_keep_rate=none,random:layer=0,output_keep_rate=none"
 image+=",average_pool,downsample"
 stored="dense,dynamic:sparsity=image,fastv:layer=2,divprune,tome,h2o,tova,knorm,snapkv:window=8,streaming_llm,random_window"

@@ -60,7 +60,7 @@ PROTOCOL_NAMES = {
     "checkpoint_method", "Choice", "CLIP_EVIDENCE", "Cut", "Draw", "Evidence", "ImageTokens", "Method", "OutputTokens",
     "PromptTokens", "QUESTION_EVIDENCE", "QuestionTokens", "SlotEvidence", "Slots", "TOKEN_EVIDENCE", "TOWER_EVIDENCE",
 }  # fmt: skip
-METHOD_PROTOCOL = {"base", "eviction", "evidence", "grid", "registry", "values"}
+METHOD_PROTOCOL = {"base", "eviction", "evidence", "grid", "outliers", "registry", "values"}
 """Modules of methods/ that concrete methods share; every other module there is one method."""
 
 

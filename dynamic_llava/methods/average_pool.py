@@ -3,8 +3,7 @@
 An image's patches lie in a square grid; a coarser one is laid over it, and each of its cells becomes one token, made by
 the projector from the mean of the cell's patches, as DeCo pools (arXiv:2405.20985, which trains for it). Half of the
 side, a quarter of the tokens, by default; where the coarser side does not divide the side, cells are those of adaptive
-pooling. A token stands at the place and position of the patch in the middle of its cell. Budgets are squares: `eval
-compare --equal` names the nearest of any other.
+pooling. A token stands at the place and position of the patch in the middle of its cell.
 Shape suffixes: I images, n image tokens, m image tokens left, one for each cell.
 """
 
@@ -13,27 +12,16 @@ from typing import Any, ClassVar
 
 import torch
 
-from dynamic_llava.config import check_keep_rate
-from dynamic_llava.methods.base import BudgetKind, Choice, Cut, ImageTokens, Method
-from dynamic_llava.methods.grid import middles, sides, spans
+from dynamic_llava.methods.base import Choice, Cut, ImageTokens
+from dynamic_llava.methods.grid import CoarserGrid, middles, sides, spans
 
 
 @dataclass(frozen=True)
-class AveragePool(Method):
+class AveragePool(CoarserGrid):
     """Training-free: each cell of a coarser grid becomes the mean of its patches; output tokens all stay."""
 
     name: ClassVar[str] = "average_pool"
     training_free: ClassVar[bool] = True
-
-    side_keep_rate: float = 0.5
-    """Side of the coarser grid as a share of the grid's."""
-
-    def __post_init__(self) -> None:
-        check_keep_rate("side_keep_rate", self.side_keep_rate)
-
-    def knobs(self, budget: BudgetKind) -> tuple[str, ...]:
-        """The side."""
-        return ("side_keep_rate",)
 
     def cuts(self, layers: int) -> tuple[Cut, ...]:
         """One cut, before the projector."""

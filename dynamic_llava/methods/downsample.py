@@ -6,8 +6,7 @@ trained for one size; the same is done here: what the processor made of the pict
 antialiased) to as many patches as tokens shall be left, and the tower sees it with position embeddings interpolated to
 that grid. Upsampling it again would leave all tokens, and taking some of them would be another method.
 A token stands at the place and position of the patch in the middle of what it covers. The tower's work shrinks too;
-times show that, while FLOPs leave out the tower. Budgets are squares: `eval compare --equal` names the nearest of any
-other.
+times show that, while FLOPs leave out the tower.
 """
 
 from dataclasses import dataclass
@@ -16,27 +15,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dynamic_llava.config import check_keep_rate
-from dynamic_llava.methods.base import BudgetKind, Cut, ImageTokens, Method
-from dynamic_llava.methods.grid import middles, sides
+from dynamic_llava.methods.base import Cut, ImageTokens
+from dynamic_llava.methods.grid import CoarserGrid, middles, sides
 
 
 @dataclass(frozen=True)
-class Downsample(Method):
+class Downsample(CoarserGrid):
     """Training-free: the vision tower sees a smaller picture; output tokens all stay."""
 
     name: ClassVar[str] = "downsample"
     training_free: ClassVar[bool] = True
-
-    side_keep_rate: float = 0.5
-    """Side of the smaller picture, in patches, as a share of the picture's."""
-
-    def __post_init__(self) -> None:
-        check_keep_rate("side_keep_rate", self.side_keep_rate)
-
-    def knobs(self, budget: BudgetKind) -> tuple[str, ...]:
-        """The side."""
-        return ("side_keep_rate",)
 
     def cuts(self, layers: int) -> tuple[Cut, ...]:
         """One cut, before the language model."""

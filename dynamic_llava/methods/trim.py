@@ -14,37 +14,25 @@ Shape suffixes: I images, n image tokens, s size of CLIP's shared space.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from dynamic_llava.config import check_keep_rate
-from dynamic_llava.methods.base import BudgetKind, Choice, Cut, ImageTokens, Method
+from dynamic_llava.methods.base import Choice, Cut, ImageTokens
+from dynamic_llava.methods.outliers import OutlierRate, outliers
 from dynamic_llava.sparsity.decisions import budget, top_k_keep
 
 
 @dataclass(frozen=True)
-class TRIM(Method):
+class TRIM(OutlierRate):
     """Training-free here: patches by CLIP's comparison with the question, and the mean of the others."""
 
     name: ClassVar[str] = "trim"
     training_free: ClassVar[bool] = True
 
-    image_keep_rate: float | Literal["outliers"] = "outliers"
-    """Share of each image's tokens that stays, the mean among them; or as many as stand out, and the mean."""
     text_tower: str = "openai/clip-vit-large-patch14-336"
     """Folder or hub name of the whole CLIP model that the vision tower was taken from."""
-
-    def __post_init__(self) -> None:
-        if isinstance(self.image_keep_rate, str) and self.image_keep_rate != "outliers":
-            raise ValueError(f"image_keep_rate={self.image_keep_rate!r}; give a number in (0, 1], or 'outliers'")
-        if not isinstance(self.image_keep_rate, str):
-            check_keep_rate("image_keep_rate", self.image_keep_rate)
-
-    def knobs(self, budget: BudgetKind) -> tuple[str, ...]:
-        """The share, whether it is one already or the rule of outliers."""
-        return ("image_keep_rate",)
 
     def cuts(self, layers: int) -> tuple[Cut, ...]:
         """One cut, before the projector, by CLIP."""
@@ -66,9 +54,3 @@ class TRIM(Method):
         average_In = rest_In / rest_In.sum(1, keepdim=True)
         itself_nn = torch.eye(patches, device=unlike_In.device)
         return Choice(chosen_In | mean_In, shares=torch.where(mean_In[..., None], average_In[:, None], itself_nn))
-
-
-def outliers(score_In: Tensor) -> Tensor:
-    """(I,) int64: how many scores of each image stand out above the others; never all of them."""
-    lower_I1, upper_I1 = score_In.quantile(torch.tensor([0.25, 0.75]).to(score_In), dim=1, keepdim=True)
-    return (score_In > upper_I1 + 1.5 * (upper_I1 - lower_I1)).sum(1)

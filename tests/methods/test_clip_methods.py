@@ -9,7 +9,7 @@ import torch
 
 from dynamic_llava.methods import TRIM, CDPruner, Cut, ImageTokens, QuestionTokens
 from dynamic_llava.methods.cdpruner import likeliest, relevance
-from dynamic_llava.methods.trim import outliers
+from dynamic_llava.methods.outliers import outliers
 
 CUT = Cut(0)
 

@@ -47,6 +47,7 @@ STAGED = {
     "sparsevlm_plus": {"last_keep_rate": 0.3, "schedule": (40, 20), "drop_layers": (1, 4), "head_share": 0.5},
     "prumerge_plus": {},
     "prumerge_plus, two": {"neighbours": 2},
+    "prumerge_plus, share": {"image_keep_rate": 0.45, "neighbours": 3},
     "average_pool, overlapping": {"side_keep_rate": 0.75},
     "downsample": {},
     "trim": {},
@@ -349,10 +350,16 @@ class Reference:
     def prumerge_plus(self, image):
         tower, every = self.tower[self.number], range(len(image))
         row = tower.joint_row.tolist()
-        lower, upper = np.percentile(row, [25, 75])
-        count = max(1, sum(one > upper + 1.5 * (upper - lower) for one in row))
-        step = max(1, int(int(len(row) / count) / 3))
-        keep = {*best(tower.joint_row, count), *range(0, len(row) - 1, step)}
+        if self.method.image_keep_rate == "outliers":
+            lower, upper = np.percentile(row, [25, 75])
+            count = max(1, sum(one > upper + 1.5 * (upper - lower) for one in row))
+            step = max(1, int(int(len(row) / count) / 3))
+            keep = {*best(tower.joint_row, count), *range(0, len(row) - 1, step)}
+        else:
+            count = int(Fraction(str(self.method.image_keep_rate)) * len(row)) - 1
+            keep = best(tower.joint_row, math.ceil(count / 2))
+            left, parts = [place for place in every if place not in keep], count // 2
+            keep = {*keep, *(left[int(Fraction(2 * part + 1, 2 * parts) * len(left))] for part in range(parts))}
         rest = [place for place in every if place not in keep]
         for one in keep:
             ranked = sorted((i for i in every if i != one), key=lambda other: -cosine(tower.joint_keys, one, other))

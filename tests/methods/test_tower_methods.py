@@ -102,6 +102,11 @@ def test_ties_go_to_the_earlier_patch():
     merged = PruMergePlus(neighbours=3).keep_image(CUT, even, None)  # no outlier: the first, and every fourth
     assert merged.keep[0].nonzero()[:, 0].tolist() == [0, 4, 8, 11]
     assert (merged.shares[0, 4] > 0).nonzero()[:, 0].tolist() == [0, 1, 2, 4]
+    half = PruMergePlus(image_keep_rate=0.5).keep_image(CUT, even, None)  # three; of 3 to 11 the third and the seventh
+    assert half.keep[0].nonzero()[:, 0].tolist() == [0, 1, 2, 5, 9, 11], "the sum at the last that is not kept"
+    np.testing.assert_allclose(half.shares[0, 11], [(place not in (0, 1, 2, 5, 9)) / 12 for place in range(12)])
+    for rate, count in ((0.1, 1), (0.25, 3), (0.95, 11), (1.0, 12)):
+        assert int(PruMergePlus(image_keep_rate=rate).keep_image(CUT, even, None).keep.sum()) == count
 
 
 @pytest.mark.parametrize("outliers", [1, 12, 47, 48, 100, 140])
