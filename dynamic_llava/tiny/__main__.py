@@ -163,8 +163,8 @@ def _benchmarks(given: argparse.Namespace) -> None:
     from dynamic_llava.tiny.world.dataset import build_world
 
     world = build_world() if given.world is None else given.world
-    root = write_benchmarks(world, given.output_folder, given.questions, given.descriptions)
-    print(f"pope, gqa and lvis_single of {world}: --data-root {root}")
+    written = write_benchmarks(world, given.output_folder, given.questions, given.descriptions)
+    print(f"{', '.join(written)} of {world}: --data-root {given.output_folder}")
 
 
 if __name__ == "__main__":

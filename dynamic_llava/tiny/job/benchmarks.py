@@ -20,16 +20,19 @@ from dynamic_llava.processing.prompts import IMAGE_PLACE
 from dynamic_llava.tiny.job.testset import EXISTENCE, Query, read_test_set
 
 
-def write_benchmarks(world: Path, root: Path, questions: int, descriptions: int) -> Path:
-    """Write the first questions and descriptions of a built world below a data root; return the root.
+def write_benchmarks(world: Path, root: Path, questions: int, descriptions: int) -> list[str]:
+    """Write the first questions and descriptions of a built world below a data root; return the tasks that have any.
 
-    Raises ValueError where the world holds fewer.
+    The first few questions may all be of one kind. Raises ValueError where the world holds fewer.
     """
     test = read_test_set(world, questions, descriptions)
     existence = [query for query in test.questions if query.kind == EXISTENCE]
     others = [query for query in test.questions if query.kind != EXISTENCE]
-    _write_pope(root, existence)
-    _write_gqa(root, others)
+    written = []
+    for task, write, its in (("pope", _write_pope, existence), ("gqa", _write_gqa, others)):
+        if its:
+            write(root, its)
+            written.append(task)
     items = [
         {"id": one.id, "image": one.image.name, "question": one.question, "answer": one.answer}
         for one in test.descriptions
@@ -37,7 +40,7 @@ def write_benchmarks(world: Path, root: Path, questions: int, descriptions: int)
     write_json(root / SINGLE, items)
     for images in (pope.IMAGES, gqa.IMAGES, LVIS_IMAGES):
         _link(root / images, world / "images")
-    return root
+    return [*written, "lvis_single"]
 
 
 def _write_pope(root: Path, queries: Sequence[Query]) -> None:

@@ -23,7 +23,8 @@ from dynamic_llava.tiny.job.config import TinyJobConfig
 
 LEARNED = "dynamic:sparsity=image"
 """What the rivals are compared with; they do not touch output tokens, and neither does it here."""
-TASKS = "pope,gqa"
+SHORT = ("pope", "gqa")
+"""Benchmarks of short questions, which rivals are compared on."""
 ROUNDS = 3
 """Rounds that times are medians of."""
 
@@ -61,9 +62,10 @@ def compare_rivals(
     }  # fmt: skip
     if (folder / "asked.json").is_file() and read_json(folder / "asked.json") == asked:
         return folder
-    data = write_benchmarks(world, folder / "data", tiny.questions, tiny.descriptions)
+    written = write_benchmarks(world, folder / "data", tiny.questions, tiny.descriptions)
+    tasks = ",".join(task for task in SHORT if task in written)
     run = RunOptions(
-        model=asked["models"][0], tasks=TASKS, data_root=data, output_folder=folder, limit=asked["limit"],
+        model=asked["models"][0], tasks=tasks, data_root=folder / "data", output_folder=folder, limit=asked["limit"],
         batch_size=tiny.batch_size,
     )  # fmt: skip
     options = CompareOptions(run, tuple(asked["models"]), asked["methods"], asked["equal"], ROUNDS)

@@ -7,6 +7,7 @@
 Training and evaluation read these files like any other LLaVA data. Image names are relative to the world's folder.
 """
 
+import errno
 import glob
 import json
 import os
@@ -146,6 +147,9 @@ def _write_world(folder: Path, train: int, test: int, seed: int) -> None:
         samples = _train_samples(scenes, rng) if split == "train" else _test_samples(scenes, rng)
         _dump(folder / f"{split}.json", samples)
     _dump(folder / "scenes.json", {"grid": GRID, "patch_size": PATCH_SIZE, "images": truths})
+    lost = next((name for name in truths if not (folder / name).is_file()), None)
+    if lost is not None:  # a world that is finished is never looked through again
+        raise FileNotFoundError(errno.ENOENT, f"{lost} was deleted while the world was being built")
 
 
 def _pictures(split: str, count: int, seed: int) -> Iterator[tuple[str, Scene, Picture]]:

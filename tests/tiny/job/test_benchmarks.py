@@ -6,8 +6,9 @@ import pytest
 
 from dynamic_llava.eval.__main__ import main as eval_main
 from dynamic_llava.eval.answers import AnswerLine
-from dynamic_llava.eval.tasks import get_task
+from dynamic_llava.eval.tasks import get_task, pope
 from dynamic_llava.tiny.__main__ import main
+from dynamic_llava.tiny.job.benchmarks import write_benchmarks
 from dynamic_llava.tiny.job.testset import EXISTENCE, read_test_set
 from dynamic_llava.tiny.world.dataset import build_world
 from tests.tiny_pipeline import write_checkpoint
@@ -35,6 +36,15 @@ def test_the_benchmarks_ask_what_the_world_asks(world, root):
     assert asked == {(one.question.replace("<image>", "").strip(), one.image.name) for one in test.questions}
     for question, query in zip(get_task("lvis_single").questions(root), test.descriptions, strict=True):
         assert question.extra["rounds"] == [[question.text, query.answer]] and question.image.load()
+
+
+def test_questions_of_one_kind_are_one_benchmark(world, tmp_path):
+    test = read_test_set(world, 30, 3)
+    first = next(number for number, query in enumerate(test.questions) if query.kind == EXISTENCE)
+    assert first > 0, "the world's first question is of another kind"
+    assert write_benchmarks(world, tmp_path / "few", first, 3) == ["gqa", "lvis_single"]
+    assert get_task("gqa").questions(tmp_path / "few") and not (tmp_path / "few" / pope.QUESTIONS).exists()
+    assert write_benchmarks(world, tmp_path / "more", first + 1, 3) == ["pope", "gqa", "lvis_single"]
 
 
 @pytest.mark.parametrize("name", ["pope", "gqa"])

@@ -172,6 +172,19 @@ def test_a_world_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_world_that_lost_an_image_while_it_was_built_is_not_finished(tmp_path, monkeypatch):
+    dump = dataset._dump
+
+    def lose_one(path, content):
+        (path.parent / "images" / "test_000003.png").unlink(missing_ok=True)
+        dump(path, content)
+
+    monkeypatch.setattr(dataset, "_dump", lose_one)
+    with pytest.raises(WriteError, match=r"images/test_000003\.png was deleted while the world"):
+        build_world(tmp_path / "world", train=1, test=16)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_of_processes_that_want_one_world_one_builds_it(tmp_path, monkeypatch):
     built, write = [], dataset._write_world
 
