@@ -19,6 +19,7 @@ from transformers import (
 
 from dynamic_llava import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration, SparsityConfig
 from dynamic_llava.config import SPARSITY_MODES
+from dynamic_llava.methods import METHODS, Dynamic, Method
 from dynamic_llava.model.switches import choose_method
 from dynamic_llava.sparsity import ImagePredictor, OutputPredictor, keep_margin
 
@@ -110,6 +111,32 @@ def vary_biases_and_norms(model):
 def shared_model(kv_heads=4, attention="sdpa", seed=0):
     """Return a model that several tests share; nothing may write to it."""
     return build_model(kv_heads, attention, seed)
+
+
+LEARNED = tuple(name for name, one in METHODS.items() if one.build is not Method.build and not issubclass(one, Dynamic))
+"""Registered methods that decide by weights which a model of Dynamic-LLaVA does not hold."""
+
+
+def new_model_of(name, *given, **settings):
+    """Return a random model that a registered method can decide in: one that holds its weights."""
+    if name not in LEARNED:
+        return build_model(*given, **settings)
+    model = build_model(*given, **settings, method={"name": name})
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(4)
+        for parameter in model.model.language_model.method.parameters():
+            parameter.normal_(std=0.3)
+    return model
+
+
+@lru_cache(maxsize=4)
+def _shared_model_of(name, *given):
+    return new_model_of(name, *given)
+
+
+def model_of(name, *given):
+    """Return a model that several tests share, and that a registered method can decide in; nothing may write to it."""
+    return _shared_model_of(name, *given) if name in LEARNED else shared_model(*given)
 
 
 def deciding(how, config=TINY_SPARSITY):

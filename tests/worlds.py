@@ -22,6 +22,7 @@ from tests.builders import (
     EOS,
     FIRST_WORD,
     IMAGE_TOKEN,
+    LEARNED,
     PAD,
     TEXT_CONFIGS,
     VOCABULARY,
@@ -63,9 +64,12 @@ ANY_RATE = ("random", "structure", "mixed")
 DROPPING = tuple(
     name
     for name, one in METHODS.items()
-    if not (one().is_dense or one().evicts or name == "dynamic" or name in ANY_RATE)
+    if not (one().is_dense or one().evicts or name == "dynamic" or name in (*ANY_RATE, *LEARNED))
 )
-"""All other methods that drop or merge image tokens, at a rate above 0, and keep what is stored."""
+"""All other methods that drop or merge image tokens, at a rate above 0, and keep what is stored.
+
+A world's model holds Dynamic-LLaVA's weights; methods with others of their own: tests/methods/test_references.py.
+"""
 RATES = st.sampled_from([None, 0, 0.3, 0.5, 1])
 CALL = {
     "method": st.one_of(

@@ -54,6 +54,7 @@ from dynamic_llava.methods.structure import Structure
 from dynamic_llava.methods.tome import ToMe
 from dynamic_llava.methods.tova import TOVA
 from dynamic_llava.methods.trim import TRIM
+from dynamic_llava.methods.visionselector import VisionSelector
 from dynamic_llava.methods.visionzip import VisionZip
 from dynamic_llava.methods.vispruner import VisPruner
 from dynamic_llava.methods.vscan import VScan
@@ -107,6 +108,7 @@ __all__ = [
     "ToMe",
     "VScan",
     "VisPruner",
+    "VisionSelector",
     "VisionZip",
     "checkpoint_method",
     "describe_method",

@@ -47,6 +47,7 @@ from dynamic_llava.methods.tome import ToMe
 from dynamic_llava.methods.tova import TOVA
 from dynamic_llava.methods.trim import TRIM
 from dynamic_llava.methods.values import UnreadableValue, read_value
+from dynamic_llava.methods.visionselector import VisionSelector
 from dynamic_llava.methods.visionzip import VisionZip
 from dynamic_llava.methods.vispruner import VisPruner
 from dynamic_llava.methods.vscan import VScan
@@ -55,7 +56,7 @@ _ROWS: tuple[type[Method], ...] = (
     *(Dense, Dynamic, FastV, PyramidDrop, DivPrune, ToMe),
     *(DART, VScan, IDPruner, SparseVLM, SparseVLMPlus),
     *(TRIM, CDPruner),
-    *(VisPruner, VisionZip, HiRED, PruMergePlus, HoloV, SCOPE, HiPrune),
+    *(VisionSelector, VisPruner, VisionZip, HiRED, PruMergePlus, HoloV, SCOPE, HiPrune),
     *(H2O, TOVA, KNorm, SnapKV, StreamingLLM),
     *(AveragePool, Downsample),
     *(Random, Structure, RandomWindow, Mixed),

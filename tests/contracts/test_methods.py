@@ -18,7 +18,8 @@ from tests.builders import (
     collate,
     fixed_rows,
     make_row,
-    predictors,
+    model_of,
+    new_model_of,
     prompts,
     shared_model,
 )
@@ -52,7 +53,7 @@ def test_the_registry_holds_the_first_peers():
 
 @torch.no_grad()
 def test_prefill_and_generate_on_a_ragged_batch(name, batch):
-    model, inputs = shared_model(), prompts(batch)
+    model, inputs = model_of(name), prompts(batch)
     keys = torch.arange(len(batch)) + 5
     out = model.generate(**inputs, **CALL, method=name, sample_key=keys)
     assert out.sequences.shape == (len(batch), inputs["input_ids"].shape[1] + STEPS)
@@ -79,7 +80,7 @@ def test_prefill_and_generate_on_a_ragged_batch(name, batch):
 
 @torch.no_grad()
 def test_a_row_alone_equals_the_row_in_the_batch(name, batch):
-    model, keys = shared_model(), torch.arange(len(batch)) + 5
+    model, keys = model_of(name), torch.arange(len(batch)) + 5
     together = model.generate(**prompts(batch), **CALL, method=name, sample_key=keys)
     for index, row in enumerate(batch):
         alone = model.generate(**prompts([row]), **CALL, method=name, sample_key=keys[index : index + 1])
@@ -95,7 +96,7 @@ def test_a_row_alone_equals_the_row_in_the_batch(name, batch):
 def test_cached_uncached_and_masked_agree(name, batch):
     if get_method(name).evicts:
         pytest.skip("what a token sees depends on the steps before it: tests/laws/test_eviction.py")
-    model, inputs, keys = shared_model(2), prompts(batch), torch.arange(len(batch)) + 5
+    model, inputs, keys = model_of(name, 2), prompts(batch), torch.arange(len(batch)) + 5
     cached = model.generate(**inputs, **CALL, method=name, sample_key=keys)
     uncached = model.generate(**inputs, **CALL, method=name, sample_key=keys, use_cache=False)
     assert torch.equal(cached.sequences, uncached.sequences)
@@ -120,7 +121,7 @@ def test_cached_uncached_and_masked_agree(name, batch):
 @pytest.mark.parametrize("name", [name for name in sorted(METHODS) if accepts(name, "image_keep_rate")])
 @torch.no_grad()
 def test_image_budgets_are_exact(name, batch, rate):
-    model, inputs = shared_model(), collate(batch, "left")
+    model, inputs = model_of(name), collate(batch, "left")
     call = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
     record = model(**call, method=get_method(name, image_keep_rate=rate)).sparsity
     images = [image for row in record.image_indices for image in row]
@@ -174,14 +175,15 @@ def test_every_registered_method_trains(name):
 
     A method that evicts has no masked pass and is refused by name.
     """
-    model = build_model(layers=3).train()
+    model = new_model_of(name, layers=3).train()
     if get_method(name).evicts:
         with pytest.raises(ValueError, match=f"'{name}' evicts"):
             training_call(model, method=name)
         return
     training_call(model, method=name, sample_key=torch.arange(2)).loss.backward()
     assert all(layer.mlp.up_proj.weight.grad.abs().sum() > 0 for layer in model.model.language_model.layers)
-    learns = any(parameter.grad is not None for parameter in predictors(model)[0].parameters())
+    own = model.model.language_model
+    learns = any(weight.grad is not None for part in own.learner.parts for weight in getattr(own, part).parameters())
     assert learns != METHODS[name].training_free
 
 

@@ -6,13 +6,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dynamic_llava import METHODS, get_method
 from dynamic_llava.costs import decoder_shape, flops_exact, flops_paper, kv_bytes
-from tests.builders import LAYERS, make_row, prompts, shared_model
+from tests.builders import LAYERS, make_row, model_of, prompts, shared_model
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 @torch.no_grad()
 def test_flops_and_bytes_of_a_prefill(name):
-    model, method = shared_model(2, "eager"), get_method(name)
+    model, method = model_of(name, 2, "eager"), get_method(name)
     shape = decoder_shape(model.config)
     inputs = prompts([make_row([("text", 3), ("image", 0), ("text", 2), ("image", 0), ("text", 2)], seed=8)])
     with FlopCounterMode(display=False) as counter:

@@ -17,7 +17,7 @@ from dynamic_llava.eval.shard import Shard, joined_processes, own_device
 from dynamic_llava.eval.tasks import Question
 from dynamic_llava.model import DynamicLlavaForConditionalGeneration
 from dynamic_llava.processing import DynamicLlavaProcessor
-from tests.builders import TOKENS_PER_IMAGE, deciding, shared_model
+from tests.builders import TOKENS_PER_IMAGE, deciding, model_of
 from tests.eval.run_builders import ragged_checkpoint
 from tests.sft_builders import picture, tiny_processor
 
@@ -43,7 +43,7 @@ QUESTIONS = [Question(i, "What is it? " * (i % 3) + "?", None if i == 4 else Pic
 @pytest.mark.parametrize("how", [*SPARSITY_MODES, *sorted(METHODS)])
 def test_bytes_by_arithmetic_are_those_in_the_cache(how):
     """The counts on a line give what one row's cache holds when its answer ends."""
-    model, processor = shared_model(), tiny_processor()
+    model, processor = model_of(how), tiny_processor()
     for question in QUESTIONS[2:5]:
         (asked, _), *_ = read_ahead([question], [0], 1, processor)
         batch = QueryBatch((0,), prompt_inputs(processor, asked))

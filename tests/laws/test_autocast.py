@@ -7,7 +7,16 @@ import torch
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from dynamic_llava import METHODS
-from tests.builders import assert_same_logits, build_model, collate, dense_twin, fixed_rows, prompts
+from tests.builders import (
+    LEARNED,
+    assert_same_logits,
+    build_model,
+    collate,
+    dense_twin,
+    fixed_rows,
+    new_model_of,
+    prompts,
+)
 
 PAIRS = [
     pytest.param((torch.float32, torch.bfloat16), id="float32-bfloat16"),
@@ -90,8 +99,11 @@ def test_every_way_of_generating_runs(model, pair, way):
     for switches in SWITCHES:
         if way == "uncached" and "method" in switches and METHODS[switches["method"]]().evicts:
             continue  # there is nothing to evict from
+        name, speaker = switches.get("method"), model
+        if name in LEARNED:
+            speaker = new_model_of(name, 2, model.config._attn_implementation, layers=4).to(pair[0])
         with autocast(pair):
-            out = model.generate(**inputs, **{**call, **WAYS[way]}, **switches)
+            out = speaker.generate(**inputs, **{**call, **WAYS[way]}, **switches)
         assert all(torch.isfinite(scores).any() for scores in out.scores), switches
         assert all(scores.dtype == torch.float32 for scores in out.scores)
         if out.sparsity is not None and out.cache is not None:

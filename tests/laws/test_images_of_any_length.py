@@ -11,7 +11,7 @@ import torch
 from dynamic_llava import SparsityConfig
 from dynamic_llava.methods import METHODS, get_method
 from dynamic_llava.sparsity import budget
-from tests.builders import FIRST_WORD, HIDDEN, IMAGE_TOKEN, LAYERS, PAD, VOCABULARY, build_model, shared_model
+from tests.builders import FIRST_WORD, HIDDEN, IMAGE_TOKEN, LAYERS, PAD, VOCABULARY, build_model, model_of, shared_model
 
 ROWS = [[9], [16, 5], [], [1, 20, 7]]
 """Tokens of each image, row by row: neighbours where a row has several, and a row of text."""
@@ -55,7 +55,7 @@ def test_every_image_has_a_budget_of_its_own(name, rate):
 
     SparseVLM has a schedule instead: test_a_schedule_is_scaled_to_each_image.
     """
-    model, method = shared_model(), METHODS[name]
+    model, method = model_of(name), METHODS[name]
     settings = {one: rate for one in ("image_keep_rate", "stage_keep_rate") if one in method.__dataclass_fields__}
     out = model(**batch_of(ROWS), labels=batch_of(ROWS)["input_ids"], method=get_method(name, **settings))
     if out.sparsity is None:
@@ -139,7 +139,7 @@ def test_padding_of_shorter_images_reaches_no_score():
 @torch.no_grad()
 def test_generating_from_images_of_any_length(how, cached):
     """Each row says what it says alone; a dense generation is transformers' own on the same embeddings."""
-    model, batch = shared_model(), batch_of(ROWS, answer=0)
+    model, batch = model_of(how.get("method")), batch_of(ROWS, answer=0)
     keys = torch.arange(len(ROWS)) + 5
     call = {"max_new_tokens": 6, "do_sample": False, "use_cache": cached, **how}
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "image_features")}

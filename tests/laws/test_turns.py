@@ -13,6 +13,7 @@ from tests.builders import (
     assert_same_logits,
     collate,
     make_row,
+    model_of,
     shared_model,
     tiny_config,
 )
@@ -91,7 +92,7 @@ def test_turns_on_a_live_cache_equal_recomputation(examples):
     @torch.no_grad()
     def check(conversation, kv_heads, attention, decide):
         batch, ends, sides = conversation
-        model, keys = shared_model(kv_heads, attention), torch.arange(len(batch)) + 3
+        model, keys = model_of(decide, kv_heads, attention), torch.arange(len(batch)) + 3
         switches = {} if decide == GIVEN else {"method": decide}
         expected = [alone(model, row, decide, **switches, sample_key=keys[i : i + 1]) for i, row in enumerate(batch)]
         turns, cache = [], None

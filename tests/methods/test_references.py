@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from dynamic_llava import get_method
 from dynamic_llava.engine.decoder import FAMILIES
 from dynamic_llava.sparsity import budget
-from tests.builders import IMAGE_TOKEN, LAYERS, assert_same_logits, build_model, collate, fixed_rows
+from tests.builders import IMAGE_TOKEN, LAYERS, assert_same_logits, collate, fixed_rows, new_model_of
 from tests.clip_folders import READS, tiny_clip
 
 STAGED = {
@@ -53,6 +53,7 @@ STAGED = {
     "trim": {},
     "trim, share": {"image_keep_rate": 0.3},
     "cdpruner": {"image_keep_rate": 0.4},
+    "visionselector": {"image_keep_rate": 0.4},
 }
 
 
@@ -102,6 +103,16 @@ class Reference:
         asked = int((~self.answers).nonzero().max())
         row = self.weights[0, :, asked, image].mean(0)
         keep = row.argsort(descending=True)[: budget(self.method.stage_keep_rate, len(image))]
+        return [place for place in range(len(image)) if place not in keep]
+
+    def visionselector(self, image):
+        """Every product of a query with a key, one by one."""
+        net = self.decoder.method
+        tokens = self.hidden[0, image]
+        queries, keys = tokens @ net.query.T + net.query_bias, tokens @ net.key.T + net.key_bias
+        products = queries @ keys.T / 1792**0.5
+        scores = [sum(row.tolist()) / len(image) for row in products]
+        keep = best(scores, math.floor(self.method.image_keep_rate * len(image)))
         return [place for place in range(len(image)) if place not in keep]
 
     def divprune(self, image):
@@ -427,7 +438,7 @@ def cosine(vectors, one, other):
 def test_every_path_is_the_reference(named, family):
     """Ragged rows of 0-3 images, padded: decisions and logits of the masked, scoring, cached and uncached paths."""
     method = get_method(named.split(",")[0], **STAGED[named])
-    model = build_model(kv_heads=2, family=family, attention="eager")
+    model = new_model_of(method.name, 2, family=family, attention="eager")
     batch = fixed_rows(seed=11)
     inputs = collate(batch, "left")
     inputs.pop("keep_mask")

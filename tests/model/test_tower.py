@@ -27,6 +27,7 @@ from tests.builders import (
     build_model,
     collate,
     fixed_rows,
+    model_of,
     prompts,
     shared_model,
     tiny_config,
@@ -99,7 +100,7 @@ def test_nothing_is_read_that_no_method_asks_for(monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(TowerReading, "__init__", refuse)
         for name in set(METHODS) - set(READERS):
-            model(**inputs, method=name)
+            model_of(name)(**inputs, method=name)
         model(**inputs, method="visionzip", keep_mask=torch.ones_like(inputs["input_ids"]))
     tower = model.model.vision_tower
 

@@ -13,7 +13,16 @@ from dynamic_llava import DynamicLlavaForConditionalGeneration
 from dynamic_llava.engine.decoder import FAMILIES
 from dynamic_llava.methods import METHODS as REGISTERED
 from dynamic_llava.methods import Dense, get_method
-from tests.builders import TEXT_CONFIGS, assert_same_logits, build_model, collate, dense_twin, fixed_rows, tiny_config
+from tests.builders import (
+    LEARNED,
+    TEXT_CONFIGS,
+    assert_same_logits,
+    build_model,
+    collate,
+    dense_twin,
+    fixed_rows,
+    tiny_config,
+)
 from tests.world_laws import QUICK_LAWS, Laws
 from tests.worlds import ANY_RATE, DROPPING, READS_TOWER, Shape, Unjudged, World
 
@@ -24,7 +33,10 @@ ROWS = (
 )
 """Turns of two rows with images, one of which sits out the second, and of a row of text alone."""
 METHODS = {"dynamic": None} | {name: (name, 0.5, 0.5 if name in ANY_RATE else None) for name in (*ANY_RATE, *DROPPING)}
-"""Those that evict nothing; for the others tests/laws/test_eviction.py has the same laws, on the same families."""
+"""Those that evict nothing and need no other weights than Dynamic-LLaVA's. Methods that evict have the same laws in
+tests/laws/test_eviction.py, those with other weights are held to their paths, in each family, in
+tests/methods/test_references.py.
+"""
 LAYOUTS = [*product(("sdpa", "eager"), ("left", "right"), ("one", "any"))]
 """Attention, side of the padding, lengths of images."""
 CASES = [
@@ -39,7 +51,8 @@ CASES = [
 def test_every_family_and_every_method_is_tried():
     assert set(TEXT_CONFIGS) == set(FAMILIES)
     kinds = {name: get_method(name) for name in REGISTERED}
-    assert set(METHODS) == {name for name, one in kinds.items() if not (one.evicts or isinstance(one, Dense))}
+    known = {name for name, one in kinds.items() if not (one.evicts or isinstance(one, Dense) or name in LEARNED)}
+    assert set(METHODS) == known
 
 
 def world_of(family, method, attention="sdpa", side="left", lengths="one", layers=4, seed=3):
