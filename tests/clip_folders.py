@@ -1,12 +1,16 @@
 """Tiny random CLIP folders, as wide as a model's vision tower, and the words of models that have no tokenizer."""
 
 import tempfile
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from dynamic_llava.model import text_tower
 
 PUBLISHED = "openai/clip-vit-large-patch14-336"
 SHARED, READS = 12, 16
@@ -22,6 +26,23 @@ def tiny_clip(width):
 
 
 _FOLDERS = []
+
+
+@contextmanager
+def published_is_tiny():
+    """Open a tiny CLIP where a method names the published one, and let models without a tokenizer speak in words.
+
+    So the methods that read CLIP's text tower run at their default settings wherever a method is drawn.
+    """
+    opened, tokenizer = text_tower.open_clip, text_tower.open_tokenizer
+
+    def open_clip(source, *fit):
+        return opened(str(tiny_clip(fit[0])) if source == PUBLISHED else source, *fit)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_tower, "open_clip", open_clip)
+        patch.setattr(text_tower, "open_tokenizer", lambda source: tokenizer_or_words(source, tokenizer))
+        yield
 
 
 def write_clip(folder, width, seed=0):

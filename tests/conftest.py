@@ -13,8 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from dynamic_llava.model import text_tower
-from tests.clip_folders import PUBLISHED, tiny_clip, tokenizer_or_words
+from tests.clip_folders import published_is_tiny
 from tests.isolation import forget_what_was_said, loggers_of_its_own
 
 torch.set_num_threads(1)
@@ -39,18 +38,10 @@ def loggers():
 
 
 @pytest.fixture(autouse=True)
-def published_clip(monkeypatch):
-    """Open a tiny CLIP where a method names the published one, and let models without a tokenizer speak in words.
-
-    So every test over the registry runs the methods that read CLIP's text tower at their default settings.
-    """
-    opened, tokenizer = text_tower.open_clip, text_tower.open_tokenizer
-    monkeypatch.setattr(
-        text_tower,
-        "open_clip",
-        lambda source, *fit: opened(str(tiny_clip(fit[0])) if source == PUBLISHED else source, *fit),
-    )
-    monkeypatch.setattr(text_tower, "open_tokenizer", lambda source: tokenizer_or_words(source, tokenizer))
+def published_clip():
+    """Let every test over the registry run the methods that read CLIP's text tower."""
+    with published_is_tiny():
+        yield
 
 
 @pytest.fixture(autouse=True)

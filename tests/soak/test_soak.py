@@ -8,6 +8,8 @@ import time
 
 import pytest
 
+from dynamic_llava.model import text_tower
+from tests.clip_folders import PUBLISHED, tiny_clip
 from tests.soak import __main__ as runner
 from tests.soak import fuzz, jobs, kills, long_runs, worlds
 from tests.soak.ledger import Ledger
@@ -56,6 +58,18 @@ def test_a_broken_law_is_found_and_its_world_made_small(tmp_path, monkeypatch):
     assert "layers=4" in code and code.count("'text'") <= 2, code
     with pytest.raises(AssertionError, match="four layers"):
         exec(code, {})
+
+
+def test_worlds_that_read_clips_text_tower_ask_no_hub_for_it(tmp_path, monkeypatch):
+    """No fixture is there where the soak runs."""
+    law, asked = QUICK_LAWS[0], []
+    monkeypatch.setattr(text_tower, "open_clip", lambda source, *fit: asked.append(source))
+    monkeypatch.setattr(Laws, law, lambda self: text_tower.open_clip(PUBLISHED, 8, "cpu"))
+    monkeypatch.setattr(worlds, "LAWS", (law,))
+    monkeypatch.setattr(worlds, "QUICK_LAWS", [law])
+    ledger = Ledger(tmp_path / "worlds.json", {law.replace("_", " "): 2}, 60)
+    worlds.run(ledger, 0, 3, tmp_path)
+    assert asked == [str(tiny_clip(8))] * 2
 
 
 VALID = {"slow": 1, "dead": 2, "bug": 3, "name": 4, "nobody": 5, "fine": 6}

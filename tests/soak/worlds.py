@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 
+from tests.clip_folders import published_is_tiny
 from tests.soak.ledger import Ledger
 from tests.world_laws import DEAR_LAWS, QUICK_LAWS, Laws
 from tests.worlds import Unjudged, worlds
@@ -55,9 +56,10 @@ def run(ledger, shard, seed, folder):
             with suppress(Unjudged):
                 _judge(ledger, world, Laws(world), dear=len(seen) % DEAR_EVERY == 0, seed=seed * 10**4 + number)
 
-    while any(ledger.wants(law.replace("_", " ")) for law in LAWS):
-        number += 1
-        each_world(seed * 10**4 + number, AT_ONCE, judge, Phase.generate)
+    with published_is_tiny():
+        while any(ledger.wants(law.replace("_", " ")) for law in LAWS):
+            number += 1
+            each_world(seed * 10**4 + number, AT_ONCE, judge, Phase.generate)
 
 
 def _judge(ledger: Ledger, world, laws, *, dear, seed):
@@ -79,8 +81,9 @@ def _judge(ledger: Ledger, world, laws, *, dear, seed):
 
 def reproduction(world, law):
     """Return code that shows a failure."""
-    imports = "from tests.world_laws import Laws\nfrom tests.worlds import Shape, World"
-    return f"{imports}\n\nworld = {world!r}\nLaws(world).{law}()"
+    imports = [("clip_folders", "published_is_tiny"), ("world_laws", "Laws"), ("worlds", "Shape, World")]
+    lines = "\n".join(f"from tests.{module} import {names}" for module, names in imports)
+    return f"{lines}\n\nworld = {world!r}\nwith published_is_tiny():\n    Laws(world).{law}()"
 
 
 def shrink(entry, world, law, seed, seconds):
