@@ -75,10 +75,16 @@ def run_module(words, monkeypatch):
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    """A folder with the configurations and nothing else."""
+    """A folder with the configurations and the class of a page's own, norm.py, and nothing else."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
+    page = (ROOT / "docs" / "adding-a-method.md").read_text(encoding="utf-8")
+    (tmp_path / "norm.py").write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # as `python -m` does
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    sys.modules.pop("norm", None)
+    yield
+    sys.modules.pop("norm", None)
 
 
 @pytest.mark.parametrize(("page", "command"), commands())
