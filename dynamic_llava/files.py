@@ -92,9 +92,13 @@ def brief(value: Any) -> str:
     return _REPR.repr(value)
 
 
-def brief_text(text: str) -> str:
-    """Return a message, a long one without its middle: what it quotes of a file may be of any length."""
-    return text if len(text) <= 1000 else f"{text[:500]} ... {text[-400:]}"
+def brief_text(text: object) -> str:
+    """Return a message or a path that can be printed, a long one without its middle.
+
+    What it quotes of a file may be of any length, and hold halves of escaped pairs (lone surrogates).
+    """
+    whole = str(text).encode(errors="backslashreplace").decode()
+    return whole if len(whole) <= 1000 else f"{whole[:500]} ... {whole[-400:]}"
 
 
 def amount(size: float) -> str:

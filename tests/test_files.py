@@ -80,6 +80,11 @@ def test_a_file_of_an_unfinished_folder_names_the_finished_one(tmp_path, unfinis
     assert not isinstance(error.value, WriteError)
 
 
+def test_what_a_message_quotes_is_cut_and_can_be_printed():
+    assert files.brief_text("a\ud96fb") == "a\\ud96fb" and files.brief_text("ä, 图") == "ä, 图"
+    assert len(files.brief_text("x" * 5000)) < 1000
+
+
 def test_an_amount_has_a_unit_that_suits_it():
     given = (0, 1, 999, 1000, 4_200_000, 13.5e9, 2e12)
     assert [amount(size) for size in given] == [

@@ -144,9 +144,13 @@ def _plain_help() -> Iterator[None]:
 
 def _chain(config_class: type, path: Path, below: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
     """Return (file, values) of `path` and of the files it extends, the farthest first; `below` led to it."""
-    if not path.is_file():
-        named_by = f"; {below[-1]} extends it, relative to its own folder" if below else ""
-        raise FileNotFoundError(f"there is no configuration file {path}{named_by}; see the folder configs")
+    named_by = f"; {below[-1]} extends it, relative to its own folder" if below else ""
+    try:
+        found = path.is_file()
+    except OSError as error:  # a name that no file system takes, a folder that may not be looked into
+        raise ValueError(f"{brief_text(path)} is no configuration file ({error.strerror}){named_by}") from None
+    if not found:
+        raise FileNotFoundError(f"there is no configuration file {brief_text(path)}{named_by}; see the folder configs")
     if path.resolve() in [file.resolve() for file in below]:
         circle = " extends ".join(str(file) for file in (*below, path))
         raise ValueError(f"{circle}: a circle; let the first of them stand on its own values")
@@ -156,7 +160,7 @@ def _chain(config_class: type, path: Path, below: tuple[Path, ...] = ()) -> list
         return [(path, values)]
     above = values.pop(EXTENDS)
     if not isinstance(above, str) or not above:
-        raise ValueError(f"{path}: {EXTENDS}={above!r} must be the name of one file, relative to this one")
+        raise ValueError(f"{path}: {EXTENDS}={brief(above)} must be the name of one file, relative to this one")
     _check_keys(config_class, values, path)
     return [*_chain(config_class, Path(os.path.normpath(path.parent / above)), (*below, path)), (path, values)]
 
@@ -211,7 +215,7 @@ def _check_keys(config_class: type, values: Mapping[str, Any], path: Path, prefi
         if key not in known:
             close = get_close_matches(str(key), known, n=1)
             advice = f"did you mean {prefix}{close[0]}?" if close else f"the known ones are {', '.join(known)}"
-            raise ValueError(f"{path}: unknown key {prefix}{key}; {advice}")
+            raise ValueError(f"{path}: unknown key {brief_text(prefix + str(key))}; {advice}")
         section, several = _section(types[key]), get_origin(types[key]) in (list, tuple)
         if section is not None and isinstance(value, Mapping):
             _check_keys(section, value, path, f"{prefix}{key}.")

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from dynamic_llava.files import brief_text
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 """Channel means of OpenAI CLIP."""
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -41,9 +43,10 @@ def load_image(path: str | Path, max_square_pixels: int = MAX_SQUARE_PIXELS) -> 
     is no such file, and ValueError when it is a web address or no image, is broken or cut off, or is so long or so
     large that its padded square exceeds `max_square_pixels` (checked before the pixels are decoded).
     """
+    name = brief_text(path)  # of a message or of a folder whose names are no UTF-8
     if str(path).startswith(("http://", "https://")):
         raise ValueError(
-            f"{path} is a web address, and nothing is downloaded here; fetch the image first and give its file, or "
+            f"{name} is a web address, and nothing is downloaded here; fetch the image first and give its file, or "
             "open it yourself and give the Pillow image"
         )
     path = Path(path)
@@ -52,8 +55,8 @@ def load_image(path: str | Path, max_square_pixels: int = MAX_SQUARE_PIXELS) -> 
     except (OSError, ValueError) as error:  # a name that no file system takes: too long, or with a null in it
         raise ValueError(f"{str(path)[:200]!r} is no name of a file ({error}); check the name") from None
     if not found:
-        raise FileNotFoundError(f"there is no image file {path}; check the name and the image folder")
-    return _read_rgb(path, path, max_square_pixels)
+        raise FileNotFoundError(f"there is no image file {name}; check the name and the image folder")
+    return _read_rgb(path, name, max_square_pixels)
 
 
 def open_image(image: object, name: str) -> Image.Image:
@@ -108,12 +111,13 @@ def decode_image(data: bytes, name: object, max_square_pixels: int = MAX_SQUARE_
 
 def check_header(path: Path, max_square_pixels: int = MAX_SQUARE_PIXELS) -> None:
     """Raise as `load_image` would for what a file's header tells: no image, too many pixels, pixels without a range."""
-    with _opened(path, path, max_square_pixels) as image:
+    name = brief_text(path)
+    with _opened(path, name, max_square_pixels) as image:
         mode = image.mode
     try:
         _check_mode(mode)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{name}: {error}") from None
 
 
 @contextmanager

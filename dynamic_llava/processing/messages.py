@@ -146,8 +146,8 @@ def _part(part: Any, role: str, number: int, images: list[ImageInput | None]) ->
     named = [key for key in part if key != "type"]
     if len(named) > 1 or not set(named) <= set(IMAGE_SOURCES):
         raise ValueError(
-            f"message {number} gives an image by {named}; give one of {', '.join(map(repr, IMAGE_SOURCES))}, or none "
-            "to mark the place alone"
+            f"message {number} gives an image by {brief(named)}; give one of {', '.join(map(repr, IMAGE_SOURCES))}, or "
+            "none to mark the place alone"
         )
     image = part[named[0]] if named else None
     if named and not isinstance(image, ImageInput):

@@ -170,6 +170,8 @@ def test_the_written_configuration_of_an_extending_file_stands_alone(tmp_path):
         ),
         ({"leaf": "extends:"}, r"leaf\.yaml: extends=None must be the name of one file"),
         ({"leaf": "extends: [a.yaml, b.yaml]"}, "extends=.* must be the name of one file"),
+        ({"leaf": f"extends: {5000 * 'x'}"}, r"^(?=.{,1500}$).*is no configuration file .*too long.; .*leaf\.yaml"),
+        ({"leaf": f"? {5000 * 'x'}\n: 1"}, r"^.*leaf\.yaml: unknown key (?=.{,2000}$)x+ \.\.\. x+;"),
         ({"root": "{}", "leaf": "train: {extends: root.yaml}"}, r"unknown key train\.extends"),
     ],
 )

@@ -87,6 +87,8 @@ def test_a_cut_off_file_is_named(tmp_path, ending):
 def test_missing_and_foreign_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no image file .*nothing\.jpg"):
         load_image(tmp_path / "nothing.jpg")
+    with pytest.raises(FileNotFoundError, match=r"there is no image file .*half\\ud96f\.jpg"):  # to be printed
+        load_image(tmp_path / "half\ud96f.jpg")
     with pytest.raises(FileNotFoundError):
         load_image(tmp_path)
     for content in (b"", b"no picture"):
