@@ -24,6 +24,7 @@ from dynamic_llava.model.card import replace_generic_card, write_card
 from dynamic_llava.model.supported import (
     CONVERT,
     check_architecture,
+    check_generation,
     check_place,
     check_size,
     refuse_adapter,
@@ -72,6 +73,7 @@ class CheckedLoading:
         check_place(source, kwargs)
         refuse_adapter(source, kwargs)
         refuse_code(source, kwargs)
+        check_generation(source, kwargs)
         if kwargs.get("quantization_config") is not None:
             parts = parts_of(cls._config_of_call(source, kwargs).sparsity)
             kwargs["quantization_config"] = spare_learned(kwargs["quantization_config"], parts)
@@ -306,7 +308,7 @@ def check_loaded(source: str, info: dict[str, Any]) -> None:
 
 def _some(names: list[str], limit: int = 5) -> str:
     shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+    return brief_text(shown) if len(names) <= limit else f"{brief_text(shown)} and {len(names) - limit} more"
 
 
 def spare_learned(settings: Any, parts: Collection[str]) -> Any:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import cached_file
@@ -21,14 +22,15 @@ from transformers.utils import cached_file
 from dynamic_llava.costs import llava_shape, parameter_counts
 from dynamic_llava.engine.decoder import FAMILIES
 from dynamic_llava.engine.learned import learned_costs
-from dynamic_llava.files import brief
+from dynamic_llava.files import brief, brief_text
 from dynamic_llava.model.weight_files import all_weight_files, holds_model
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 """Arguments of a `from_pretrained` that say where the files of a hub name are."""
+GENERATION = "generation_config.json"
 SETTINGS_FILES = (
     "config.json",
-    "generation_config.json",
+    GENERATION,
     "preprocessor_config.json",
     "processor_config.json",
     "tokenizer_config.json",
@@ -206,6 +208,39 @@ def _check_tower(source: str | Path, values: Mapping[str, Any], tower: Mapping[s
             f"config.json of {source} has vision_feature_layer {brief(values.get('vision_feature_layer'))}, and the "
             f"vision tower has {depth} layers; give one of {-depth - 1}..{depth}, or a list of them"
         )
+
+
+def check_generation(source: str | Path, arguments: Mapping[str, Any]) -> None:
+    """Raise ValueError that names the setting where generation_config.json holds one that transformers does not take.
+
+    `arguments` are those of `from_pretrained`; with a generation_config of the caller's own, the file is not read.
+    """
+    if arguments.get("generation_config") is not None:
+        return
+    values = read_settings_file(source, GENERATION, arguments) or {}
+    for name, several in (("bos_token_id", False), ("eos_token_id", True), ("pad_token_id", False)):
+        found = values.get(name)
+        ids = found if several and isinstance(found, list) else [found]
+        if found is not None and not all(type(number) is int for number in ids):
+            due = "a token id, a list of them or null" if several else "a token id or null"
+            raise ValueError(f"{GENERATION} of {source} has {name} {brief(found)}; give {due}")
+    try:
+        GenerationConfig.from_dict(values)
+    except Exception as error:  # transformers compares before it looks at kinds
+        culprit = next((name for name, value in values.items() if not _is_taken({name: value})), None)
+        what = "settings that exclude each other" if culprit is None else f"{culprit} {brief(values[culprit])}"
+        reason = brief_text(" ".join(str(error).split()))
+        raise ValueError(
+            f"{GENERATION} of {source} has {what} ({reason}); correct it, or take it out for the default"
+        ) from None
+
+
+def _is_taken(settings: dict[str, Any]) -> bool:
+    try:
+        GenerationConfig.from_dict(settings)
+    except Exception:
+        return False
+    return True
 
 
 def check_size(source: str | Path, config: Any, shapes: Iterable[tuple[int, ...]]) -> None:

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dynamic_llava.files import brief
+from dynamic_llava.files import brief, brief_text
 
 STEMS = ("model.safetensors", "pytorch_model.bin")
 """What transformers calls a checkpoint's file, or the first part of its shards' names; the first one found counts."""
@@ -200,7 +200,9 @@ def _load_bin(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} holds a {type(values).__name__}; a file of weights holds tensors by their names")
     for name, value in values.items():
         if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
-            raise ValueError(f"{file}: the entry {name!r} is no plain tensor but {type(value).__name__}; remove it")
+            raise ValueError(
+                f"{file}: the entry {brief(name)} is no plain tensor but {type(value).__name__}; remove it"
+            )
     return dict(values)
 
 
@@ -215,4 +217,4 @@ def _torch_load(file: Path) -> Any:
 
 def _damaged(file: Path, error: Exception) -> ValueError:
     reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
-    return ValueError(f"{file} is damaged or was not copied completely ({reason}); get the file again")
+    return ValueError(f"{file} is damaged or was not copied completely ({brief_text(reason)}); get the file again")

@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
 import shutil
+import struct
 import subprocess
 import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig
 
 from dynamic_llava import DynamicLlavaForConditionalGeneration
 from dynamic_llava.checkpoints import tensors
@@ -190,6 +193,32 @@ def test_a_truncated_file_is_named(saved, open_folder):
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2])
     assert f"{file} is damaged or was not copied completely" in open_folder(saved)
+
+
+def test_what_a_damaged_file_says_itself_is_shown_in_part(saved, open_folder):
+    file = saved / "model-00002-of-00003.safetensors"
+    head = json.dumps({"a": 5000 * "x"}).encode()
+    file.write_bytes(struct.pack("<Q", len(head)) + head)
+    message = open_folder(saved)
+    assert f"{file} is damaged or was not copied completely (Error" in message and len(message) < 1500
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        *(({"pad_token_id": value}, f"has pad_token_id {value!r}; give a token id") for value in ([0, 1], "", [[]])),
+        ({"eos_token_id": [2, "</s>"]}, r"has eos_token_id [2, '</s>']; give a token id, a list of them or null"),
+        ({"do_sample": True, "max_new_tokens": "many"}, "has max_new_tokens 'many' ('<="),
+        ({"early_stopping": []}, "has early_stopping [] ("),
+    ],
+)
+def test_a_setting_of_generation_of_a_wrong_kind_is_named(saved, settings, words):
+    file = saved / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+    with pytest.raises(ValueError, match=re.escape(f"generation_config.json of {saved} {words}")):
+        DynamicLlavaForConditionalGeneration.from_pretrained(saved)
+    own = GenerationConfig(max_new_tokens=3)
+    assert DynamicLlavaForConditionalGeneration.from_pretrained(saved, generation_config=own)
 
 
 def test_a_truncated_bin_is_named(model, tmp_path, open_folder):
