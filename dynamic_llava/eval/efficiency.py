@@ -18,6 +18,7 @@ from dynamic_llava.costs import (
 )
 from dynamic_llava.engine.learned import learned_costs
 from dynamic_llava.eval.predict import QueryBatch, to_device
+from dynamic_llava.eval.reading import WHOLE, Kind, fields_of, optional
 from dynamic_llava.methods import Method, Mixed
 
 
@@ -41,6 +42,19 @@ class Prefilled(Protocol):
         """Per layer the image tokens that it sees, those of all images together."""
 
 
+def _is_count(value: Any) -> bool:
+    return WHOLE.fits(value) and 0 <= value < 2**31
+
+
+COUNT = Kind("a number of tokens", _is_count)
+COUNTS = Kind("a list of numbers of tokens", lambda value: isinstance(value, list) and all(map(_is_count, value)))
+RECORDED = {
+    "prompt_tokens": COUNT, "image_kept": COUNTS, "image_seen": optional(COUNTS), "output_tokens": COUNT,
+    "output_kept": COUNT, "heads_hold": optional(COUNT), "prompt_dropped": optional(COUNT),
+}  # fmt: skip
+"""What the metadata of an answer line says of its costs."""
+
+
 @dataclass(frozen=True)
 class Counted:
     """A prompt and its answer as counts, which an answer line records."""
@@ -58,18 +72,25 @@ class Counted:
     """Tokens of questions that were dropped."""
 
     @classmethod
-    def read(cls, facts: Mapping[str, Any], method: Method, layers: int, tokens_per_image: int) -> "Counted":
-        """Return what an answer line records.
+    def read(
+        cls, facts: Mapping[str, Any], method: Method, layers: int, tokens_per_image: int, place: str
+    ) -> "Counted":
+        """Return what an answer line records; `place` names the line in the ValueError for facts that cannot be so.
 
         Lines of earlier versions lack `image_seen`; they are all of methods with one cut.
         """
-        kept = [int(number) for number in facts["image_kept"]]
-        seen = facts.get("image_seen")
+        fields_of(facts, RECORDED, f"{place}: metadata")
+        kept, seen = facts["image_kept"], facts.get("image_seen")
+        if seen is not None and len(seen) != layers:
+            raise ValueError(
+                f"{place}: metadata: 'image_seen' has {len(seen)} counts and the model {layers} layers; remove "
+                "the line and run the command again"
+            )
         if seen is None:
             below = next((cut.layer for cut in method.cuts(layers)), layers)
             seen = [len(kept) * tokens_per_image] * below + [sum(kept)] * (layers - below)
         images = tuple(map(range, kept))
-        counts = facts["output_tokens"], facts["output_kept"], facts.get("heads_hold"), facts.get("prompt_dropped", 0)
+        counts = facts["output_tokens"], facts["output_kept"], facts.get("heads_hold"), facts.get("prompt_dropped") or 0
         return cls(facts["prompt_tokens"], images, tuple(seen), *counts)
 
 

@@ -192,7 +192,7 @@ class Evaluation:
         if skipped := [one.question_id for one in answers if SKIPPED in one.metadata]:
             notes.append(f"questions whose image cannot be read, left out: {shown(skipped)}")
         judged = attempt(label, lambda: self._judge(task, path, answers))
-        costs = attempt(label, lambda: self._costs(answers, questions))
+        costs = attempt(label, lambda: self._costs(path, answers, questions))
         errors = [
             f"{what}: {one.text}" for what, one in (("score", judged), ("costs", costs)) if isinstance(one, Failure)
         ]
@@ -219,12 +219,12 @@ class Evaluation:
                 raise
             return {"notes": (f"the first {limit} questions alone have no score: {error}",)}
 
-    def _costs(self, answers: Sequence[AnswerLine], questions: Sequence[Question]) -> dict[str, float]:
+    def _costs(self, path: Path, answers: Sequence[AnswerLine], questions: Sequence[Question]) -> dict[str, float]:
         """Return means over the answers that record what they cost, and times on a batch of the first of them."""
         config, per_image = self.model.config, self.processor.tokens_per_image
         shape = decoder_shape(config)
         counted = {
-            one.metadata[PLACE]: Counted.read(one.metadata, self.method, shape.layers, per_image)
+            one.metadata[PLACE]: Counted.read(one.metadata, self.method, shape.layers, per_image, f"{path}:{one.line}")
             for one in answers
             if "prompt_tokens" in one.metadata
         }

@@ -1,7 +1,9 @@
 """What answer lines record, what follows from it, which questions a process takes, and how a checkpoint is known."""
 
 import os
+import re
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -50,13 +52,32 @@ def test_bytes_by_arithmetic_are_those_in_the_cache(how):
         (said,) = generate_answers(model, processor, [batch], max_new_tokens=6, switches={"method": deciding(how)})
         recorded = facts(said)
         shape, method = decoder_shape(model.config), deciding(how)
-        counted = Counted.read(recorded, method, shape.layers, TOKENS_PER_IMAGE)
+        counted = Counted.read(recorded, method, shape.layers, TOKENS_PER_IMAGE, "a.jsonl:1")
         calculated = mean_kv_bytes(shape, method, [counted], TOKENS_PER_IMAGE, 4)
         assert calculated == said.cache_bytes
         assert ("heads_hold" in recorded) == method.evicts
         if len(method.cuts(shape.layers)) < 2 and not method.evicts:  # as the lines of earlier versions
             recorded.pop("image_seen")
-            assert Counted.read(recorded, method, shape.layers, TOKENS_PER_IMAGE) == counted
+            assert Counted.read(recorded, method, shape.layers, TOKENS_PER_IMAGE, "a.jsonl:1") == counted
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"image_kept": None}, "metadata: 'image_kept' is None; a list of numbers of tokens"),
+        ({"image_kept": [10**30]}, "metadata: 'image_kept' is "),
+        ({"image_seen": [4, 4, 4]}, "metadata: 'image_seen' has 3 counts and the model 4 layers"),
+        ({"prompt_tokens": "7"}, "metadata: 'prompt_tokens' is '7'; a number of tokens is due there"),
+    ],
+)
+def test_facts_that_cannot_be_so_name_the_line(change, words):
+    recorded = {"prompt_tokens": 9, "image_kept": [4], "image_seen": [4] * 4, "output_tokens": 2, "output_kept": 1}
+    read = partial(Counted.read, method=METHODS["dense"](), layers=4, tokens_per_image=4, place="a.jsonl:7")
+    assert read(recorded).prompt_tokens == 9
+    with pytest.raises(ValueError, match=re.escape(f"a.jsonl:7: {words}")):
+        read({**recorded, **change})
+    with pytest.raises(ValueError, match=r"a\.jsonl:7: metadata has no 'output_kept'"):
+        read({name: value for name, value in recorded.items() if name != "output_kept"})
 
 
 def test_what_heads_hold_is_recorded_when_an_answer_ends_and_does_not_depend_on_its_batch(tmp_path):

@@ -420,6 +420,17 @@ def test_a_score_survives_costs_that_cannot_be_measured(checkpoint, tmp_path, mo
     assert "Toy: failed: costs" in (printed := capsys.readouterr().out) and "accuracy" in printed
 
 
+def test_an_answer_whose_costs_cannot_be_read_is_named_with_its_line(checkpoint, tmp_path, toy):
+    assert run(checkpoint, "toy", tmp_path, tmp_path / "out", "--limit", 2) == 0
+    path = tmp_path / "out" / "answers" / "toy.jsonl"
+    first, second = lines_of(path)
+    del second["metadata"]["image_kept"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in (first, second)))
+    assert run(checkpoint, "toy", tmp_path, tmp_path / "out", "--limit", 2) == 1
+    error = summary(tmp_path / "out")["tasks"]["toy"]["error"]
+    assert error.startswith(f"costs: {path}:2: metadata has no 'image_kept'; it has ")
+
+
 def test_broken_question_files_fail_with_their_line(checkpoint, tmp_path):
     TASK_DATA["pope"](tmp_path)
     path = tmp_path / "pope" / "llava_pope_test.jsonl"
