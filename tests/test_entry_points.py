@@ -19,6 +19,7 @@ from dynamic_llava.cli.commands import EXTRAS
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "dynamic_llava"
 HELP = {
+    "calibrate.__main__": [""],
     "chat.__main__": [""],
     "checkpoints.__main__": ["", "convert", "check"],
     "data.__main__": ["", "check", "first-batch"],
@@ -38,9 +39,9 @@ HELP = {
 """Every module that `python -m` runs, with its commands."""
 PAGES = [(module, page) for module, pages in HELP.items() for page in pages]
 EXTRA_OF = {
-    "chat.__main__": None, "checkpoints.__main__": "convert", "data.__main__": "train", "eval.__main__": "eval",
-    "profile.__main__": "train", "sweep.__main__": "train", "tiny.__main__": "train", "tiny.train_base": "train",
-    "train.__main__": "train", "train.launch": "train",
+    "calibrate.__main__": "train", "chat.__main__": None, "checkpoints.__main__": "convert",
+    "data.__main__": "train", "eval.__main__": "eval", "profile.__main__": "train", "sweep.__main__": "train",
+    "tiny.__main__": "train", "tiny.train_base": "train", "train.__main__": "train", "train.launch": "train",
 }  # fmt: skip
 TWINS = [{"--output-folder", "--output-dir"}, {"--batch-size", "--batch"}, {"--output", "--out"}]
 ALWAYS_THERE = {"yaml", "tqdm", "filelock"}

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from dynamic_llava.config.calibration import check_calibration
+
 SHIPPED = {"tiny": Path(__file__).parent.parent / "tiny" / "weights"}
 """Checkpoints that come with the package: the name that stands for one where a checkpoint is named -> its folder."""
 SPARSITY_MODES = ("both", "image", "output", "none")
@@ -70,6 +72,9 @@ class SparsityConfig:
     masked_softmax: Literal["auto", "reference", "chunked", "triton"] = "auto"
     """Implementation of MaskedSoftmax attention (Eq. 7) in training and scoring; `auto`: the fastest that can run."""
 
+    calibration: Any = None
+    """Margins of the predictors on held data, as quantiles, by which an asked keep rate becomes a threshold;
+    `python -m dynamic_llava.calibrate` writes them into a checkpoint."""
     method: Any = None
     """The learned method whose weights a checkpoint holds, its name and settings ({name: ...}); None: Dynamic-LLaVA."""
 
@@ -96,6 +101,7 @@ class SparsityConfig:
         _one_of("relaxation", self.relaxation, ("gumbel_st", "sigmoid_st", "soft_topk"))
         _one_of("dropped_tokens", self.dropped_tokens, ("masked_softmax", "zero_vectors"))
         _one_of("masked_softmax", self.masked_softmax, ("auto", "reference", "chunked", "triton"))
+        check_calibration(self.calibration)
         if self.mask_grad_clip is not None and self.mask_grad_clip <= 0:
             raise ValueError(f"mask_grad_clip={self.mask_grad_clip} must be positive; use None to switch it off")
 
@@ -111,9 +117,10 @@ class SparsityConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the plain dict that config.json stores.
 
-        `method` only where it is not Dynamic-LLaVA, and what belongs to a prompt predictor only where there is one.
+        `method` only where it is not Dynamic-LLaVA, `calibration` where there is one, and what belongs to a prompt
+        predictor only where there is one.
         """
-        without = {"method"} if self.method is None else set()
+        without = {name for name in ("method", "calibration") if getattr(self, name) is None}
         if self.prompt_keep_rate is None:
             without |= {"prompt_keep_rate", "prompt_min_length"}
         return {name: value for name, value in asdict(self).items() if name not in without}

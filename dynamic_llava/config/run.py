@@ -60,6 +60,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.name and Path(self.name).name != self.name:
             raise ValueError(f"name={self.name!r} must be a plain folder name; output_folder says where it lies")
+        if self.sparsity.calibration is not None:
+            raise ValueError(
+                "sparsity.calibration is measured on a trained model (python -m dynamic_llava.calibrate); leave it out"
+            )
         if self.method is not None:
             self._take_method()
         if self.train.tune == "lora" and self.lora is None:

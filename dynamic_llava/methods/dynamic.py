@@ -48,7 +48,9 @@ class Dynamic(OneCut):
     image_keep_rate: float = 0.2
     """r_I of Eq. 11."""
     image_selection: Literal["topk", "threshold"] = "topk"
-    """Eq. 11 (top-k) or Eq. 5 (every positive margin)."""
+    """Eq. 11 (top-k) or Eq. 5 (every margin above `image_threshold`)."""
+    image_threshold: float = 0.0
+    """With image_selection threshold an image token stays where keep logit - drop logit exceeds this; 0 is Eq. 5."""
     output_threshold: float = 0.0
     """An output token stays where keep logit - drop logit exceeds this; 0 is Eq. 5."""
     output_selection: Literal["threshold", "topk", "spread"] = "threshold"
@@ -158,7 +160,7 @@ class Dynamic(OneCut):
             return keep_all_image(images)
         margin_In = keep_margin(learned.image_predictor(images.hidden, images.valid))
         if self.image_selection == "threshold":
-            return threshold_keep(margin_In)
+            return threshold_keep(margin_In, self.image_threshold)
         return top_k_keep(margin_In, rate=self.image_keep_rate, valid=images.valid)
 
     def sample(self, cut: Cut, images: ImageTokens, learned: Any, draw: Draw) -> Tensor:

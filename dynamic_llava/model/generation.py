@@ -22,7 +22,7 @@ from dynamic_llava.engine.plan import tower_cut
 from dynamic_llava.engine.record import SparsityRecord
 from dynamic_llava.engine.tower import EncodedImages
 from dynamic_llava.layout import TokenLayout, after_end
-from dynamic_llava.methods import Method
+from dynamic_llava.methods import Dynamic, Method
 from dynamic_llava.model.arguments import (
     check_names,
     names_of,
@@ -33,9 +33,10 @@ from dynamic_llava.model.arguments import (
     warn_past_positions,
 )
 from dynamic_llava.model.images import Inputs, features_of
-from dynamic_llava.model.switches import check_compile, check_output_keep_rate, choose_method
+from dynamic_llava.model.kv_budget import keep_rate_within
+from dynamic_llava.model.switches import check_compile, choose_method
 
-SWITCHES = ("sparsity", "method", "image_keep_rate", "output_threshold")
+SWITCHES = ("sparsity", "method", "image_keep_rate", "output_threshold", "output_keep_rate")
 """Arguments of `generate` that choose the method; the same as those of `forward`."""
 GENERATION = "generation"
 """Key of a sparse generation's state among the arguments that `generate` hands from step to step."""
@@ -72,10 +73,12 @@ class SparseGeneration:
             inputs: (B, N) input ids (or input_ids=, or inputs_embeds=), left padded, with attention_mask (B, N).
             generation_config: transformers' GenerationConfig.
             positional: the arguments that follow in transformers.
-            kwargs: pixel_values (I, 3, S, S) in row order; the switches sparsity, method, image_keep_rate and
-                output_threshold of `forward`; sample_key (B,); use_cache; compile=True to run every cached step as one
-                compiled graph; output_mask (B, N) bool if some of the given tokens belong to an answer. A later turn
-                passes the `cache` of the earlier call, all ids so far, and the pixel_values of the new images only.
+            kwargs: pixel_values (I, 3, S, S) in row order; the switches sparsity, method, image_keep_rate,
+                output_keep_rate and output_threshold of `forward`; kv_budget, bytes (an int, or "512MiB") that the keys
+                and values of a row may take at the end of max_new_tokens, which chooses output_keep_rate; sample_key
+                (B,); use_cache; compile=True to run every cached step as one compiled graph; output_mask (B, N) bool if
+                some of the given tokens belong to an answer. A later turn passes the `cache` of the earlier call, all
+                ids so far, and the pixel_values of the new images only.
 
         With return_dict_in_generate=True the output has `sparsity`, a SparsityRecord of the whole sequence, earlier
         turns on the same cache included (None for a dense generation), and `cache`. Raises ValueError before any
@@ -86,8 +89,10 @@ class SparseGeneration:
         switches = {name: kwargs.pop(name, None) for name in SWITCHES}
         if getattr(settings, "is_assistant", False) and not any(value is not None for value in switches.values()):
             switches["sparsity"] = "none"  # a draft is checked by another model, and rolled back
+        kv_budget = kwargs.pop("kv_budget", None)
+        if kv_budget is not None:
+            switches["output_keep_rate"] = self._rate_within(kv_budget, switches, inputs, settings, kwargs)
         method = choose_method(self.config.sparsity, **switches)
-        check_output_keep_rate(kwargs.get("output_keep_rate"), trains=False)
         cached, beams = (setting(settings, kwargs, name) for name in ("use_cache", "num_beams"))
         check_compile(bool(kwargs.get("compile")), method, cached=cached is not False)
         check_eviction(method, cached=cached is not False)
@@ -119,6 +124,22 @@ class SparseGeneration:
         else:
             result.sparsity = result.cache.record if isinstance(result.cache, AdmissionCache) else generation.record
         return result
+
+    def _rate_within(
+        self, kv_budget: int | str, switches: dict[str, Any], inputs: Any, settings: Any, kwargs: dict[str, Any]
+    ) -> float:
+        """Return the output keep rate that a budget allows this call. ValueError where it cannot choose one."""
+        for name in ("output_threshold", "output_keep_rate"):
+            if switches[name] is not None:
+                raise ValueError(f"kv_budget and {name} both say how many output tokens stay; leave one of them out")
+        method = choose_method(self.config.sparsity, **switches)
+        if not isinstance(method, Dynamic):
+            raise ValueError(
+                f"kv_budget means nothing to method {method.name!r}; leave it out, or give its own settings"
+            )
+        given = {**kwargs, "input_ids": inputs if inputs is not None else kwargs.get("input_ids")}
+        longest = setting(settings, kwargs, "max_new_tokens")
+        return keep_rate_within(kv_budget, self.config, method, given, longest, self.dtype.itemsize)
 
     def _generate_densely(self, inputs: Any, generation_config: Any, *positional: Any, **kwargs: Any) -> Any:
         check_dense_cache(kwargs.get(CACHE))

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration, LlavaPreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
-from dynamic_llava.config import SparsityConfig, SparsityMode
+from dynamic_llava.config import SparsityConfig, SparsityMode, check_keep_rate
 from dynamic_llava.engine.cache import CACHE, is_live, one_cache
 from dynamic_llava.engine.decide import asked_by
 from dynamic_llava.engine.learned import warn_untrained
@@ -28,7 +28,7 @@ from dynamic_llava.model.generation import SparseGeneration
 from dynamic_llava.model.images import Inputs
 from dynamic_llava.model.loading import CheckedLoading
 from dynamic_llava.model.outputs import DynamicLlavaOutput, DynamicModelOutput
-from dynamic_llava.model.switches import check_compile, check_output_keep_rate, check_temperature, choose_method
+from dynamic_llava.model.switches import check_compile, check_temperature, choose_method
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,9 @@ class DynamicLlavaForConditionalGeneration(
         sparsity: "both", "image", "output" or "none"; default both. With "none", and without keep_mask, the parent's
             forward runs, and everything that transformers' LLaVA can do is done as there.
         image_keep_rate, output_threshold: override the checkpoint's settings for this call.
-        output_keep_rate: override r_OT (of the regulariser, and of a relaxation with a budget), training only.
+        output_keep_rate: in training, override r_OT (of the regulariser, and of a relaxation with a budget); at
+            inference, the share of output tokens that is to stay: of a method that has such a rate, or, in a calibrated
+            checkpoint, of Dynamic-LLaVA, for which it chooses the threshold.
         method: what decides instead of Dynamic-LLaVA: a Method, a name (registered, or package.module:Class), or a
             mapping {"name": ..., setting: ...}; settings that are not said are the checkpoint's or the method's own.
         tau: temperature of the relaxation in training mode, 1.0 by default.
@@ -128,9 +130,12 @@ class DynamicLlavaForConditionalGeneration(
         """
         check_names(kwargs, FORWARD_NAMES, "forward")
         shift_labels = kwargs.pop("shift_labels", None)  # named, it would be one of the labels that a Trainer asks for
-        switches = {"sparsity": sparsity, "method": method, "image_keep_rate": image_keep_rate}
-        chosen = choose_method(self.config.sparsity, output_threshold=output_threshold, **switches)
-        check_output_keep_rate(output_keep_rate, trains=labels is not None and self.training)
+        switches = {"sparsity": sparsity, "image_keep_rate": image_keep_rate, "output_threshold": output_threshold}
+        if output_keep_rate is not None and labels is not None and self.training:
+            check_keep_rate("output_keep_rate", output_keep_rate)
+        else:
+            switches["output_keep_rate"], output_keep_rate = output_keep_rate, None
+        chosen = choose_method(self.config.sparsity, method=method, **switches)
         check_compile(compile, chosen, cached=use_cache is not False and labels is None)
         kwargs |= {
             "input_ids": input_ids,

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from dynamic_llava.config import SparsityConfig, SparsityMode, check_keep_rate
+from dynamic_llava.config.calibration import threshold_at
 from dynamic_llava.methods import (
     Dense,
     Dynamic,
@@ -24,14 +25,17 @@ def choose_method(
     method: Spelling | None = None,
     image_keep_rate: float | None = None,
     output_threshold: float | None = None,
+    output_keep_rate: float | None = None,
 ) -> Method:
     """Return the method that a call asks for; by default Dynamic-LLaVA with the checkpoint's settings.
 
     `method` is spelled as in methods/registry.py; `sparsity` and `output_threshold` are short for settings of
-    Dynamic-LLaVA, `image_keep_rate` for that of any method which has it. Raises ValueError for an unknown method,
-    setting or value, and for switches that contradict one another.
+    Dynamic-LLaVA, the keep rates for those of any method which has them. Where Dynamic-LLaVA decides by a threshold, a
+    keep rate chooses it, by the margins that the checkpoint has been calibrated with. Raises ValueError for an unknown
+    method, setting or value, and for switches that contradict one another.
     """
     switches = {"sparsity": sparsity, "image_keep_rate": image_keep_rate, "output_threshold": output_threshold}
+    switches["output_keep_rate"] = output_keep_rate
     given = {name: value for name, value in switches.items() if value is not None}
     if isinstance(method, Method):
         if given:
@@ -61,17 +65,42 @@ def choose_method(
             f"{unknown[0]}={given[unknown[0]]!r} means nothing to method {said['name']!r}, whose settings are "
             f"{', '.join(settings_of(chosen))}; leave it out"
         )
-    chosen = replace(chosen, **given)
-    if isinstance(chosen, Dynamic):
-        _refuse_idle_switches(chosen, given)
-    return chosen
+    return _switched(chosen, given, config) if isinstance(chosen, Dynamic) else replace(chosen, **given)
 
 
 def _dynamic(config: SparsityConfig, given: dict[str, Any]) -> Dynamic:
     """Return Dynamic-LLaVA with a checkpoint's settings and a call's switches."""
-    chosen = replace(Dynamic.from_config(config), **given)
-    _refuse_idle_switches(chosen, given)
-    return chosen
+    return _switched(Dynamic.from_config(config), given, config)
+
+
+def _switched(method: Dynamic, given: dict[str, Any], config: SparsityConfig) -> Dynamic:
+    """Return Dynamic-LLaVA with a call's switches; a keep rate where a threshold decides is that threshold."""
+    method = replace(method, **{name: value for name, value in given.items() if name not in _RATES})
+    rates = {name: given[name] for name in _RATES if name in given}
+    _refuse_idle_switches(method, given)
+    for name, rate in rates.items():
+        kind, selection, threshold, otherwise = _RATES[name]
+        if getattr(method, selection) != "threshold":
+            method = replace(method, **{name: rate})
+            continue
+        check_keep_rate(name, rate)
+        quantiles = (config.calibration or {}).get(kind)
+        if quantiles is None:
+            raise ValueError(
+                f"{name}={rate} where a threshold decides ({selection}='threshold') needs the margins of the {kind} "
+                f"predictor, and this checkpoint has not been calibrated: run python -m dynamic_llava.calibrate MODEL "
+                f"--data FILE, or {otherwise}"
+            )
+        method = replace(method, **{threshold: threshold_at(quantiles, rate)})
+    return method
+
+
+_RATES = {
+    "image_keep_rate": ("image", "image_selection", "image_threshold", "set image_selection='topk'"),
+    "output_keep_rate": ("output", "output_selection", "output_threshold", "give output_threshold"),
+}
+"""A keep rate of Dynamic-LLaVA -> whose margins, which setting says what decides, the threshold's name, and what a call
+can do that has no margins."""
 
 
 def _own_method(config: SparsityConfig, given: dict[str, Any]) -> Method:
@@ -84,18 +113,6 @@ def _own_method(config: SparsityConfig, given: dict[str, Any]) -> Method:
             "them out, or give `method` with other settings"
         )
     return checkpoint_method(config)
-
-
-def check_output_keep_rate(output_keep_rate: float | None, *, trains: bool) -> None:
-    """Raise ValueError for an output keep rate outside (0, 1], and for one given to a call that does not train."""
-    if output_keep_rate is None:
-        return
-    if not trains:
-        raise ValueError(
-            f"output_keep_rate={output_keep_rate} is the target of training; at inference the output predictor decides "
-            "token by token: use output_threshold, or a method with a rate such as Random"
-        )
-    check_keep_rate("output_keep_rate", output_keep_rate)
 
 
 def check_temperature(tau: Any) -> None:
@@ -130,7 +147,8 @@ def _refuse_idle_switches(method: Dynamic, given: dict[str, Any]) -> None:
     """Raise ValueError for a switch that this call would not use."""
     if "image_keep_rate" in given and not method.sparsifies_image:
         raise ValueError(f"image_keep_rate has no use with sparsity={method.sparsity!r}; leave one of them out")
-    if "image_keep_rate" in given and method.image_selection == "threshold":
-        raise ValueError("image_keep_rate has no use with image_selection='threshold'; set image_selection='topk'")
-    if "output_threshold" in given and not method.sparsifies_output:
-        raise ValueError(f"output_threshold has no use with sparsity={method.sparsity!r}; leave one of them out")
+    for name in ("output_threshold", "output_keep_rate"):
+        if name in given and not method.sparsifies_output:
+            raise ValueError(f"{name} has no use with sparsity={method.sparsity!r}; leave one of them out")
+    if "output_threshold" in given and "output_keep_rate" in given:
+        raise ValueError("output_threshold and output_keep_rate both say where the threshold is; leave one of them out")

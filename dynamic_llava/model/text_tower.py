@@ -88,7 +88,7 @@ def open_clip(source: str, width: int, device: torch.device) -> Clip:
     try:
         check_place(source, {})
         refuse_code(source, {})
-        config = CLIPConfig.from_pretrained(source)
+        config = CLIPConfig.from_pretrained(source, trust_remote_code=False)
         if config.vision_config.hidden_size != width:
             raise ValueError(
                 f"its vision tower is {config.vision_config.hidden_size} wide and that of this model {width}, so its "

@@ -24,7 +24,7 @@ from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.projectors import import_projector
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-SWITCHES = ("sparsity", "method", "image_keep_rate", "output_threshold")
+SWITCHES = ("sparsity", "method", "image_keep_rate", "output_threshold", "output_keep_rate")
 """Model arguments that go to `generate`, all optional: without them the checkpoint's own settings hold."""
 
 
@@ -37,8 +37,9 @@ class DynamicLlavaLMM(lmms):
         device: where the model runs; by default accelerate's choice, in several processes one device each.
         dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16".
         projector: package.module:Class of one's own projector, where the checkpoint has one; it is imported.
-        switches: sparsity ("both", "image", "output", "none"), method, image_keep_rate, output_threshold; and settings
-            of the method, as method.layer=3. Spaces separate the values of a tuple: lmms-eval splits at commas.
+        switches: sparsity ("both", "image", "output", "none"), method, image_keep_rate, output_threshold,
+            output_keep_rate; and settings of the method, as method.layer=3. Spaces separate the values of a tuple:
+            lmms-eval splits at commas.
     Raises ValueError for anything else, before any weight is read.
     """
 
