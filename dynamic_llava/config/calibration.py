@@ -4,13 +4,12 @@ In training the keep rate is that of noisy samples; the rate at a fixed threshol
 """
 
 import math
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-KINDS = ("image", "output", "prompt")
-"""Whose margins: those of the image, the output and the prompt predictor."""
+KINDS = ("image", "output")
+"""Whose margins: those of the image and of the output predictor."""
 
 
 def threshold_at(quantiles: Sequence[float], rate: float) -> float:
@@ -25,15 +24,6 @@ def threshold_at(quantiles: Sequence[float], rate: float) -> float:
     place = (1 - rate) * (len(quantiles) - 1)
     below = min(int(place), len(quantiles) - 2)
     return quantiles[below] + (place - below) * (quantiles[below + 1] - quantiles[below])
-
-
-def rate_at(quantiles: Sequence[float], threshold: float) -> float:
-    """Return the share of the measured margins above a threshold, between two quantiles by a straight line."""
-    if not quantiles[0] <= threshold < quantiles[-1]:
-        return 1.0 if threshold < quantiles[0] else 0.0
-    below = bisect_right(quantiles, threshold) - 1
-    low, high = quantiles[below], quantiles[below + 1]
-    return 1 - (below + (threshold - low) / (high - low)) / (len(quantiles) - 1)
 
 
 def check_calibration(value: Any) -> None:
