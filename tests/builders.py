@@ -291,3 +291,13 @@ def assert_same_logits(actual, expected, tolerance=1e-4, what="logits"):
     scale = expected.abs().max().item()
     difference = (actual - expected).abs().max().item()
     assert difference <= tolerance * scale, f"{what}: differ by {difference:.2e} at a scale of {scale:.2f}"
+
+
+def training_passes(model):
+    """Yield the output of two training passes, gradients in place: of a ragged batch, and of a row without an image."""
+    for batch in (fixed_rows(), fixed_rows()[1:2]):
+        inputs = {key: value for key, value in collate(batch).items() if key != "keep_mask"}
+        model.zero_grad(set_to_none=True)
+        out = model(**inputs, labels=inputs["input_ids"], sample_key=torch.arange(len(batch)))
+        out.loss.backward()
+        yield out

@@ -28,6 +28,7 @@ from tests.builders import (
     fixed_rows,
     prompts,
     tiny_config,
+    training_passes,
 )
 from tests.sft_builders import write_checkpoint, write_data
 from tests.toys.linear import Linear
@@ -92,13 +93,9 @@ def test_it_trains_with_its_own_loss(trained, folders):
 
 def test_every_weight_of_it_gets_a_gradient_whatever_a_batch_holds():
     model = DynamicLlavaForConditionalGeneration(tiny_config(method=METHOD)).train()
-    for rows in (fixed_rows(), fixed_rows()[2:3]):
-        inputs = {key: value for key, value in collate(rows).items() if key != "keep_mask"}
-        model.zero_grad(set_to_none=True)
-        out = model(**inputs, labels=inputs["input_ids"], sample_key=torch.arange(len(rows)))
-        out.loss.backward()
+    for out in training_passes(model):
         own = model.model.language_model.method.parameters()
-        has_image = bool(out.sparsity.layout.image.any())
+        has_image = bool(out.sparsity.layout.is_image.any())
         assert all((parameter.grad is not None) and bool(parameter.grad.any()) == has_image for parameter in own)
         assert out.method_losses.keys() == {"share_loss"} and out.image_keep_loss is None
         assert out.loss == out.lm_loss + out.method_losses["share_loss"]

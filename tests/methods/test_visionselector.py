@@ -18,7 +18,7 @@ from dynamic_llava.methods import Draw, ImageTokens, VisionSelector
 from dynamic_llava.methods.visionselector import ImportanceScorer
 from dynamic_llava.train.config import RunConfig
 from dynamic_llava.train.run import load, run
-from tests.builders import HIDDEN, TINY_SPARSITY, build_model, collate, fixed_rows, prompts, tiny_config
+from tests.builders import HIDDEN, TINY_SPARSITY, build_model, fixed_rows, prompts, tiny_config, training_passes
 from tests.sft_builders import write_checkpoint, write_data
 
 METHOD = {"name": "visionselector", "image_keep_rate": 0.25}
@@ -101,11 +101,7 @@ def test_a_checkpoint_without_its_weights_is_refused():
 
 def test_every_weight_has_a_gradient_whatever_a_batch_holds():
     model = DynamicLlavaForConditionalGeneration(tiny_config(method=METHOD)).train()
-    for rows in (fixed_rows(), fixed_rows()[2:3]):
-        inputs = {key: value for key, value in collate(rows).items() if key != "keep_mask"}
-        model.zero_grad(set_to_none=True)
-        out = model(**inputs, labels=inputs["input_ids"], sample_key=torch.arange(len(rows)))
-        out.loss.backward()
+    for _ in training_passes(model):
         assert all(parameter.grad is not None for parameter in model.model.language_model.method.parameters())
 
 
