@@ -4,7 +4,6 @@ SparsityConfig is the method; ModelConfig, DataConfig, TrainConfig and LoraConfi
 file (`run.py`).
 """
 
-import math
 import os
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
@@ -13,6 +12,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from dynamic_llava.config.calibration import check_calibration
+from dynamic_llava.config.checks import at_least as _at_least
+from dynamic_llava.config.checks import check_finite as check_finite
+from dynamic_llava.config.checks import check_keep_rate as check_keep_rate
+from dynamic_llava.config.checks import one_of as _one_of
+from dynamic_llava.config.recipe import DistillConfig as DistillConfig
+from dynamic_llava.config.recipe import KeepRateSchedule as KeepRateSchedule
 
 SHIPPED = {"tiny": Path(__file__).parent.parent / "tiny" / "weights"}
 """Checkpoints that come with the package: the name that stands for one where a checkpoint is named -> its folder."""
@@ -208,6 +213,12 @@ class TrainConfig:
     """Temperature of the Gumbel-Softmax at the first step."""
     tau_end: float = 0.1
     """Temperature at the end; it decays exponentially."""
+    distill: DistillConfig | None = None
+    """Distillation from the same weights without sparsity, computed in the same step; None (the paper) has none."""
+    start_keep_rate: float | None = None
+    """Share of tokens that new predictors begin by keeping, through their last bias; None (the paper): about half."""
+    keep_rate_schedule: KeepRateSchedule | None = None
+    """How the keep rates that training aims at fall from 1 to the targets; None (the paper): the targets at once."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 leaves them as they are."""
     clip_predictors_separately: bool = False
@@ -261,6 +272,7 @@ class TrainConfig:
                 "train.tune='predictors' with train.sparsity_mode='none' trains nothing; choose another sparsity_mode "
                 "or another tune"
             )
+        self._check_recipe()
         for name in ("batch_size", "gradient_accumulation", "log_every", "keep_rate_window"):
             _at_least(f"train.{name}", getattr(self, name), 1, "give 1 or more")
         rates = ("learning_rate", "predictor_learning_rate", "weight_decay", "max_grad_norm", "keep_rate_tolerance")
@@ -288,6 +300,20 @@ class TrainConfig:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be positive")
         if self.peak_tflops is not None and not self.peak_tflops > 0:
             raise ValueError(f"train.peak_tflops={self.peak_tflops} must be positive; null looks it up")
+
+    def _check_recipe(self) -> None:
+        """Raise ValueError for what belongs to sparse training, given to a dense one, and for a rate that is none."""
+        names = ("distill", "start_keep_rate", "keep_rate_schedule")
+        for name in (one for one in names if getattr(self, one) is not None and self.sparsity_mode == "none"):
+            raise ValueError(
+                f"train.{name} with train.sparsity_mode='none': nothing is dropped, so there is nothing to learn it "
+                f"from; leave train.{name} out, or choose another sparsity_mode"
+            )
+        if self.start_keep_rate is not None and not 0 < self.start_keep_rate < 1:
+            raise ValueError(
+                f"train.start_keep_rate={self.start_keep_rate} must lie between 0 and 1, which no bias reaches; 0.98 "
+                "begins with almost every token kept"
+            )
 
     def learning_rates(self, learned: Iterable[str]) -> dict[str, float]:
         """Return the parts that learn, by their names in train/optimizer.py, with their peak learning rates.
@@ -332,17 +358,6 @@ def cache_folder() -> Path:
     return Path(os.environ.get("DYNAMIC_LLAVA_CACHE") or Path.home() / ".cache" / "dynamic_llava")
 
 
-def check_finite(prefix: str, settings: Any) -> None:
-    """Raise ValueError for a number of a dataclass that is not finite: NaN passes every comparison with a limit.
-
-    `prefix` is what a message calls the section: "train.".
-    """
-    for setting in fields(settings):
-        value = getattr(settings, setting.name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{prefix}{setting.name}={value!r} is no finite number; give one, such as 1e-5")
-
-
 def check_sparse_layer(sparse_layer: int, layers: int) -> None:
     """Raise ValueError unless a language model of `layers` layers has a layer before and at the sparse one."""
     if not 1 <= sparse_layer < layers:
@@ -373,22 +388,6 @@ def nested_method(settings: Iterable[tuple[str, Any]], before: Mapping[str, Any]
     return method
 
 
-def check_keep_rate(name: str, value: float) -> None:
-    """Raise ValueError unless 0 < value <= 1."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-        raise ValueError(f"{name}={value!r} is not a keep rate; give a number in (0, 1], 1 keeps every token")
-
-
 def check_sparsity_mode(value: str) -> None:
     """Raise ValueError unless `value` is one of the switch `sparsity`."""
     _one_of("sparsity", value, SPARSITY_MODES)
-
-
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, allowed))}")
-
-
-def _at_least(name: str, value: float, low: float, advice: str) -> None:
-    if value < low:
-        raise ValueError(f"{name}={value!r} is below its least value {low}; {advice}")

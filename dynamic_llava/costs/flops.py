@@ -116,12 +116,15 @@ class TrainingFlops:
     per_prompt_token: int = 0
     """What judges the tokens of questions, which all text but the output counts as. It is counted for every token that
     is no output token; `per_image` takes those of an image off again."""
+    per_learned_token: int = 0
+    """The head of the dense pass that training distils from (train.distill)."""
 
-    def of_batch(self, rows: int, tokens: int, images: int, output_tokens: int) -> int:
-        """Return the FLOPs of `rows` samples of `tokens` tokens; images and output tokens are those of all rows."""
+    def of_batch(self, rows: int, tokens: int, images: int, output_tokens: int, learned_tokens: int = 0) -> int:
+        """Return the FLOPs of `rows` samples of `tokens` tokens; all other counts are those of all rows."""
         text = rows * (self.per_token * tokens + self.per_pair * tokens * (tokens + 1) // 2)
         judged = self.per_output_token * output_tokens + self.per_prompt_token * (rows * tokens - output_tokens)
-        return text + self.per_image * images + judged
+        learned = self.per_learned_token * learned_tokens
+        return text + self.per_image * images + judged + learned
 
 
 def training_flops(
@@ -138,7 +141,7 @@ def training_flops(
     A linear map costs its forward pass once more for the gradient of its input and once more for that of its weight;
     attention costs twice its forward pass. Predictors alone start at the sparse layer, where MaskedSoftmax passes a
     gradient to the keep mask only: queries, keys and values get none, nor does anything below. Adapters start likewise
-    at layer 0, whose input needs no gradient.
+    at layer 0, whose input needs no gradient. Distillation passes all layers once more, forward, without the tower.
     """
     decoder, hidden = shape.decoder, shape.decoder.hidden
     full, projector = train.tune == "full", train.projector_learning_rate is not None
@@ -161,7 +164,12 @@ def training_flops(
     output = 3 * sum(part.judging(1) for part in learning if part.judges_outputs)
     prompt = 3 * sum(part.judging(1) for part in learning if part.judges_prompts)
     image -= prompt * shape.tokens_per_image
-    return TrainingFlops(2 * (linear + head), pairs, image, output, prompt)
+    teacher = 0
+    if train.distill is not None:
+        linear += decoder.layers * decoder.layer_parameters
+        pairs += 4 * decoder.query_width * decoder.layers
+        teacher = 2 * hidden * decoder.vocab
+    return TrainingFlops(2 * (linear + head), pairs, image, output, prompt, teacher)
 
 
 def kv_bytes(

@@ -8,6 +8,7 @@ weights (3) by the number of GPUs.
 Activations are what autograd keeps between forward and backward pass of one batch; with gradient checkpointing one
 hidden state per layer. Buffers are what comes and goes, at its highest: the loss over the whole vocabulary, or one
 layer's backward pass (recomputed, with gradient checkpointing), or the optimizer's step; and what communication needs.
+Distillation passes the same weights once more without keeping anything: it adds logits of the learned tokens alone.
 Left out: the accelerator's context, the allocator's fragments, the vision tower's passing activations, the batch.
 """
 
@@ -21,6 +22,8 @@ LOSS_BYTES = 12
 """The loss at its highest, per token and word: log-probabilities, their gradient, the logits' gradient, in float32."""
 BLOCK_ROWS, PART = 128, 2**24
 """Queries per block and scores per part of the chunked MaskedSoftmax on a GPU (sparsity/kernels/chunked.py)."""
+DIVERGENCE_PART = 2**22
+"""Logits of which distillation's divergence is computed at a time (model/distillation.py)."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,10 @@ class _Run:
         through_zeros = self.train.tune == "predictors" and self.settings.dropped_tokens == "zero_vectors"
         return self.reaches_all or through_zeros
 
+    def distilled_bytes(self, learned: int) -> int:
+        """Bytes of the divergence's gradient in the logits of `learned` tokens, where training distils."""
+        return self.compute * self.decoder.vocab * max(learned, 0) if self.train.distill is not None else 0
+
     @property
     def splits_inputs(self) -> bool:
         """Whether every adapter keeps an input of its own: dropped differently, or cast for itself by autocast."""
@@ -157,9 +164,10 @@ def training_memory(
     held = {name: -(-size // shares[name]) for name, size in sizes.items()}
     moved = [*(("optimizer", "gradients") if spread.offload_optimizer else ())]
     moved += ["weights"] if spread.offload_weights else []
-    batch = train.batch_size * tokens
+    batch, pictures = train.batch_size * tokens, train.batch_size * images * shape.tokens_per_image
     kept = _activation_bytes(shape, run, batch, train.batch_size * images)
-    passing = max(_passing_bytes(run, batch), _step_bytes(trained // shares["optimizer"], run, spread) - kept)
+    stepping = _step_bytes(trained // shares["optimizer"], run, spread)
+    passing = max(_passing_bytes(run, batch, batch - pictures), stepping - kept)
     return TrainingMemory(
         **{name: 0 if name in moved else size for name, size in held.items()},
         activations=kept,
@@ -201,6 +209,7 @@ def _activation_bytes(shape: LlavaShape, run: _Run, tokens: int, images: int) ->
     if run.compute != run.weight:
         kept += run.compute * decoder.vocab * decoder.hidden
     kept += _learned_bytes(run, tokens, images * shape.tokens_per_image)
+    kept += run.distilled_bytes(tokens - images * shape.tokens_per_image)
     if train.projector_learning_rate is not None:
         kept += images * run.compute * shape.projector.kept
     return kept
@@ -271,8 +280,11 @@ def _learned_bytes(run: _Run, tokens: int, pictures: int) -> int:
     return kept
 
 
-def _passing_bytes(run: _Run, tokens: int) -> int:
-    """Highest bytes beyond the activations while a batch runs: in the loss, in the head, or in one layer's backward."""
+def _passing_bytes(run: _Run, tokens: int, learned: int) -> int:
+    """Highest bytes beyond the activations while a batch runs: in the loss, in the head, or in one layer's backward.
+
+    `learned` of the tokens are no image tokens, and may be learned.
+    """
     decoder, width = run.decoder, run.compute
     hidden, words = decoder.hidden, tokens * decoder.vocab
     written = width + (run.trained if width != run.trained else 0)  # a weight's gradient, and its cast
@@ -289,6 +301,11 @@ def _passing_bytes(run: _Run, tokens: int) -> int:
         layer += tokens * 4 * width * decoder.query_width
     # By then the loss, the last norm and the layer's MLP are done.
     layer -= 4 * words + tokens * (_norm_bytes(run) + _mlp_bytes(run))
+    distilled = run.distilled_bytes(learned)
+    if distilled:  # both passes' logits while their divergence is computed; later its gradient beside the loss's
+        parts = 8 * 4 * min(learned * decoder.vocab, DIVERGENCE_PART)
+        loss = max(loss + width * words - distilled, width * words + 2 * distilled + parts)
+        head, layer = head - distilled, layer - distilled
     # Autocast remembers its copies of trained weights until the forward pass is over.
     remembers = run.full and recomputes and width != run.weight
     forward = (width + 4) * words + width * decoder.layers * decoder.layer_parameters if remembers else 0

@@ -2,7 +2,8 @@
 
 A dense call is handed to the parent, transformers' own LLaVA. Training minimises the cross entropy of the labelled
 tokens plus the losses of the method itself (Eq. 10).
-Shape suffixes: B rows, N tokens, I images of the batch in row order, n image tokens of one image, D hidden size.
+Shape suffixes: B rows, N tokens, I images of the batch in row order, n image tokens of one image, D hidden size,
+y learned tokens, V vocabulary.
 """
 
 import logging
@@ -15,7 +16,7 @@ from transformers.cache_utils import Cache
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration, LlavaPreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
-from dynamic_llava.config import SparsityConfig, SparsityMode, check_keep_rate
+from dynamic_llava.config import DistillConfig, SparsityConfig, SparsityMode, check_keep_rate
 from dynamic_llava.engine.cache import CACHE, is_live, one_cache
 from dynamic_llava.engine.decide import asked_by
 from dynamic_llava.engine.learned import warn_untrained
@@ -24,6 +25,7 @@ from dynamic_llava.methods import Method, Spelling
 from dynamic_llava.model.arguments import check_names, check_shapes, names_of
 from dynamic_llava.model.base_model import DynamicLlavaModel, DynamicLlavaPreTrainedModel
 from dynamic_llava.model.configuration import DynamicLlavaConfig
+from dynamic_llava.model.distillation import check_distillation, dense_logits, distillation_loss
 from dynamic_llava.model.generation import SparseGeneration
 from dynamic_llava.model.images import Inputs
 from dynamic_llava.model.loading import CheckedLoading
@@ -73,6 +75,8 @@ class DynamicLlavaForConditionalGeneration(
         num_items_in_batch, num_samples_in_batch: global denominators of the LM loss (labelled tokens) and of the
             method's own losses (samples; one number, or one for each name in the output's `method_losses`), across
             ranks and accumulation; default: this batch.
+        distill: with labels, adds the KL divergence from what the same weights predict without sparsity, at the tokens
+            that are learned, to the loss (train.distill; model/distillation.py).
         loss_scale: what the caller multiplies the loss by before the backward pass; mask_grad_clip is meant without it.
         logits_to_keep: make logits of the last so many tokens only (0: all), or of the indices given.
         compile: run a single new token on a live sparse cache as one compiled graph (engine/step.py); other passes run
@@ -120,6 +124,7 @@ class DynamicLlavaForConditionalGeneration(
         sample_key: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         num_samples_in_batch: Mapping[str, Tensor] | Tensor | int | None = None,
+        distill: DistillConfig | None = None,
         loss_scale: float = 1.0,
         compile: bool = False,
         **kwargs: Any,
@@ -156,6 +161,8 @@ class DynamicLlavaForConditionalGeneration(
         if mm_encoder_outputs:  # transformers before 5.24 has no such argument
             kwargs["mm_encoder_outputs"] = mm_encoder_outputs
         loss = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+        if distill is not None:
+            check_distillation(chosen, self.config.text_config.num_hidden_layers)
         _check_labels(input_ids if input_ids is not None else inputs_embeds, labels, shift_labels)
         check_temperature(tau)
         if chosen.is_dense and keep_mask is None:
@@ -166,8 +173,8 @@ class DynamicLlavaForConditionalGeneration(
         if not (self.training or keep_mask is not None or isinstance(method, Method) or is_live(kwargs[CACHE])):
             warn_untrained(self.config, chosen)  # generate has warned, and hands over the object it has chosen
         if labels is not None:
-            return self._learning_forward(kwargs, loss, logits_to_keep, num_samples_in_batch)
-        self._refuse_lost_losses(loss, num_samples_in_batch)
+            return self._learning_forward(kwargs, loss, logits_to_keep, num_samples_in_batch, distill)
+        self._refuse_lost_losses({**loss, "distill": distill}, num_samples_in_batch)
         outputs = self.model(**kwargs, return_dict=True)
         return DynamicLlavaOutput.of(outputs, logits=self._logits(outputs, logits_to_keep))
 
@@ -178,9 +185,14 @@ class DynamicLlavaForConditionalGeneration(
         return DynamicLlavaOutput.of(outputs, lm_loss=outputs.loss)
 
     def _learning_forward(
-        self, inputs: dict[str, Any], loss: dict[str, Any], logits_to_keep: int | Tensor, samples: Any
+        self,
+        inputs: dict[str, Any],
+        loss: dict[str, Any],
+        logits_to_keep: int | Tensor,
+        samples: Any,
+        distill: DistillConfig | None,
     ) -> DynamicLlavaOutput:
-        """The masked forward, the LM loss and the method's own losses (Eq. 10)."""
+        """The masked forward, the LM loss, the method's own losses (Eq. 10) and, if asked for, the distillation's."""
         method, labels = inputs["method"], loss["labels"]
         if inputs[CACHE] is not None:
             raise ValueError("labels need the whole sequence: leave the cache out")
@@ -197,6 +209,14 @@ class DynamicLlavaForConditionalGeneration(
         total = total_loss(lm_loss, terms, method, settings)
         own_fields = {name: term for name, term in terms.items() if name in DynamicLlavaOutput.__dataclass_fields__}
         parts = {"lm_loss": lm_loss, "method_losses": terms, **own_fields}
+        if distill is not None:
+            learned_BN = _targets(labels, loss["shift_labels"]) != -100
+            teacher_yV = dense_logits(self, inputs, outputs.image_outputs, learned_BN)
+            student_yV = logits[learned_BN.to(logits.device)]
+            parts["distill_loss"] = distillation_loss(
+                student_yV, teacher_yV, distill.temperature, loss["num_items_in_batch"]
+            )
+            total = total + distill.weight * parts["distill_loss"]
         return DynamicLlavaOutput.of(outputs, loss=total, logits=logits, **parts)
 
     def _logits(self, outputs: DynamicModelOutput, logits_to_keep: int | Tensor) -> Tensor:
@@ -239,6 +259,11 @@ def _answers(labels: Tensor, image: Tensor, segments: str) -> Tensor:
     return labelled & (run == run[:, -1:])
 
 
+def _targets(labels: Tensor, shift_labels: Tensor | None, ignore_index: int = -100) -> Tensor:
+    """(B, N) int64: what each token shall predict: the label behind it, or as told."""
+    return nn.functional.pad(labels, (0, 1), value=ignore_index)[:, 1:] if shift_labels is None else shift_labels
+
+
 def _check_labels(tokens: Tensor | None, labels: Tensor | None, shift_labels: Tensor | None) -> None:
     if tokens is not None and tokens.dim() > 1:
         check_shapes(*tokens.shape[:2], labels=labels, shift_labels=shift_labels)
@@ -262,8 +287,7 @@ def language_model_loss(
     shift_labels (B, N), what each token shall predict. num_items_in_batch is the number of labelled tokens to divide by
     (the global batch), by default those of this batch. A batch without any gives 0, not NaN.
     """
-    targets = nn.functional.pad(labels, (0, 1), value=ignore_index)[:, 1:] if shift_labels is None else shift_labels
-    targets = targets.to(logits.device).flatten()
+    targets = _targets(labels, shift_labels, ignore_index).to(logits.device).flatten()
     total = nn.functional.cross_entropy(
         logits.float().flatten(0, -2), targets, ignore_index=ignore_index, reduction="sum"
     )

@@ -87,7 +87,8 @@ class DynamicLlavaOutput(LlavaOutput):
     """Output of DynamicLlavaForConditionalGeneration: transformers' fields in their order, then ours."""
 
     loss: Tensor | None = None
-    """(): lm_loss + the method's loss weight * the sum of its own losses (for Dynamic-LLaVA: lambda, Eq. 10)."""
+    """(): lm_loss + the method's loss weight * the sum of its own losses (for Dynamic-LLaVA: lambda, Eq. 10) + the
+    weight of `distill` * distill_loss."""
     logits: Tensor | None = None
     """(B, N, V) in input order; rows of dropped tokens are those of a zero hidden state and carry no prediction."""
     cache: Cache | None = None
@@ -103,6 +104,8 @@ class DynamicLlavaOutput(LlavaOutput):
     """(): keep-rate regulariser of the image tokens (Eq. 10), unweighted."""
     output_keep_loss: Tensor | None = None
     """(): keep-rate regulariser of the output tokens (Eq. 10), unweighted."""
+    distill_loss: Tensor | None = None
+    """(): divergence from the dense pass at the learned tokens (train.distill), unweighted; None without `distill`."""
     sparsity: SparsityRecord | None = None
     """The record of the pass: what was kept; None for a dense one."""
 

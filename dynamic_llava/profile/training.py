@@ -73,7 +73,8 @@ class MemoryReport:
         about = self.about
         lines = [
             f"{about['learning']:,} of {about['parameters']:,} parameters learn (train.tune={about['tune']})",
-            f"batches of {about['batch_size']} x {about['tokens']} tokens, {self.gpus} GPU(s), {about['spread']}",
+            f"batches of {about['batch_size']} x {about['tokens']} tokens, {self.gpus} GPU(s), {about['spread']}"
+            + (", and a dense pass to distill from" if about["distill"] else ""),
             f"{'':12}{'GB per GPU':>12}",
         ]
         lines += [f"{row:12}{getattr(self.memory, row) / GB:12.2f}" for row in ROWS]
@@ -120,6 +121,7 @@ def memory_report(
         "batch_size": train.batch_size,
         "tokens": data.max_length,
         "gradient_checkpointing": train.gradient_checkpointing,
+        "distill": train.distill is not None,
         "spread": f"ZeRO stage {sharding.zero_stage}" if sharding.deepspeed else "nothing spread over GPUs",
     }
     return MemoryReport(memory, command.gpus, command.gpu_memory, about)

@@ -4,6 +4,8 @@ Shape suffixes: I images, n image tokens, D hidden size, U predictor width.
 Both return two logits per token: index 0 = drop, index 1 = keep (Eq. 5).
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,7 +28,30 @@ def keep_margin(logits: Tensor) -> Tensor:
     return logits[..., KEEP] - logits[..., DROP]
 
 
-class ImagePredictor(nn.Module):
+class Predictor(nn.Module):
+    """What both predictors share: a head whose last map gives the two logits."""
+
+    head: nn.Sequential
+
+    @torch.no_grad()
+    def start_at(self, keep_rate: float) -> None:
+        """Set the last bias so that, of a new predictor, sampled decisions keep about this share of the tokens.
+
+        Gumbel-Softmax keeps a token of margin m with the probability sigmoid(m), whatever the temperature, and a new
+        predictor's margins lie closely around its bias. Without noise every token is kept from one half on.
+        """
+        bias = self.last_bias
+        bias[DROP], bias[KEEP] = 0.0, math.log(keep_rate / (1 - keep_rate))
+
+    @property
+    def last_bias(self) -> nn.Parameter:
+        """(2,): what every token's logits have added."""
+        last = self.head[-1]
+        assert isinstance(last, nn.Linear)
+        return last.bias
+
+
+class ImagePredictor(Predictor):
     """Scores the tokens of each image jointly: pre-norm transformer blocks, then a local and a global half (A.4.1).
 
     The global half is the mean over the image's valid tokens (DynamicViT's feature; the paper is silent, the published
@@ -67,7 +92,7 @@ class ImagePredictor(nn.Module):
         return logits
 
 
-class OutputPredictor(nn.Module):
+class OutputPredictor(Predictor):
     """Scores one output token from its own hidden state only, so training and decoding decide by the same function."""
 
     def __init__(self, hidden_size: int, width: int = 512) -> None:

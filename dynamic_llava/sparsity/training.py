@@ -1,4 +1,4 @@
-"""How decisions are learned: relaxations, the temperature that they cool by, and the keep-rate regulariser (Eq. 10).
+"""How decisions are learned: relaxations, their temperature, the keep-rate regulariser (Eq. 10) and what it aims at.
 
 A relaxation takes 0/1 decisions that have a gradient; there are three, with one signature.
 Each decides on J sets of N tokens; the tokens of a set (those of one image, or of one answer) may compete, sets never
@@ -15,6 +15,7 @@ logits), exactly 0 or 1. All raise ValueError for unfit shapes and for a tempera
 Shape suffixes: J sets, B rows, N tokens of a set or a row.
 """
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -123,6 +124,26 @@ def temperature(step: int, total: int, start: float = 1.0, end: float = 0.1) -> 
     if start <= 0 or end <= 0:
         raise ValueError(f"start={start} and end={end} must be positive temperatures; the paper runs from 1.0 to 0.1")
     return float(start * (end / start) ** (step / total))
+
+
+def scheduled_keep_rate(
+    step: int, total: int, target: float, share: float = 0.5, shape: Literal["linear", "cosine"] = "linear"
+) -> float:
+    """Return the keep rate that training aims at in `step` of `total`: from 1 to `target` over a share of the steps.
+
+    With x = step / (share * total), at most 1: target + (1 - target) * (1 - x), or, as a cosine,
+    target + (1 - target) * (1 + cos(pi * x)) / 2. From x = 1 on it is exactly the target. Raises ValueError for a step
+    that does not exist, and for a share outside (0, 1].
+    """
+    if total < 1 or not 0 <= step <= total:
+        raise ValueError(f"step={step} of total={total} does not exist; give 0 <= step <= total and total >= 1")
+    if not 0 < share <= 1:
+        raise ValueError(f"share={share} is no share of the steps; give a number in (0, 1]")
+    done = step / (share * total)
+    if done >= 1:
+        return target
+    left = 1 - done if shape == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return target + (1 - target) * left
 
 
 def keep_rate_loss(

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from dynamic_llava.config import TrainConfig
 from dynamic_llava.files import replace_file, writing
 from dynamic_llava.train.distributed import anywhere
+from dynamic_llava.train.meter import target_of
 from dynamic_llava.train.stopping import StopRequest
 
 log = logging.getLogger(__name__)
@@ -113,13 +114,14 @@ class Progress(TrainerCallback):
 class KeepRateWarning(TrainerCallback):
     """Warns when a keep rate's mean over a window is too far from its target (Eq. 10 no longer holds it).
 
-    The first window is left out: new predictors keep about half of everything and need it to settle.
+    The first window is left out: new predictors keep about half of everything and need it to settle. A target that a
+    schedule moves is read from the line it was logged with.
     """
 
     def __init__(self, config: TrainConfig, targets: Mapping[str, float]) -> None:
         self.config = config
         self.targets = dict(targets)
-        self.windows: dict[str, deque[float]] = {
+        self.windows: dict[str, deque[tuple[float, float]]] = {
             name: deque(maxlen=max(1, math.ceil(config.keep_rate_window / config.log_every))) for name in self.targets
         }
 
@@ -136,9 +138,11 @@ class KeepRateWarning(TrainerCallback):
             if not logs or name not in logs:
                 continue
             if state.global_step > self.config.keep_rate_window:
-                window.append(logs[name])
-            mean = sum(window) / max(len(window), 1)
-            if len(window) == window.maxlen and abs(mean - self.targets[name]) > self.config.keep_rate_tolerance:
+                window.append((logs[name], logs.get(target_of(name), self.targets[name])))
+            if len(window) < (window.maxlen or 1):
+                continue
+            mean, target = (sum(column) / len(window) for column in zip(*window, strict=True))
+            if abs(mean - target) > self.config.keep_rate_tolerance:
                 window.clear()
                 if state.is_world_process_zero:
                     log.warning(
@@ -148,7 +152,7 @@ class KeepRateWarning(TrainerCallback):
                         name,
                         mean,
                         self.config.keep_rate_window,
-                        self.targets[name],
+                        target,
                     )
 
 

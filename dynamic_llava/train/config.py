@@ -22,6 +22,7 @@ from dynamic_llava.methods import Dynamic, Method, import_named, print_method, r
 from dynamic_llava.model.loading import checkpoint_files
 from dynamic_llava.model.switches import choose_method
 from dynamic_llava.train.distributed import read_deepspeed
+from dynamic_llava.train.meter import SCHEDULED
 
 LONGEST_CONTENT = 300
 """Characters of a content that a message shows as it was recorded."""
@@ -42,7 +43,9 @@ def run_method(config: RunConfig) -> Method:
     """Return what a run's training decides by; ValueError for a method that it cannot be trained under."""
     import_named(config.sparsity.method)  # a run's file is its user's word, a checkpoint is not
     if config.method is None:
-        return choose_method(config.sparsity, **config.train.switches)
+        chosen = choose_method(config.sparsity, **config.train.switches)
+        _check_recipe(config, chosen)
+        return chosen
     method = read_method(config.method, config.sparsity)
     if isinstance(method, Dynamic):
         raise ValueError(
@@ -60,7 +63,29 @@ def run_method(config: RunConfig) -> Method:
             "to learn; choose another tune"
         )
     check_training(method)
+    _check_recipe(config, method)
     return method
+
+
+def _check_recipe(config: RunConfig, method: Method) -> None:
+    """Raise ValueError for a way of learning to be sparse that does nothing with this method."""
+    train, name = config.train, method.name
+    if train.distill is not None and method.is_dense:
+        raise ValueError(f"train.distill with method {name!r}: nothing is dropped, so there is nothing to distill")
+    if train.keep_rate_schedule is not None and not method.keep_rates(config.sparsity).keys() & SCHEDULED:
+        raise ValueError(
+            f"train.keep_rate_schedule with method {name!r}, which aims at no keep rate of images or outputs in "
+            "training; leave it out"
+        )
+    if train.start_keep_rate is None:
+        return
+    if not method.used_parts:
+        raise ValueError(f"train.start_keep_rate with method {name!r}, which has no predictors; leave it out")
+    if config.sparsity.relaxation == "soft_topk":
+        raise ValueError(
+            "train.start_keep_rate with sparsity.relaxation='soft_topk', which keeps the budget of the keep rate "
+            "whatever a bias says; leave it out, or let train.keep_rate_schedule begin with every token"
+        )
 
 
 def compared_settings(config: RunConfig, processes: int) -> dict[str, Any]:

@@ -144,6 +144,18 @@ def together(lock: Lock) -> Iterator[None]:
         lock.release()
 
 
+@contextmanager
+def whole(*parameters: torch.nn.Parameter) -> Iterator[None]:
+    """Let parameters be written, which ZeRO-3 keeps in parts: what the first process writes holds in all of them."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0):
+        yield
+
+
 def wait_for_all() -> None:
     """Return when every process has come here."""
     PartialState().wait_for_everyone()

@@ -19,6 +19,15 @@ from dynamic_llava.costs import TrainingFlops, device_peak
 log = logging.getLogger(__name__)
 
 
+SCHEDULED = ("image_keep_rate", "output_keep_rate")
+"""The targets that train.keep_rate_schedule moves: the first is a setting of the method, the second one of the call."""
+
+
+def target_of(rate: str) -> str:
+    """Return the name under which the target of a keep rate is logged: image_keep_rate -> image_keep_target."""
+    return rate.removesuffix("rate") + "target"
+
+
 @dataclass
 class Meter:
     """Sums over the micro-batches since the last line; nothing is read on the host before `collect`.
@@ -99,6 +108,8 @@ def batch_flops(flops: TrainingFlops, inputs: Mapping[str, Tensor], lengths_B: T
     text = flops.per_token * lengths + flops.per_pair * lengths * (lengths + 1) / 2
     outputs = inputs["output_mask"].sum()
     judged = flops.per_output_token * outputs + flops.per_prompt_token * (lengths.sum() - outputs)
+    if flops.per_learned_token:
+        judged = judged + flops.per_learned_token * (inputs["labels"][:, 1:] != -100).sum()
     return text.sum() + flops.per_image * images + judged
 
 

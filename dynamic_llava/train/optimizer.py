@@ -8,6 +8,7 @@ from torch import nn
 from dynamic_llava.config import SparsityConfig, TrainConfig
 from dynamic_llava.config.run import RunConfig
 from dynamic_llava.model.switches import choose_method
+from dynamic_llava.sparsity.predictors import Predictor
 
 LANGUAGE_MODEL = "language_model"
 PROJECTOR, VISION_TOWER = "projector", "vision_tower"
@@ -28,8 +29,10 @@ def prepare(model: Any, config: RunConfig) -> Any:
     """Return the model as the run trains it: with adapters if it has a `lora` section, frozen, recomputing if asked.
 
     Beside a frozen language model of half precision what learns is kept in float32, where small steps are not lost;
-    DeepSpeed has float32 copies of its own.
+    DeepSpeed has float32 copies of its own. Raises ValueError for a start that its predictors cannot have.
     """
+    if config.train.start_keep_rate is not None:
+        start_predictors(model, config.train)
     if config.lora is not None:
         from dynamic_llava.train.lora import add_adapters  # needs peft
 
@@ -42,6 +45,32 @@ def prepare(model: Any, config: RunConfig) -> Any:
     if config.train.gradient_checkpointing:
         recompute_activations(model)
     return model
+
+
+def start_predictors(model: Any, config: TrainConfig) -> None:
+    """Let new predictors begin by keeping the share `config.start_keep_rate` of all tokens, through their last bias.
+
+    Raises ValueError where the base holds trained ones, and for learned parts without such a bias.
+    """
+    from dynamic_llava.train.distributed import whole  # needs accelerate
+
+    rate = config.start_keep_rate
+    assert rate is not None
+    decoder = next(module for module in model.modules() if hasattr(module, "learner"))
+    for part in choose_method(model.config.sparsity, **config.switches).used_parts:
+        predictor = getattr(decoder, part)
+        if part not in model.config.untrained_predictors:
+            raise ValueError(
+                f"train.start_keep_rate={rate} is where new predictors begin, and the base holds a trained {part}; "
+                "leave it out, or start from a base without predictors"
+            )
+        if not isinstance(predictor, Predictor):
+            raise ValueError(
+                f"train.start_keep_rate={rate} sets the last bias of a predictor (sparsity/predictors.py), and {part} "
+                f"is a {type(predictor).__name__}; leave it out"
+            )
+        with whole(predictor.last_bias):
+            predictor.start_at(rate)
 
 
 def parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:

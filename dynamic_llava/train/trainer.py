@@ -1,7 +1,7 @@
 """transformers' Trainer with what Dynamic-LLaVA adds: temperature, noise keys, global denominators and its own logs."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -20,14 +20,15 @@ from dynamic_llava.engine.decide import asked_by, decided_tokens
 from dynamic_llava.engine.learned import learned_costs
 from dynamic_llava.engine.record import SparsityRecord
 from dynamic_llava.layout import TokenLayout
+from dynamic_llava.methods import Method
 from dynamic_llava.model.outputs import DynamicLlavaOutput
 from dynamic_llava.model.switches import choose_method
 from dynamic_llava.sparsity.noise import fold_key
-from dynamic_llava.sparsity.training import temperature
+from dynamic_llava.sparsity.training import scheduled_keep_rate, temperature
 from dynamic_llava.train.checkpoints import Checkpoints, least_bytes
 from dynamic_llava.train.failures import agree_on_failure, handle_unread
 from dynamic_llava.train.health import check_finite, trained_weights
-from dynamic_llava.train.meter import Meter, batch_flops, peak_flops
+from dynamic_llava.train.meter import SCHEDULED, Meter, batch_flops, peak_flops, target_of
 from dynamic_llava.train.optimizer import build_optimizer, clip_separately
 
 Batch = dict[str, Tensor]
@@ -131,9 +132,11 @@ class DynamicLlavaTrainer(Trainer):
         self._tau = self.tau()
         sample_ids = inputs.pop("sample_ids")
         sample_key = self.sample_key(sample_ids)
+        targets = self.targets()
         outputs: DynamicLlavaOutput = model(
             **inputs,
-            method=self.method,
+            **_switches(self.method, targets),
+            distill=self.train_config.distill,
             tau=self._tau,
             sample_key=sample_key,
             num_items_in_batch=counts.tokens,
@@ -144,6 +147,11 @@ class DynamicLlavaTrainer(Trainer):
         loss = outputs.loss
         assert loss is not None and outputs.lm_loss is not None
         self.meter.add_share("lm_loss", outputs.lm_loss)
+        if outputs.distill_loss is not None:
+            self.meter.add_share("distill_loss", outputs.distill_loss)
+        for name, rate in targets.items():
+            exact = loss.new_tensor(rate, dtype=torch.float64)
+            self.meter.add_ratio(target_of(name), exact, torch.ones_like(exact))
         lengths = inputs["attention_mask"].sum(1) * (sample_ids != FILLER)
         self.meter.add_tokens(lengths.sum())
         self.meter.add_flops(batch_flops(self.flops, inputs, lengths))
@@ -157,6 +165,22 @@ class DynamicLlavaTrainer(Trainer):
         """Return the temperature of the current step: a function of the step, so that a resumed run continues it."""
         config = self.train_config
         return temperature(self.state.global_step, self.state.max_steps, config.tau_start, config.tau_end)
+
+    def targets(self) -> dict[str, float]:
+        """Return the keep rates that the current step aims at, where a schedule moves them: those of `SCHEDULED`.
+
+        They are a function of the step alone, so that a resumed run continues them.
+        """
+        schedule = self.train_config.keep_rate_schedule
+        if schedule is None:
+            return {}
+        place = self.state.global_step, self.state.max_steps
+        rates = self.method.keep_rates(self.settings)
+        return {
+            name: scheduled_keep_rate(*place, rates[name], schedule.share, schedule.shape)
+            for name in SCHEDULED
+            if name in rates
+        }
 
     def sample_key(self, sample_ids: Tensor) -> Tensor:
         """Return (B,) int64 noise keys from (seed, epoch, step, sample id)."""
@@ -252,3 +276,9 @@ class DynamicLlavaTrainer(Trainer):
         asked = asked_by(batch["labels"], batch["output_mask"])
         decided = decided_tokens(layout, self.settings, asked, prompt=prompt)
         return self.method.loss_samples(layout, decided, self.settings)
+
+
+def _switches(method: Method, targets: dict[str, float]) -> dict[str, Any]:
+    """Return what a training call decides by, as arguments of `forward`: the method, at the rates that it aims at."""
+    own: dict[str, Any] = {name: rate for name, rate in targets.items() if name == "image_keep_rate"}
+    return {"method": replace(method, **own) if own else method, "output_keep_rate": targets.get("output_keep_rate")}

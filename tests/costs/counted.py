@@ -34,13 +34,13 @@ def counted_flops(run, config):
     images = {"image_features": torch.randn(ROWS, image_tokens, hidden, requires_grad=learns)}
     with FlopCounterMode(display=False) as counter:
         mode = run.train.sparsity_mode
-        model(
-            input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, sparsity=mode, **images
-        ).loss.backward()
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, **images}
+        model(**given, sparsity=mode, distill=run.train.distill).loss.backward()
     # Earlier transformers computes the rotary angles by a product, later ones do not.
     rotary = next(module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding"))
     with FlopCounterMode(display=False) as angles:
-        rotary(images["image_features"], position_ids=torch.arange(TOKENS)[None])
+        for _ in range(1 if run.train.distill is None else 2):
+            rotary(images["image_features"], position_ids=torch.arange(TOKENS)[None])
     counts = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
     return counts["aten.mm"] + counts.get("aten.addmm", 0), counts["aten.bmm"] - angles.get_total_flops()
 
@@ -59,5 +59,6 @@ def check_training_flops(run, config):
     )
     inner = 3 * blocks * 4 * image_tokens**2 * width  # the predictor's own attention runs in a fused operation
     images = ROWS * (image - inner) if mode in ("both", "image") else 0
-    assert linear == tokens * flops.per_token + images + outputs * flops.per_output_token
+    head = outputs * flops.per_learned_token
+    assert linear == tokens * flops.per_token + images + outputs * flops.per_output_token + head
     assert attention == ROWS * TOKENS**2 * flops.per_pair, "the reference attention computes every pair"

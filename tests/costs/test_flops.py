@@ -1,13 +1,14 @@
 """The calculator against every value of the paper's Table 10 (Eq. 13) and against counted module shapes."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynamic_llava import DynamicLlavaForConditionalGeneration
-from dynamic_llava.config import LoraConfig, SparsityConfig, TrainConfig
+from dynamic_llava.config import DistillConfig, LoraConfig, SparsityConfig, TrainConfig
 from dynamic_llava.costs import (
     LLAVA_7B,
     LLAVA_13B,
@@ -198,6 +199,18 @@ def test_training_flops_equal_counted_products(tune, mode, dropped, projector):
     sparsity = SparsityConfig(**{**tiny_config().sparsity.to_dict(), "dropped_tokens": dropped})
     run = RunConfig(sparsity=sparsity, train=train, lora=lora)
     check_training_flops(run, tiny_config(2, "eager", masked_softmax="reference", dropped_tokens=dropped))
+
+
+@pytest.mark.parametrize("tune", ["predictors", pytest.param("full", marks=pytest.mark.slow)])
+def test_the_dense_pass_that_is_distilled_from_is_counted(tune):
+    train = TrainConfig(tune=tune, distill=DistillConfig())
+    run = RunConfig(sparsity=tiny_config().sparsity, train=train)
+    check_training_flops(run, tiny_config(2, "eager", masked_softmax="reference"))
+    assert training_flops(LLAVA_SHAPES["7b"], SparsityConfig(), {}, train).of_batch(1, 9, 0, 0, 5) == (
+        training_flops(LLAVA_SHAPES["7b"], SparsityConfig(), {}, replace(train, distill=None)).of_batch(1, 9, 0, 0)
+        + flops_exact(9, LLAVA_SHAPES["7b"].decoder, causal=True)
+        + head_flops(5, LLAVA_SHAPES["7b"].decoder)
+    )
 
 
 def test_an_images_flops_equal_counted_products():

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from dynamic_llava import DynamicLlavaForConditionalGeneration
-from dynamic_llava.config import LoraConfig, ModelConfig, SparsityConfig, TrainConfig
+from dynamic_llava.config import DistillConfig, LoraConfig, ModelConfig, SparsityConfig, TrainConfig
 from dynamic_llava.costs import LLAVA_SHAPES, llava_shape, parameter_counts
-from dynamic_llava.costs.memory import BLOCK_ROWS, PART, Sharding, training_memory
+from dynamic_llava.costs.memory import BLOCK_ROWS, DIVERGENCE_PART, PART, Sharding, training_memory
+from dynamic_llava.model import distillation
 from dynamic_llava.sparsity.kernels import chunked
 from dynamic_llava.train.config import RunConfig
 from dynamic_llava.train.optimizer import build_optimizer, parts, prepare
@@ -113,6 +114,24 @@ def test_activations_of_other_modes(mode, dropped):
         assert calculated(shape, run, SMALL_VOCABULARY).activations == pytest.approx(kept, rel=0.1)
 
 
+@pytest.mark.parametrize("recomputes", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize(
+    ("tune", "numbers", "size"),
+    [("predictors", "frozen half", LARGE_VOCABULARY), ("predictors", "float32", LARGE_VOCABULARY),
+     ("full", "float32", SMALL_VOCABULARY), ("lora", "autocast", LARGE_VOCABULARY)],
+)  # fmt: skip
+def test_a_step_that_distils(tune, numbers, size, recomputes):
+    """The dense pass keeps nothing; what is kept of its divergence from the sparse one is counted."""
+    run = run_of(tune, numbers, size[-2], gradient_checkpointing=recomputes, distill=DistillConfig())
+    model, shape = model_of(size, run)
+    switches = {"autocast": run.train.bf16, "tau": 1.0, "distill": run.train.distill}
+    kept, peak = measure_step(model, batch_of(size), **switches)
+    memory = calculated(shape, run, size)
+    assert memory.activations == pytest.approx(kept, rel=0.1)
+    ratio = (memory.activations + memory.buffers) / peak
+    assert 0.95 < ratio < 1.2, f"calculated {ratio:.3f} of the measured peak"
+
+
 def test_dropped_inputs_of_adapters_are_kept():
     """On a CPU a dropout's mask has the input's format, on an accelerator it is a byte per value, as calculated."""
     run = run_of("lora", "float32", 2, lora=LoraConfig(rank=4, alpha=8.0, dropout=0.1))
@@ -174,6 +193,7 @@ def test_what_fits_where():
 
 def test_the_kernels_blocks_are_the_ones_that_are_counted():
     assert (BLOCK_ROWS, PART) == (chunked.BLOCK_ROWS, chunked.DEVICE_PART)
+    assert distillation.PART == DIVERGENCE_PART
 
 
 def test_refuses_impossible_settings():

@@ -83,6 +83,17 @@ def test_a_keep_rate_off_target_is_warned_about_after_the_first_window(caplog, r
         )
 
 
+@pytest.mark.parametrize(("rate", "warnings"), [(0.9, 0), (0.5, 1)])
+def test_a_target_that_moves_is_the_one_that_counts(caplog, rate, warnings):
+    """On a schedule 0.9 is near a target of 0.85, and the keep rate of inference, 0.5, is far from it."""
+    callback = KeepRateWarning(TrainConfig(), Dynamic(sparsity="output").keep_rates(SparsityConfig()))
+    with caplog.at_level(logging.WARNING):
+        feed(callback, range(10, 110, 10), line(output_keep_rate=rate, output_keep_target=0.85))
+    assert len(caplog.records) == warnings
+    if warnings:
+        assert "output_keep_rate was 0.50 over the last 50 steps, its target is 0.85" in caplog.records[0].getMessage()
+
+
 def test_what_is_not_sparsified_is_not_warned_about(caplog):
     config = TrainConfig(keep_rate_window=10)
     callback = KeepRateWarning(config, Dynamic(sparsity="image").keep_rates(SparsityConfig()))

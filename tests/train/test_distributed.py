@@ -321,6 +321,24 @@ def test_a_learned_method_of_ones_own_killed_and_resumed_under_ddp_equals_one_pr
     assert len(names) == 5 and not any("_predictor" in name for name in weights_of(folder))
 
 
+@pytest.mark.parametrize("deepspeed", [None, "zero2", "zero3"])
+def test_a_frozen_model_as_its_own_teacher_equals_one_process(runs, deepspeed):
+    """From a dense base, with batches that have no image: the dense pass, where predictors start, moving targets."""
+    settings = {
+        "base": "dense", "tune": "predictors", "max_steps": 6, "distill": {"weight": 2.0, "temperature": 2.0},
+        "start_keep_rate": 0.9, "keep_rate_schedule": {"shape": "cosine", "share": 0.8},
+    }  # fmt: skip
+    if not (runs.folder / "runs" / "teacher" / "model").exists():
+        runs.make("teacher", 1, **settings)
+    extra = {} if deepspeed is None else {"deepspeed": f"configs/deepspeed/{deepspeed}.json"}
+    folder = runs.make(f"teacher-{deepspeed}", 2, batch_size=2, gradient_accumulation=2, **extra, **settings)
+    assert_trained_as(folder, 2, "DistributedDataParallel" if deepspeed is None else "DeepSpeedEngine")
+    names = (*LOSSES, "distill_loss", "image_keep_target", "output_keep_target")
+    assert_same_run(folder, runs.folder / "runs" / "teacher", steps=6, losses=names)
+    first = lines_of(folder)[0]
+    assert first["distill_loss"] > 0 and first["image_keep_target"] == 1 and first["image_keep_rate"] > 0.8
+
+
 def test_half_precision_and_recomputation_under_zero3(runs):
     settings = {"batch_size": 4, "max_steps": 3, "bf16": True, "gradient_checkpointing": True}
     folder = runs.make("half", 2, deepspeed="configs/deepspeed/zero3.json", **settings)

@@ -1,0 +1,34 @@
+"""What a value of a setting may be: each check raises a ValueError that says what was given and what is allowed."""
+
+import math
+from dataclasses import fields
+from typing import Any
+
+
+def check_finite(prefix: str, settings: Any) -> None:
+    """Raise ValueError for a number of a dataclass that is not finite: NaN passes every comparison with a limit.
+
+    `prefix` is what a message calls the section: "train.".
+    """
+    for setting in fields(settings):
+        value = getattr(settings, setting.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{prefix}{setting.name}={value!r} is no finite number; give one, such as 1e-5")
+
+
+def check_keep_rate(name: str, value: float) -> None:
+    """Raise ValueError unless 0 < value <= 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise ValueError(f"{name}={value!r} is not a keep rate; give a number in (0, 1], 1 keeps every token")
+
+
+def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of the words that a setting takes."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, allowed))}")
+
+
+def at_least(name: str, value: float, low: float, advice: str) -> None:
+    """Raise ValueError for a number below `low`; `advice` says what to give instead."""
+    if value < low:
+        raise ValueError(f"{name}={value!r} is below its least value {low}; {advice}")
