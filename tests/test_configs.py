@@ -188,6 +188,10 @@ def test_the_other_full_size_runs_differ_in_what_their_names_say():
         assert changed.pop("train.tune") == tune and changed.pop("train.deepspeed") is None
         assert train.batch_size * train.gradient_accumulation == 64
         assert {key.split(".")[0] for key in changed} <= {"train", "lora"} and not any("sparsity" in k for k in changed)
+    recipe = changes(read["frozen_kl_7b"], read["predictor_only_7b"])
+    names = {f"train.{name}" for name in ("max_steps", "start_keep_rate")}
+    names |= {f"train.distill.{name}" for name in ("weight", "temperature")}
+    assert recipe.keys() == names | {f"train.keep_rate_schedule.{name}" for name in ("shape", "share")}
     assert changes(read["tiny_sft"], read["tiny"].training()).keys() == {"train.max_steps"}
 
 

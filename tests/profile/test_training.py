@@ -42,6 +42,18 @@ def test_the_table_and_the_line_say_the_same(file, capsys):
     assert "10,842,372 of 7,074,269,444 parameters learn" in table[0] and "4 x 2048 tokens, 1 GPU(s)" in table[1]
 
 
+def test_a_dense_pass_to_distill_from_is_counted(file, capsys):
+    found = {}
+    for distill in ("null", "{}"):
+        assert main(["memory", file(PREDICTORS.replace("tune:", f"distill: {distill}, tune:")), "--json"]) == 0
+        table, line = capsys.readouterr().out.rsplit("\n", 2)[:2]
+        found[distill] = json.loads(line)
+        assert found[distill]["distill"] == ("a dense pass to distill from" in table) == (distill == "{}")
+    gradient = 4 * (2048 - 576) * 2 * LLAVA_SHAPES["7b"].decoder.vocab
+    assert found["{}"]["activations"] - found["null"]["activations"] == gradient, "of the divergence, in the logits"
+    assert found["{}"]["weights"] == found["null"]["weights"] and found["{}"]["buffers"] > found["null"]["buffers"]
+
+
 def test_what_does_not_fit_has_an_exit_code(file, capsys):
     assert main(["memory", file(PREDICTORS), "--gpu-memory", "12"]) == 1
     assert capsys.readouterr().out.endswith("does not fit into 12 GB\n")
@@ -68,6 +80,8 @@ train: {{bf16: true, gradient_checkpointing: true, deepspeed: {tmp_path / "zero3
 
 RECIPES = [
     ("predictor_only_7b", 1, 24, None),
+    ("frozen_kl_7b", 1, 24, None),
+    ("frozen_kl_7b", 1, 80, 16),
     ("lora_7b", 1, 40, None),
     ("lora_7b", 1, 24, 2),
     ("dynamic_llava_7b", 8, 80, None),
