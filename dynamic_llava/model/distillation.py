@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from dynamic_llava.config import DistillConfig
 from dynamic_llava.methods import Dense, Method
 from dynamic_llava.model.images import features_of
 
@@ -24,8 +25,10 @@ PART = 2**22
 _OF_TOKENS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "output_mask", "image_mask")
 
 
-def check_distillation(method: Method, layers: int) -> None:
-    """Raise ValueError where a pass has no other one to be drawn to, or none of the same image tokens."""
+def check_distillation(distill: DistillConfig | None, method: Method, layers: int) -> None:
+    """Raise ValueError where a pass is to distil from another, and has none, or none of the same image tokens."""
+    if distill is None:
+        return
     if method.is_dense:
         raise ValueError(
             f"distill draws a sparse pass to the dense one, and method {method.name!r} drops nothing: both would be "

@@ -153,23 +153,20 @@ class DynamicLlavaForConditionalGeneration(
             "image_sizes": image_sizes,
             "image_features": image_features,
             "image_mask": image_mask,
-            "output_mask": output_mask,
-            "use_cache": use_cache,
-            "method": chosen,
             CACHE: one_cache(cache, past_key_values),
         }
+        kwargs |= {"output_mask": output_mask, "use_cache": use_cache, "method": chosen}
         if mm_encoder_outputs:  # transformers before 5.24 has no such argument
             kwargs["mm_encoder_outputs"] = mm_encoder_outputs
         loss = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
-        if distill is not None:
-            check_distillation(chosen, self.config.text_config.num_hidden_layers)
+        check_distillation(distill, chosen, self.config.text_config.num_hidden_layers)
         _check_labels(input_ids if input_ids is not None else inputs_embeds, labels, shift_labels)
         check_temperature(tau)
         if chosen.is_dense and keep_mask is None:
             return self._dense_forward(**kwargs, **loss, logits_to_keep=logits_to_keep)
         kwargs |= {"keep_mask": keep_mask, "tau": 1.0 if tau is None else tau, "compile": compile}
-        kwargs |= {"output_keep_rate": output_keep_rate, "sample_key": self._sample_key(sample_key, labels)}
-        kwargs["loss_scale"] = loss_scale
+        kwargs |= {"output_keep_rate": output_keep_rate, "loss_scale": loss_scale}
+        kwargs["sample_key"] = self._sample_key(sample_key, labels)
         if not (self.training or keep_mask is not None or isinstance(method, Method) or is_live(kwargs[CACHE])):
             warn_untrained(self.config, chosen)  # generate has warned, and hands over the object it has chosen
         if labels is not None:
