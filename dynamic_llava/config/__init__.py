@@ -159,8 +159,8 @@ class DataConfig:
     """LLaVA-format JSON file: a list of {"id", "image", "conversations"} or {"id", "images", "messages"}."""
     image_folder: str = ""
     """Folder that the image paths in the JSON are relative to; none may leave it."""
-    text_only: Literal["skip", "dense"] = "skip"
-    """Samples without an image: leave them out (the paper), or train on them without sparsity."""
+    text_only: Literal["skip", "dense", "sparse"] = "skip"
+    """Samples without an image: leave them out (the paper), or train on them, without sparsity or with it."""
     broken: Literal["refuse", "skip"] = "refuse"
     """Samples whose image is missing or cannot be read: end with their names, or leave them out, counted and listed."""
     template: Literal["chat", "plain"] = "chat"
@@ -173,7 +173,7 @@ class DataConfig:
     """Prepared images kept in memory by each of these processes (for small data that shows an image several times)."""
 
     def __post_init__(self) -> None:
-        _one_of("data.text_only", self.text_only, ("skip", "dense"))
+        _one_of("data.text_only", self.text_only, ("skip", "dense", "sparse"))
         _one_of("data.broken", self.broken, ("refuse", "skip"))
         _one_of("data.template", self.template, ("chat", "plain"))
         _at_least("data.max_length", self.max_length, 1, "LLaVA-1.5 uses 2048")

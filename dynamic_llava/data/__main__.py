@@ -92,7 +92,7 @@ def _first_batch(arguments: list[str]) -> int:
         config.train.batch_size,
         sampler=EpochSampler(len(dataset), step, config.train.seed, lambda: 0, lengths),
         num_workers=config.data.workers,
-        collate_fn=Collator(dataset.processor, config.sparsity.output_segments),
+        collate_fn=Collator(dataset.processor, config.sparsity.output_segments, config.data.text_only == "sparse"),
     )
     batch = next(iter(loader))
     for unread in batch.get("unread", ()):

@@ -39,6 +39,7 @@ WARNINGS = (BLANK, CUT, SHORTENED, UNLEARNED)
 """Kinds that training copes with, but loses something by."""
 NOTES = (TEXT_ONLY, REPEATED, CHAT_MESSAGES)
 """Kinds that are no fault."""
+_TEXT_ALONE = {"skip": "left out", "dense": "trained on without sparsity", "sparse": "trained on, its answer sparse"}
 
 
 @dataclass
@@ -180,7 +181,7 @@ def _check_chunk(
         findings.ids.append(str(name))
         if is_text_only(sample):
             left_out = config.text_only == "skip"
-            findings.note(TEXT_ONLY, index, name, "left out" if left_out else "trained on without sparsity")
+            findings.note(TEXT_ONLY, index, name, _TEXT_ALONE[config.text_only])
             if left_out:
                 continue
         problems = find_problems(sample, config.image_folder, load_image if images == "decode" else check_header)
@@ -220,7 +221,7 @@ def _look_at_tokens(
         findings.note(UNLEARNED, index, name, "no token of an answer is left; the sample adds 0 to the loss")
     findings.lengths["tokens"].append(len(tokens.input_ids))
     findings.lengths["images"].append(len(sample.images))
-    if sample.images:
+    if sample.images or config.text_only == "sparse":
         findings.lengths["output tokens"] += _output_lengths(tokens, sparsity)
 
 

@@ -158,12 +158,14 @@ class SftDataset(torch.utils.data.Dataset[SftSample]):
 class Collator:
     """Pads samples on the right and marks their output tokens.
 
-    `output_segments`: whether the last answer of a conversation counts as output, or all of them. A sample without an
-    image stays dense: none of its tokens is marked, while the other samples of its batch stay sparse.
+    `output_segments`: whether the last answer of a conversation counts as output, or all of them. `sparse_text`:
+    whether that holds without an image too. Else such a sample stays dense: none of its tokens is marked, while the
+    other samples of its batch stay sparse.
     """
 
     processor: DynamicLlavaProcessor
     output_segments: Literal["last", "all"] = "last"
+    sparse_text: bool = False
 
     def __call__(self, samples: Sequence[SftSample]) -> dict[str, Any]:
         """Return the tensors of one batch.
@@ -187,6 +189,6 @@ class Collator:
         return {**batch, "unread": unread} if unread else batch
 
     def _output_spans(self, sample: SftSample) -> list[tuple[int, int]]:
-        if not len(sample["pixel_values"]):
+        if not len(sample["pixel_values"]) and not self.sparse_text:
             return []
         return sample["spans"] if self.output_segments == "all" else sample["spans"][-1:]

@@ -175,7 +175,7 @@ def build_trainer(
         model=model,
         args=joined if joined is not None else join(training_arguments(config)),
         train_dataset=dataset,
-        data_collator=Collator(processor, config.sparsity.output_segments),
+        data_collator=Collator(processor, config.sparsity.output_segments, config.data.text_only == "sparse"),
         train_config=settings,
         lora=config.lora,
         callbacks=[

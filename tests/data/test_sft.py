@@ -164,6 +164,8 @@ def test_batches(mixed, processor, segments):
     learned = batch["labels"] != IGNORED
     assert torch.equal(batch["output_mask"][0], learned[0])
     assert not batch["output_mask"][2].any(), "a text-only row stays dense"
+    sparse = Collator(processor, segments, sparse_text=True)(samples)["output_mask"]
+    assert torch.equal(sparse[2], learned[2]) and sparse[2].any() and torch.equal(sparse[:2], batch["output_mask"][:2])
     first, second = samples[1]["spans"]
     marked = batch["output_mask"][1].nonzero().flatten().tolist()
     assert marked == [*(range(*first) if segments == "all" else ()), *range(*second)]

@@ -208,6 +208,9 @@ def test_text_only_rows_leave_the_others_sparse(tmp_path, base, data):
     config = config_of(tmp_path, base, (text_alone, images), batch_size=3, max_steps=2, name="text")
     line = run(replace(config, data=replace(config.data, text_only="dense"))).history[0]
     assert line["image_keep_loss"] == line["output_keep_loss"] == 0 and line["loss"] == line["lm_loss"]
+    config = config_of(tmp_path, base, (text_alone, images), batch_size=3, max_steps=2, name="sparse")
+    line = run(replace(config, data=replace(config.data, text_only="sparse"))).history[0]
+    assert line["image_keep_loss"] == 0 < line["output_keep_loss"] and 0 < line["output_keep_rate"] < 1
 
 
 def test_separate_clipping_bounds_every_part(tmp_path, base, data):
