@@ -21,7 +21,7 @@ PACKAGE = ROOT / "dynamic_llava"
 HELP = {
     "calibrate.__main__": [""],
     "chat.__main__": [""],
-    "checkpoints.__main__": ["", "convert", "check"],
+    "checkpoints.__main__": ["", "convert", "check", "assemble"],
     "data.__main__": ["", "check", "first-batch"],
     "eval.__main__": [
         "", "compare", "compare-seeds", "score", "build-lvis", "build-sharegpt4v", "ppl-speed",

@@ -1,8 +1,9 @@
 """`python -m dynamic_llava.checkpoints COMMAND ...`: checkpoints of other layouts made ours, and the way back.
 
-convert SRC DST  from the original LLaVA-1.5, LLaVA-TokenPacker, the published Dynamic-LLaVA, llava-hf, LoRA matrices, a
-                 projector, a language model alone, or ours
-check SRC        the same checks, nothing is written
+convert SRC DST                        from the original LLaVA-1.5, LLaVA-TokenPacker, the published Dynamic-LLaVA,
+                                       llava-hf, LoRA matrices, a projector, a language model alone, or ours
+check SRC                              the same checks, nothing is written
+assemble --language-model SRC ... DST  a LLaVA from a language model and a vision tower, with a new projector
 
 SRC, --base and --vision-tower are folders, or names of the hub, which are then downloaded.
 """
@@ -10,6 +11,7 @@ SRC, --base and --vision-tower are folders, or names of the hub, which are then 
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from dynamic_llava.cli.commands import Parser, entry_point, exit_on_mistake
 
@@ -18,14 +20,18 @@ from dynamic_llava.cli.commands import Parser, entry_point, exit_on_mistake
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; return the exit code, 2 for a checkpoint or a setting that does not fit."""
     given = vars(_parser().parse_args(arguments))
-    command, source = given.pop("command"), given.pop("source")
+    command = given.pop("command")
+    from dynamic_llava.checkpoints.assemble import assemble
     from dynamic_llava.checkpoints.convert import convert  # seconds of imports that --help does not need
     from dynamic_llava.checkpoints.plan import make_plan
 
     try:
-        if command == "convert":
-            convert(source, given.pop("destination"), **given)
+        if command == "assemble":
+            assemble(given.pop("language_model"), given.pop("destination"), **given)
+        elif command == "convert":
+            convert(given.pop("source"), given.pop("destination"), **given)
         else:
+            source = given.pop("source")
             plan = make_plan(source, **given)
             print(f"{source}: complete and in order, {plan.size / 1e9:.3f} GB")
     except (ValueError, OSError) as error:  # OSError: also a folder that may not be written
@@ -47,11 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         default="dynamic-llava",
         help="layout of the new folder; llava-hf has no place for predictors, so they are dropped",
     )
-    convert.add_argument(
-        "--dtype",
-        choices=("float32", "float16", "bfloat16"),
-        help="number format of every tensor (default: each keeps its own)",
-    )
+    _add_dtype(convert)
     for made in (convert, check):
         made.add_argument(
             "--vision-tower",
@@ -76,11 +78,46 @@ def _parser() -> argparse.ArgumentParser:
             default=(),
             help="names of files of weights in these folders that are no part of the model",
         )
+    _add_assemble(commands)
     return parser
+
+
+def _add_assemble(commands: Any) -> None:
+    made = commands.add_parser("assemble", help="a LLaVA from its parts", description=_ASSEMBLE)
+    made.add_argument(
+        "--language-model",
+        required=True,
+        metavar="SRC",
+        help="language model: a folder, a name of the hub, or a GGUF file, which needs dynamic-llava[smol]",
+    )
+    made.add_argument("--vision-tower", metavar="SRC", help="CLIP model; a CLIPModel's text half is left out")
+    made.add_argument(
+        "--text-only",
+        action="store_true",
+        help="instead of a tower: no image will be shown, so a small random tower stands in",
+    )
+    made.add_argument(
+        "--projector", metavar="NAME", default="mlp", help="new projector: its name, or package.module:Class"
+    )
+    made.add_argument("--seed", type=int, default=0, help="what the new values are drawn from")
+    _add_dtype(made)
+    made.add_argument("destination", metavar="DST", help="folder to make; it must be new or empty")
+
+
+def _add_dtype(made: argparse.ArgumentParser) -> None:
+    made.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="number format of every tensor (default: each keeps its own)",
+    )
 
 
 _CONVERT = "Convert a checkpoint into a new folder, which appears only when it is complete."
 _CHECK = "Find out what layout a checkpoint has, and whether every tensor has its name, shape and format."
+_ASSEMBLE = """\
+Put a LLaVA together, as LLaVA's first stage starts: a language model with its tokenizer and chat template, a CLIP
+tower, and a projector that has learned nothing, to be trained next (configs/pretrain_projector_7b.yaml).
+The folder appears only when it is complete."""
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig
 
 from dynamic_llava.checkpoints.folders import Say
 from dynamic_llava.checkpoints.names import (
@@ -21,6 +21,7 @@ from dynamic_llava.checkpoints.names import (
     is_predictors,
 )
 from dynamic_llava.config import SparsityConfig
+from dynamic_llava.engine.decoder import FAMILIES
 from dynamic_llava.engine.learned import parts_of
 from dynamic_llava.model import DynamicLlavaConfig
 from dynamic_llava.model.supported import check_architecture
@@ -44,6 +45,8 @@ _TEXT = (
     "attention_dropout", "mlp_bias", "rope_theta", "rope_scaling", "rope_parameters", "bos_token_id", "eos_token_id",
     "pad_token_id",
 )  # fmt: skip
+_WINDOW = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+"""What other families than Llama say of layers that see the last tokens only, which are refused."""
 _COUNTS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "max_position_embeddings",
@@ -88,7 +91,7 @@ def config_from_original(
     OpenAI's. The vocabulary is still the source's.
     Raises ValueError for settings of another architecture than LLaVA-1.5.
     """
-    _check_architecture(values)
+    _check_architecture(values, alone=projector is not None)
     if values.get("image_aspect_ratio") != "pad":
         say("images: padded to a square as LLaVA-1.5 was trained, although config.json does not ask for it")
     text = _text_config(values, shapes)
@@ -182,7 +185,7 @@ def config_to_hf(config: DynamicLlavaConfig) -> LlavaConfig:
     return LlavaConfig(**{key: value for key, value in config.to_dict().items() if key not in own})
 
 
-def _check_architecture(values: dict[str, Any]) -> None:
+def _check_architecture(values: dict[str, Any], alone: bool = False) -> None:
     for name in ("sparse_config", "clip_vision_config", "vision_config"):
         if not isinstance(values.get(name), dict | None):
             raise ValueError(f"config.json has {name} {values[name]!r}, which should be an object of settings")
@@ -193,7 +196,7 @@ def _check_architecture(values: dict[str, Any]) -> None:
         "image_aspect_ratio": (None, "pad", "square"),
         "mm_use_im_start_end": (None, False),
         "mm_resampler_type": (None, "identity"),
-        "tie_word_embeddings": (None, False),
+        "tie_word_embeddings": (None, False, True) if alone else (None, False),
     }
     for name, choices in allowed.items():
         if values.get(name) not in choices:
@@ -203,7 +206,8 @@ def _check_architecture(values: dict[str, Any]) -> None:
             )
 
 
-def _text_config(values: dict[str, Any], shapes: Shapes) -> LlamaConfig:
+def _text_config(values: dict[str, Any], shapes: Shapes) -> Any:
+    family = values.get("model_type") if values.get("model_type") in FAMILIES else "llama"
     given = {name: values[name] for name in _TEXT if values.get(name) is not None}
     if "num_attention_heads" not in given:
         raise ValueError("config.json has no num_attention_heads, which no shape tells; add it")
@@ -223,7 +227,8 @@ def _text_config(values: dict[str, Any], shapes: Shapes) -> LlamaConfig:
     if key and "hidden_size" in sizes:
         head = sizes.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"]
         sizes.setdefault("num_key_value_heads", key[0] // head)
-    return LlamaConfig(**sizes, tie_word_embeddings=False)
+    window = {name: values[name] for name in _WINDOW if family != "llama" and name in values}  # null counts: no window
+    return AutoConfig.for_model(family, **sizes, **window, tie_word_embeddings=False)
 
 
 def _vision_config(

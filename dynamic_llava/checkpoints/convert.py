@@ -41,6 +41,7 @@ def convert(
     dtype: Dtype | None = None,
     keep_projector: bool = False,
     projector: str | None = None,
+    seed: int = 0,
     leave_out: Collection[str] = (),
     shard_bytes: int = SHARD_BYTES,
     say: Say = print,
@@ -52,8 +53,9 @@ def convert(
     or llava-hf's without predictors. vision_tower: a CLIP folder, for a source without its tower. base: what LoRA
     matrices or a projector belong to. dtype: float32, float16 or bfloat16 for every tensor; None keeps each as it is.
     keep_projector: the base's projector is right, for LoRA matrices whose training left it alone. projector: name of a
-    new one for a language model alone, which becomes a LLaVA to be trained with vision_tower. leave_out: names of files
-    of weights that are no part of the model. say: gets one line at a time of what is done.
+    new one for a language model alone, which becomes a LLaVA to be trained with vision_tower. seed: what its values are
+    drawn from. leave_out: names of files of weights that are no part of the model. say: gets one line at a time of what
+    is done.
     Raises FileNotFoundError and ValueError before anything is written, for whatever does not fit, and for a file of
     weights that nothing was read from and that is no second copy of what was; ValueError also for a full disk.
     Memory: one tensor beside what the system keeps of the one input file that is open.
@@ -68,6 +70,7 @@ def convert(
         dtype=dtype,
         keep_projector=keep_projector,
         projector=projector,
+        seed=seed,
         leave_out=leave_out,
         say=say,
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from dynamic_llava.checkpoints import names
 from dynamic_llava.checkpoints.names import Rule
+from dynamic_llava.engine.decoder import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ OURS = Layout("this library's own layout", names.OURS, ("model.language_model.la
 LLAVA_HF = Layout("llava-hf layout", names.LLAVA_HF, ("language_model.model.layers.", "model.language_model.layers."))
 ORIGINAL = Layout("the original LLaVA layout", names.ORIGINAL, ("model.layers.",))
 PUBLISHED = Layout("the layout of the published Dynamic-LLaVA code", names.PUBLISHED, ("model.layers.",))
-LLAMA = Layout("a Llama language model", names.ORIGINAL, ("model.layers.",))
+LANGUAGE = Layout("a language model alone", names.ORIGINAL, ("model.layers.",))
 ADAPTER = Layout("a LoRA folder", (*names.PARTS, *names.LLAVA_HF), ())
 """An adapter over any of the others: the tables have no name in common that they would place differently."""
 PROJECTOR = Layout("a projector alone, of LLaVA's first stage", ADAPTER.rules, ())
@@ -86,10 +87,11 @@ def _by_config(folder: Path, config: dict[str, Any], stored: Collection[str]) ->
     if flat and (kind is None or kind in _ORIGINAL_TYPES):
         published = "sparse_config" in config or any("_score_predictor." in name for name in stored)
         return PUBLISHED if published else ORIGINAL
-    if kind == "llama":
-        return LLAMA
+    if kind in FAMILIES:
+        return LANGUAGE
     raise ValueError(
         f"{folder} is of no known layout: config.json has {found}. Known are llava-hf (model_type 'llava' with "
         f"text_config), the original LLaVA-1.5 (one of {', '.join(_ORIGINAL_TYPES)} with mm_ settings), the published "
-        "Dynamic-LLaVA (the same with sparse_config) and this library's own ('dynamic_llava')"
+        "Dynamic-LLaVA (the same with sparse_config), this library's own ('dynamic_llava') and a language model alone "
+        f"({', '.join(FAMILIES)})"
     )

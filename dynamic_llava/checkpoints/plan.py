@@ -63,6 +63,7 @@ def make_plan(
     dtype: Dtype | None = None,
     keep_projector: bool = False,
     projector: str | None = None,
+    seed: int = 0,
     leave_out: Collection[str] = (),
     say: Say = print,
 ) -> Conversion:
@@ -76,7 +77,7 @@ def make_plan(
     )
     config = _config(found, say)
     if projector is not None:
-        found = _with_new_projector(found, config, say)
+        found = _with_new_projector(found, config, seed, say)
     if to == "llava-hf" and config.projector != DEFAULT:
         raise ValueError(
             f"{found.folder} has the projector {config.projector!r}, and llava-hf's layout knows none but {DEFAULT!r}; "
@@ -114,12 +115,12 @@ def _config(source: SourceCheckpoint, say: Say) -> DynamicLlavaConfig:
         raise ValueError(f"{source.folder}: config.json makes no model ({error})") from None
 
 
-def _with_new_projector(source: SourceCheckpoint, config: DynamicLlavaConfig, say: Say) -> SourceCheckpoint:
-    """Return the checkpoint of a language model with a projector's initial values, the same whenever it is made."""
+def _with_new_projector(source: SourceCheckpoint, config: DynamicLlavaConfig, seed: int, say: Say) -> SourceCheckpoint:
+    """Return the checkpoint of a language model with a projector's initial values, which the seed alone decides."""
     with torch.device("meta"):
         model = DynamicLlavaForConditionalGeneration(config).model
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         projector = model.new_projector(config)
     made = NewTensors(projector.state_dict(), source.tensors[EMBEDDING].head.dtype)
     say(f"projector: a new {config.projector!r}, {len(made.heads)} tensors; it has learned nothing, so train it first")
@@ -171,7 +172,8 @@ def _vocabulary(source: SourceCheckpoint, config: DynamicLlavaConfig, say: Say) 
     # The tokenizer of an original LLaVA's parts lacks <image>, which such a base has.
     first = None if source.trained_config is not None else source.folder
     folders = [folder for folder in (first, source.base) if folder is not None]
-    tokenizer = read_tokenizer(folders, source.is_original)
+    llama = config.text_config.model_type == "llama"
+    tokenizer = read_tokenizer(folders, source.is_original and llama)
     if not source.is_original:
         return with_prompts(keep_vocabulary(config, tokenizer), folders, read_ends(source.folder, {}))
     text = config.text_config

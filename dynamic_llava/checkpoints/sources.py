@@ -104,12 +104,12 @@ def read_source(
         )
     else:
         source = _read_model(folder, say)
-    if source.layout is layouts.LLAMA and projector is None:
+    if source.layout is layouts.LANGUAGE and projector is None:
         raise ValueError(
             f"{folder} is a language model without projector and vision tower, no LLaVA; it can be the --base of a "
             "LoRA folder, or become one with --vision-tower PATH and a new projector, --projector mlp"
         )
-    if source.layout is not layouts.LLAMA and projector is not None:
+    if source.layout is not layouts.LANGUAGE and projector is not None:
         raise ValueError(
             f"{folder} has a projector; --projector {projector} is for a language model alone. To train a new one over "
             f"this model, convert it as it is, and say --model.projector {projector} to the training"
@@ -131,7 +131,11 @@ def _read_model(folder: Path, say: Say) -> SourceCheckpoint:
     files = WeightFiles.of_folder(folder)
     layout = find_layout(folder, config, files.heads)
     say(f"{folder}: {layout.title}; {len(files.heads)} tensors in {len(files.files)} files")
-    return SourceCheckpoint(folder, layout, config, _place(folder, files, layout, say))
+    tensors = _place(folder, files, layout, say)
+    if layout is layouts.LANGUAGE and config.get("tie_word_embeddings") is True and names.EMBEDDING in tensors:
+        say("head: a copy of the table of words, which the language model uses for both; from now on they are two")
+        tensors[names.HEAD] = tensors[names.EMBEDDING]
+    return SourceCheckpoint(folder, layout, config, tensors)
 
 
 def _read_parts(
@@ -165,7 +169,7 @@ def _read_parts(
     own = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
     config = under.config if own is None else own
     layout = layout_by_config(folder, config)
-    if layout is layouts.LLAMA:
+    if layout is layouts.LANGUAGE:
         raise ValueError(f"neither {folder} nor {base} has the config.json of a LLaVA, which names projector and tower")
     by_llava = bool(rules & set(names.PUBLISHED)) or (own is not None and is_original(layout))
     adapted = {found[0] for name in adapters if (found := to_ours(name, layouts.ADAPTER.rules))}

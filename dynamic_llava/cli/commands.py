@@ -22,11 +22,12 @@ Arguments = ParamSpec("Arguments")
 EXIT_MISTAKE = 2
 """Exit code of every command for what its user can mend."""
 EXTRAS = {
-    "accelerate": ("train", "lmms-eval"),
+    "accelerate": ("smol", "train", "lmms-eval"),
     "datasets": ("train", "eval", "lmms-eval"),
     "deepspeed": ("deepspeed",),
     "evaluate": ("lmms-eval",),
     "filelock": ("train", "eval", "lmms-eval"),
+    "gguf": ("smol",),
     "google": ("convert",),
     "loguru": ("lmms-eval",),
     "matplotlib": ("train", "eval"),
