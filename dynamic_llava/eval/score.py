@@ -58,15 +58,15 @@ def run(given: argparse.Namespace) -> None:
 def score_table(task: Task, score: Score) -> str:
     """Return a score as text: a line a metric, what was counted, the paper's numbers, and the warnings."""
     width = max(map(len, score.metrics))
-    lines = [f"{task.title}"]
+    lines, paper = [f"{task.title}"], task.paper.get(score.table_metric, {})
     for name, metric in score.metrics.items():
-        mark = "  <- the paper's" if name == score.table_metric else ""
+        mark = "  <- the paper's" if name == score.table_metric and any(paper.values()) else ""
         value = f"{metric.value:.4f}" if metric.unit == "fraction" else f"{metric.value:.2f}"
         lines.append(f"  {printable(name):<{width}}  {value:>9} {metric.unit}{mark}")
     lines.append("  " + ", ".join(f"{name} {number}" for name, number in score.counts.items()))
-    for size, numbers in task.paper.get(score.table_metric, {}).items():
+    for size, numbers in paper.items():
         shown = ", ".join(f"{SPARSITIES[sparsity]} {number}" for sparsity, number in numbers.items())
-        lines.append(f"  paper, {size}: {shown}")
+        lines += [f"  paper, {size}: {shown}"] if shown else []
     lines += [f"  paper: {task.paper_note}"] if task.paper_note else []
     return "\n".join([*lines, *(f"  warning: {warning}" for warning in score.warnings)])
 

@@ -470,10 +470,115 @@ def sharegpt4v(root):
     return Measured("sharegpt4v", [f"Right {number}." for number in range(4)], 1.0, lower_is_better=True)
 
 
+def document_questions(root, name, images, image_field, kinds, asked):
+    """Write two questions of val and two of test, and return the right answers and the dataset's rows."""
+    folder, val, test = asked
+    rows, hub = [], []
+    answers = (["1/8/93"], ["$ 28,000", "28,000"])
+    for number, (question, labels, own) in enumerate(
+        zip(("what is the date?", "how much?"), answers, kinds[1:], strict=True)
+    ):
+        image = f"{number}.png"
+        save_picture(root / images / image, number)
+        shown = f"documents/{image}" if name == "docvqa" else image
+        record = {"questionId": 100 + number, "question": question, image_field: shown, "data_split": "val"}
+        rows.append(record | {"answers": labels, kinds[0]: own})
+        hub.append({
+            "questionId": str(100 + number), "question": question, "answers": labels, "image": picture(number),
+        })  # fmt: skip
+    write(root / folder / val, {"dataset_name": name, "dataset_split": "val", "data": rows})
+    unlabelled = [
+        {"questionId": 900 + number, "question": f"what is {number}?", image_field: rows[number][image_field]}
+        for number in range(2)
+    ]
+    write(root / folder / test, {"dataset_name": name, "dataset_split": "test", "data": unlabelled})
+    return hub
+
+
+def docvqa(root):
+    """Two val questions, the second with two labels, and two of test."""
+    kinds = ("question_types", ["handwritten", "form"], ["form"])
+    asked = ("docvqa", "val_v1.0_withQT.json", "test_v1.0.json")
+    hub = document_questions(root, "docvqa", "docvqa/documents", "image", kinds, asked)
+    return Made("docvqa:val", ["1/8/93", "28,000"], 100.0, {"DocVQA": hub})
+
+
+def infovqa(root):
+    """The same of infographics."""
+    kinds = ("answer_type", ["single span"], ["non-extractive"])
+    asked = ("infovqa", "infographicsVQA_val_v1.0_withQT.json", "infographicsVQA_test_v1.0.json")
+    hub = document_questions(root, "infovqa", "infovqa/infographicsvqa_images", "image_local_name", kinds, asked)
+    return Made("infovqa:val", ["1/8/93", "$  28,000"], 100.0, {"InfographicVQA": hub})
+
+
+def chartqa(root):
+    """Two questions of people, one that was made."""
+    halves = {"human": [("How many bars?", "14"), ("Which bar?", "Green")], "augmented": [("What share?", "32.5")]}
+    hub, number = [], 0
+    for half, asked in halves.items():
+        rows = []
+        for question, label in asked:
+            save_picture(root / "chartqa" / "png" / f"{number}.png", number)
+            rows.append({"imgname": f"{number}.png", "query": question, "label": label})
+            hub.append({
+                "type": f"{half}_test", "question": question, "answer": label, "image": picture(number),
+            })  # fmt: skip
+            number += 1
+        write(root / "chartqa" / f"test_{half}.json", rows)
+    return Made("chartqa", ["14.5", "green", "32"], 100.0, {"": hub})
+
+
+OCRBENCH_ROWS = (
+    ("IIIT5K", "Regular Text Recognition", "what is written in the image?", "CENTRE"),
+    ("IAM", "Handwriting Recognition", "what is written in the image?", "of the"),
+    ("docVQA", "Doc-oriented VQA", "what is the date?", ["1/8/93", "8 January"]),
+    ("HME100k", "Handwritten Mathematical Expression Recognition", "Please write it in LaTeX.", "\\frac { A } { 2 }"),
+)
+
+
+def ocrbench(root):
+    """Four questions of three components; two have one id, and one label is a list."""
+    rows, hub = [], []
+    for number, (source, kind, question, answers) in enumerate(OCRBENCH_ROWS):
+        image = f"{source}/imgs/{number}.png"
+        save_picture(root / "ocrbench" / "OCRBench_Images" / image, number)
+        rows.append({
+            "dataset_name": source, "id": number // 2, "image_path": image, "question": question,
+            "answers": answers, "type": kind,
+        })  # fmt: skip
+        labels = answers if isinstance(answers, list) else [answers]
+        hub.append({
+            "dataset": source, "question": question, "question_type": kind, "answer": labels, "image": picture(number),
+        })  # fmt: skip
+    write(root / "ocrbench" / "OCRBench.json", rows)
+    right = ["It says centre.", "OF THE", "on 8 january", "$\\frac{A}{2}$"]
+    return Made("ocrbench", right, 100.0, {"": hub})
+
+
+MMSTAR_ROWS = (
+    ("Which is it?\nOptions: A: red, B: green", "B", "coarse perception", "image emotion"),
+    ("Which is it?\nOptions: A: 1, B: 2, C: 3, D: 4", "D", "math", "geometry"),
+    ("Where is it?\nOptions: A: here, B: there", "A", "math", "statistical reasoning"),
+)
+
+
+def mmstar(root):
+    """Three questions of two categories, whose options stand in the question."""
+    lines, hub = [], []
+    for index, (question, answer, category, finer) in enumerate(MMSTAR_ROWS):
+        row = {"index": index, "question": question, "answer": answer, "category": category, "l2_category": finer}
+        lines.append(row | {"image": cell_of(picture(index, (40, 24))), "bench": "made"})
+        hub.append(row | {"image": picture(index)})
+    columns = ("index", "question", "image", "answer", "category", "l2_category", "bench")
+    write_table(root / "mmstar" / "MMStar.tsv", columns, lines)
+    return Made("mmstar", ["(b) green", "The answer is D", "A"], 100.0, {"val": hub})
+
+
 TASK_DATA = {
     "vqav2": vqav2, "gqa": gqa, "textvqa": textvqa, "pope": pope, "mme": mme, "seed": seed, "vizwiz": vizwiz,
     "scienceqa": scienceqa, "mmbench": mmbench, "mmvp": mmvp, "realworldqa": realworldqa, "cvbench": cvbench,
     "mmvet": mmvet, "llava_bench": llava_bench,
     "lvis_single": lvis_single, "lvis_multi": lvis_multi, "sharegpt4v": sharegpt4v,
+    "docvqa": docvqa, "infovqa": infovqa, "chartqa": chartqa, "ocrbench": ocrbench, "mmstar": mmstar,
 }  # fmt: skip
 """Task -> the function that makes its data below a root and returns `Made`."""

@@ -7,6 +7,7 @@ from dynamic_llava.eval.metrics.choices import (
     first_character,
     read_letter,
     read_mmbench,
+    read_mmstar,
     read_option,
     read_scienceqa,
     read_yes_no,
@@ -92,6 +93,18 @@ def test_options_of_one_text_are_not_told_apart():
 )  # fmt: skip
 def test_cvbench_takes_the_first_character_of_the_tail(text, character):
     assert first_character(text) == character
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("A", "A"), ("b", "B"), ("(c) x", "C"), ("D. Closed", "D"), ("Option B", "B"), ("the answer is c.", "C"),
+        ("\nA", "A"), ("A dog", "A"), ("Both", "B"), ("E", None), ("", None), ("(", None), ("Option", None),
+        ("option (b)", None), ("The answer is", None), ("The answer: A", None), ("It is A", None), ("\u0391", None),
+    ],
+)  # fmt: skip
+def test_mmstar_takes_one_of_four_places(text, letter):
+    assert read_mmstar(text) == letter
 
 
 def test_the_tail_follows_the_last_mark():

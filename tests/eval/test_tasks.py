@@ -3,6 +3,7 @@
 import json
 import math
 from itertools import product
+from pathlib import Path
 
 import openpyxl
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from dynamic_llava.eval.answers import AnswerLine, read_answers, write_answers
 from dynamic_llava.eval.score import score_table
 from dynamic_llava.eval.tasks import GROUPS, TASKS, get_task, get_tasks
-from dynamic_llava.eval.tasks.base import GENERATION, PAPER_TABLE1, SHORT, Metric, Score
+from dynamic_llava.eval.tasks.base import GENERATION, LLAVA_EVAL, PAPER_TABLE1, SHORT, Metric, Score
 from dynamic_llava.eval.tasks.questions import ImageData, ImageFile, Question
 from tests.eval.task_data import TASK_DATA, save_hub
 from tests.sft_builders import picture
@@ -39,6 +40,15 @@ def test_a_task_says_what_it_is(name):
         for numbers in sizes.values():
             assert set(numbers) <= SPARSITIES and all(number > 0 for number in numbers.values())
     assert task.table_metric in task.paper and task.paper_note
+
+
+def test_the_page_of_benchmarks_says_where_its_files_come_from(name):
+    page = (Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    (row,) = [line for line in page.split("\n") if line.startswith(f"| `{name}` |")]
+    task = get_task(name)
+    assert f"`{task.table_metric}`" in row and all(split in row for split in task.splits)
+    assert all(file.get.removesuffix(LLAVA_EVAL.removeprefix("LLaVA's eval.zip")) in row for file in task.files)
+    assert task.hub is None or task.hub.dataset in row
 
 
 def test_questions_of_every_split(name, made, tmp_path):

@@ -9,6 +9,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 SCIENCEQA_LETTERS = "ABCDE"
+MMSTAR_LETTERS = ("A", "B", "C", "D")
+_MMSTAR_BEGINNINGS = ("", "(", "option ", "the answer is ")
+"""What may stand before MMStar's letter, in small letters."""
 
 _SCIENCEQA_SENTENCE = re.compile(r"The answer is ([A-Z]).")
 
@@ -58,6 +61,14 @@ def read_mmbench(text: str, options: Mapping[str, str]) -> str | None:
     folded = text.casefold()
     named = [letter for letter, option in options.items() if option.casefold() in folded]
     return named[0] if len(named) == 1 else None
+
+
+def read_mmstar(text: str) -> str | None:
+    """Read a letter as MMStar's own evaluation does: the first character, or the one after "(", "Option ", "The answer
+    is ", whatever the case and whatever follows, so "A dog" is A; None where it is none of A to D."""
+    said = text.lower().strip().replace("\n", " ")
+    found = (said[len(begin) :][:1].upper() for begin in _MMSTAR_BEGINNINGS if said.startswith(begin))
+    return next((letter for letter in found if letter in MMSTAR_LETTERS), None)
 
 
 def answer_tail(text: str) -> str:

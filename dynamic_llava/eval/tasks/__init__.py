@@ -6,14 +6,18 @@
 from pathlib import Path
 
 from dynamic_llava.eval.tasks.base import GENERATION, PAPER_TABLE1, Score, Submission, Task
+from dynamic_llava.eval.tasks.chartqa import ChartQa
 from dynamic_llava.eval.tasks.cvbench import CvBench2d
+from dynamic_llava.eval.tasks.docvqa import DocVqa, InfoVqa
 from dynamic_llava.eval.tasks.generation import LvisMulti, LvisSingle, ShareGpt4v
 from dynamic_llava.eval.tasks.gqa import Gqa
 from dynamic_llava.eval.tasks.hub import HubData
 from dynamic_llava.eval.tasks.judged import LlavaBench, MmVet
 from dynamic_llava.eval.tasks.mmbench import MmBench
 from dynamic_llava.eval.tasks.mme import Mme
+from dynamic_llava.eval.tasks.mmstar import MmStar
 from dynamic_llava.eval.tasks.mmvp import Mmvp
+from dynamic_llava.eval.tasks.ocrbench import OcrBench
 from dynamic_llava.eval.tasks.pope import Pope
 from dynamic_llava.eval.tasks.questions import Question
 from dynamic_llava.eval.tasks.realworldqa import RealWorldQa
@@ -43,9 +47,14 @@ TASKS: dict[str, type[Task]] = {
         LvisSingle,
         LvisMulti,
         ShareGpt4v,
+        DocVqa,
+        InfoVqa,
+        ChartQa,
+        OcrBench,
+        MmStar,
     )
 }  # fmt: skip
-"""Registered name -> class, in the order of the paper's tables."""
+"""Registered name -> class, in the order of the paper's tables; then those that it does not have."""
 
 GROUPS = ("all", PAPER_TABLE1, GENERATION)
 """Names that stand for several tasks."""

@@ -108,7 +108,7 @@ class MmBench(Task):
         rows = read_table(path)
         fields_of(dict(rows[0]), {"image": TEXT}, f"{path}: the head line")
         by_index = {row["index"]: row for row in rows}
-        return [_question(row, _image(row, by_index, path)) for row in rows]
+        return [_question(row, image_of(row, by_index, path)) for row in rows]
 
     def score(
         self, answers: Sequence[AnswerLine], root: Path, hub: HubData | None = None, *, part: bool = False
@@ -167,14 +167,14 @@ class MmBench(Task):
         return rows
 
 
-def read_table(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of an MMBench table: tab-separated, a head line, the index a number.
+def read_table(path: Path, columns: Sequence[str] = NEEDED) -> list[dict[str, Any]]:
+    """Return the rows of a table in MMBench's format: tab-separated, a head line, these columns, the index a number.
 
     ValueError names file and line for a row of another length, an index that is no number or occurs twice, a missing
     column, and what is no UTF-8.
     """
     known: set[int] = set()
-    return [_checked(row, known, place) for place, row in read_cells(path, NEEDED, "\t")]
+    return [_checked(row, known, place) for place, row in read_cells(path, columns, "\t")]
 
 
 def is_empty(cell: Any) -> bool:
@@ -183,16 +183,16 @@ def is_empty(cell: Any) -> bool:
 
 
 def options_of(row: Cells) -> dict[str, str]:
-    """Return letter -> option of a row, up to the first empty one."""
+    """Return letter -> option of a row, up to the first that is empty or has no column."""
     options: dict[str, str] = {}
     for letter in LETTERS:
-        if is_empty(row[letter]):
+        if is_empty(row.get(letter)):
             break
         options[letter] = str(row[letter])
     return options
 
 
-def _image(row: Cells, rows: Mapping[int, Cells], path: Path) -> CellImage:
+def image_of(row: Cells, rows: Mapping[int, Cells], path: Path) -> CellImage:
     """Return the image in a row's cell, or in that of the row whose index the cell holds, as newer tables have it."""
     place, cell = f"{path}, image of index {row['index']}", row["image"].strip()
     if len(cell) > LONGEST_REFERENCE or not _INDEX.fullmatch(cell):
