@@ -30,6 +30,7 @@ from dynamic_llava.checkpoints.vocabulary import (
 )
 from dynamic_llava.engine.learned import prefixes
 from dynamic_llava.model import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
+from dynamic_llava.model.supported import naming_config
 from dynamic_llava.processing.base_template import Ends
 from dynamic_llava.processing.folder import read_ends
 from dynamic_llava.projectors import DEFAULT, import_projector
@@ -115,10 +116,15 @@ def _config(source: SourceCheckpoint, say: Say) -> DynamicLlavaConfig:
         raise ValueError(f"{source.folder}: config.json makes no model ({error})") from None
 
 
+def _without_weights(source: SourceCheckpoint, config: DynamicLlavaConfig) -> DynamicLlavaForConditionalGeneration:
+    """Return the model of a configuration, whose weights hold nothing; ValueError where it makes none."""
+    with naming_config(source.folder), torch.device("meta"):
+        return DynamicLlavaForConditionalGeneration(config)
+
+
 def _with_new_projector(source: SourceCheckpoint, config: DynamicLlavaConfig, seed: int, say: Say) -> SourceCheckpoint:
     """Return the checkpoint of a language model with a projector's initial values, which the seed alone decides."""
-    with torch.device("meta"):
-        model = DynamicLlavaForConditionalGeneration(config).model
+    model = _without_weights(source, config).model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         projector = model.new_projector(config)
@@ -130,8 +136,7 @@ def _with_new_projector(source: SourceCheckpoint, config: DynamicLlavaConfig, se
 
 def _check(source: SourceCheckpoint, config: DynamicLlavaConfig) -> dict[str, str]:
     """Return the module's own name of every tensor. ValueError unless names, shapes and formats are the model's."""
-    with torch.device("meta"):
-        state = DynamicLlavaForConditionalGeneration(config).state_dict()
+    state = _without_weights(source, config).state_dict()
     # Some releases of transformers have one more level inside the tower.
     own = {name.replace(f"{TOWER}vision_model.", TOWER): name for name in state}
     shapes = {name: tuple(state[stored].shape) for name, stored in own.items()}

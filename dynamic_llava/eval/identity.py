@@ -89,10 +89,13 @@ def image_digest(question: Question) -> str | None:
     return None if question.image is None else question.image.digest()[:DIGITS]
 
 
-def check_images(done: Mapping[int, AnswerLine], places: Sequence[int], questions: Sequence[Question]) -> None:
+def check_images(
+    file: Path, done: Mapping[int, AnswerLine], places: Sequence[int], questions: Sequence[Question]
+) -> None:
     """Raise ValueError when an image at one of the places is another than the one that was answered about.
 
-    Images of questions without an answer may change, so that a broken one can be mended. `done` is place -> answer.
+    Images of questions without an answer may change, so that a broken one can be mended. `done` is place -> answer, and
+    `file` holds the answers.
     """
     asked = [place for place in places if place in done and IMAGE in done[place].metadata]
 
@@ -107,8 +110,8 @@ def check_images(done: Mapping[int, AnswerLine], places: Sequence[int], question
     if others:
         names = dict.fromkeys(questions[place].image.name for place in others)
         raise ValueError(
-            f"images are others than those that were answered about, or cannot be read any more: {shown(names)}; put "
-            "them back, or choose another output folder"
+            f"images are others than those that were answered about ({file}), or cannot be read any more: "
+            f"{shown(names)}; put them back, or choose another output folder"
         )
 
 

@@ -149,7 +149,7 @@ class Evaluation:
     def _ask(self, task: Task, run: ModelRun, questions: Sequence[Question], store: AnswerStore) -> None:
         """Ask what is left, batch by batch. ValueError at the end for images that cannot be read."""
         own = self.shard.take(by_length(questions))
-        check_images(store.done, own, questions)
+        check_images(store.path, store.done, own, questions)
         left = [place for place in own if place not in store.done]
         respond = WithinMemory(task.measure if isinstance(task, Measuring) else answer, run)
         unreadable: dict[int, str] = {}

@@ -6,6 +6,7 @@ from transformers import LlavaConfig
 
 from dynamic_llava.config import SparsityConfig, check_sparse_layer
 from dynamic_llava.engine.learned import check_names, parts_of
+from dynamic_llava.files import brief
 from dynamic_llava.model.loading import spare_learned
 from dynamic_llava.model.supported import check_architecture, check_kernels, check_place, naming_config, refuse_trust
 from dynamic_llava.projectors import DEFAULT, image_tokens, layers_of
@@ -67,6 +68,7 @@ class DynamicLlavaConfig(LlavaConfig):
         image_tokens(self)  # a ValueError where the projector is unknown, or takes no such images
         self.vision_feature_layer = layers_of(self)
         self._check_layer()
+        _check_padding(self.text_config)
 
     def __setattr__(self, key: str, value: Any) -> None:
         if key != "sparsity" or value is None:
@@ -99,3 +101,10 @@ class DynamicLlavaConfig(LlavaConfig):
 def _method_of(sparsity: Any) -> Any:
     """Return what settings, a SparsityConfig or a dict of some of its fields, say of the learned method."""
     return sparsity.get("method") if isinstance(sparsity, dict) else getattr(sparsity, "method", None)
+
+
+def _check_padding(text: Any) -> None:
+    """Raise ValueError where the embedding has no row for the padding token, which torch would not name."""
+    pad, words = text.pad_token_id, text.vocab_size
+    if pad is not None and not -words <= pad < words:
+        raise ValueError(f"pad_token_id={brief(pad)} is no row of {words} (vocab_size); give 0 to {words - 1}, or null")

@@ -53,7 +53,7 @@ def read_settings_file(source: str | Path, file: str, arguments: Mapping[str, An
     """Return what a JSON file of a folder or hub name holds; None where there is no such file.
 
     `arguments` may hold transformers' hub arguments; others are left alone. Raises ValueError that names the file where
-    it is no JSON object, and OSError where a hub name cannot be reached.
+    it is no JSON object or holds half a character, and OSError where a hub name cannot be reached.
     """
     hub = {key: arguments[key] for key in HUB_ARGUMENTS if key in arguments}
     found = cached_file(str(source), file, _raise_exceptions_for_missing_entries=False, **hub)
@@ -61,6 +61,9 @@ def read_settings_file(source: str | Path, file: str, arguments: Mapping[str, An
         return None
     try:
         values = json.loads(Path(found).read_text(encoding="utf-8"))
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{found} holds half a character (an unpaired surrogate); replace the file") from None
     except (ValueError, RecursionError) as error:  # also what is not UTF-8
         raise ValueError(f"{found} is no valid JSON ({error}); replace the file") from None
     if not isinstance(values, dict):

@@ -149,12 +149,12 @@ def _sizes_of_processor(name: str, processor: dict[str, Any], pixels: dict[str, 
 def _check_pixels(name: str, pixels: dict[str, Any], image_size: int) -> None:
     if "crop_size" in pixels and _side(pixels["crop_size"]) != image_size:
         raise ValueError(
-            f"{name}: preprocessor_config.json makes images of {_side(pixels['crop_size'])} pixels and the vision "
-            f"tower sees {image_size}; correct one of the two files"
+            f"{name}: preprocessor_config.json makes images of {brief(_side(pixels['crop_size']))} pixels and the "
+            f"vision tower sees {image_size}; correct one of the two files"
         )
     factor = pixels.get("rescale_factor", 1 / 255)
     if not isinstance(factor, int | float) or abs(factor - 1 / 255) > 1e-9:
-        raise ValueError(f"{name}: rescale_factor={pixels['rescale_factor']} is not offered; LLaVA-1.5 uses 1/255")
+        raise ValueError(f"{name}: rescale_factor={brief(factor)} is not offered; LLaVA-1.5 uses 1/255")
 
 
 def _side(size: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, ImageProcessingMixin
 
+from dynamic_llava.files import brief
 from dynamic_llava.processing import images as image_io
 
 ImageInput = Image.Image | str | Path | np.ndarray | Tensor | bytes
@@ -172,11 +174,15 @@ def _side(size: Any) -> Any:
 
 def _channels(name: str, values: Any) -> tuple[float, ...]:
     numbers = values if isinstance(values, list | tuple | np.ndarray) else ()
-    if len(numbers) != 3 or any(isinstance(one, bool | str) or not np.isreal(one) for one in numbers):
-        raise ValueError(f"{name}={values!r} is not known; give three numbers, one per channel")
-    if not all(math.isfinite(value) for value in numbers):
-        raise ValueError(f"{name}={values!r} is not finite; give three numbers, one per channel")
-    return tuple(float(value) for value in numbers)
+    if len(numbers) != 3 or any(isinstance(one, bool) or not isinstance(one, Real) for one in numbers):
+        raise ValueError(f"{name}={brief(values)} is not known; give three numbers, one per channel")
+    try:
+        found = tuple(float(one) for one in numbers)
+    except OverflowError:  # a whole number of hundreds of digits
+        found = (math.inf,)
+    if not all(map(math.isfinite, found)):
+        raise ValueError(f"{name}={brief(values)} is not finite; give three numbers, one per channel")
+    return found
 
 
 def _same(value: Any, wanted: Any, side: int) -> bool:

@@ -53,7 +53,8 @@ def load_image(path: str | Path, max_square_pixels: int = MAX_SQUARE_PIXELS) -> 
     try:
         found = path.is_file()
     except (OSError, ValueError) as error:  # a name that no file system takes: too long, or with a null in it
-        raise ValueError(f"{str(path)[:200]!r} is no name of a file ({error}); check the name") from None
+        reason = getattr(error, "strerror", None) or error  # an OSError's own text repeats the name
+        raise ValueError(f"there is no image file of the name {name} ({reason}); check the name") from None
     if not found:
         raise FileNotFoundError(f"there is no image file {name}; check the name and the image folder")
     return _read_rgb(path, name, max_square_pixels)

@@ -83,6 +83,17 @@ def test_a_tensor_that_does_not_belong(model, tmp_path, name, value, message):
     assert message in refused(source, tmp_path / "new")
 
 
+@pytest.mark.parametrize("pad", [10**30, 128, -129])
+def test_a_padding_token_without_a_row_is_named_with_its_folder(model, tmp_path, pad):
+    model.save_pretrained(tmp_path / "source")
+    file = tmp_path / "source" / "config.json"
+    values = json.loads(file.read_text())
+    values["text_config"]["pad_token_id"] = pad
+    file.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"source: pad_token_id=.* is no row of 128 .*give 0 to 127, or null"):
+        DynamicLlavaForConditionalGeneration.from_pretrained(tmp_path / "source")
+
+
 def test_part_of_a_predictor_is_no_predictor(tmp_path, model):
     model.save_pretrained(tmp_path / "source")
     file, lost = tmp_path / "source" / "model.safetensors", "model.language_model.output_predictor.head.4.bias"
@@ -106,6 +117,7 @@ def test_part_of_a_predictor_is_no_predictor(tmp_path, model):
         ({"hidden_size": 128}, "wrong shapes"),
         ({"hidden_size": "large"}, "hidden_size 'large', which should be a positive whole number"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps"),
+        ({"pad_token_id": 10**30}, "no row of 128 (vocab_size)"),
         ({"sparse_config": 3}, "sparse_config"),
         ({"clip_vision_config": None}, "add clip_vision_config"),
         ({"sparse_config": {"vision_keep_rate": 0.2}}, "no sparse_layer"),

@@ -89,6 +89,8 @@ def test_missing_and_foreign_files_are_named(tmp_path):
         load_image(tmp_path / "nothing.jpg")
     with pytest.raises(FileNotFoundError, match=r"there is no image file .*half\\ud96f\.jpg"):  # to be printed
         load_image(tmp_path / "half\ud96f.jpg")
+    with pytest.raises(ValueError, match=r"^(?=.{,1100}$)there is no image file .*too long\); check the name"):
+        load_image(5000 * "x")
     with pytest.raises(FileNotFoundError):
         load_image(tmp_path)
     for content in (b"", b"no picture"):

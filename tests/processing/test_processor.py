@@ -121,6 +121,13 @@ def test_contradicting_or_missing_files_are_named(tmp_path):
     file.write_text(json.dumps({**values, "rescale_factor": 1.0}))
     with pytest.raises(ValueError, match=r"rescale_factor=1\.0"):
         DynamicLlavaProcessor.from_pretrained(tmp_path)
+    for wrong in ([[None], 0.5, 0.5], [[0.5], [0.5], [0.5]], "0.5", [True, 0.5, 0.5], [10**400, 0.5, 0.5]):
+        file.write_text(json.dumps({**values, "image_std": wrong}))
+        with pytest.raises(ValueError, match=r"preprocessor_config\.json of .*image_std=.*give three numbers"):
+            DynamicLlavaProcessor.from_pretrained(tmp_path)
+    file.write_text(json.dumps({**values, "crop_size": "\ud800"}))
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json holds half a character"):
+        DynamicLlavaProcessor.from_pretrained(tmp_path)
     file.write_text("{")
     with pytest.raises(ValueError, match="no valid JSON"):
         DynamicLlavaProcessor.from_pretrained(tmp_path)
