@@ -12,14 +12,14 @@ from matplotlib.axes import Axes
 from dynamic_llava.viz import style
 
 _KEEP_CURVES = (
-    ("image_keep_rate", "image tokens", style.ACCENT),
-    ("output_keep_rate", "output tokens", style.SECOND),
-    ("prompt_keep_rate", "prompt tokens", style.THIRD),
+    ("image_keep_rate", "image tokens", style.IMAGE_TOKENS),
+    ("output_keep_rate", "output tokens", style.OUTPUT_TOKENS),
+    ("prompt_keep_rate", "prompt tokens", style.PROMPT_TOKENS),
 )
 
 _PANELS = (
-    ("flops", 1e-12, "One step without cache", "TFLOP"),
-    ("memory", 2**-30, "Memory with cache", "GiB"),
+    ("flops", 1e-12, "One step without cache", "TFLOP, calculated"),
+    ("memory", 2**-30, "Memory with cache", "GiB, calculated"),
 )
 
 
@@ -40,20 +40,20 @@ def draw_training_curves(
     if not any(runs.values()):
         raise ValueError("no training records were given; give the lines of at least one metrics.jsonl")
     sparse = [name for name, log in runs.items() if any(_curve(log, key)[0] for key, _, _ in _KEEP_CURVES)]
-    figure = style.new_figure(4.6 * (len(sparse) + 1), 3.5)
+    figure = style.new_figure(5.2 * (len(sparse) + 1), 4.2)
     axes = figure.subplots(1, len(sparse) + 1, squeeze=False)[0]
     for axis, name in zip(axes, sparse, strict=False):
         _draw_keep_rates(axis, runs[name], targets, f"keep rates, {name}")
     last = axes[-1]
     style.tidy_axes(last, "language-model loss", "step", "")
-    for (name, log), color in zip(runs.items(), style.SERIES * 4, strict=False):
-        steps, values = _curve(log, loss_key)
+    for name, look in style.looks(runs).items():
+        steps, values = _curve(runs[name], loss_key)
         if steps:
-            last.plot(steps, values, color=color, linewidth=1.6, label=name)
+            last.plot(steps, values, color=look.color, linestyle=look.dashes, linewidth=1.8, label=name)
     last.set_ylim(bottom=0)
-    last.legend(frameon=False, fontsize=9, labelcolor=style.INK)
+    last.legend(frameon=False, fontsize=style.NOTE, labelcolor=style.INK)
     if title:
-        figure.suptitle(title, fontsize=12, color=style.INK, fontweight="bold", x=0.01, ha="left")
+        figure.suptitle(title, fontsize=style.TITLE, color=style.INK, fontweight="bold", x=0.01, ha="left")
     return style.save(figure, path)
 
 
@@ -64,22 +64,19 @@ def draw_budget_curves(path: Path, lines: Mapping[str, Mapping[float, float]], t
     """
     if not lines:
         raise ValueError("no lines were given; give at least one mapping of keep rate to accuracy")
-    figure = style.new_figure(6.4, 3.9)
+    figure = style.new_figure(8.0, 4.9)
     axes = figure.subplots()
     style.tidy_axes(
         axes, "Short answers over the image budget", "image tokens kept from the sparse layer on, %", "accuracy, %"
     )
-    for (name, points), color in zip(
-        lines.items(), (style.QUIET, style.ACCENT, style.SECOND, style.THIRD, style.INK), strict=False
-    ):
-        rates = sorted(points)
-        values = [100 * points[rate] for rate in rates]
-        axes.plot(
-            [100 * rate for rate in rates], values, color=color, linewidth=1.8, marker="o", markersize=4, label=name
-        )
+    for name, look in style.looks(lines).items():
+        rates = sorted(lines[name])
+        values = [100 * lines[name][rate] for rate in rates]
+        drawn = {"color": look.color, "linestyle": look.dashes, "marker": look.mark, "markersize": 5}
+        axes.plot([100 * rate for rate in rates], values, linewidth=2, label=name, **drawn)
     axes.axvline(100 * trained_rate, color=style.GRID, linewidth=6, zorder=0, label="trained rate")
     axes.set_ylim(top=101)
-    axes.legend(frameon=False, fontsize=9, labelcolor=style.INK, loc="lower right")
+    axes.legend(frameon=False, fontsize=style.NOTE, labelcolor=style.INK, loc="lower right")
     return style.save(figure, path)
 
 
@@ -88,24 +85,24 @@ def draw_cost_curves(
 ) -> Path:
     """Draw a PNG with two panels, one curve per method; returns the path.
 
-    `rows` have method, outputs, flops and memory (bytes), as profile/tables.py gives them. `device_gib` marks the
-    memory of a device. ValueError without any row.
+    `rows` have method, outputs, flops and memory (bytes), as profile/tables.py calculates them; the axes say so.
+    `device_gib` marks the memory of a device. ValueError without any row.
     """
     if not rows:
         raise ValueError("no rows were given; give those of the curve report")
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    figure = style.new_figure(9.6, 3.9)
+    methods = style.looks(row["method"] for row in rows)
+    figure = style.new_figure(11.0, 4.8)
     for axes, (key, scale, heading, unit) in zip(figure.subplots(1, 2), _PANELS, strict=True):
         style.tidy_axes(axes, heading, "generated tokens", unit)
-        for method, color in zip(methods, (style.QUIET, style.SECOND, style.ACCENT, style.THIRD), strict=False):
+        for method, look in methods.items():
             points = sorted((row["outputs"], row[key] * scale) for row in rows if row["method"] == method)
-            axes.plot(*zip(*points, strict=True), color=color, linewidth=1.8, label=method)
+            axes.plot(*zip(*points, strict=True), color=look.color, linestyle=look.dashes, linewidth=2, label=method)
         if key == "memory" and device_gib is not None:
             axes.axhline(device_gib, color=style.GRID, linewidth=4, zorder=0, label=f"the device: {device_gib:.1f} GiB")
         axes.set_ylim(bottom=0)
-        axes.legend(frameon=False, fontsize=9, labelcolor=style.INK)
+        axes.legend(frameon=False, fontsize=style.NOTE, labelcolor=style.INK)
     if title:
-        figure.suptitle(title, fontsize=12, color=style.INK, fontweight="bold", x=0.01, ha="left")
+        figure.suptitle(title, fontsize=style.TITLE, color=style.INK, fontweight="bold", x=0.01, ha="left")
     return style.save(figure, path)
 
 
@@ -120,7 +117,7 @@ def _draw_keep_rates(axes: Axes, log: Sequence[Mapping[str, Any]], targets: Mapp
             goal = f"target {100 * targets[key]:.0f} %"
             axes.axhline(100 * targets[key], color=color, linewidth=1, linestyle=(0, (4, 3)), label=goal)
     axes.set_ylim(0, 100)
-    axes.legend(frameon=False, fontsize=9, labelcolor=style.INK, ncols=2, loc="upper right")
+    axes.legend(frameon=False, fontsize=style.NOTE, labelcolor=style.INK, ncols=2, loc="upper right")
 
 
 def _curve(log: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
@@ -141,25 +138,23 @@ def draw_quality_against_cost(path: Path, panels: Sequence[Mapping[str, Any]], *
         raise ValueError("no panels were given; give one for each benchmark and cost")
     columns = max(1, len({panel["title"] for panel in panels}))
     rows = -(-len(panels) // columns)
-    figure = style.new_figure(4.4 * columns + 2.6, 3.5 * rows)
-    names = list(dict.fromkeys(point["name"] for panel in panels for point in panel["points"]))
-    looks = {name: (style.SERIES[i % 4], _MARKS[i // 4 % len(_MARKS)]) for i, name in enumerate(names)}
+    figure = style.new_figure(5.0 * columns + 3.4, 4.2 * rows)
+    looks = style.looks(point["name"] for panel in panels for point in panel["points"])
     shown: dict[str, Any] = {}
     for axes, panel in zip(figure.subplots(rows, columns, squeeze=False).flat, panels, strict=False):
         shown = _draw_panel(axes, panel, looks) | shown
-    listed = [name for name in (*names, _FRONT) if name in shown]
+    listed = [name for name in (*looks, _FRONT) if name in shown]
     handles = [shown[name] for name in listed]
-    figure.legend(handles, listed, loc="outside right upper", frameon=False, fontsize=8, labelcolor=style.INK)
+    figure.legend(handles, listed, loc="outside right upper", frameon=False, fontsize=style.NOTE, labelcolor=style.INK)
     heading = title or "Quality against cost"
-    figure.suptitle(heading, fontsize=12, color=style.INK, fontweight="bold", x=0.01, ha="left")
-    return style.save(figure, path), style.save(figure, path.with_suffix(".svg"))
+    figure.suptitle(heading, fontsize=style.TITLE, color=style.INK, fontweight="bold", x=0.01, ha="left")
+    return style.save(figure, path, also=[".svg"]), path.with_suffix(".svg")
 
 
-_MARKS = ("o", "s", "^", "D", "v", "P")
 _FRONT = "Pareto front"
 
 
-def _draw_panel(axes: Axes, panel: Mapping[str, Any], looks: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
+def _draw_panel(axes: Axes, panel: Mapping[str, Any], looks: Mapping[str, style.Look]) -> dict[str, Any]:
     """Draw one panel; return what the legend shows by name."""
     style.tidy_axes(axes, panel["title"], panel["cost"], panel["quality"])
     front = sorted((point["cost"], point["quality"]) for point in panel["points"] if point["front"])
@@ -168,14 +163,14 @@ def _draw_panel(axes: Axes, panel: Mapping[str, Any], looks: Mapping[str, tuple[
         line = axes.plot(*zip(*front, strict=True), color=style.FADED, linewidth=3, zorder=1, drawstyle="steps-post")
         shown[_FRONT] = line[0]
     for point in panel["points"]:
-        color, mark = looks[point["name"]]
+        look = looks[point["name"]]
         spread = None
         if point["interval"] is not None:
             low, high = point["interval"]
             spread = [[max(0.0, point["difference"] - low)], [max(0.0, high - point["difference"])]]
         shown[point["name"]] = axes.errorbar(
-            point["cost"], point["quality"], yerr=spread, color=color, marker=mark, markersize=6, elinewidth=1,
-            capsize=2, linestyle="none", zorder=2,
+            point["cost"], point["quality"], yerr=spread, color=look.color, marker=look.mark, markersize=7,
+            elinewidth=1, capsize=2, linestyle="none", zorder=2,
         )  # fmt: skip
     if panel["lower_is_better"]:
         axes.invert_yaxis()

@@ -8,7 +8,7 @@ from dynamic_llava.viz.cache_growth import draw_cache_growth
 
 def test_the_curves_are_the_bytes(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(style, "save", lambda figure, path: figures.append(figure) or path)
+    monkeypatch.setattr(style, "save", lambda figure, path, **_: figures.append(figure) or path)
     lines = {"dense": [1024, 2048, 3072], "sparse": [512, 1024]}
     assert draw_cache_growth(tmp_path / "a.png", lines) == tmp_path / "a.png"
     curves = figures[0].axes[0].get_lines()

@@ -6,7 +6,8 @@ from PIL import Image
 
 from dynamic_llava.viz.curves import draw_training_curves
 from dynamic_llava.viz.greyed_answers import GreyedAnswer, draw_greyed_answers, draw_keep_rate_by_word
-from dynamic_llava.viz.kept_patches import PatchChoice, draw_kept_patches, fade_dropped, patch_outline
+from dynamic_llava.viz.kept_patches import PatchChoice, draw_kept_patches
+from dynamic_llava.viz.patches import PatchView, fade_dropped, patch_outline
 
 
 def picture(side=32):
@@ -26,10 +27,11 @@ def test_fading_leaves_kept_patches_alone():
 
 
 def test_the_outline_of_two_neighbours_has_no_inner_edge():
-    edges = patch_outline([0, 1], (2, 2), side=4)
+    view = PatchView((8, 8), (2, 2))
+    edges = patch_outline([0, 1], view, 8, 8)
     assert len(edges) == 6
     assert ((3.5, -0.5), (3.5, 3.5)) not in edges
-    assert len(patch_outline([0, 3], (2, 2), side=4)) == 8
+    assert len(patch_outline([0, 3], view, 8, 8)) == 8
 
 
 def test_kept_patches_are_drawn(tmp_path):
@@ -60,7 +62,7 @@ def test_dropped_words_are_lighter_than_kept_ones(tmp_path):
     def darkest(kept):
         answer = GreyedAnswer(picture(), list(range(16)), "", ["wwwwwwww"], [kept])
         image = Image.open(draw_greyed_answers(tmp_path / f"{kept}.png", [answer], (4, 4))).convert("L")
-        return np.asarray(image)[40:75, 232:420].min()
+        return np.asarray(image)[55:95, 418:700].min()
 
     assert darkest(True) < 80 < darkest(False)
 
