@@ -25,7 +25,8 @@ LAYER = {
     "checkpoints": 6, "data": 6, "tiny/base": 6, "viz": 6,
     "train": 7, "eval": 7,
     "auto_classes": 8, "calibrate": 8, "chat": 8, "profile": 8, "tiny/job": 8,
-    "apps": 9, "sweep": 9, "tiny": 9,
+    "apps": 9, "look": 9, "sweep": 9, "tiny": 9,
+    "__main__": 10,
 }  # fmt: skip
 """A room, its `__main__.py` and other entry points counted with it, imports rooms of lower layers only."""
 
@@ -44,7 +45,7 @@ ROOMS = {
     "accelerate": {"train", "eval"}, "deepspeed": {"train"}, "peft": {"train"}, "wandb": {"train"},
     "omegaconf": {"cli"}, "tyro": {"cli"},
     "yaml": {"cli", "train"},
-    "PIL": {"processing", "viz", "tiny", "profile", "eval"},
+    "PIL": {"processing", "viz", "tiny", "profile", "eval", "look"},
     "datasets": {"data", "eval"}, "filelock": {"data"},
     "matplotlib": {"viz"},
     "nltk": {"eval"}, "openpyxl": {"eval"},

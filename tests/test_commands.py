@@ -26,7 +26,7 @@ MEASURES = ("latency", "roofline", "training", "curve", "attention", "benchmark"
 LONG = (*(f"profile {name}" for name in MEASURES), "tiny benchmarks")
 """Commands whose arguments alone are checked."""
 WHOLE = ("profile flops", "profile tokens", "profile memory", "eval --tasks list", "sweep")
-"""Commands that lack nothing here."""
+"""Commands that lack nothing here, as does `look` alone."""
 IN_PLACE_OF = {"scripts/eval.sh": "dynamic_llava.eval", "scripts/sweep.sh": "dynamic_llava.sweep"}
 BENCHMARK = ["dynamic_llava.profile", "benchmark"]
 
@@ -55,7 +55,7 @@ def words_of(command):
 
 def starts(words, known):
     """Whether the command without its package is one of `known`."""
-    text = " ".join(words).removeprefix("dynamic_llava.")
+    text = " ".join(words).removeprefix("dynamic_llava.").removeprefix("dynamic_llava ")
     return any(text == name or text.startswith(name + " ") for name in known)
 
 
@@ -94,7 +94,7 @@ def test_command(page, command, elsewhere, monkeypatch, capsys):
         check_script(words)
     elif starts(words, LONG) and "--help" not in words:
         check_arguments(words, monkeypatch)
-    elif starts(words, WHOLE) or "--help" in words:
+    elif starts(words, WHOLE) or "--help" in words or words == ["dynamic_llava", "look"]:
         words += ["--dry-run"] if words[0] == "dynamic_llava.sweep" and "--dry-run" not in words else []
         assert run_module(words, monkeypatch) == 0, capsys.readouterr().err
     else:

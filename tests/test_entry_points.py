@@ -26,6 +26,7 @@ HELP = {
     "eval.__main__": [
         "", "compare", "compare-seeds", "score", "build-lvis", "build-sharegpt4v", "ppl-speed",
     ],
+    "look.__main__": [""],
     "profile.__main__": [
         "", "flops", "tokens", "memory", "memory x.yaml", "latency", "roofline", "training", "curve", "benchmark",
         "part", "summary", "against", "data",
@@ -36,11 +37,12 @@ HELP = {
     "train.__main__": [""],
     "train.launch": [""],
 }  # fmt: skip
-"""Every module that `python -m` runs, with its commands."""
+"""Every module that `python -m` runs, with its commands; the console command over them: tests/test_console.py."""
 PAGES = [(module, page) for module, pages in HELP.items() for page in pages]
 EXTRA_OF = {
     "calibrate.__main__": "train", "chat.__main__": None, "checkpoints.__main__": "convert",
-    "data.__main__": "train", "eval.__main__": "eval", "profile.__main__": "train", "sweep.__main__": "train",
+    "data.__main__": "train", "eval.__main__": "eval", "look.__main__": "look", "profile.__main__": "train",
+    "sweep.__main__": "train",
     "tiny.__main__": "train", "tiny.train_base": "train", "train.__main__": "train", "train.launch": "train",
 }  # fmt: skip
 TWINS = [{"--output-folder", "--output-dir"}, {"--batch-size", "--batch"}, {"--output", "--out"}]
@@ -72,7 +74,7 @@ def options_of(text):
 def test_every_entry_point_is_here():
     files = [path for path in PACKAGE.rglob("*.py") if 'if __name__ == "__main__":' in path.read_text()]
     found = {path.relative_to(PACKAGE).with_suffix("") for path in files}
-    assert {".".join(path.parts) for path in found} == set(HELP) == set(EXTRA_OF)
+    assert {".".join(path.parts) for path in found} - {"__main__"} == set(HELP) == set(EXTRA_OF)
 
 
 @pytest.mark.parametrize(("module", "page"), PAGES)
@@ -110,6 +112,7 @@ def test_places_of_a_conversion_are_named(capsys):
         ("train.__main__", ["--output-dir", "y"], "--output-folder"),
         ("checkpoints.__main__", ["convert", "a", "b", "--visiontower", "c"], "--vision-tower"),
         ("chat.__main__", ["--model", "tiny", "--max-tokens", "3"], "--max-new-tokens"),
+        ("look.__main__", ["--output-dir", "y"], "--output-folder"),
     ],
 )
 def test_a_mistyped_or_former_option_names_the_one_that_is_meant(module, arguments, meant, capsys):
@@ -138,6 +141,7 @@ COMMANDS = {
     "tiny.train_base": [],
     "tiny": ["page", "."],
     "profile": ["memory", "run.yaml"],
+    "look": [],
 }
 
 

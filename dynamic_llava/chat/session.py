@@ -173,12 +173,8 @@ def chat(options: ChatOptions) -> None:
     )
 
 
-def load(options: ChatOptions) -> tuple[Any, DynamicLlavaProcessor, Method]:
-    """Return the model on the default device, in eval mode, its processor, and what decides.
-
-    FileNotFoundError when there is no model; ValueError when it is dense and a method needs its predictors.
-    """
-    name = options.model
+def find_checkpoint(name: str) -> str:
+    """Return the folder or hub name of what a user calls a checkpoint; FileNotFoundError where there is none."""
     source = checkpoint_source(name)
     try:
         checkpoint_files(source)
@@ -186,6 +182,16 @@ def load(options: ChatOptions) -> tuple[Any, DynamicLlavaProcessor, Method]:
         raise FileNotFoundError(f"{error}; {', '.join(SHIPPED)} is the model that ships with the package") from None
     except OSError as error:
         raise FileNotFoundError(f"{name} holds no checkpoint that can be read: {str(error).splitlines()[0]}") from None
+    return source
+
+
+def load(options: ChatOptions) -> tuple[Any, DynamicLlavaProcessor, Method]:
+    """Return the model on the default device, in eval mode, its processor, and what decides.
+
+    FileNotFoundError when there is no model; ValueError when it is dense and a method needs its predictors.
+    """
+    name = options.model
+    source = find_checkpoint(name)
     import_named(options.method)
     config = DynamicLlavaConfig.from_pretrained(source)
     method = choose_method(config.sparsity, sparsity=options.sparsity, method=options.method)

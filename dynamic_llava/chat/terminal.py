@@ -48,7 +48,7 @@ class AnswerText:
         text = self._decode(self._tokens)
         if text.endswith(INCOMPLETE):
             return
-        self.pieces.append(Piece(_printable(text[self._length :]), self._waiting))
+        self.pieces.append(Piece(printable(text[self._length :]), self._waiting))
         self._length, self._waiting = len(text), 0
         decisions, self._decisions = self._decisions, []
         for kept in decisions:
@@ -197,6 +197,9 @@ def _columns(character: str) -> int:
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
-def _printable(text: str) -> str:
-    """Return the text without control characters, which a model might send to steer the terminal."""
+def printable(text: str) -> str:
+    """Return a text without what steers a terminal or turns a line's direction: control characters are replaced.
+
+    Model, file and user may have written it. Line ends stay, other white space becomes a space.
+    """
     return "".join(one if one == "\n" or one.isprintable() else " " if one.isspace() else INCOMPLETE for one in text)

@@ -30,7 +30,7 @@ EXTRAS = {
     "gguf": ("smol",),
     "google": ("convert",),
     "loguru": ("lmms-eval",),
-    "matplotlib": ("train", "eval"),
+    "matplotlib": ("train", "eval", "look"),
     "nltk": ("eval",),
     "omegaconf": ("train", "eval", "convert"),
     "openpyxl": ("eval", "lmms-eval"),
@@ -120,6 +120,18 @@ class _Without(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         return self.beginning.match(record.getMessage()) is None
+
+
+CONSOLE = "dynamic-llava"
+"""The console command; `python -m dynamic_llava` is the same. Its sub-commands are the modules with a __main__.py."""
+_MODULE = re.compile(r"python -m dynamic_llava\.(\w+)(?!\w|\.\w)")
+
+
+def as_typed(text: str) -> str:
+    """Return a help text in the words of the console command where that is what runs, as the first word typed says."""
+    program = Path(sys.argv[0] if sys.argv else "")
+    by_module = program.name == "__main__.py" and program.parent.name == "dynamic_llava"
+    return _MODULE.sub(rf"{CONSOLE} \1", text) if program.stem == CONSOLE or by_module else text
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -224,6 +236,36 @@ def add_method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(METHOD, action=_TakeMethod, metavar="NAME", help=METHOD_HELP)
 
 
+class _TakeMethods(argparse.Action):
+    """Collects `--method=PATH=VALUE` (see `_joined`) into a list; a name begins a method, settings are of the last."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        path, value = _setting(values)
+        methods = [*(getattr(namespace, self.dest) or ())]
+        if path == "name":
+            methods.append({})
+        elif not methods:
+            parser.error(f"{METHOD}.{path} {value} stands before the method that it is a setting of; put it behind")
+        methods[-1] = nested_method([(path, value)], methods[-1])
+        setattr(namespace, self.dest, methods)
+
+
+def add_methods(parser: argparse.ArgumentParser, otherwise: str) -> None:
+    """Add `--method`, which may be given more than once; its value is a list of mappings, None where none is named.
+
+    otherwise: what decides then, for the help.
+    """
+    parser.add_argument(
+        METHOD,
+        action=_TakeMethods,
+        dest="methods",
+        metavar="NAME",
+        help="what decides; may be given more than once: a method's name, such as fastv, or package.module:Class for "
+        "a class of your own; --method.SETTING VALUE behind it, e.g. --method.layer 3, sets its settings "
+        f"(default: {otherwise})",
+    )
+
+
 class _ImportProjector(argparse.Action):
     """Imports the class that is named; a checkpoint that names it can be opened from then on."""
 
@@ -256,6 +298,11 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"formatter_class": Help, "allow_abbrev": False, **settings})
+        self.prog = as_typed(self.prog)
+
+    def format_help(self) -> str:
+        """Return the help in the words of the command that was typed."""
+        return as_typed(super().format_help())
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse; an option that no command here has ends the process, before its value is taken for a command."""

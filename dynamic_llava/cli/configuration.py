@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from dynamic_llava.cli.commands import METHOD, METHOD_HELP, take_method
+from dynamic_llava.cli.commands import METHOD, METHOD_HELP, as_typed, take_method
 from dynamic_llava.files import brief, brief_text
 
 Config = TypeVar("Config")
@@ -51,7 +51,7 @@ def load_config(config_class: type[Config], arguments: Sequence[str], program: s
     with _plain_help():
         return tyro.cli(
             config_class,
-            prog=program,
+            prog=as_typed(program),
             description=description,
             args=rest,
             default=config_class() if default is None else default,
@@ -121,7 +121,7 @@ def choose_command(commands: Mapping[str, type], arguments: Sequence[str], progr
     with _plain_help():
         return tyro.extras.subcommand_cli_from_dict(
             dict(commands),
-            prog=program,
+            prog=as_typed(program),
             description=description,
             args=list(arguments),
             config=(tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff),
@@ -139,7 +139,7 @@ def _plain_help() -> Iterator[None]:
         text = re.sub(r" +$", "", printed.getvalue(), flags=re.MULTILINE)
         text = re.sub(r"--method \{[^}]*\}", "--method NAME", text)  # `load_config` takes it; tyro does not know how
         text = re.sub(r"^ (\S.*)\n -+$", r"\1:", text, flags=re.MULTILINE)  # a title, underlined
-        print(re.sub(r"^ +-+\n", "", text, flags=re.MULTILINE), end="")
+        print(as_typed(re.sub(r"^ +-+\n", "", text, flags=re.MULTILINE)), end="")
 
 
 def _chain(config_class: type, path: Path, below: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:

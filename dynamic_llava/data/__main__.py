@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dynamic_llava.cli import load_config
-from dynamic_llava.cli.commands import Parser, entry_point, exit_on_mistake
+from dynamic_llava.cli.commands import Parser, as_typed, entry_point, exit_on_mistake
 from dynamic_llava.config.run import RunConfig
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _help() -> str:
     commands.add_parser(
         "first-batch", help="CONFIG.yaml [overrides]: open the data as training does; seconds and peak memory as JSON"
     )
-    return f"{parser.format_help()}\n{PROGRAM} COMMAND --help shows every setting."
+    return as_typed(f"{parser.format_help()}\n{PROGRAM} COMMAND --help shows every setting.")
 
 
 def _check(arguments: list[str]) -> int:
