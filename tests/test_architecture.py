@@ -49,7 +49,7 @@ ROOMS = {
     "datasets": {"data", "eval"}, "filelock": {"data"},
     "matplotlib": {"viz"},
     "nltk": {"eval"}, "openpyxl": {"eval"},
-    "lmms_eval": {"eval"},
+    "lmms_eval": {"eval"}, "vlmeval": {"eval"},
     "triton": {"sparsity"},
 }  # fmt: skip
 

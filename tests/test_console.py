@@ -12,8 +12,10 @@ from dynamic_llava import __main__ as console
 from tests.test_entry_points import HELP, ROOT, options_of
 from tests.test_public_api import OPTIONAL, loaded_after
 
-ELSEWHERE = {"train.__main__": "train.launch", "tiny.train_base": "tiny.__main__"}
-"""Entry points without a command of their own: the one that starts each, or whose help names it."""
+ELSEWHERE = {
+    "train.__main__": "train.launch", "tiny.train_base": "tiny.__main__", "eval.vlmevalkit": "docs/lmms-eval.md",
+}  # fmt: skip
+"""Entry points without a command of their own: the one that starts each, or whose help names it, or the page."""
 
 
 def asked(words, monkeypatch, capsys, program="dynamic-llava"):

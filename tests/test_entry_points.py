@@ -26,6 +26,7 @@ HELP = {
     "eval.__main__": [
         "", "compare", "compare-seeds", "score", "build-lvis", "build-sharegpt4v", "ppl-speed",
     ],
+    "eval.vlmevalkit": [""],
     "look.__main__": [""],
     "profile.__main__": [
         "", "flops", "tokens", "memory", "memory x.yaml", "latency", "roofline", "training", "curve", "benchmark",
@@ -41,8 +42,8 @@ HELP = {
 PAGES = [(module, page) for module, pages in HELP.items() for page in pages]
 EXTRA_OF = {
     "calibrate.__main__": "train", "chat.__main__": None, "checkpoints.__main__": "convert",
-    "data.__main__": "train", "eval.__main__": "eval", "look.__main__": "look", "profile.__main__": "train",
-    "sweep.__main__": "train",
+    "data.__main__": "train", "eval.__main__": "eval", "eval.vlmevalkit": "eval", "look.__main__": "look",
+    "profile.__main__": "train", "sweep.__main__": "train",
     "tiny.__main__": "train", "tiny.train_base": "train", "train.__main__": "train", "train.launch": "train",
 }  # fmt: skip
 TWINS = [{"--output-folder", "--output-dir"}, {"--batch-size", "--batch"}, {"--output", "--out"}]

@@ -79,8 +79,6 @@ def generate_answers(
     `switches` are keyword arguments of generate() (sparsity=..., method=..., rates). The model is put into eval mode.
     """
     model.eval()
-    ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
     method = choose_method(model.config.sparsity, **switches)
     found: dict[int, Prediction] = {}
     for batch in progress(batches, title):
@@ -96,7 +94,7 @@ def generate_answers(
             **switches,
         )
         finite.check()
-        read = _read(output, batch, processor, ends, model.config.text_config.num_hidden_layers, held)
+        read = read_predictions(output, batch, processor, model, held)
         found.update(zip(batch.places, read, strict=True))
     return [found[place] for place in sorted(found)]
 
@@ -162,6 +160,15 @@ def seen_in_layers(record: Any, where_BN: Tensor, layers: int) -> Tensor:
     return record.tokens_per_layer(where_BN)  # type: ignore[no-any-return]
 
 
+def read_predictions(
+    output: Any, batch: QueryBatch, processor: DynamicLlavaProcessor, model: Any, held: Held | None
+) -> list[Prediction]:
+    """Cut each row of generate()'s output at its end token and pair it with what was kept of it."""
+    ends = model.generation_config.eos_token_id
+    layers = model.config.text_config.num_hidden_layers
+    return [*_read(output, batch, processor, set(ends if isinstance(ends, list) else [ends]), layers, held)]
+
+
 def _read(
     output: Any,
     batch: QueryBatch,
@@ -170,7 +177,6 @@ def _read(
     layers: int,
     held: Held | None,
 ) -> Iterator[Prediction]:
-    """Cut each row of generate()'s output at its end token and pair it with what was kept of it."""
     prompt_BN = batch.inputs["input_ids"]
     answers = output.sequences[:, prompt_BN.shape[1] :].tolist()
     image_kept, decisions = _decisions(output.sparsity, prompt_BN, processor)

@@ -68,11 +68,14 @@ def request_prompt(context: str, images: int, write: Callable[[Sequence[Turn]], 
     return write([(context, None)])
 
 
-def plan_batches(requests: Sequence[Any], size: int) -> list[list[int]]:
-    """Return the requests' places in batches of one generation_kwargs and similar length, longest first."""
+def plan_batches(requests: Sequence[Any], size: int, settings_at: int = 1) -> list[list[int]]:
+    """Return the requests' places in batches of one generation_kwargs and similar length, longest first.
+
+    settings_at: the place of the generation_kwargs among a request's arguments.
+    """
     alike: dict[str, list[int]] = defaultdict(list)
     for place, request in enumerate(requests):
-        alike[json.dumps(request.args[1], sort_keys=True)].append(place)
+        alike[json.dumps(request.args[settings_at], sort_keys=True)].append(place)
     batches = []
     for places in alike.values():
         places.sort(key=lambda place: -len(requests[place].args[0]))

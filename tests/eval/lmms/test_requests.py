@@ -119,6 +119,8 @@ def test_places_that_do_not_fit_the_images_are_refused(context, images):
 def test_batches_hold_every_request_once_with_one_setting_each(rows, size):
     requests = [SimpleNamespace(args=(context, {"max_new_tokens": limit})) for context, limit in rows]
     batches = plan_batches(requests, size)
+    chats = [SimpleNamespace(args=(context, print, {"max_new_tokens": limit})) for context, limit in rows]
+    assert plan_batches(chats, size, settings_at=2) == batches
     assert sorted(place for batch in batches for place in batch) == list(range(len(rows)))
     for batch in batches:
         assert 1 <= len(batch) <= size
