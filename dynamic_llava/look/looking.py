@@ -197,7 +197,7 @@ def see(
         except ValueError as error:
             if not chat.turns:  # the first question, or the conversation has been begun anew
                 raise
-            print(f"not asked: {question} ({error})", file=sys.stderr)
+            print(f"not asked: {printable(question)} ({error})", file=sys.stderr)
             turns.append(SeenTurn(printable(question), [], [], 0, f"not asked: {error}"))
             continue
         writer.finish(text.pieces, f"{answer.use} {STOPPED[answer.ended]}".rstrip())
@@ -210,7 +210,7 @@ def see(
         image_tokens=[len(one) for one in seen],
         kept=kept,
         seen=seen,
-        chance=getattr(watched, "noted", None) or None,
+        chance=watched.noted if isinstance(watched, Watched) and watched.noted else None,
         turns=turns,
         sparse_lengths=[step.use.sparse_tokens for step in steps],
         dense_lengths=[step.use.dense_tokens for step in steps],

@@ -100,7 +100,8 @@ def _patches(sight: Sight, place: int, name: str, pixels: np.ndarray, view: Patc
     kept = grid.patches(sight.kept[place])
     said = patch_caption(kept, view, (pixels.shape[1], pixels.shape[0]))
     shown = fade_dropped(pixels, kept, view.grid, view.size)
-    out = [_figure(shown, f"{name} by {sight.label}: {said}, the other patches faded", f"{sight.label}: {said}")]
+    rest = ", the other patches faded" if len(kept) < view.count else ""
+    out = [_figure(shown, f"{name} by {sight.label}: {said}{rest}", f"{sight.label}: {said}")]
     for title, heat in share_titles(sight):
         values = heat[place][grid.first :]
         low, high = f"{min(values):.2f}", f"{max(values):.2f}"

@@ -19,8 +19,10 @@ from dynamic_llava.look.__main__ import main
 from dynamic_llava.look.looking import Looked, LookOptions, PatchGrid, SeenTurn, Sight, look, patch_grid
 from dynamic_llava.look.page import page_of
 from dynamic_llava.look.writing import cache_lines, write_all
+from dynamic_llava.methods import METHODS as METHODS_BY_NAME
 from dynamic_llava.viz.cache_growth import DENSE_CALCULATED
 from dynamic_llava.viz.patches import PatchView
+from tests.builders import LEARNED
 from tests.tiny_pipeline import write_checkpoint, write_test_set
 
 HOSTILE = '<script>alert("x")</script> & <img src=http://evil.example/x onerror=alert(1)> \'"$5 $6'
@@ -102,6 +104,7 @@ def words_of(methods):
             yield from (f"--method.{key.replace('_', '-')}", text)
 
 
+TWO_METHODS = {name: METHODS[name] for name in ("dynamic", "random")}
 QUESTIONS = (HOSTILE, "And now?", "What else?")
 
 
@@ -119,7 +122,7 @@ def test_what_the_page_of_three_images_shows_is_the_record(made, capsys, tmp_pat
     given = [word for name in SIZES for word in ("--image", str(made.folder / name))]
     questions = ["--ask", HOSTILE, "--turns", str(made.folder / "turns.txt"), "--max-new-tokens", "6"]
     out = tmp_path / "new" / "out"
-    code = main(["--model", made.model, *given, *questions, *words_of(METHODS), "--out", str(out)])
+    code = main(["--model", made.model, *given, *questions, *words_of(TWO_METHODS), "--out", str(out)])
     said = capsys.readouterr()
     assert code == 0, said.err
     assert f"page: {out / 'index.html'}" in said.out
@@ -129,7 +132,7 @@ def test_what_the_page_of_three_images_shows_is_the_record(made, capsys, tmp_pat
         assert (out / f"{name}.pdf").read_bytes().startswith(b"%PDF")
     page = check_alone((out / "index.html").read_text(encoding="utf-8"))
     numbers = json.loads((out / "look.json").read_text())
-    records = {name: asked(made, name, 3, QUESTIONS, 6) for name in METHODS}
+    records = {name: asked(made, name, 3, QUESTIONS, 6) for name in TWO_METHODS}
     check_pictures(page, list(SIZES), {name: kept for name, (kept, _) in records.items()})
     check_numbers(numbers, [(name, *record) for name, record in records.items()], said)
     assert "".join(page.texts["h2"]).count(HOSTILE) == 1
@@ -156,6 +159,24 @@ def check_pictures(page, names, kept_by):
             if name != "random":  # a keep probability, or layers that differ
                 assert not np.array_equal(pixels_of(next(shown)), original)
     assert next(shown, None) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS_BY_NAME)
+def test_every_method_can_be_looked_at(made, name, capsys):
+    """What is drawn is what its record says; one that has learned is refused where the checkpoint lacks its weights."""
+    options = {"images": (made.folder / "portrait.png",), "ask": "What?", "max_new_tokens": 3}
+    looking = LookOptions(model=made.model, methods=({"name": name},), **options)
+    if name in LEARNED:
+        with pytest.raises(ValueError, match=r"so method .* would be decided at random"):
+            look(looking)
+        return
+    found = look(looking)
+    page = check_alone(page_of(found, cache_lines(found.sights)))
+    original, *shown = (pixels_of(one) for one in page.images)
+    numbers = PatchView(SIZES["portrait.png"], (8, 8)).numbers(*original.shape[1::-1])
+    assert np.array_equal((shown[0] == original).all(2), np.isin(numbers, found.sights[0].kept[0]))
+    assert found.sights[0].use.bytes <= found.sights[0].use.dense_bytes
 
 
 def check_numbers(numbers, records, said):
