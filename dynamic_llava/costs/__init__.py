@@ -16,10 +16,12 @@ from dynamic_llava.costs.flops import (
 )
 from dynamic_llava.costs.memory import Sharding, TrainingMemory, training_memory
 from dynamic_llava.costs.shapes import (
+    BASES,
     DEVICE_PEAKS,
     LLAVA_7B,
     LLAVA_13B,
     LLAVA_SHAPES,
+    Base,
     DecoderShape,
     DevicePeak,
     Learned,
@@ -35,10 +37,12 @@ from dynamic_llava.costs.shapes import (
 )
 
 __all__ = [
+    "BASES",
     "DEVICE_PEAKS",
     "LLAVA_7B",
     "LLAVA_13B",
     "LLAVA_SHAPES",
+    "Base",
     "DecoderShape",
     "DevicePeak",
     "Learned",

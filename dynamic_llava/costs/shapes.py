@@ -175,6 +175,42 @@ LLAVA_SHAPES = {name: LlavaShape(decoder, _CLIP_L_336, 576) for name, decoder in
 
 
 @dataclass(frozen=True)
+class Base:
+    """A published model that sparsity may be put on: its language model and how long its images usually are."""
+
+    name: str
+    decoder: DecoderShape
+    image_tokens: int
+    about: str
+    """Whose config.json the sizes are from, and what the number of image tokens stands for."""
+
+
+_MISTRAL_7B = DecoderShape(hidden=4096, layers=32, intermediate=14336, heads=32, kv_heads=8, vocab=32064)
+_QWEN2_7B = DecoderShape(
+    hidden=3584, layers=28, intermediate=18944, heads=28, kv_heads=4, vocab=152064, incoming_bias=True
+)
+_QWEN3_8B = DecoderShape(
+    hidden=4096, layers=36, intermediate=12288, heads=32, kv_heads=8, vocab=151936, head_dim=128, head_norms=True
+)
+_TILES = "576 for the whole image and for each of four tiles; newline tokens left out"
+_PIXELS = "1,280 tokens, the upper end of the range that the model card shows (max_pixels)"
+BASES = {
+    base.name: base
+    for base in (
+        Base("llava-1.5-7b", LLAVA_7B, 576, "llava-hf/llava-1.5-7b-hf"),
+        Base("llava-1.5-13b", LLAVA_13B, 576, "llava-hf/llava-1.5-13b-hf"),
+        Base("llava-next-vicuna-7b", LLAVA_7B, 2880, f"llava-hf/llava-v1.6-vicuna-7b-hf; {_TILES}"),
+        Base("llava-next-vicuna-13b", LLAVA_13B, 2880, f"llava-hf/llava-v1.6-vicuna-13b-hf; {_TILES}"),
+        Base("llava-next-mistral-7b", _MISTRAL_7B, 2880, f"llava-hf/llava-v1.6-mistral-7b-hf; {_TILES}"),
+        Base("qwen2-vl-7b", _QWEN2_7B, 1280, f"Qwen/Qwen2-VL-7B-Instruct; {_PIXELS}"),
+        Base("qwen2.5-vl-7b", _QWEN2_7B, 1280, f"Qwen/Qwen2.5-VL-7B-Instruct; {_PIXELS}"),
+        Base("qwen3-vl-8b", _QWEN3_8B, 1280, "Qwen/Qwen3-VL-8B-Instruct; 1,280 tokens, as the others"),
+    )
+}
+"""Bases by name, with the sizes of their config.json."""
+
+
+@dataclass(frozen=True)
 class DevicePeak:
     """What a device can do at best, by its maker's data sheet."""
 
@@ -219,8 +255,8 @@ def decoder_shape(config: Any) -> DecoderShape:
         vocab=text.vocab_size,
         head_dim=getattr(text, "head_dim", None),
         attention_bias=bool(getattr(text, "attention_bias", False)),
-        incoming_bias=text.model_type == "qwen2",
-        head_norms=text.model_type == "qwen3",
+        incoming_bias=text.model_type in ("qwen2", "qwen2_vl_text", "qwen2_5_vl_text"),
+        head_norms=text.model_type in ("qwen3", "qwen3_vl_text"),
         mlp_bias=bool(getattr(text, "mlp_bias", False)),
         tied_head=bool(config.tie_word_embeddings),
     )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynamic_llava.cli.commands import Parser, add_method, entry_point, exit_on_mistake, missing_package
 from dynamic_llava.files import WriteError
+from dynamic_llava.profile.bases import add_bases, base_report, bases_asked
 
 if TYPE_CHECKING:
     import torch
@@ -55,14 +56,13 @@ def _parser() -> argparse.ArgumentParser:
     tokens = command("tokens", _tokens, "token statistics (Table 8)")
     memory = command("memory", _memory, "memory of a generation, or of a training run (CONFIG.yaml)", TRAINING_HELP)
     latency = command("latency", _latency, "times of vision tower, prefill and steps, with and without cache; totals")
-    roofline = command("roofline", _latency, "the same beside the limit of the device, measured in the same run")
+    roofline = command("roofline", _roofline, "the same beside the device's limit, measured too; or limits of bases")
     training = command("training", _training, "a training step's time, and its memory measured beside the calculation")
     curve = command("curve", _curve, "FLOPs and memory over generated tokens (Fig. 1)")
     for made in (flops, tokens, memory, latency, roofline, training, curve):
         made.add_argument("--json", action="store_true", help="print one line of JSON per row after the table")
     for made in (memory, latency, roofline, training, curve):
-        _add_preset(made)
-    for made in (memory, latency, roofline, training, curve):
+        _add_preset(made, several=made is roofline)
         add_method(made)
     for made in (memory, latency, roofline, curve):
         made.add_argument("--outputs", type=int, nargs="+", help="numbers of generated tokens (default: the preset's)")
@@ -70,12 +70,9 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--device", help="cpu, or an accelerator's name (default: the accelerator, if there is one)")
     memory.add_argument("--measured", action="store_true", help="run it too, and read the peak")
     for made in (latency, roofline):
-        made.add_argument(
-            "--compiled", action="store_true", help="time compiled steps as well (compiling takes minutes)"
-        )
+        made.add_argument("--compiled", action="store_true", help="time compiled steps as well (it takes minutes)")
         made.add_argument("--uncached", action="store_true", help="time steps without cache as well")
-    roofline.set_defaults(limits=True)
-    latency.set_defaults(limits=False)
+    add_bases(roofline)
     curve.add_argument("--tokens", type=int, help="longest answer (default: the preset's, a quarter longer)")
     curve.add_argument("--plot", type=Path, help="write the curves as PNG (needs matplotlib)")
     curve.add_argument("--device-memory", type=float, help="GiB of a device, marked in the picture")
@@ -146,15 +143,13 @@ def _add_data(command: Callable[..., argparse.ArgumentParser]) -> None:
     data.add_argument("--output", type=Path, default=Path("docs/results/data"), help="results, without .md and .json")
 
 
-def _add_preset(parser: argparse.ArgumentParser) -> None:
+def _add_preset(parser: argparse.ArgumentParser, several: bool = False) -> None:
     from dynamic_llava.profile.presets import PRESETS
 
     known = "; ".join(f"{preset.name}: {preset.about}" for preset in PRESETS.values())
     parser.add_argument("--preset", default="table4", help=f"protocol, one of {known}")
-    parser.add_argument("--batch-size", type=int, help="rows (default: the preset's)")
-    parser.add_argument(
-        "--layers", type=int, help="fewer decoder layers, where memory is short (default: the preset's)"
-    )
+    parser.add_argument("--batch-size", type=int, nargs="+" if several else None, help="rows (default: the preset's)")
+    parser.add_argument("--layers", type=int, help="fewer decoder layers, to save memory (default: the preset's)")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -217,7 +212,11 @@ def _memory(options: Any) -> int:
     return _show(options, [measured_report(bench)], device)
 
 
-def _latency(options: Any) -> int:
+def _roofline(options: Any) -> int:
+    return _show(options, [base_report(options)]) if bases_asked(options) else _latency(options, limited=True)
+
+
+def _latency(options: Any, limited: bool = False) -> int:
     from dynamic_llava.profile import latency
     from dynamic_llava.profile.measuring import measure_limits
     from dynamic_llava.profile.workload import device_asked, dtype_asked
@@ -231,7 +230,7 @@ def _latency(options: Any) -> int:
     rows = [*latency.vision_rows(bench), *latency.prefill_rows(bench), *latency.step_rows(bench, variants, lengths)]
     if options.uncached:
         rows += latency.uncached_rows(bench, lengths)
-    limits = measure_limits(device, dtype) if options.limits else None
+    limits = measure_limits(device, dtype) if limited else None
     _show(options, [latency.latency_report(preset, rows, limits)], device)
     failed = latency.failures(rows)
     for line in failed:
