@@ -149,6 +149,14 @@ class TokenLayout:
         """(B, N) int64: the index of each output token among its row's output tokens (undefined elsewhere)."""
         return self.output.cumsum(1) - 1
 
+    def answer_begins(self) -> Tensor:
+        """(B, N) int64: at each output token the rank of the first token of its answer (undefined elsewhere).
+
+        An answer is a run of output tokens with no prompt or image token in it; padding does not end it.
+        """
+        others_BN = self.valid & ~self.output
+        return torch.where(others_BN, self.output.cumsum(1), 0).cummax(1).values
+
     def answer_lengths(self) -> Tensor:
         """(B, N) int64: at each output token the length of the answer (run of output tokens) it belongs to, else 0."""
         return run_lengths(self.output)

@@ -42,7 +42,7 @@ class Laws:
             out = self.model(**self.batch, labels=self.batch["input_ids"], **self.switches)
         self.refuse_ties(margins)
         self.expected, self.record = out.logits, out.sparsity
-        self.keep = self.record.keep_mask.bool()
+        self.keep, self.held = self.record.keep_mask.bool(), self.record.seen_by(self.record.layers - 1)
         self.real = self.batch["attention_mask"].bool()
 
     def refuse_ties(self, margins):
@@ -113,7 +113,7 @@ class Laws:
     def a_live_cache_equals_masking(self):
         for turn, out, _ in self.turns(self.parts, self.switches):
             self.assert_turn(turn, out.logits, self.expected, "live cache")
-        assert out.sparsity.cache_lengths.tolist() == self.keep.sum(1).tolist()
+        assert out.sparsity.cache_lengths.tolist() == self.held.sum(1).tolist()
         assert out.sparsity.dense_cache_lengths.tolist() == self.record.seen_by(0).sum(1).tolist()
 
     def a_row_alone_equals_the_row_in_the_batch(self):
@@ -122,7 +122,7 @@ class Laws:
             turns = self.turns(parts, self.of_rows(slice(row, row + 1)))
             for (_, out, _), end in zip(turns, ends.values(), strict=True):
                 assert_same_logits(out.logits[0, -1], self.expected[row, end], what=f"row {row} alone, column {end}")
-            assert int(out.sparsity.cache_lengths) == int(self.keep[row].sum())
+            assert int(out.sparsity.cache_lengths) == int(self.held[row].sum())
 
     def permuted_rows_give_permuted_results(self):
         if self.rows < 2:

@@ -49,6 +49,8 @@ MODEL = {
     "image_keep_rate": st.sampled_from([0.05, 0.2, 0.34, 0.5, 1.0]),
     "image_selection": st.sampled_from(["topk", "threshold"]),
     "prompt_keep_rate": st.sampled_from([None, 0.7]),
+    "output_window": st.sampled_from([0, 0, 1, 3, 50]),
+    "output_sinks": st.sampled_from([0, 0, 0, 2]),
     "masked_softmax": st.sampled_from(["reference", "chunked"]),
     "attention": st.sampled_from(["sdpa", "eager"]),
     "family": st.sampled_from(sorted(FAMILIES)),
@@ -154,6 +156,7 @@ def build(shape):
         text.head_dim = shape.head_dim
     sparsity = SparsityConfig(
         sparse_layer=shape.sparse_layer, image_keep_rate=shape.image_keep_rate, image_selection=shape.image_selection,
+        output_window=shape.output_window, output_sinks=shape.output_sinks,
         cache_block=shape.cache_block, masked_softmax=shape.masked_softmax, output_min_length=1,
         prompt_keep_rate=shape.prompt_keep_rate, prompt_min_length=1,
         predictor_width=8, predictor_heads=2, predictor_mlp=8, predictor_blocks=1,

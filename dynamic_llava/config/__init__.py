@@ -43,6 +43,10 @@ class SparsityConfig:
     """Image decision at inference: the floor(r_I * n) highest margins (Eq. 11), or every positive margin (Eq. 5)."""
     output_threshold: float = 0.0
     """An output token is kept where keep logit - drop logit exceeds this; 0 is the paper's rule (Eq. 5)."""
+    output_window: int = 0
+    """w: a dropped output token is still seen in the next w steps (docs/method.md, section 7); 0: the paper."""
+    output_sinks: int = 0
+    """s: the first s tokens of each answer are kept whatever the predictor says; 0: the paper."""
     output_min_length: int = 50
     """LEN_OT: shorter answers are not sparsified in training."""
     prompt_keep_rate: float | None = None
@@ -92,7 +96,8 @@ class SparsityConfig:
             check_keep_rate("prompt_keep_rate", self.prompt_keep_rate)
         for name, low in (("predictor_width", 4), ("predictor_heads", 1), ("predictor_mlp", 1), ("cache_block", 1)):
             _at_least(name, getattr(self, name), low, "choose a larger value")
-        for name in ("output_min_length", "prompt_min_length", "predictor_blocks", "keep_rate_weight"):
+        counts = ("output_min_length", "prompt_min_length", "output_window", "output_sinks", "predictor_blocks")
+        for name in (*counts, "keep_rate_weight"):
             _at_least(name, getattr(self, name), 0, "choose 0 or more")
         if self.predictor_width % self.predictor_heads:
             raise ValueError(
@@ -107,6 +112,11 @@ class SparsityConfig:
         _one_of("dropped_tokens", self.dropped_tokens, ("masked_softmax", "zero_vectors"))
         _one_of("masked_softmax", self.masked_softmax, ("auto", "reference", "chunked", "triton"))
         check_calibration(self.calibration)
+        if self.output_window and self.dropped_tokens == "zero_vectors":
+            raise ValueError(
+                f"output_window={self.output_window} and dropped_tokens='zero_vectors' contradict each other: a token "
+                "that is a zero vector cannot be seen by those in its window; leave one of them out"
+            )
         if self.mask_grad_clip is not None and self.mask_grad_clip <= 0:
             raise ValueError(f"mask_grad_clip={self.mask_grad_clip} must be positive; use None to switch it off")
 

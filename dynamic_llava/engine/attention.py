@@ -23,11 +23,14 @@ from dynamic_llava.engine.question import QuestionReading
 from dynamic_llava.engine.tower import TowerReading
 from dynamic_llava.sparsity.masked_softmax import masked_softmax_attention
 from dynamic_llava.sparsity.ragged_attention import ragged_attention
+from dynamic_llava.sparsity.window import Band
 
 PREFIX = "sparse_"
 """Begins our name of every attention implementation."""
 READS_NAME = "flash"
 """Part of the names of implementations that look up a kernel by the name in the configuration of the module."""
+LIVE_CACHE_ATTENTION = ("sdpa", "eager")
+"""Attention implementations that can read a cache whose rows have different lengths."""
 _REGISTERED: set[str] = set()
 
 
@@ -41,6 +44,7 @@ def sparse_attention(
     *,
     masked_softmax: str | None = None,
     padding_mask: Tensor | None = None,
+    band: Band | None = None,
     filled: Tensor | None = None,
     visible: Tensor | None = None,
     question: QuestionReading | None = None,
@@ -52,11 +56,12 @@ def sparse_attention(
 
     masked_softmax names an implementation of MaskedSoftmax (Eq. 7): dropped tokens are masked by it. attention_mask is
     then the keep mask, (B, N) float, 1 = kept, its gradient is exact, and padding_mask is (B, N) bool, True = real
-    token; both belong to a whole sequence. (The keep mask is a layer's second positional argument because a reentrant
-    checkpoint gives gradients to positional arguments alone.) filled is (B,) int64: one new token of each row (N = 1)
-    attends to the slots that its row of an admission cache had filled before it, and to itself; (B, K) where key heads
-    have filled different ones. question is read on the way, and, in the vision tower's layers, tower. evicting is the
-    `engine.evict.Eviction` of a method that evicts. With none of them this is the implementation `base` itself.
+    token; both belong to a whole sequence, and so does band: which tokens see which whatever the keep mask says. (The
+    keep mask is a layer's second positional argument because a reentrant checkpoint gives gradients to positional
+    arguments alone.) filled is (B,) int64: one new token of each row (N = 1) attends to the slots that its row of an
+    admission cache had filled before it, and to itself; (B, K) where key heads have filled different ones. question is
+    read on the way, and, in the vision tower's layers, tower. evicting is the `engine.evict.Eviction` of a method that
+    evicts. With none of them this is the implementation `base` itself.
     ValueError for a dropout with one of the first two.
     """
     scaling = kwargs["scaling"]
@@ -88,6 +93,7 @@ def sparse_attention(
         value,
         attention_mask,
         padding_mask=padding_mask,
+        band=band,
         scale=scaling,
         implementation=masked_softmax,
     )
@@ -156,6 +162,18 @@ def cache_mask(visible: Tensor, implementation: str, dtype: torch.dtype) -> Tens
     if implementation == "sdpa":
         return visible
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)
+
+
+def check_attention(implementation: str) -> None:
+    """Raise ValueError unless the attention implementation takes a mask per row, as ragged caches and scoring need, and
+    as a window over output tokens does.
+    """
+    if implementation not in LIVE_CACHE_ATTENTION:
+        raise ValueError(
+            f"attn_implementation={implementation!r} cannot decode on an admission cache, nor score answers in one "
+            "pass, nor hide tokens behind a window; load the model with one of "
+            f"{', '.join(map(repr, LIVE_CACHE_ATTENTION))}, or, without a window, pass use_cache=False"
+        )
 
 
 for _name in ("eager", "sdpa"):

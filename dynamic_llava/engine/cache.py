@@ -17,17 +17,18 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from dynamic_llava.engine.attention import check_attention
+from dynamic_llava.engine.decide import Past
 from dynamic_llava.engine.plan import Stage, cuts_of
 from dynamic_llava.engine.record import SparsityRecord
 from dynamic_llava.layout import TokenLayout
 from dynamic_llava.methods import Method
 from dynamic_llava.sparsity.cache import AdmissionSlots, DecisionLog, SlotStorage, TokenSlots, write_token
+from dynamic_llava.sparsity.window import WindowSlots
 
 EARLIER = "past_key_values"
 CACHE = "cache" if "cache" in inspect.signature(LlamaDecoderLayer.forward).parameters else EARLIER
 """Argument of transformers' layers, and key of the arguments that `generate` hands from step to step."""
-LIVE_CACHE_ATTENTION = ("sdpa", "eager")
-"""Attention implementations that can read a cache whose rows have different lengths."""
 
 
 def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
@@ -200,11 +201,13 @@ class StageCache:
 class AdmissionCache(Cache):
     """The live state of one generation; belongs to its caller, never to the model."""
 
-    def __init__(self, num_layers: int, cuts: int | Sequence[int], block: int = 64) -> None:
+    def __init__(self, num_layers: int, cuts: int | Sequence[int], block: int = 64, window: int = 0) -> None:
         """Create an empty cache for a method that decides at the layers `cuts`, one or several, ascending.
 
-        Layers between two cuts are a group: they store the same tokens. Raises ValueError for a layer out of range.
+        Layers between two cuts are a group: they store the same tokens. With a window they hold the last `window`
+        output tokens whatever was decided. Raises ValueError for a layer out of range.
         """
+        self.window = window
         self.cuts = (cuts,) if isinstance(cuts, int) else tuple(cuts)
         if list(self.cuts) != sorted({*self.cuts}) or any(not 0 <= cut < num_layers for cut in self.cuts):
             raise ValueError(
@@ -213,7 +216,7 @@ class AdmissionCache(Cache):
             )
         self.starts = (0, *(cut for cut in self.cuts if cut))
         """The first layer of each group."""
-        self.groups = [AdmissionSlots(block) for _ in self.starts]
+        self.groups = self._empty_groups(block)
         """Which slots the layers of a group have filled."""
         self.decisions = DecisionLog(block, num_layers)
         """What was decided about every token seen so far."""
@@ -221,6 +224,8 @@ class AdmissionCache(Cache):
         """(B,) int64: output tokens seen so far in each row."""
         self.seen_images: Tensor | None = None
         """(B,) int64: images seen so far in each row."""
+        self.answer_begins: Tensor | None = None
+        """(B,) int64: output tokens seen before each row's answer under way."""
         self.positions_ahead: Tensor | None = None
         """(B, 1) int64: how far a row's positions are ahead of its columns, as in the opening chunk; None: 0."""
         self.group_of = [sum(layer >= start for start in self.starts) - 1 for layer in range(num_layers)]
@@ -232,7 +237,7 @@ class AdmissionCache(Cache):
     @classmethod
     def for_method(cls, method: Method, num_layers: int, block: int = 64) -> "AdmissionCache":
         """Create an empty cache for a method. ValueError where the method cannot decide in so many layers."""
-        return cls(num_layers, [cut.layer for cut in cuts_of(method, num_layers)], block)
+        return cls(num_layers, [cut.layer for cut in cuts_of(method, num_layers)], block, method.drop_delay)
 
     @property
     def dense(self) -> AdmissionSlots:
@@ -260,6 +265,11 @@ class AdmissionCache(Cache):
         return self.decisions.tokens
 
     @property
+    def past(self) -> Past:
+        """What each row has seen so far, as decisions are told."""
+        return Past(self.seen_images, self.seen_outputs, self.answer_begins)
+
+    @property
     def record(self) -> SparsityRecord | None:
         """What was kept of all tokens seen so far, calls of `generate` and of `forward` alike; None while empty.
 
@@ -269,9 +279,8 @@ class AdmissionCache(Cache):
             return None
         layout, until = self.decisions.so_far()
         layers = self.decisions.layers
-        return SparsityRecord(
-            layout, until, layers, until == layers, layout.output, *self.lengths(), self.head_lengths()
-        )
+        held = (*self.lengths(), self.head_lengths())
+        return SparsityRecord(layout, until, layers, until == layers, layout.output, *held, window=self.window)
 
     def lengths(self) -> tuple[Tensor, Tensor]:
         """(B,), (B,) int64: tokens in the last layer and in the first; copies, for they change in place."""
@@ -286,32 +295,42 @@ class AdmissionCache(Cache):
         for slots in self.groups:
             slots.reserve(1)
         keys, values = zip(*(layer.grow() for layer in self.layers), strict=True)
-        groups = [TokenSlots(slots.open_lengths()) for slots in self.groups]
+        groups = [slots.token() for slots in self.groups]
         return StepCache(list(keys), list(values), groups, self if self.evicts else None)
 
     def note(self, layout: TokenLayout, until_BN: Tensor) -> None:
         """Take note of a chunk that has been through all layers, and of what became of it: until_BN (B, N) int64."""
         self.decisions.add(layout, until_BN)
         outputs_B, images_B = layout.output.sum(1), layout.image_starts.sum(1)
+        before_B = torch.zeros_like(outputs_B) if self.seen_outputs is None else self.seen_outputs
+        others_BN = layout.valid & ~layout.output
+        begins_B = torch.where(others_BN, layout.output.cumsum(1) + before_B[:, None], 0).amax(1)
+        self.answer_begins = begins_B if self.answer_begins is None else begins_B.maximum(self.answer_begins)
         self.seen_outputs = outputs_B if self.seen_outputs is None else self.seen_outputs + outputs_B
         self.seen_images = images_B if self.seen_images is None else self.seen_images + images_B
 
     def commit_chunk(self, admits: Sequence[Tensor]) -> None:
         """Admit a chunk's tokens, (B, Q) bool in each group, and close the gaps that dropped tokens left."""
         for number, (slots, admit_BQ) in enumerate(zip(self.groups, admits, strict=True)):
-            source, target = slots.commit_chunk(admit_BQ)
-            for group, layer in zip(self.group_of, self.layers, strict=True):
-                if group == number:
-                    layer.move(source, target)
+            self.move(number, *slots.commit_chunk(admit_BQ))
+
+    def move(self, number: int, source: Tensor, target: Tensor) -> None:
+        """Move tokens of a group from slots to others, (B, Q) int64 each."""
+        for group, layer in zip(self.group_of, self.layers, strict=True):
+            if group == number:
+                layer.move(source, target)
+
+    def _empty_groups(self, block: int) -> list[AdmissionSlots]:
+        return [WindowSlots(block, self.window) if self.window else AdmissionSlots(block) for _ in self.starts]
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.groups = [AdmissionSlots(slots.block) for slots in self.groups]
+        self.groups = self._empty_groups(self.dense.block)
         for group, layer in zip(self.group_of, self.layers, strict=True):
             layer.slots = self.groups[group]
         self.decisions = DecisionLog(self.dense.block, self.decisions.layers)
-        self.seen_outputs = self.seen_images = self.positions_ahead = None
+        self.seen_outputs = self.seen_images = self.answer_begins = self.positions_ahead = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Choose rows, for beam search."""
@@ -331,7 +350,7 @@ class AdmissionCache(Cache):
     def _select_rows(self, choose: Callable[[Tensor], Tensor]) -> None:
         for part in (*self.groups, self.decisions):
             part.select_rows(choose)
-        for name in ("seen_outputs", "seen_images", "positions_ahead"):
+        for name in ("seen_outputs", "seen_images", "answer_begins", "positions_ahead"):
             if getattr(self, name) is not None:
                 setattr(self, name, choose(getattr(self, name)))
 
@@ -342,10 +361,8 @@ class AdmissionCache(Cache):
         )
 
 
-def check_cache(cache: Cache, cuts: Sequence[int], rows: int, implementation: str) -> None:
-    """Raise ValueError unless `cache` was opened by a sparse call with these cuts and number of rows, and attention can
-    read it.
-    """
+def check_cache(cache: Cache, cuts: Sequence[int], window: int, rows: int, implementation: str) -> None:
+    """Raise ValueError unless a sparse call with these cuts, window and rows opened `cache`, and attention reads it."""
     if not isinstance(cache, AdmissionCache):
         raise ValueError(
             f"cache is a {type(cache).__name__}; sparse decoding needs the AdmissionCache that a sparse call "
@@ -356,6 +373,11 @@ def check_cache(cache: Cache, cuts: Sequence[int], rows: int, implementation: st
             f"the cache was opened with {_named(cache.cuts)} and this call asks for {_named(cuts)}; continue with the "
             "method it was opened with"
         )
+    if cache.window != window:
+        raise ValueError(
+            f"the cache was opened with a window of {cache.window} output tokens and this call asks for {window}; "
+            "continue with the method it was opened with"
+        )
     if cache.is_live and cache.batch_size != rows:
         raise ValueError(
             f"the cache holds {cache.batch_size} rows and this call has {rows}; give every row of the cache its next "
@@ -365,9 +387,8 @@ def check_cache(cache: Cache, cuts: Sequence[int], rows: int, implementation: st
 
 
 def _named(cuts: Sequence[int]) -> str:
-    if len(cuts) == 1:
-        return f"sparse layer {cuts[0]}"
-    return f"sparse layers {', '.join(map(str, cuts))}" if cuts else "no sparse layer"
+    layers = f"sparse layer{'s' if len(cuts) > 1 else ''} {', '.join(map(str, cuts))}"
+    return layers if cuts else "no sparse layer"
 
 
 def check_dense_cache(cache: Cache | None) -> None:
@@ -376,13 +397,4 @@ def check_dense_cache(cache: Cache | None) -> None:
         raise ValueError(
             "this cache was opened by a sparse call, so it lacks tokens; continue with the sparsity that it was opened "
             "with, or give the whole conversation without a cache"
-        )
-
-
-def check_attention(implementation: str) -> None:
-    """Raise ValueError unless the attention implementation takes a mask per row, as ragged caches and scoring need."""
-    if implementation not in LIVE_CACHE_ATTENTION:
-        raise ValueError(
-            f"attn_implementation={implementation!r} cannot decode on an admission cache, nor score answers in one "
-            f"pass; load the model with one of {', '.join(map(repr, LIVE_CACHE_ATTENTION))}, or pass use_cache=False"
         )

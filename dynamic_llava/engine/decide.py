@@ -37,13 +37,15 @@ HOOKS = {"keep_image": "sample", "keep_output": "sample_output", "keep_prompt": 
 class Past:
     """What each row has seen before this chunk, so that a token gets the same draw on every path.
 
-    Both are None where the chunk is the first.
+    All are None where the chunk is the first.
     """
 
     images: Tensor | None = None
     """(B,) int64: images seen."""
     outputs: Tensor | None = None
     """(B,) int64: output tokens seen."""
+    answer_begins: Tensor | None = None
+    """(B,) int64: output tokens that were seen before the answer under way, or, after a prompt token, all of them."""
 
 
 @dataclass(frozen=True)
@@ -144,17 +146,19 @@ def decide(
     return keep_BC, hidden_BCD
 
 
-def admit_token(plan: Plan, learned: Any, hidden_B1D: Tensor, seen_B: Tensor) -> Tensor:
-    """Decide on the single new token of each row (Eq. 6), the seen_B-th of its output; returns (B,) bool. No host read.
+def admit_token(plan: Plan, learned: Any, hidden_B1D: Tensor, past: Past) -> Tensor:
+    """Decide on the single new token of each row (Eq. 6) behind what it has seen; returns (B,) bool. No host read.
 
     Called at the one cut that decides on output tokens.
     """
     valid_B, output_B = plan.layout.valid[:, 0], plan.layout.output[:, 0]
     if plan.keep_mask is not None:
         return plan.keep_mask[:, -1].bool() & valid_B
-    outputs = OutputTokens(hidden=hidden_B1D[:, 0], rank=seen_B, key=plan.sample_key)
+    assert past.outputs is not None and past.answer_begins is not None
+    place_B = past.outputs - past.answer_begins
+    outputs = OutputTokens(hidden=hidden_B1D[:, 0], rank=past.outputs, key=plan.sample_key, place=place_B)
     keep_B = plan.method.keep_output(outputs, learned)
-    check_answer(plan.method, "keep_output", keep_B, seen_B.shape, OUTPUTS)
+    check_answer(plan.method, "keep_output", keep_B, place_B.shape, OUTPUTS)
     return (keep_B | ~output_B) & valid_B
 
 
@@ -328,13 +332,17 @@ def _no_image(plan: Plan, cut: Cut, hidden_BND: Tensor) -> ImageTokens:
 
 def _outputs(plan: Plan, flight: Flight, past: Past) -> OutputTokens:
     layout = flight.layout
-    rank_BC = plan.layout.output_rank().gather(1, flight.column)
-    if past.outputs is not None:
-        rank_BC = rank_BC + past.outputs[:, None]
+    rank_BN, begins_BN = plan.layout.output_rank(), plan.layout.answer_begins()
+    if past.outputs is not None and past.answer_begins is not None:
+        goes_on_BN = (plan.layout.valid & ~plan.layout.output).cumsum(1) == 0
+        begins_BN = torch.where(goes_on_BN, past.answer_begins[:, None], begins_BN + past.outputs[:, None])
+        rank_BN = rank_BN + past.outputs[:, None]
+    rank_BC, begins_BC = (values_BN.gather(1, flight.column) for values_BN in (rank_BN, begins_BN))
     return OutputTokens(
         hidden=flight.hidden[layout.output],
         rank=rank_BC[layout.output],
         key=plan.sample_key[:, None].expand_as(rank_BC)[layout.output],
+        place=(rank_BC - begins_BC)[layout.output],
     )
 
 

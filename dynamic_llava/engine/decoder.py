@@ -83,9 +83,9 @@ class SparseDecoder:
             return self._run(path, inputs_embeds, None, kwargs)
         cuts = [cut.layer for cut in plan.cuts]
         if cache is None and use_cache:
-            cache = AdmissionCache(self.config.num_hidden_layers, cuts, self.settings.cache_block)
+            cache = AdmissionCache(self.config.num_hidden_layers, cuts, self.settings.cache_block, plan.window)
         if cache is not None:
-            check_cache(cache, cuts, inputs_embeds.shape[0], self.config._attn_implementation)
+            check_cache(cache, cuts, plan.window, inputs_embeds.shape[0], self.config._attn_implementation)
             let_evict(cache, plan.method)
         if cache is None or not cache.is_live:
             if cache is not None and told:
@@ -102,7 +102,7 @@ class SparseDecoder:
         layout, layers = path.plan.layout, len(self.layers)
         rotation = self.rotary_emb(hidden_BND, position_ids=path.position_ids)
         flight, until_BN = run_stages(path, Flight.of(hidden_BND, layout, rotation), kwargs)
-        record = SparsityRecord(layout, until_BN, layers, until_BN == layers, layout.output)
+        record = SparsityRecord(layout, until_BN, layers, until_BN == layers, layout.output, window=path.plan.window)
         if isinstance(path, MaskedPath):
             record.keep_mask, record.sparsified_output = path.keep, path.decided & ~layout.prompt
             record.asked = path.decided & layout.prompt
@@ -119,10 +119,12 @@ class SparseDecoder:
         self, hidden_B1D: Tensor, plan: Plan, position_ids: Tensor, cache: AdmissionCache, kwargs: dict[str, Any]
     ) -> DecoderOutput:
         """Run one new token of each row on a live cache."""
-        inputs = hidden_B1D, plan, position_ids, cache.seen_outputs, cache.begin_step()
+        inputs = hidden_B1D, plan, position_ids, cache.past, cache.begin_step()
         hidden_B1D, until_B1 = (compiled_step if plan.compile else decode_step)(self, *inputs, **kwargs)
         layers = len(self.layers)
-        record = SparsityRecord(plan.layout, until_B1, layers, until_B1 == layers, plan.layout.output)
+        record = SparsityRecord(
+            plan.layout, until_B1, layers, until_B1 == layers, plan.layout.output, window=plan.window
+        )
         return DecoderOutput(last_hidden_state=hidden_B1D, cache=cache, sparsity=_noted(record, cache))
 
 

@@ -305,6 +305,11 @@ def check_eviction(method: Method, *, cached: bool) -> None:
             f"method {method.name!r} evicts by {method.evict_sees!r}; let evict_sees be a frozenset of names among "
             f"{', '.join(get_args(SlotEvidence))}"
         )
+    if method.evicts and method.drop_delay:
+        raise ValueError(
+            f"method {method.name!r} evicts stored tokens, and drops output tokens {method.drop_delay} steps late: "
+            "what is evicted is gone at once; let it do one of the two"
+        )
     if method.evicts and not cached:
         raise ValueError(
             f"method {method.name!r} evicts stored tokens, so that what a token sees depends on the steps before it: "

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
-from dynamic_llava.engine.attention import cache_mask
-from dynamic_llava.engine.cache import CACHE, AdmissionCache, check_attention
+from dynamic_llava.engine.attention import cache_mask, check_attention
+from dynamic_llava.engine.cache import CACHE, AdmissionCache
 from dynamic_llava.engine.decide import Flight, Past, asked_prompts, check_question, decide, sample, samples
 from dynamic_llava.engine.evict import Chunk, Eviction, Opening
 from dynamic_llava.engine.learned import learned_of
@@ -31,6 +31,7 @@ from dynamic_llava.engine.question import QuestionReading, relevance
 from dynamic_llava.layout import Packing
 from dynamic_llava.methods import QUESTION_EVIDENCE, Cut, Evidence
 from dynamic_llava.sparsity.decisions import entering_mask
+from dynamic_llava.sparsity.window import ALWAYS, NEVER, Band, WindowSlots
 
 
 class Path(ABC):
@@ -39,6 +40,15 @@ class Path(ABC):
     def __init__(self, decoder: Any, plan: Plan, attention_mask: Tensor | None, position_ids: Tensor) -> None:
         self.decoder, self.plan = decoder, plan
         self.attention_mask, self.position_ids = attention_mask, position_ids
+        self.band: Band | None = None
+        """Which tokens of the chunk see which whatever is decided; None where decisions hold at once."""
+        if plan.window and bool(plan.layout.output.any()):
+            self.band = Band.of(plan.layout, plan.window, self.past.outputs)
+
+    @property
+    def past(self) -> Past:
+        """What each row has seen before the chunk."""
+        return Past()
 
     def check(self) -> None:
         """Raise ValueError for a method that this pass cannot serve, before any layer has run."""
@@ -51,7 +61,7 @@ class Path(ABC):
 
     def decide(self, cut: Cut, flight: Flight, seen: dict[Evidence, Tensor]) -> Flight:
         """Return the flight with what the method keeps of it; nothing is removed yet."""
-        kept_BC, hidden_BCD = decide(self.plan, cut, learned_of(self.decoder), flight, seen, Past())
+        kept_BC, hidden_BCD = decide(self.plan, cut, learned_of(self.decoder), flight, seen, self.past)
         return replace(flight, kept=kept_BC, hidden=hidden_BCD)
 
     @abstractmethod
@@ -80,6 +90,13 @@ class Path(ABC):
         implementation = self.decoder.config._attn_implementation
         stage = kind(self.plan.method, cache, flight.layout, flight.kept, implementation)
         return {CACHE: stage, "evicting": stage}
+
+    def visible(self, flight: Flight) -> Tensor:
+        """(B, C, C) bool: each token sees the kept ones before it, those of its window, and itself."""
+        seen_BCC = torch.eye(flight.kept.shape[1], dtype=torch.bool, device=flight.kept.device) | flight.kept[:, None]
+        if self.band is not None:
+            seen_BCC = seen_BCC | self.band.take(flight.column).real(flight.layout.output).pairs()
+        return seen_BCC.tril()
 
     def cache_mask(self, visible_BCW: Tensor, flight: Flight) -> Tensor:
         """(B, C, W) bool as the mask that attention takes."""
@@ -149,6 +166,15 @@ class MaskedPath(Path):
         """(B, N) float of each cut so far: M as it enters the attention behind it."""
         self._zeroes = self.decoder.training and self.decoder.settings.dropped_tokens == "zero_vectors"
 
+    def check(self) -> None:
+        """Raise ValueError, also, for a window over tokens that are to be zero vectors."""
+        super().check()
+        if self._zeroes and self.band is not None:
+            raise ValueError(
+                f"method {self.plan.method.name!r} drops output tokens {self.plan.window} steps late, and "
+                "dropped_tokens='zero_vectors' makes them zero for all; give an output_window of 0, or 'masked_softmax'"
+            )
+
     def decide(self, cut: Cut, flight: Flight, seen: dict[Evidence, Tensor]) -> Flight:
         """Decide as inference does, or let the method sample in training; decisions may be given with a gradient."""
         plan = self.plan
@@ -173,7 +199,8 @@ class MaskedPath(Path):
         if stage.cut is None or self._zeroes:
             return self.causal_mask(flight), {}
         padding_mask = None if self.attention_mask is None else self.plan.layout.valid
-        return self.entering[-1], {"padding_mask": padding_mask, "masked_softmax": self.decoder.settings.masked_softmax}
+        arguments = {"padding_mask": padding_mask, "masked_softmax": self.decoder.settings.masked_softmax}
+        return self.entering[-1], arguments if self.band is None else {**arguments, "band": self.band}
 
     def shown(self, stage: Stage, hidden_BCD: Tensor) -> Tensor:
         """With "zero_vectors", a dropped token as a zero vector on entering each layer.
@@ -200,8 +227,12 @@ class Dropping(Path):
     """Whether every token that a step would have computed is computed too, not the newest alone."""
 
     def enter(self, flight: Flight) -> Flight:
-        """Return the kept tokens, and dropped ones whose own hidden states are wanted although no other sees them."""
-        return flight.packed(Packing.of(flight.layout.computed(flight.kept, every_step=self.every_step)))
+        """Return the kept tokens, and dropped ones whose own hidden states are wanted although no other sees them.
+
+        With a window all output tokens are computed: what a token sees of them has itself seen others.
+        """
+        computed_BC = flight.layout.computed(flight.kept, every_step=self.every_step)
+        return flight.packed(Packing.of(computed_BC if self.band is None else computed_BC | flight.layout.output))
 
 
 class DropPath(Dropping):
@@ -211,20 +242,46 @@ class DropPath(Dropping):
         super().__init__(*given)
         self.cache = cache
 
+    def check(self) -> None:
+        """Raise ValueError, also, where a window needs a mask that the attention implementation does not take."""
+        if self.band is not None:
+            check_attention(self.decoder.config._attn_implementation)
+        super().check()
+
     def attend(self, stage: Stage, flight: Flight) -> tuple[Tensor | None, dict[str, Any]]:
-        """Open the cache; return a causal mask: filler lies behind every kept token, so it need not be hidden."""
+        """Open the cache; return the mask.
+
+        It is causal where no token in the flight was dropped: filler lies behind every kept token, so it need not be
+        hidden.
+        """
         whole = stage.cut is None
         if self.cache is not None:
             valid_BC, padded = flight.layout.valid, whole and self.attention_mask is not None
             packing = Packing.of(valid_BC) if padded else None
             self.cache.groups[stage.number].open(valid_BC.sum(1), valid_BC.shape[1], packing)
-        mask = self.causal_mask(flight) if whole else create_causal_mask(self.decoder.config, flight.hidden, None, None)
+        if whole:
+            mask = self.causal_mask(flight)
+        elif self.band is None:
+            mask = create_causal_mask(self.decoder.config, flight.hidden, None, None)
+        else:
+            mask = self.cache_mask(self.visible(flight), flight)
         return mask, {CACHE: self.cache} | self.evicting(Opening, flight, self.cache)
 
     def leave(self, stage: Stage, flight: Flight) -> None:
-        """Take the newest token out of the cache again where it was dropped: it had to be computed all the same."""
-        if self.cache is not None and stage.cut is not None:
+        """Take out of the cache again what was dropped, the newest token, or, with a window, what it has left behind.
+
+        They had to be computed all the same.
+        """
+        if self.cache is None or stage.cut is None:
+            return
+        if self.band is None:
             self.cache.groups[stage.number].retract_last(flight.layout.valid.sum(1) > flight.kept.sum(1))
+            return
+        until_BC = self.band.take(flight.column).real(flight.layout.output).until
+        until_BC = torch.where(flight.kept, ALWAYS, until_BC).masked_fill(~flight.layout.valid, NEVER)
+        slots = self.cache.groups[stage.number]
+        assert isinstance(slots, WindowSlots)
+        self.cache.move(stage.number, *slots.settle(until_BC, self.plan.layout.output.sum(1)))
 
 
 class ScorePath(Dropping):
@@ -241,8 +298,7 @@ class ScorePath(Dropping):
         """Return the mask: behind a cut a token sees the kept ones before it, and itself."""
         if stage.cut is None:
             return self.causal_mask(flight), {}
-        itself_CC = torch.eye(flight.kept.shape[1], dtype=torch.bool, device=flight.kept.device)
-        return self.cache_mask((flight.kept[:, None] | itself_CC).tril(), flight), {}
+        return self.cache_mask(self.visible(flight), flight), {}
 
 
 class TurnPath(Dropping):
@@ -251,8 +307,8 @@ class TurnPath(Dropping):
     every_step = True
 
     def __init__(self, *given: Any, cache: AdmissionCache) -> None:
-        super().__init__(*given)
         self.cache = cache
+        super().__init__(*given)
         self.admits: list[Tensor] = []
         """Of each stage so far (B, C) bool: the tokens that stay in the cache."""
 
@@ -265,15 +321,19 @@ class TurnPath(Dropping):
         """Return no evidence: `check` has refused images that a method would decide on by it."""
         return frozenset()
 
-    def decide(self, cut: Cut, flight: Flight, seen: dict[Evidence, Tensor]) -> Flight:
-        """Decide as the first chunk did, counting on from the images and output tokens that the cache has seen."""
-        past = Past(images=self.cache.seen_images, outputs=self.cache.seen_outputs)
-        kept_BC, hidden_BCD = decide(self.plan, cut, learned_of(self.decoder), flight, seen, past)
-        return replace(flight, kept=kept_BC, hidden=hidden_BCD)
+    @property
+    def past(self) -> Past:
+        """The images and output tokens that the cache has seen: decisions count on from them."""
+        return self.cache.past
 
     def attend(self, stage: Stage, flight: Flight) -> tuple[Tensor | None, dict[str, Any]]:
         """Return the mask: a token sees the slots that were filled, the kept tokens before it, and itself."""
         self.admits.append(flight.kept)
-        visible_BCW = self.cache.groups[stage.number].place_chunk(flight.layout.valid, flight.kept)
+        slots, placed = self.cache.groups[stage.number], (flight.layout.valid, flight.kept)
+        if self.band is not None and isinstance(slots, WindowSlots):
+            band = self.band.take(flight.column).real(flight.layout.output)
+            visible_BCW = slots.place_chunk(*placed, band)
+        else:
+            visible_BCW = slots.place_chunk(*placed)
         arguments = {CACHE: self.cache} | self.evicting(Chunk, flight, self.cache)
         return self.cache_mask(visible_BCW, flight), arguments

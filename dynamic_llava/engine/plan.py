@@ -68,6 +68,11 @@ class Plan:
         return next((cut.layer for cut in self.cuts if cut.output), None)
 
     @property
+    def window(self) -> int:
+        """Output tokens that every token sees of those before it, whatever has been decided about them."""
+        return self.method.drop_delay
+
+    @property
     def reads_question(self) -> bool:
         """Whether the method is asked, and decides by something of the question."""
         return any(self.sees(cut) & QUESTION_EVIDENCE for cut in self.cuts)

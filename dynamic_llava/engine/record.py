@@ -37,12 +37,13 @@ class SparsityRecord:
     """The kind of each token."""
     until: Tensor
     """(B, N) int64: the first layer that no longer sees the token; the number of layers where all see it, 0 at padding.
-    What a layer sees, stores and attends to follows from it, whatever the method, before anything is evicted."""
+    What a layer sees, stores and attends to follows from it, whatever the method, before anything is evicted; with a
+    `window` its tokens are seen besides."""
     layers: int
     """L: layers of the language model."""
     keep_mask: Tensor
     """(B, N): M of Eq. 7, 1 (True) where a token is kept to the end, so at every prompt token that no method decides
-    on, and 0 at padding; bool, or float in training. With a cache its row sums are `cache_lengths`."""
+    on, and 0 at padding; bool, or float in training. With a cache, and no window, its row sums are `cache_lengths`."""
     sparsified_output: Tensor
     """(B, N) bool: output tokens that a decision was made for."""
     cache_lengths: Tensor | None = None
@@ -52,6 +53,8 @@ class SparsityRecord:
     head_lengths: Tensor | None = None
     """(B, L, K) int64: tokens that each key head of each layer still holds; None without a cache, and for a method that
     evicts nothing. `until` and the other lengths count the tokens that a layer was given."""
+    window: int = 0
+    """Output tokens that a row holds and shows to its next token whatever was decided: its last ones."""
     entering_masks: tuple[Tensor, ...] = ()
     """(B, N) float of each cut: the keep mask as it entered the attention behind it, in a masked pass."""
     asked: Tensor | None = None
@@ -72,15 +75,23 @@ class SparsityRecord:
         return torch.stack([gradient.abs().amax() for gradient in gradients]).amax() if gradients else None
 
     def seen_by(self, layer: int) -> Tensor:
-        """(B, N) bool: the tokens that a layer sees, which are those that it stores in a cache."""
-        return self.until > layer
+        """(B, N) bool: the tokens that a layer shows the next token, which are those that it stores in a cache."""
+        return self._held_until > layer
+
+    @property
+    def _held_until(self) -> Tensor:
+        """(B, N) int64: `until`, and the number of layers at the tokens of the window, which all layers hold."""
+        if not self.window:
+            return self.until
+        last_BN = self.layout.output_rank() >= self.layout.output.sum(1, keepdim=True) - self.window
+        return self.until.masked_fill(self.layout.output & last_BN, self.layers)
 
     def tokens_per_layer(self, where: Tensor | None = None) -> Tensor:
         """(B, L) int64: how many tokens each layer sees, so how many slots of a cache it fills.
 
         where (B, N) bool counts some of the tokens alone, such as those of images.
         """
-        until_BN = self.until if where is None else self.until.where(where, 0)
+        until_BN = self._held_until if where is None else self._held_until.where(where, 0)
         layers_L = torch.arange(self.layers, device=until_BN.device)
         return (until_BN[:, None] > layers_L[:, None]).sum(-1)
 

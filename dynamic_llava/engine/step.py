@@ -19,10 +19,11 @@ from transformers.utils.output_capturing import capture_outputs
 
 from dynamic_llava.engine.attention import cache_mask
 from dynamic_llava.engine.cache import CACHE, StepCache
-from dynamic_llava.engine.decide import admit_token
+from dynamic_llava.engine.decide import Past, admit_token
 from dynamic_llava.engine.evict import Token
 from dynamic_llava.engine.learned import learned_of
 from dynamic_llava.engine.plan import Plan, Stage, stages_of
+from dynamic_llava.sparsity.window import WindowToken
 
 GRAPHS = 256
 """Most graphs in one process, one for each model, batch size and method; torch's own limit, 8, ends in an error."""
@@ -40,7 +41,7 @@ def decode_step(
     hidden_B1D: Tensor,
     plan: Plan,
     position_ids: Tensor,
-    seen_outputs_B: Tensor,
+    past: Past,
     step: StepCache,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
@@ -55,12 +56,16 @@ def decode_step(
     admit_B, until_B = valid_B, torch.where(valid_B, layers, 0)
     for stage in stages_of(plan.cuts, layers):
         if stage.first == plan.output_layer:
-            admit_B = admit_token(plan, learned_of(decoder), hidden_B1D, seen_outputs_B)
+            admit_B = admit_token(plan, learned_of(decoder), hidden_B1D, past)
             until_B = torch.where(valid_B & ~admit_B, stage.first, until_B)
         given = _given(decoder, plan, stage, hidden_B1D, step, admit_B)
         for layer in decoder.layers[stage.first : stage.end]:
             hidden_B1D = layer(hidden_B1D, position_embeddings=rotation, **given, **kwargs)
-        step.groups[stage.number].admit(admit_B)
+        slots = step.groups[stage.number]
+        if isinstance(slots, WindowToken):
+            slots.step(admit_B, valid_B, plan.layout.output[:, 0])
+        else:
+            slots.admit(admit_B)
     return decoder.norm(hidden_B1D), until_B[:, None]
 
 
@@ -85,7 +90,7 @@ def compiled_step(
     hidden_B1D: Tensor,
     plan: Plan,
     position_ids: Tensor,
-    seen_outputs_B: Tensor,
+    past: Past,
     step: StepCache,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
@@ -99,7 +104,7 @@ def compiled_step(
     replayed = hidden_B1D.device.type != "cpu"
     if replayed:
         torch.compiler.cudagraph_mark_step_begin()
-    hidden_B1D, until_B1 = _compiled(replayed)(decoder, hidden_B1D, plan, position_ids, seen_outputs_B, step)
+    hidden_B1D, until_B1 = _compiled(replayed)(decoder, hidden_B1D, plan, position_ids, past, step)
     # A replay overwrites the outputs of the one before, and the record keeps the decisions of every step.
     return hidden_B1D, until_B1.clone() if replayed else until_B1
 
@@ -183,4 +188,5 @@ def _mark(step: StepCache) -> None:
             torch._dynamo.mark_dynamic(tensor, SLOTS_DIMENSION)
             torch._dynamo.mark_static_address(tensor)
     for slots in step.groups:
-        torch._dynamo.mark_static_address(slots.lengths)
+        for tensor in vars(slots).values():
+            torch._dynamo.mark_static_address(tensor)

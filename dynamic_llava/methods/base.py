@@ -110,6 +110,12 @@ class OutputTokens:
     """(T,) int64: index of the token among its row's output tokens."""
     key: Tensor
     """(T,) int64: noise key of the token's sample."""
+    place: Tensor = None  # type: ignore[assignment]
+    """(T,) int64: index of the token in its answer; by default `rank`, as if the row had one answer."""
+
+    def __post_init__(self) -> None:
+        if self.place is None:
+            object.__setattr__(self, "place", self.rank)
 
 
 @dataclass(frozen=True)
@@ -256,6 +262,11 @@ class Method:
         return torch.ones_like(prompts.rank, dtype=torch.bool)
 
     @property
+    def drop_delay(self) -> int:
+        """How many more output tokens of its row see an output token that `keep_output` has dropped."""
+        return 0
+
+    @property
     def evicts(self) -> bool:
         """Whether stored tokens are evicted; caches then have lengths of their own in each layer and key head."""
         return type(self).evict is not Method.evict
@@ -279,13 +290,7 @@ class Method:
         return None
 
     def evidence_flops(
-        self,
-        tokens: Sequence[int],
-        shape: DecoderShape,
-        *,
-        causal: bool = False,
-        step: bool = False,
-        question: int = 0,
+        self, tokens: Sequence[int], shape: DecoderShape, *, causal: bool = False, step: bool = False, question: int = 0
     ) -> int:
         """Return the FLOPs of the attention that the method is shown in a prefill in which layers see `tokens`.
 

@@ -31,6 +31,7 @@ from dynamic_llava.methods.base import (
     check_rate_or_none,
     keep_all_image,
 )
+from dynamic_llava.methods.eviction import check_count
 from dynamic_llava.sparsity.decisions import evenly_spaced, threshold_keep, top_k_by_answer, top_k_keep
 from dynamic_llava.sparsity.noise import fold_key, gumbel_noise
 from dynamic_llava.sparsity.predictors import ImagePredictor, OutputPredictor, keep_margin
@@ -59,6 +60,10 @@ class Dynamic(OneCut):
     for times and bytes at a stated rate)."""
     output_keep_rate: float | None = None
     """The share that topk and spread keep of an answer; None with threshold, which has no rate."""
+    output_window: int = 0
+    """w: a dropped output token is still seen in the next w steps; 0 is the paper."""
+    output_sinks: int = 0
+    """s: the first s tokens of each answer are kept, whatever `output_selection` says; 0 is the paper."""
 
     prompt_threshold: float | None = None
     """A question's token stays where the third predictor's keep logit - drop logit exceeds this, when both contexts are
@@ -68,6 +73,8 @@ class Dynamic(OneCut):
         check_sparsity_mode(self.sparsity)
         check_keep_rate("image_keep_rate", self.image_keep_rate)
         check_rate_or_none("output_keep_rate", self.output_keep_rate)
+        check_count("output_window", self.output_window, "number of steps")
+        check_count("output_sinks", self.output_sinks, "number of tokens")
         if (self.output_selection == "threshold") != (self.output_keep_rate is None):
             raise ValueError(
                 f"output_selection={self.output_selection!r} with output_keep_rate={self.output_keep_rate}: topk and "
@@ -123,6 +130,8 @@ class Dynamic(OneCut):
             "image_selection": config.image_selection,
             "output_threshold": config.output_threshold,
             "prompt_threshold": None if config.prompt_keep_rate is None else 0.0,
+            "output_window": config.output_window,
+            "output_sinks": config.output_sinks,
         }
 
     @classmethod
@@ -154,6 +163,11 @@ class Dynamic(OneCut):
         """Whether tokens of questions may be dropped."""
         return self.sparsity == "both" and self.prompt_threshold is not None
 
+    @property
+    def drop_delay(self) -> int:
+        """w, where output tokens are dropped."""
+        return self.output_window if self.sparsifies_output else 0
+
     def keep_image(self, cut: Cut, images: ImageTokens, learned: Any) -> Tensor:
         """(I, n) bool from the image predictor."""
         if not self.sparsifies_image:
@@ -173,9 +187,13 @@ class Dynamic(OneCut):
         return relax(logits_In2, noise_In2, draw.tau, self.image_keep_rate, images.valid)
 
     def keep_output(self, outputs: OutputTokens, learned: Any) -> Tensor:
-        """(T,) bool from the output predictor."""
+        """(T,) bool from the output predictor, True at sinks."""
         if not self.sparsifies_output:
             return super().keep_output(outputs, learned)
+        keep_T = self._decided(outputs, learned)
+        return keep_T | (outputs.place < self.output_sinks) if self.output_sinks else keep_T
+
+    def _decided(self, outputs: OutputTokens, learned: Any) -> Tensor:
         margin_T = keep_margin(learned.output_predictor(outputs.hidden))
         if self.output_selection == "threshold":
             return threshold_keep(margin_T, self.output_threshold)
@@ -186,12 +204,13 @@ class Dynamic(OneCut):
         return margin_T + stated_T > 0  # not stated_T alone: the predictor's work must not be optimised away
 
     def sample_output(self, outputs: OutputTokens, learned: Any, draw: Draw) -> Tensor:
-        """(T,) float: the configured relaxation at r_OT, answer by answer."""
+        """(T,) float: the configured relaxation at r_OT, answer by answer; 1 at sinks."""
         if not self.sparsifies_output:
             return super().keep_output(outputs, learned)
         logits_T2 = learned.output_predictor(outputs.hidden)
         noise_T2 = gumbel_noise(fold_key(outputs.key, -1), outputs.rank[:, None])[:, 0]
-        return _relaxed(logits_T2, noise_T2, draw, draw.settings.output_keep_rate)
+        keep_T = _relaxed(logits_T2, noise_T2, draw, draw.settings.output_keep_rate)
+        return keep_T.masked_fill(outputs.place < self.output_sinks, 1.0) if self.output_sinks else keep_T
 
     def keep_prompt(self, prompts: PromptTokens, learned: Any) -> Tensor:
         """(T,) bool from the prompt predictor."""

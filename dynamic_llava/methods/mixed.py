@@ -49,6 +49,11 @@ class Mixed(Method):
             )
         if self.evict_by is not None and not self.evict_by.evicts:
             raise ValueError(f"evict_by={self.evict_by.name!r} evicts nothing; give a method that does, such as h2o")
+        if self.evict_by is not None and self.drop_delay:
+            raise ValueError(
+                f"output_by drops output tokens {self.drop_delay} steps late, and evict_by={self.evict_by.name!r} "
+                "evicts what is stored at once; give output_by an output_window of 0, or leave out evict_by"
+            )
 
     @property
     def _deciding(self) -> tuple[OneCut, ...]:
@@ -72,6 +77,11 @@ class Mixed(Method):
     def used_parts(self) -> tuple[str, ...]:
         """What any method decides by."""
         return tuple(dict.fromkeys(part for one in self._all for part in one.used_parts))
+
+    @property
+    def drop_delay(self) -> int:
+        """That of `output_by`."""
+        return 0 if self.output_by is None else self.output_by.drop_delay
 
     @property
     def evicts(self) -> bool:

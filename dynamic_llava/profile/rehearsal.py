@@ -74,7 +74,8 @@ class Rehearsal:
         kept = outputs
         if self._kept is not None:
             self._kept = self._kept if outputs <= len(self._kept) else self._decided(2 * outputs)
-            kept = int(self._kept[:outputs].sum())
+            said = self._kept[:outputs]
+            kept = int(said.sum()) + int((~said[max(0, outputs - self.method.drop_delay) :]).sum())
         return [tokens + (outputs if layer < self.output_layer else kept) for layer, tokens in enumerate(self.prompt)]
 
     def held(self, outputs: int) -> list[int]:

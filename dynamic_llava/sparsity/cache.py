@@ -131,6 +131,10 @@ class AdmissionSlots:
         if self.lengths is not None:
             self.lengths = choose(self.lengths)
 
+    def token(self) -> "TokenSlots":
+        """Return the slots as a step of one token per row uses them."""
+        return TokenSlots(self.open_lengths())
+
     def open_lengths(self) -> Tensor:
         """Return the lengths (X). RuntimeError before a first chunk has been stored."""
         if self.lengths is None:

@@ -59,7 +59,7 @@ def world_of(family, method, attention="sdpa", side="left", lengths="one", layer
     shape = Shape(
         layers=layers, sparse_layer=layers // 2, heads=4, kv_heads=2, head_dim=16, grid=3, cache_block=2,
         image_keep_rate=0.34, image_selection="topk", masked_softmax="chunked", attention=attention, family=family,
-        seed=seed, prompt_keep_rate=None,
+        seed=seed, prompt_keep_rate=None, output_window=0, output_sinks=0,
     )  # fmt: skip
     lengths = "one" if method in READS_TOWER else lengths  # it decides by pixels
     return World(

@@ -13,15 +13,16 @@ import torch
 triton = pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
-FILES = [f"test_{name}.py" for name in ("masked_softmax", "masked_softmax_gradients", "masked_softmax_memory")]
-FEW = "2-131-left or 64-16 or ragged and 200"
+TESTED = "masked_softmax", "masked_softmax_gradients", "masked_softmax_memory", "window"
+FILES = [f"test_{name}.py" for name in TESTED]
+FEW = "2-131-left or 64-16 or ragged and 200 or within_the_window"
 """Grouped heads, padding, several tiles and splits, poisoned slots."""
 
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024}
 """Bytes a program may use, by compute capability. 8.6 and 8.9 run what 8.0 runs, and have 99 KiB instead of 163."""
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 NUMBERS = {"query", "key", "value", "keys", "values", "out", "grad_out", "grad_query", "grad_key", "grad_value"}
-INTEGERS = {"order": "i32", "kept_before": "i32", "counts": "i32", "lengths": "i64"}
+INTEGERS = {"order": "i32", "kept_before": "i32", "counts": "i32", "lengths": "i64", "step": "i32", "until": "i32"}
 FLOATS, COUNTS = {"scale", "score_scale", "cap"}, {"tokens", "slots_each", "splits"}
 KEYS_VARIANTS = {
     "kept": {"WHICH": 1, "WITH_KEYS": True, "WITH_KEEP": True},
@@ -88,7 +89,10 @@ def check_masked(kernel_name, dtype, size, capability, **variant):
     from dynamic_llava.sparsity.kernels.triton_common import padded
 
     blocks = triton_attention.blocks_of(kernel_name, dtype, size)
-    sizes = {"GROUPS": 1, "SIZE": size, "WIDTH": padded(size), "ROWS": blocks.rows, "KEYS": blocks.keys, **variant}
+    sizes = {
+        "GROUPS": 1, "SIZE": size, "WIDTH": padded(size), "ROWS": blocks.rows, "KEYS": blocks.keys,
+        "WITH_BAND": False, **variant,
+    }  # fmt: skip
     kernel = getattr(triton_masked, f"{kernel_name}_kernel")
     shared, registers, stack = compiled(kernel, dtype, sizes, blocks.warps, blocks.stages, capability)
     print(f"{kernel_name} {variant} {dtype} size {size} sm_{capability}: {shared} B, {registers} registers, {stack} B")
@@ -119,6 +123,8 @@ def test_kernels_compile_for_the_usual_training():
     check_masked("forward", torch.bfloat16, 128, 80)
     check_masked("queries", torch.bfloat16, 128, 80)
     check_masked("keys", torch.bfloat16, 128, 80, **KEYS_VARIANTS["kept"])
+    for kernel, variant in (("forward", {}), ("queries", {}), ("keys", KEYS_VARIANTS["kept"])):
+        check_masked(kernel, torch.bfloat16, 128, 80, WITH_BAND=True, **variant)
     check_ragged(torch.bfloat16, 128, 80)
 
 

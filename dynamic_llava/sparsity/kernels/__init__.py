@@ -16,8 +16,8 @@ def compute_dtype(query: Tensor) -> torch.dtype:
 def broken_tokens(query_BKGNd: Tensor, key_BKNd: Tensor, value_BKNd: Tensor, keep_BN: Tensor) -> Tensor:
     """(B, K, N) bool: tokens that no other token sees, dropped ones and padding, and that are not finite in a key head.
 
-    keep_BN is the keep mask with 0 at padding. Whoever multiplies such a token's weight, which is 0, by its values has
-    to leave it out: 0 * nan is nan.
+    keep_BN is the keep mask with 0 at padding, and not 0 at what has a band. Whoever multiplies such a token's weight,
+    which is 0, by its values has to leave it out: 0 * nan is nan.
     """
     finite = query_BKGNd.isfinite().all(-1).all(2) & key_BKNd.isfinite().all(-1) & value_BKNd.isfinite().all(-1)
     return ~finite & (keep_BN == 0)[:, None]

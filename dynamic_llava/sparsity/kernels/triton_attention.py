@@ -23,6 +23,7 @@ from dynamic_llava.sparsity.kernels.triton_masked import (
     keys_kernel,
     queries_kernel,
 )
+from dynamic_llava.sparsity.window import NEVER, Band
 
 
 class Blocks(NamedTuple):
@@ -54,7 +55,13 @@ BLOCKS: dict[tuple[str, int, int], Blocks] = {
 
 
 def triton_attention(
-    query: Tensor, key: Tensor, value: Tensor, keep_mask: Tensor, padding_mask: Tensor | None, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep_mask: Tensor,
+    padding_mask: Tensor | None,
+    band: Band | None,
+    scale: float,
 ) -> Tensor:
     """Return MaskedSoftmax attention as `masked_softmax_attention` defines it, whose checked arguments these are."""
     keep_BN = keep_mask.float()
@@ -63,7 +70,8 @@ def triton_attention(
         own_BN = padding_mask.float()
         keep_BN = torch.where(padding_mask, keep_BN, 0.0)
     query, key, value = (with_dense_rows(x) for x in (query, key, value))
-    return cast(Callable[..., Tensor], _TritonAttention.apply)(query, key, value, keep_BN, own_BN, scale)
+    keys = KeyList.of(keep_BN.detach(), own_BN, band)
+    return cast(Callable[..., Tensor], _TritonAttention.apply)(query, key, value, keep_BN, own_BN, scale, *keys)
 
 
 def blocks_of(kernel: str, dtype: torch.dtype, head_size: int) -> Blocks:
@@ -72,7 +80,10 @@ def blocks_of(kernel: str, dtype: torch.dtype, head_size: int) -> Blocks:
 
 
 class KeyList(NamedTuple):
-    """The keys of every row of the batch, in the order the kernels read them: kept, dropped, padding."""
+    """The keys of every row of the batch, in the order the kernels read them: kept, dropped, padding.
+
+    Dropped keys that have a band stand among the kept ones, for some queries see them.
+    """
 
     order: Tensor
     """(B, N) int32: positions."""
@@ -82,31 +93,53 @@ class KeyList(NamedTuple):
     """(B, N) int32: kept keys before each position, so that a block of queries knows where its past ends."""
     counts: Tensor
     """(B, 2) int32: kept keys, and real (not padding) keys."""
+    step: Tensor | None
+    """(B, N) int32: the band's step at each position; None without a band."""
+    until: Tensor | None
+    """(B, N) int32: the band's until at each position."""
 
     @classmethod
-    def of(cls, keep_BN: Tensor, own_BN: Tensor) -> "KeyList":
+    def of(cls, keep_BN: Tensor, own_BN: Tensor, band: Band | None) -> "KeyList":
         """Sort the keys of keep mask and padding, both (B, N) float; a few operations of size N, on the device."""
         kept_BN, real_BN = keep_BN > 0, own_BN > 0
+        step = until = None
+        if band is not None:
+            band = band.real(real_BN)
+            kept_BN = kept_BN | (band.until != NEVER)
+            step, until = band.step.int(), band.until.int()
         kind_BN = torch.where(kept_BN, 0, torch.where(real_BN, 1, 2)).to(torch.uint8)
         order_BN = kind_BN.argsort(dim=1, stable=True)
         kept_before = kept_BN.cumsum(1) - kept_BN.long()
         counts = torch.stack([kept_BN.sum(1), real_BN.sum(1)], dim=1)
-        return cls(order_BN.int(), keep_BN.gather(1, order_BN), kept_before.int(), counts.int())
+        return cls(order_BN.int(), keep_BN.gather(1, order_BN), kept_before.int(), counts.int(), step, until)
+
+    @property
+    def band(self) -> tuple[Tensor, Tensor]:
+        """The kernels' arguments `step` and `until`; without a band any integers, which are not read."""
+        return (self.order, self.order) if self.step is None or self.until is None else (self.step, self.until)
 
 
 class _TritonAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, keep_BN: Tensor, own_BN: Tensor, scale: float
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        keep_BN: Tensor,
+        own_BN: Tensor,
+        scale: float,
+        *listed: Tensor | None,
     ) -> Tensor:
-        keys = KeyList.of(keep_BN, own_BN)
+        keys = KeyList(*listed)  # type: ignore[arg-type]
         out = with_dense_rows(torch.empty_like(query))
         row_max, row_log_sum = (query.new_empty(query.shape[:3], dtype=torch.float32) for _ in range(2))
         batch, heads, tokens, size = query.shape
         blocks = blocks_of("forward", query.dtype, size)
         forward_kernel[(-(-tokens // blocks.rows), heads, batch)](
-            query, key, value, own_BN, keys.order, keys.presence, keys.kept_before, out, row_max, row_log_sum,
-            *_strides(query, key, value, out), tokens, scale * LOG2_E, **_sizes(query, key, blocks),
+            query, key, value, own_BN, keys.order, keys.presence, keys.kept_before, *keys.band,
+            out, row_max, row_log_sum,
+            *_strides(query, key, value, out), tokens, scale * LOG2_E, **_sizes(query, keys, key, blocks),
         )  # fmt: skip
         ctx.save_for_backward(query, key, value, own_BN, *keys, out, row_max, row_log_sum)
         ctx.scale = scale
@@ -115,13 +148,13 @@ class _TritonAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, own_BN, order, presence, kept_before, counts, *rest = ctx.saved_tensors
-        keys = KeyList(order, presence, kept_before, counts)
+        query, key, value, own_BN, order, presence, kept_before, counts, step, until, *rest = ctx.saved_tensors
+        keys = KeyList(order, presence, kept_before, counts, step, until)
         for_query, for_key, for_value, for_keep = ctx.needs_input_grad[:4]
         gradients = _Backward(ctx.scale, query, key, value, own_BN, keys, with_dense_rows(grad_out), *rest)
         d_query = gradients.of_queries() if for_query else None
         d_key, d_value, d_keep = gradients.of_keys(for_key or for_value, for_keep)
-        return d_query, d_key if for_key else None, d_value if for_value else None, d_keep, None, None
+        return d_query, d_key if for_key else None, d_value if for_value else None, d_keep, *(None,) * 8
 
 
 class _Backward:
@@ -156,10 +189,10 @@ class _Backward:
         batch, heads, tokens, size = query.shape
         blocks = blocks_of("queries", query.dtype, size)
         queries_kernel[(-(-tokens // blocks.rows), heads, batch)](
-            query, self.key, self.value, self.own_BN, keys.order, keys.presence, keys.kept_before,
+            query, self.key, self.value, self.own_BN, keys.order, keys.presence, keys.kept_before, *keys.band,
             self.grad_out, *self.per_row, d_query,
             *_strides(query, self.key, self.value, self.grad_out, d_query),
-            tokens, self.scale, self.scale * LOG2_E, **_sizes(query, self.key, blocks),
+            tokens, self.scale, self.scale * LOG2_E, **_sizes(query, keys, self.key, blocks),
         )  # fmt: skip
         return d_query
 
@@ -172,10 +205,10 @@ class _Backward:
         blocks = blocks_of("keys", query.dtype, size)
         for which in (KEPT, DROPPED) if with_keys else (ALL,) if with_keep else ():
             keys_kernel[(-(-tokens // blocks.keys), key_heads, batch)](
-                query, key, value, self.own_BN, keys.order, keys.presence, keys.counts,
+                query, key, value, self.own_BN, keys.order, keys.presence, keys.counts, *keys.band,
                 self.grad_out, *self.per_row, d_key, d_value, d_keep,
                 *_strides(query, key, value, self.grad_out, d_key, d_value),
-                tokens, self.scale, self.scale * LOG2_E, EXPONENT_CAP * LOG2_E, **_sizes(query, key, blocks),
+                tokens, self.scale, self.scale * LOG2_E, EXPONENT_CAP * LOG2_E, **_sizes(query, keys, key, blocks),
                 WHICH=which, WITH_KEYS=with_keys, WITH_KEEP=with_keep,
             )  # fmt: skip
         # One owner per key head: the sum over heads has a fixed order.
@@ -191,10 +224,11 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(stride for tensor in tensors for stride in tensor.stride()[:3])
 
 
-def _sizes(query: Tensor, key: Tensor, blocks: Blocks) -> dict[str, Any]:
+def _sizes(query: Tensor, keys: KeyList, key: Tensor, blocks: Blocks) -> dict[str, Any]:
     """Return the arguments that a kernel is compiled for."""
     size = query.shape[3]
     return {
         "GROUPS": query.shape[1] // key.shape[1], "SIZE": size, "WIDTH": padded(size),
-        "ROWS": blocks.rows, "KEYS": blocks.keys, "num_warps": blocks.warps, "num_stages": blocks.stages,
+        "ROWS": blocks.rows, "KEYS": blocks.keys, "WITH_BAND": keys.step is not None,
+        "num_warps": blocks.warps, "num_stages": blocks.stages,
     }  # fmt: skip

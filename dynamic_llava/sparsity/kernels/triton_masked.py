@@ -7,7 +7,9 @@ dO its gradient, D_i = <dO_i, O_i>, and E_ij = exp(X_ij - m_i) for j < i, also a
 
     T_ij = E_ij / Z_i (<dO_i, v_j> - D_i),   dX_ij = M_j T_ij,   dM_j = sum over heads and i > j of T_ij
 
-Only dM needs dropped keys. No kernel adds to memory atomically: each result has one owner, so runs repeat bit by bit.
+With a band (window.py) the list begins with all keys that some query sees, and M_j is 1 for queries in the band of j,
+which then have no part in dM_j. Only dM needs dropped keys. No kernel adds to memory atomically: each result has one
+owner, so runs repeat bit by bit.
 All exponents are base 2. row_max is m; row_log_sum is log2 Z, and infinite where a query sees nothing (weights 0).
 Dimensions: strides are named TENSOR_b, TENSOR_h, TENSOR_n (batch, head, token); key heads count for keys and values.
 """
@@ -25,10 +27,11 @@ ALL, KEPT, DROPPED = (tl.constexpr(which) for which in range(3))
 
 @triton.jit
 def forward_kernel(
-    query, key, value, own, order, presence, kept_before, out, row_max, row_log_sum,
+    query, key, value, own, order, presence, kept_before, step, until, out, row_max, row_log_sum,
     query_b, query_h, query_n, key_b, key_h, key_n, value_b, value_h, value_n, out_b, out_h, out_n,
     tokens, scale,
     GROUPS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    WITH_BAND: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head: an online softmax over its own keys and the list of kept ones."""
     # The last queries see most keys: they start first.
@@ -42,8 +45,12 @@ def forward_kernel(
     row_log_sum += (batch * tl.num_programs(1) + head) * tokens
     order += batch * tokens
     presence += batch * tokens
+    until += batch * tokens
     rows = start + tl.arange(0, ROWS)
     live = rows < tokens
+    row_step = rows
+    if WITH_BAND:
+        row_step = tl.load(step + batch * tokens + rows, mask=live, other=0)
 
     q = load_rows(query, rows, query_n, live, SIZE, WIDTH)
     own_key = load_rows(key, rows, key_n, live, SIZE, WIDTH).to(tl.float32)
@@ -61,11 +68,14 @@ def forward_kernel(
         k = load_rows(key, position, key_n, listed, SIZE, WIDTH)
         scores = product(q, tl.trans(k), tl.zeros([ROWS, KEYS], tl.float32)) * scale
         seen = listed[None, :] & (position[None, :] < rows[:, None])
+        present = _present(present, until, position, listed, row_step, WITH_BAND)
+        if WITH_BAND:
+            seen = seen & (present > 0)
         scores = tl.where(seen, scores, -float("inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
         # A query that has seen nothing yet: -inf - -inf must not become NaN.
         finite = tl.where(higher == -float("inf"), 0.0, higher)
-        weight = tl.exp2(scores - finite[:, None]) * present[None, :]
+        weight = tl.exp2(scores - finite[:, None]) * present
         shrink = tl.exp2(highest - finite)
         v = load_rows(value, position, value_n, listed, SIZE, WIDTH)
         mean = product(weight.to(v.dtype), v, mean * shrink[:, None])
@@ -95,11 +105,13 @@ def inner_kernel(
 
 @triton.jit
 def queries_kernel(
-    query, key, value, own, order, presence, kept_before, grad_out, row_max, row_log_sum, inner, grad_query,
+    query, key, value, own, order, presence, kept_before, step, until,
+    grad_out, row_max, row_log_sum, inner, grad_query,
     query_b, query_h, query_n, key_b, key_h, key_n, value_b, value_h, value_n,
     grad_out_b, grad_out_h, grad_out_n, grad_query_b, grad_query_h, grad_query_n,
     tokens, scale, score_scale,
     GROUPS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    WITH_BAND: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one block of queries of one head: a sum over its own keys and the list of kept ones."""
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
@@ -112,8 +124,12 @@ def queries_kernel(
     per_row = (batch * tl.num_programs(1) + head) * tokens
     order += batch * tokens
     presence += batch * tokens
+    until += batch * tokens
     rows = start + tl.arange(0, ROWS)
     live = rows < tokens
+    row_step = rows
+    if WITH_BAND:
+        row_step = tl.load(step + batch * tokens + rows, mask=live, other=0)
 
     q = load_rows(query, rows, query_n, live, SIZE, WIDTH)
     d_o = load_rows(grad_out, rows, grad_out_n, live, SIZE, WIDTH)
@@ -138,7 +154,10 @@ def queries_kernel(
         nothing = tl.zeros([ROWS, KEYS], tl.float32)
         scores = product(q, tl.trans(k), nothing) * score_scale
         seen = listed[None, :] & (position[None, :] < rows[:, None])
-        weight = tl.where(seen, tl.exp2(scores - row_shift[:, None]) * present[None, :], 0.0)
+        present = _present(present, until, position, listed, row_step, WITH_BAND)
+        if WITH_BAND:
+            seen = seen & (present > 0)
+        weight = tl.where(seen, tl.exp2(scores - row_shift[:, None]) * present, 0.0)
         d_scores = weight * (product(d_o, tl.trans(v), nothing) - row_inner[:, None])
         d_q = product(d_scores.to(k.dtype), k, d_q)
     store_rows(grad_query, rows, grad_query_n, live, d_q * scale, SIZE, WIDTH)
@@ -146,13 +165,13 @@ def queries_kernel(
 
 @triton.jit
 def keys_kernel(
-    query, key, value, own, order, presence, counts, grad_out, row_max, row_log_sum, inner,
+    query, key, value, own, order, presence, counts, step, until, grad_out, row_max, row_log_sum, inner,
     grad_key, grad_value, grad_keep,
     query_b, query_h, query_n, key_b, key_h, key_n, value_b, value_h, value_n,
     grad_out_b, grad_out_h, grad_out_n, grad_key_b, grad_key_h, grad_key_n, grad_value_b, grad_value_h, grad_value_n,
     tokens, scale, score_scale, cap,
     GROUPS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    WHICH: tl.constexpr, WITH_KEYS: tl.constexpr, WITH_KEEP: tl.constexpr,
+    WITH_BAND: tl.constexpr, WHICH: tl.constexpr, WITH_KEYS: tl.constexpr, WITH_KEEP: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one block of listed keys, their values, and their share of the keep mask's: over all queries.
 
@@ -173,6 +192,9 @@ def keys_kernel(
     itself = tl.load(own + batch * tokens + position, mask=live, other=0.0) > 0
     # Padding follows the real tokens in the list, and nobody sees it.
     past = tl.where(place < real, position, tokens)
+    last = past
+    if WITH_BAND:
+        last = tl.load(until + batch * tokens + position, mask=live, other=-1)
     k = load_rows(key + batch * key_b + key_head.to(tl.int64) * key_h, position, key_n, live, SIZE, WIDTH)
     v = load_rows(value + batch * value_b + key_head.to(tl.int64) * value_h, position, value_n, live, SIZE, WIDTH)
     d_k = tl.zeros([KEYS, WIDTH], tl.float32)
@@ -198,10 +220,10 @@ def keys_kernel(
             for start in range(begin, tokens, ROWS):
                 rows = start + tl.arange(0, ROWS)
                 d_k, d_v, d_keep = _add_rows(
-                    d_k, d_v, d_keep, k, v, past, present, rows, rows < tokens,
+                    d_k, d_v, d_keep, k, v, past, present, last, rows, rows < tokens, step + batch * tokens,
                     head_query, query_n, head_grad, grad_out_n,
                     row_max + per_row, row_log_sum + per_row, inner + per_row, score_scale, cap,
-                    SIZE, WIDTH, ROWS, KEYS, WITH_KEYS and WHICH == KEPT, WITH_KEEP,
+                    SIZE, WIDTH, ROWS, KEYS, WITH_BAND, WITH_KEYS and WHICH == KEPT, WITH_KEEP,
                 )  # fmt: skip
     if WITH_KEYS:
         grad_key += batch * grad_key_b + key_head.to(tl.int64) * grad_key_h
@@ -215,10 +237,10 @@ def keys_kernel(
 
 @triton.jit
 def _add_rows(
-    d_k, d_v, d_keep, k, v, past, present, rows, live, query, query_n, grad_out, grad_out_n,
+    d_k, d_v, d_keep, k, v, past, present, last, rows, live, step, query, query_n, grad_out, grad_out_n,
     row_max, row_log_sum, inner, score_scale, cap,
     SIZE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    WITH_KEYS: tl.constexpr, WITH_KEEP: tl.constexpr,
+    WITH_BAND: tl.constexpr, WITH_KEYS: tl.constexpr, WITH_KEEP: tl.constexpr,
 ):  # fmt: skip
     """Add what one block of queries of one head gives to the gradients of one block of keys of its past."""
     q = load_rows(query, rows, query_n, live, SIZE, WIDTH)
@@ -232,11 +254,27 @@ def _add_rows(
     weight = tl.exp2(tl.minimum(scores - highest[None, :], cap) - log_sum[None, :])
     weight = tl.where(past[:, None] < rows[None, :], weight, 0.0)
     change = weight * (product(v, tl.trans(d_o), nothing) - row_inner[None, :])
+    decided = change
+    present = present[:, None]
+    if WITH_BAND:
+        inside = last[:, None] >= tl.load(step + rows, mask=live, other=0)[None, :]
+        decided = tl.where(inside, 0.0, change)
+        present = tl.where(inside, 1.0, present)
     if WITH_KEEP:
-        d_keep += tl.sum(change, 1)
+        d_keep += tl.sum(decided, 1)
     if WITH_KEYS:
         # At a dropped key `change` may overflow: 0 * inf must not become NaN.
-        kept = (present > 0)[:, None]
-        d_v = product(tl.where(kept, weight * present[:, None], 0.0).to(d_o.dtype), d_o, d_v)
-        d_k = product(tl.where(kept, change * present[:, None], 0.0).to(q.dtype), q, d_k)
+        kept = present > 0
+        d_v = product(tl.where(kept, weight * present, 0.0).to(d_o.dtype), d_o, d_v)
+        d_k = product(tl.where(kept, change * present, 0.0).to(q.dtype), q, d_k)
     return d_k, d_v, d_keep
+
+
+@triton.jit
+def _present(present, until, position, listed, row_step, WITH_BAND: tl.constexpr):
+    """Return M of a block of listed keys, (1, KEYS), or G, (ROWS, KEYS), which is 1 for queries in a key's band."""
+    if WITH_BAND:
+        last = tl.load(until + position, mask=listed, other=-1)
+        return tl.where(last[None, :] >= row_step[:, None], 1.0, present[None, :])
+    else:
+        return present[None, :]
