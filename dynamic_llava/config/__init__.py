@@ -44,7 +44,7 @@ class SparsityConfig:
     output_threshold: float = 0.0
     """An output token is kept where keep logit - drop logit exceeds this; 0 is the paper's rule (Eq. 5)."""
     output_window: int = 0
-    """w: a dropped output token is still seen in the next w steps (docs/method.md, section 7); 0: the paper."""
+    """w: a dropped output token is still seen in the next w steps (docs/method.md, section 8); 0: the paper."""
     output_sinks: int = 0
     """s: the first s tokens of each answer are kept whatever the predictor says; 0: the paper."""
     output_min_length: int = 50

@@ -94,9 +94,12 @@ class Path(ABC):
     def visible(self, flight: Flight) -> Tensor:
         """(B, C, C) bool: each token sees the kept ones before it, those of its window, and itself."""
         seen_BCC = torch.eye(flight.kept.shape[1], dtype=torch.bool, device=flight.kept.device) | flight.kept[:, None]
-        if self.band is not None:
-            seen_BCC = seen_BCC | self.band.take(flight.column).real(flight.layout.output).pairs()
-        return seen_BCC.tril()
+        band = self.band_in(flight)
+        return (seen_BCC if band is None else seen_BCC | band.pairs()).tril()
+
+    def band_in(self, flight: Flight) -> Band | None:
+        """Return the band of the tokens in the flight, whose filler has none."""
+        return None if self.band is None else self.band.take(flight.column).real(flight.layout.output)
 
     def cache_mask(self, visible_BCW: Tensor, flight: Flight) -> Tensor:
         """(B, C, W) bool as the mask that attention takes."""
@@ -274,13 +277,11 @@ class DropPath(Dropping):
         """
         if self.cache is None or stage.cut is None:
             return
-        if self.band is None:
-            self.cache.groups[stage.number].retract_last(flight.layout.valid.sum(1) > flight.kept.sum(1))
+        slots, band = self.cache.groups[stage.number], self.band_in(flight)
+        if band is None or not isinstance(slots, WindowSlots):
+            slots.retract_last(flight.layout.valid.sum(1) > flight.kept.sum(1))
             return
-        until_BC = self.band.take(flight.column).real(flight.layout.output).until
-        until_BC = torch.where(flight.kept, ALWAYS, until_BC).masked_fill(~flight.layout.valid, NEVER)
-        slots = self.cache.groups[stage.number]
-        assert isinstance(slots, WindowSlots)
+        until_BC = torch.where(flight.kept, ALWAYS, band.until).masked_fill(~flight.layout.valid, NEVER)
         self.cache.move(stage.number, *slots.settle(until_BC, self.plan.layout.output.sum(1)))
 
 
@@ -330,10 +331,7 @@ class TurnPath(Dropping):
         """Return the mask: a token sees the slots that were filled, the kept tokens before it, and itself."""
         self.admits.append(flight.kept)
         slots, placed = self.cache.groups[stage.number], (flight.layout.valid, flight.kept)
-        if self.band is not None and isinstance(slots, WindowSlots):
-            band = self.band.take(flight.column).real(flight.layout.output)
-            visible_BCW = slots.place_chunk(*placed, band)
-        else:
-            visible_BCW = slots.place_chunk(*placed)
+        more = (self.band_in(flight),) if isinstance(slots, WindowSlots) else ()
+        visible_BCW = slots.place_chunk(*placed, *more)
         arguments = {CACHE: self.cache} | self.evicting(Chunk, flight, self.cache)
         return self.cache_mask(visible_BCW, flight), arguments

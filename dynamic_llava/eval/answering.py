@@ -186,11 +186,12 @@ def facts(prediction: Prediction) -> dict[str, Any]:
     """Return what answer lines record of a prediction; nothing of it depends on the rest of the batch.
 
     The last token is never fed back, so nothing is decided about it: `output_kept` counts those before. What key heads
-    hold is recorded where a method evicts, for it does not follow from the other counts, and prompt tokens that were
-    dropped where there are some.
+    hold is recorded where a method evicts, and what a window holds where there is one, for neither follows from the
+    other counts, and prompt tokens that were dropped where there are some.
     """
     held = {} if prediction.heads_hold is None else {"heads_hold": prediction.heads_hold}
     held |= {"prompt_dropped": prediction.prompt_dropped} if prediction.prompt_dropped else {}
+    held |= {"window_holds": prediction.window_holds} if prediction.window_holds else {}
     return {
         "prompt_tokens": prediction.prompt_tokens,
         "image_kept": [len(kept) for kept in prediction.image_kept],

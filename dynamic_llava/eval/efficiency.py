@@ -50,7 +50,7 @@ COUNT = Kind("a number of tokens", _is_count)
 COUNTS = Kind("a list of numbers of tokens", lambda value: isinstance(value, list) and all(map(_is_count, value)))
 RECORDED = {
     "prompt_tokens": COUNT, "image_kept": COUNTS, "image_seen": optional(COUNTS), "output_tokens": COUNT,
-    "output_kept": COUNT, "heads_hold": optional(COUNT), "prompt_dropped": optional(COUNT),
+    "output_kept": COUNT, "heads_hold": optional(COUNT), "prompt_dropped": optional(COUNT), "window_holds": optional(COUNT),
 }  # fmt: skip
 """What the metadata of an answer line says of its costs."""
 
@@ -70,6 +70,8 @@ class Counted:
     """Tokens that the key heads of all layers hold together at the end, where a method evicts."""
     prompt_dropped: int = 0
     """Tokens of questions that were dropped."""
+    window_holds: int = 0
+    """Generated tokens that are dropped, and still held by a window at the end."""
 
     @classmethod
     def read(
@@ -90,8 +92,9 @@ class Counted:
             below = next((cut.layer for cut in method.cuts(layers)), layers)
             seen = [len(kept) * tokens_per_image] * below + [sum(kept)] * (layers - below)
         images = tuple(map(range, kept))
-        counts = facts["output_tokens"], facts["output_kept"], facts.get("heads_hold"), facts.get("prompt_dropped") or 0
-        return cls(facts["prompt_tokens"], images, tuple(seen), *counts)
+        counts = facts["output_tokens"], facts["output_kept"], facts.get("heads_hold")
+        beside = facts.get("prompt_dropped") or 0, facts.get("window_holds") or 0
+        return cls(facts["prompt_tokens"], images, tuple(seen), *counts, *beside)
 
 
 def judging_flops(settings: SparsityConfig, hidden: int, tokens: int, method: Method) -> int:
@@ -158,7 +161,7 @@ def mean_kv_bytes(
             sizes.append(said.heads_hold * 2 * shape.head_width * bytes_per_value)
             continue
         text, fed = said.prompt_tokens - len(said.image_kept) * tokens_per_image, said.output_tokens - 1
-        output = [fed] * below + [said.output_kept] * (shape.layers - below)
+        output = [fed] * below + [said.output_kept + said.window_holds] * (shape.layers - below)
         texts = _text_seen(text, said, method, shape)
         tokens = [words + image + its for words, image, its in zip(texts, said.image_seen, output, strict=True)]
         sizes.append(kv_bytes(shape, tokens, bytes_per_value=bytes_per_value))

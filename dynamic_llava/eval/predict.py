@@ -61,6 +61,8 @@ class Prediction:
     """Bytes of the row's keys and values in the cache when the batch ended (filled slots); 0 without a cache."""
     allocated_bytes: int
     """The row's share of the cache's storage as it lay in memory, unfilled slots included."""
+    window_holds: int = 0
+    """Generated tokens that are dropped, and still held by a window when the last token is said."""
 
 
 @torch.no_grad()
@@ -190,19 +192,22 @@ def _read(
     fed = [prompt + min(length, steps) for prompt, length in zip(prompt_tokens, lengths, strict=True)]
     filled, allocated = _cache_bytes(output, fed)
     heads_hold = [None] * len(lengths) if held is None else held.when_said(lengths)
+    window = 0 if dense else output.sparsity.window
     for row, (length, sequence) in enumerate(zip(lengths, answers, strict=True)):
         tokens = tuple(sequence[:length])
+        output_kept = (decisions[row] if decisions is not None else (True,) * length)[: length - 1]
         yield Prediction(
             text=processor.decode(tokens).strip(),
             tokens=tokens,
             image_kept=image_kept[row],
             image_seen=tuple(image_seen[row]),
-            output_kept=(decisions[row] if decisions is not None else (True,) * length)[: length - 1],
+            output_kept=output_kept,
             prompt_tokens=prompt_tokens[row],
             prompt_dropped=dropped[row],
             heads_hold=heads_hold[row],
             cache_bytes=filled[row],
             allocated_bytes=allocated // len(answers),
+            window_holds=output_kept[max(0, len(output_kept) - window) :].count(False),
         )
 
 

@@ -1,5 +1,6 @@
 """A window and sinks over output tokens hold every law, in worlds made for them."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -92,6 +93,28 @@ def test_the_cache_holds_what_was_admitted_and_the_window():
     assert int(output.sum()) > laws.rows * window
     every = torch.ones_like(record.keep_mask)
     assert torch.equal(record.tokens_per_layer(every), record.tokens_per_layer())
+
+
+def test_training_keeps_sinks_and_learns_from_beyond_the_window():
+    """The mask's gradient is the same by both implementations, and none within a window over whole answers."""
+    for window in (2, ALL_KEPT):
+        laws, gradients = Laws(window_world(window, 2)), []
+        model, output = copy.deepcopy(laws.model).train(), laws.batch["output_mask"]
+        call = {**laws.batch, "labels": laws.batch["input_ids"], "sample_key": laws.switches["sample_key"]}
+        sampled = model(**call)
+        sampled.loss.backward()
+        keep = sampled.sparsity.keep_mask.detach()
+        place = sampled.sparsity.layout.output_rank() - sampled.sparsity.layout.answer_begins()
+        assert (keep[output & (place < 2)] == 1).all() and not keep[output].all()
+        for implementation in ("reference", "chunked"):
+            decoder = model.model.language_model
+            decoder.settings = replace(decoder.settings, masked_softmax=implementation)
+            mask = keep.clone().requires_grad_()
+            model(**call, keep_mask=mask).loss.backward()
+            gradients.append(mask.grad)
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+        assert gradients[0][output].any() == (window != ALL_KEPT) and gradients[0][~output].any()
+        assert all(one.grad is not None for one in decoder.output_predictor.parameters())
 
 
 def test_what_has_no_window_is_refused():

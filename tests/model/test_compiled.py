@@ -86,8 +86,9 @@ class OpenCache:
         return out
 
 
+@pytest.mark.parametrize("window", [0, 3])
 @torch.no_grad()
-def test_the_step_is_one_graph_that_growth_does_not_change(monkeypatch):
+def test_the_step_is_one_graph_that_growth_does_not_change(monkeypatch, window):
     """Traced with fullgraph, which refuses breaks and host reads; twenty steps through several blocks, one graph."""
     traced = torch.compile(decode_step, fullgraph=True, dynamic=False, backend="eager")
 
@@ -96,7 +97,7 @@ def test_the_step_is_one_graph_that_growth_does_not_change(monkeypatch):
         return traced(*inputs, **kwargs)
 
     monkeypatch.setattr("dynamic_llava.engine.decoder.decode_step", run)
-    opened = OpenCache(build_model(cache_block=4))
+    opened = OpenCache(build_model(cache_block=4, output_window=window))
     capacities = set()
     for _ in range(20):
         opened.step()

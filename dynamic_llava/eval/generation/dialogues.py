@@ -107,8 +107,7 @@ class LiveDialogues:
         layers = model.config.text_config.num_hidden_layers
         self.image_seen = torch.zeros(batch, layers, dtype=torch.int64, device=device)
         """(B, L) image tokens that each layer sees."""
-        self.output_seen = torch.zeros_like(self.image_seen)
-        """(B, L) output tokens that each layer sees; they stay in its cache, unless the method evicts."""
+        self._output_seen = torch.zeros_like(self.image_seen)
         self._text_seen: list[Tensor] = []
         self._held: list[Tensor] = []
 
@@ -145,6 +144,14 @@ class LiveDialogues:
             self._held = [*self._held[:1], held_B]
         return result.logits[:, -1].float()
 
+    @property
+    def output_seen(self) -> Tensor:
+        """(B, L) output tokens that each layer sees; they stay in its cache, unless the method evicts."""
+        if not self.method.drop_delay:
+            return self._output_seen
+        record = self._cache.record  # what the passes have seen in their windows has partly left them since
+        return record.tokens_per_layer(record.layout.output)  # type: ignore[no-any-return]
+
     def heads_hold(self) -> list[tuple[int, int] | None]:
         """Return of each row how many tokens all key heads held after its first chunk, and hold now, where they evict.
 
@@ -161,7 +168,7 @@ class LiveDialogues:
     def _count(self, record: Any, ids_BQ: Tensor, valid_BQ: Tensor, *, output: bool) -> None:
         layers = self.image_seen.shape[1]
         if output:
-            self.output_seen += seen_in_layers(record, valid_BQ, layers)
+            self._output_seen += seen_in_layers(record, valid_BQ, layers)
             return
         image_BQ = ids_BQ == self.model.config.image_token_id
         self.image_seen += seen_in_layers(record, image_BQ & valid_BQ, layers)
