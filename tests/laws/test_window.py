@@ -32,7 +32,12 @@ def window_world(window, sinks=0, **more):
 
 @pytest.mark.parametrize(
     ("window", "sinks", "more"),
-    [(1, 0, {}), (3, 2, {"side": "right"}), (2, 0, {"attention": "eager", "lengths": "any"}), (ALL_KEPT, 0, {})],
+    [
+        (3, 2, {"side": "right"}),
+        pytest.param(1, 0, {}, marks=pytest.mark.slow),
+        pytest.param(2, 0, {"attention": "eager", "lengths": "any", "seed": 5}, marks=pytest.mark.slow),
+        pytest.param(ALL_KEPT, 0, {}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 @torch.no_grad()
@@ -110,7 +115,7 @@ def test_training_keeps_sinks_and_learns_from_beyond_the_window():
             decoder = model.model.language_model
             decoder.settings = replace(decoder.settings, masked_softmax=implementation)
             mask = keep.clone().requires_grad_()
-            model(**call, keep_mask=mask).loss.backward()
+            model(**call, keep_mask=mask).logits.square().mean().backward()  # the loss has a keep-rate term too
             gradients.append(mask.grad)
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
         assert gradients[0][output].any() == (window != ALL_KEPT) and gradients[0][~output].any()
