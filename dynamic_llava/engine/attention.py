@@ -93,9 +93,9 @@ def sparse_attention(
         value,
         attention_mask,
         padding_mask=padding_mask,
-        band=band,
         scale=scaling,
         implementation=masked_softmax,
+        **({} if band is None else {"band": band}),
     )
     return out_BHNd.transpose(1, 2), None
 

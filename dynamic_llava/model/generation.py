@@ -343,8 +343,8 @@ class SparseGeneration:
             masked=True,
             position_ids=(mask.cumsum(1) - 1).clamp(min=0),
         ).sparsity
-        held_BL = record.tokens_per_layer()
-        return replace(record, cache_lengths=held_BL[:, -1], dense_cache_lengths=held_BL[:, 0])
+        held = record.tokens_per_layer()
+        return replace(record, cache_lengths=held[:, -1], dense_cache_lengths=held[:, 0])
 
 
 def _without_fillers(input_ids: Tensor, attention_mask: Tensor | None, output_mask: Tensor, end_ids: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ cache, where decisions have been taken, `until` is ALWAYS at a token that stays.
 `WindowSlots` holds what was admitted, and the last w output tokens. The next token is written to slot `free`: the one
 of a token that was not admitted and has left the window, if there is one, else the slot behind the last. So the filled
 slots of a row, once its new token is written, are 0 .. length, as they are without a window.
-Shape suffixes: B rows, N tokens, C computed tokens, Q new tokens, W slots, d head size.
+Shape suffixes: B rows, N tokens, C computed tokens, Q new tokens, K key heads, W slots, w steps of a window.
 """
 
 from collections.abc import Callable
