@@ -42,7 +42,9 @@ class Picture:
 QUESTIONS = [Question(i, "What is it? " * (i % 3) + "?", None if i == 4 else Picture(i)) for i in range(7)]
 
 
-@pytest.mark.parametrize("how", [*SPARSITY_MODES, *sorted(METHODS)])
+@pytest.mark.parametrize(
+    "how", [*SPARSITY_MODES, *sorted(METHODS), {"name": "dynamic", "output_window": 3, "output_threshold": 9}], ids=str
+)
 def test_bytes_by_arithmetic_are_those_in_the_cache(how):
     """The counts on a line give what one row's cache holds when its answer ends."""
     model, processor = model_of(how), tiny_processor()
@@ -56,6 +58,7 @@ def test_bytes_by_arithmetic_are_those_in_the_cache(how):
         calculated = mean_kv_bytes(shape, method, [counted], TOKENS_PER_IMAGE, 4)
         assert calculated == said.cache_bytes
         assert ("heads_hold" in recorded) == method.evicts
+        assert recorded.get("window_holds", 0) == method.drop_delay  # it drops all that it may
         if len(method.cuts(shape.layers)) < 2 and not method.evicts:  # as the lines of earlier versions
             recorded.pop("image_seen")
             assert Counted.read(recorded, method, shape.layers, TOKENS_PER_IMAGE, "a.jsonl:1") == counted

@@ -123,8 +123,6 @@ def test_kernels_compile_for_the_usual_training():
     check_masked("forward", torch.bfloat16, 128, 80)
     check_masked("queries", torch.bfloat16, 128, 80)
     check_masked("keys", torch.bfloat16, 128, 80, **KEYS_VARIANTS["kept"])
-    for kernel, variant in (("forward", {}), ("queries", {}), ("keys", KEYS_VARIANTS["kept"])):
-        check_masked(kernel, torch.bfloat16, 128, 80, WITH_BAND=True, **variant)
     check_ragged(torch.bfloat16, 128, 80)
 
 
@@ -143,10 +141,11 @@ def test_kernels_compile_for_the_usual_training():
     ],
 )
 def test_every_kernel_compiles_and_fits(dtype, size, variants, capability):
-    check_masked("forward", dtype, size, capability)
-    check_masked("queries", dtype, size, capability)
-    for variant in variants:
-        check_masked("keys", dtype, size, capability, **KEYS_VARIANTS[variant])
+    for banded in (False, True):
+        check_masked("forward", dtype, size, capability, WITH_BAND=banded)
+        check_masked("queries", dtype, size, capability, WITH_BAND=banded)
+        for variant in variants:
+            check_masked("keys", dtype, size, capability, WITH_BAND=banded, **KEYS_VARIANTS[variant])
     check_ragged(dtype, size, capability)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -88,6 +89,18 @@ def test_dropped_tokens_of_questions_are_counted(shape):
             assert set(seen[:below]) == {text} and len(set(seen[below:])) == 1 and seen[-1] <= text
         assert sum(one.text_seen[1]) >= sum(one.text_seen[0]) and one.text_seen[1][-1] > len(row)
     assert any(one.text_seen[1][-1] < one.text_seen[1][0] for one in loop)
+
+
+@pytest.mark.parametrize("shape", [SINGLE, SEVERAL], ids=["single", "several rounds"])
+def test_one_pass_with_a_window_equals_the_cached_loop(shape):
+    model, plain = shared_model(), deciding("both")
+    method = replace(plain, output_window=3, output_sinks=1)
+    rows, pixels = dialogues(shape)
+    one_pass = score_dialogues(model, rows, pixels, method)
+    assert_same(one_pass, score_step_by_step(model, rows, pixels, method))
+    without = score_dialogues(model, rows, pixels, plain)
+    assert all(one.output_seen[-1] >= other.output_seen[-1] for one, other in zip(one_pass, without, strict=True))
+    assert [one.perplexities for one in one_pass] != [one.perplexities for one in without]
 
 
 @pytest.mark.slow
