@@ -108,11 +108,12 @@ def test_the_step_is_one_graph_that_growth_does_not_change(monkeypatch, window):
 
 @needs_compiler
 @pytest.mark.slow
+@pytest.mark.parametrize("window", [0, 3])
 @torch.no_grad()
-def test_a_compiled_step_works_in_place():
+def test_a_compiled_step_works_in_place(window):
     """No storage is copied: a step allocates less than one of them holds, and leaves all where they are."""
     torch.use_deterministic_algorithms(False)  # in that mode the compiler copies what it writes to
-    opened = OpenCache(build_model(layers=3, cache_block=4096), compile=True)
+    opened = OpenCache(build_model(layers=3, cache_block=4096, output_window=window), compile=True)
     opened.step()
     storages = [storage for layer in opened.cache.layers for storage in layer.storages()]
     places = [storage.data.data_ptr() for storage in storages]
