@@ -27,7 +27,7 @@ def preset_under(preset: Preset, spelling: Mapping[str, Any]) -> Preset:
     """Return a preset whose way `both` is another method's, with what its layers see and hold.
 
     ValueError for a method that is not known, for Dynamic-LLaVA itself and for one that drops nothing, which are timed
-    without it, and for one that has weights of its own.
+    without it, for one that has weights of its own, and for one with a window over output tokens.
     """
     method = read_method(spelling, preset.sparsity)
     if isinstance(method, Dynamic) or method.is_dense:
@@ -39,6 +39,11 @@ def preset_under(preset: Preset, spelling: Mapping[str, Any]) -> Preset:
         raise ValueError(
             f"{describe_method(method)} cannot be profiled: it decides by weights that it has learned, and models have "
             "random weights here; name a method that learns nothing"
+        )
+    if method.drop_delay:
+        raise ValueError(
+            f"{describe_method(method)} cannot be profiled: it drops output tokens {method.drop_delay} steps late, and "
+            "caches are filled here with what stays; profile it without that window"
         )
     about = f"{preset.about}; both is {describe_method(method)}"
     under = replace(preset, method=method, about=about)
@@ -74,8 +79,7 @@ class Rehearsal:
         kept = outputs
         if self._kept is not None:
             self._kept = self._kept if outputs <= len(self._kept) else self._decided(2 * outputs)
-            said = self._kept[:outputs]
-            kept = int(said.sum()) + int((~said[max(0, outputs - self.method.drop_delay) :]).sum())
+            kept = int(self._kept[:outputs].sum())
         return [tokens + (outputs if layer < self.output_layer else kept) for layer, tokens in enumerate(self.prompt)]
 
     def held(self, outputs: int) -> list[int]:
