@@ -149,13 +149,17 @@ class TokenLayout:
         """(B, N) int64: the index of each output token among its row's output tokens (undefined elsewhere)."""
         return self.output.cumsum(1) - 1
 
-    def answer_begins(self) -> Tensor:
-        """(B, N) int64: at each output token the rank of the first token of its answer (undefined elsewhere).
+    def ranks(self, outputs: Tensor | None = None, begins: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B, N) int64 each: the index of every output token in its row, and in its answer (undefined elsewhere).
 
-        An answer is a run of output tokens with no prompt or image token in it; padding does not end it.
+        An answer is a run of output tokens with no prompt or image token in it; padding does not end it. Behind a live
+        cache: outputs (B,) int64, output tokens before the chunk, and begins (B,), those before the answer under way.
         """
-        others_BN = self.valid & ~self.output
-        return torch.where(others_BN, self.output.cumsum(1), 0).cummax(1).values
+        others_BN, rank_BN = self.valid & ~self.output, self.output_rank()
+        if outputs is not None:
+            rank_BN = rank_BN + outputs[:, None]
+        begins_BN = torch.where(others_BN, rank_BN + 1, 0).cummax(1).values
+        return rank_BN, rank_BN - (begins_BN if begins is None else begins_BN.maximum(begins[:, None]))
 
     def answer_lengths(self) -> Tensor:
         """(B, N) int64: at each output token the length of the answer (run of output tokens) it belongs to, else 0."""

@@ -180,9 +180,8 @@ def check_training(method: Method) -> None:
         f"method {method.name!r} ({own}) cannot be used in training mode: its hooks decide by 0 or 1, so nothing that "
         f"it learned would have a gradient. If {own} has nothing to learn, set `training_free: ClassVar[bool] = True` "
         f"in the class {own}; if it has, define `sample` beside keep_image, `sample_output` beside keep_output and "
-        "`sample_prompt` beside keep_prompt, or "
-        "decide in your own training loop and give the decisions as keep_mask, whose gradient is exact "
-        "(dynamic_llava.sparsity.gumbel_keep makes such a mask), or call model.eval()"
+        "`sample_prompt` beside keep_prompt, or decide in your own training loop and give the decisions as keep_mask, "
+        "whose gradient is exact (dynamic_llava.sparsity.gumbel_keep makes such a mask), or call model.eval()"
     )
 
 
@@ -332,17 +331,13 @@ def _no_image(plan: Plan, cut: Cut, hidden_BND: Tensor) -> ImageTokens:
 
 def _outputs(plan: Plan, flight: Flight, past: Past) -> OutputTokens:
     layout = flight.layout
-    rank_BN, begins_BN = plan.layout.output_rank(), plan.layout.answer_begins()
-    if past.outputs is not None and past.answer_begins is not None:
-        goes_on_BN = (plan.layout.valid & ~plan.layout.output).cumsum(1) == 0
-        begins_BN = torch.where(goes_on_BN, past.answer_begins[:, None], begins_BN + past.outputs[:, None])
-        rank_BN = rank_BN + past.outputs[:, None]
-    rank_BC, begins_BC = (values_BN.gather(1, flight.column) for values_BN in (rank_BN, begins_BN))
+    ranks = plan.layout.ranks(past.outputs, past.answer_begins)
+    rank_BC, place_BC = (values_BN.gather(1, flight.column) for values_BN in ranks)
     return OutputTokens(
         hidden=flight.hidden[layout.output],
         rank=rank_BC[layout.output],
         key=plan.sample_key[:, None].expand_as(rank_BC)[layout.output],
-        place=(rank_BC - begins_BC)[layout.output],
+        place=place_BC[layout.output],
     )
 
 

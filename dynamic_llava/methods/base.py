@@ -49,11 +49,9 @@ class Cut:
     before_projector: bool = False
     """At layer 0 alone: whether the vision tower's features are decided on, and merged, instead of projected ones."""
     tower_layer: int | None = None
-    """Where the tower's attention and keys are read, as `vision_feature_layer` counts; None: the layer whose features
-    the projector reads, the last of several."""
+    """Where the tower's attention and keys are read, as `vision_feature_layer` counts; None: where features are."""
     early_depth: float | None = None
-    """Where early_received and early_class_row are read, as a share of the tower's depth: 0.375 is layer 9 of 24, and 0
-    the first."""
+    """Where early_received and early_class_row are read, as a share of the tower's depth: 0.375 is layer 9 of 24."""
     text_tower: str | None = None
     """Where clip_tokens and clip_text are read: the folder or hub name of a whole CLIP checkpoint."""
     picture_side: float | None = None
@@ -145,8 +143,7 @@ class Choice:
     weight: Tensor | None = None
     """(I, n) float: share of each token in what its heir becomes."""
     shares: Tensor | None = None
-    """(I, n, n) float, instead of `into` and `weight`, where a token goes to several: share of every token (last
-    dimension) in what each kept token becomes."""
+    """(I, n, n) float, instead of both, where a token goes to several: share of each token (last) in each kept one."""
 
 
 @dataclass(frozen=True)
@@ -198,8 +195,7 @@ class Method:
         return False
 
     parts: ClassVar[tuple[str, ...]] = ("method",)
-    """Names of a learned method's weights as modules of the language model: that of what `build` returns, or, where
-    there are several, those of its children."""
+    """Names of a learned method's weights in the language model: of what `build` returns, or of its children."""
 
     def build(self, width: int, settings: SparsityConfig) -> nn.Module | None:
         """Return the method's own weights, new ones, for hidden states of `width`; default: None, nothing is learned.
