@@ -46,9 +46,10 @@ class Listening(Dynamic):
         return torch.ones_like(images.valid)
 
     def keep_output(self, outputs: OutputTokens, learned: Any) -> Tensor:
-        """(T,) bool: all. Their margins are noted."""
-        self.heard["output"] = keep_margin(learned.output_predictor(outputs.hidden))
-        return torch.ones_like(self.heard["output"], dtype=torch.bool)
+        """(T,) bool: all. Their margins are noted, infinite at sinks, which stay at any rate."""
+        margin_T = keep_margin(learned.output_predictor(outputs.hidden))
+        self.heard["output"] = margin_T.masked_fill(outputs.place < self.output_sinks, torch.inf)
+        return torch.ones_like(margin_T, dtype=torch.bool)
 
 
 def calibrate(
@@ -117,10 +118,17 @@ def _holds(tensor: Tensor | None) -> bool:
 
 
 def quantiles_of(margins: Sequence[Tensor]) -> list[float]:
-    """Return the quantiles of all margins together, ascending. ValueError where one is not finite."""
+    """Return the quantiles of all margins together, ascending, sinks as high as the highest of the others.
+
+    ValueError where one is not finite, and where all are of sinks.
+    """
     values = torch.cat([*margins]).double().numpy()
-    if not np.isfinite(values).all():
+    decided = values[values != np.inf]
+    if not len(decided):
+        raise ValueError("every token of these answers is a sink, so none tells a margin; give longer answers")
+    if not np.isfinite(decided).all():
         raise ValueError("the predictors answer with numbers that are not finite; train the model again")
+    values = np.minimum(values, decided.max())
     return [float(value) for value in np.quantile(values, np.linspace(0, 1, QUANTILES))]
 
 

@@ -15,6 +15,7 @@ from dynamic_llava.config.calibration import check_calibration
 from dynamic_llava.config.checks import at_least as _at_least
 from dynamic_llava.config.checks import check_finite as check_finite
 from dynamic_llava.config.checks import check_keep_rate as check_keep_rate
+from dynamic_llava.config.checks import check_sparse_layer as check_sparse_layer
 from dynamic_llava.config.checks import one_of as _one_of
 from dynamic_llava.config.recipe import DistillConfig as DistillConfig
 from dynamic_llava.config.recipe import KeepRateSchedule as KeepRateSchedule
@@ -44,7 +45,7 @@ class SparsityConfig:
     output_threshold: float = 0.0
     """An output token is kept where keep logit - drop logit exceeds this; 0 is the paper's rule (Eq. 5)."""
     output_window: int = 0
-    """w: a dropped output token is still seen in the next w steps (docs/method.md, section 8); 0: the paper."""
+    """w: a dropped output token is still seen in the next w steps (docs/method.md, section 9); 0: the paper."""
     output_sinks: int = 0
     """s: the first s tokens of each answer are kept whatever the predictor says; 0: the paper."""
     output_min_length: int = 50
@@ -132,10 +133,11 @@ class SparsityConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the plain dict that config.json stores.
 
-        `method` only where it is not Dynamic-LLaVA, `calibration` where there is one, and what belongs to a prompt
-        predictor only where there is one.
+        `method` only where it is not Dynamic-LLaVA, `calibration`, a window and sinks where there are some, and what
+        belongs to a prompt predictor only where there is one.
         """
-        without = {name for name in ("method", "calibration") if getattr(self, name) is None}
+        names = ("method", "calibration", "output_window", "output_sinks")
+        without = {name for name in names if not getattr(self, name)}
         if self.prompt_keep_rate is None:
             without |= {"prompt_keep_rate", "prompt_min_length"}
         return {name: value for name, value in asdict(self).items() if name not in without}
@@ -366,15 +368,6 @@ def checkpoint_source(name: str) -> str:
 def cache_folder() -> Path:
     """Return the folder of generated files: $DYNAMIC_LLAVA_CACHE, or ~/.cache/dynamic_llava."""
     return Path(os.environ.get("DYNAMIC_LLAVA_CACHE") or Path.home() / ".cache" / "dynamic_llava")
-
-
-def check_sparse_layer(sparse_layer: int, layers: int) -> None:
-    """Raise ValueError unless a language model of `layers` layers has a layer before and at the sparse one."""
-    if not 1 <= sparse_layer < layers:
-        raise ValueError(
-            f"sparse_layer={sparse_layer} is outside 1..{layers - 1} of a {layers}-layer language model; choose a "
-            "layer that has one before it"
-        )
 
 
 def nested_method(settings: Iterable[tuple[str, Any]], before: Mapping[str, Any] | None = None) -> dict[str, Any]:

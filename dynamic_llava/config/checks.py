@@ -32,3 +32,12 @@ def at_least(name: str, value: float, low: float, advice: str) -> None:
     """Raise ValueError for a number below `low`; `advice` says what to give instead."""
     if value < low:
         raise ValueError(f"{name}={value!r} is below its least value {low}; {advice}")
+
+
+def check_sparse_layer(sparse_layer: int, layers: int) -> None:
+    """Raise ValueError unless a language model of `layers` layers has a layer before and at the sparse one."""
+    if not 1 <= sparse_layer < layers:
+        raise ValueError(
+            f"sparse_layer={sparse_layer} is outside 1..{layers - 1} of a {layers}-layer language model; choose a "
+            "layer that has one before it"
+        )

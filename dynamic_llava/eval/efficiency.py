@@ -50,7 +50,8 @@ COUNT = Kind("a number of tokens", _is_count)
 COUNTS = Kind("a list of numbers of tokens", lambda value: isinstance(value, list) and all(map(_is_count, value)))
 RECORDED = {
     "prompt_tokens": COUNT, "image_kept": COUNTS, "image_seen": optional(COUNTS), "output_tokens": COUNT,
-    "output_kept": COUNT, "heads_hold": optional(COUNT), "prompt_dropped": optional(COUNT), "window_holds": optional(COUNT),
+    "output_kept": COUNT, "heads_hold": optional(COUNT), "prompt_dropped": optional(COUNT),
+    "window_holds": optional(COUNT),
 }  # fmt: skip
 """What the metadata of an answer line says of its costs."""
 

@@ -23,7 +23,7 @@ IMAGE = "image"
 """Field of an answer's metadata: a digest of the image that was asked about."""
 DIGITS = 16
 """Hexadecimal digits that stand for a digest."""
-LATER: dict[str, Any] = {"prompt_threshold": None}
+LATER: dict[str, Any] = {"prompt_threshold": None, "image_threshold": 0.0, "output_window": 0, "output_sinks": 0}
 """Settings of methods that answers of earlier versions do not know, with the value that says the same: left out."""
 
 

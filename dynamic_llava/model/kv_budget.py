@@ -1,7 +1,8 @@
 """Which share of an answer fits into so many bytes of keys and values: `generate(kv_budget="512MiB")`.
 
 Layers before the cut store every token, and so does a prompt its text; what is left of the budget is spent on output
-tokens in the layers behind the cut, and the share of them that fits chooses the threshold (config/calibration.py).
+tokens in the layers behind the cut, and the share of them that fits chooses the threshold (config/calibration.py). A
+window holds its last tokens whatever is decided; sinks are part of the share.
 Shape suffixes: B rows, N tokens.
 """
 
@@ -52,13 +53,18 @@ def keep_rate_within(
     below, above = method.layer, text.num_hidden_layers - method.layer
     prompt_B, kept_B = _prompts(config, method, ids_BN, mask_BN)
     stored = new_tokens - 1
-    fixed = one * int((below * (prompt_B + stored) + above * kept_B).max())
+    window = min(method.drop_delay, stored)
+    held = min(window + method.output_sinks, stored)
+    fixed = one * int((below * (prompt_B + stored) + above * (kept_B + held)).max())
     if allowed < fixed:
+        what = f"the {held} output tokens of window and sinks" if held else "any output token"
         raise ValueError(
-            f"kv_budget={kv_budget!r} is {allowed:,} bytes, and the longest row takes {fixed:,} without any output "
-            f"token behind layer {method.layer}; give more, or a lower image_keep_rate, or fewer max_new_tokens"
+            f"kv_budget={kv_budget!r} is {allowed:,} bytes, and the longest row takes {fixed:,} "
+            f"{'with' if held else 'without'} {what} behind layer {method.layer}; give more, or a lower "
+            "image_keep_rate, or fewer max_new_tokens"
         )
-    return min(1.0, (allowed - fixed) / (one * above * stored)) if stored else 1.0
+    fits = (allowed - fixed) / (one * above) + held - window
+    return min(1.0, fits / (stored - window)) if stored > window else 1.0
 
 
 def _prompts(config: Any, method: Dynamic, ids_BN: Tensor, mask_BN: Tensor | None) -> tuple[Tensor, Tensor]:

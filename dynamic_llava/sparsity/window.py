@@ -1,4 +1,4 @@
-"""A window over the output tokens: each is still seen for some steps when it has been dropped (docs/method.md, 8).
+"""A window over the output tokens: each is still seen for some steps when it has been dropped (docs/method.md, 9).
 
 The step of a token is the number of output tokens that its row has before it. A token is seen by those whose step is at
 most its `until`, whatever was decided about it: w more than its own step for an output token, NEVER for others. In a

@@ -112,10 +112,56 @@ def test_a_budget_is_the_bytes_of_its_rate(model, share):
     assert keep_rate_within(10**9, config, method, inputs, 12, size) == 1
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("share", [0.1, 0.45, 0.8])
+def test_a_budget_counts_the_window(model, share):
+    """Of evenly spaced tokens: the cache of the longest row is as large as the budget says, but for a token or two."""
+    inputs, window, size = prompts(fixed_rows(seed=5)), 3, 4
+    method = replace(Dynamic.from_config(model.config.sparsity), output_window=window)
+    text = model.config.text_config
+    one = 2 * text.num_key_value_heads * text.hidden_size // text.num_attention_heads * size
+
+    def filled(rate):
+        exact = replace(method, output_selection="spread", output_keep_rate=rate)
+        return one * int(model.generate(**inputs, **CALL, method=exact).sparsity.tokens_per_layer().sum(1).max())
+
+    least, most = filled(0.0001), filled(1.0)
+    allowed, above = int(least + share * (most - least)), text.num_hidden_layers - method.layer
+    assert most - least == one * above * (CALL["max_new_tokens"] - 1 - window)
+    rate = keep_rate_within(allowed, model.config, method, inputs, CALL["max_new_tokens"], size)
+    assert abs(filled(round(rate, 4)) - allowed) <= 2 * one * above
+    assert keep_rate_within(least, model.config, method, inputs, CALL["max_new_tokens"], size) == 0
+    short = replace(method, output_window=50)
+    assert keep_rate_within(most, model.config, short, inputs, CALL["max_new_tokens"], size) == 1
+
+
+@torch.no_grad()
+def test_sinks_are_part_of_an_asked_rate(batch, monkeypatch):
+    """With 6 sinks in answers of 24 tokens: 0.5 is met, and of 0.1 the sinks are left."""
+    settings = replace(shared_model().config.sparsity, output_sinks=6, output_window=2)
+    monkeypatch.setattr(shared_model().config, "sparsity", settings)
+    found = margins_of(shared_model(), [batch], 1)
+    assert all(one[:6].isposinf().all() and one[6:].isfinite().all() for one in found["output"])
+    quantiles = {kind: quantiles_of(each) for kind, each in found.items()}
+    monkeypatch.setattr(shared_model().config, "sparsity", replace(settings, calibration=quantiles))
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "output_mask", "pixel_values")}
+    for asked, met in ((0.5, 0.5), (0.1, 0.25)):
+        record = shared_model()(**inputs, output_keep_rate=asked, use_cache=False).sparsity
+        assert abs(float(record.output_keep_rate) - met) <= 0.01 + 1 / int(batch["output_mask"].sum())
+    with pytest.raises(ValueError, match="every token of these answers is a sink"):
+        quantiles_of([torch.full((3,), torch.inf)])
+    with pytest.raises(ValueError, match="not finite"):
+        quantiles_of([torch.tensor([0.0, torch.nan])])
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
         ({"kv_budget": 1000}, r"the longest row takes [\d,]+ without any output token behind layer 2; give more"),
+        (
+            {"kv_budget": 1000, "method": {"name": "dynamic", "output_window": 9, "output_sinks": 7}},
+            r"with the 11 output tokens of window and sinks behind layer 2; give more",
+        ),
         ({"kv_budget": "12 pounds"}, "'12 pounds' is no number of bytes"),
         ({"kv_budget": "1MiB", "output_keep_rate": 0.5}, "kv_budget and output_keep_rate both say"),
         ({"kv_budget": "1MiB", "method": "fastv"}, "kv_budget means nothing to method 'fastv'"),

@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dynamic_llava.config import SparsityConfig
 from dynamic_llava.engine.cache import AdmissionCache
-from dynamic_llava.methods import get_method
+from dynamic_llava.eval.identity import method_settings
+from dynamic_llava.methods import Dynamic, get_method
 from tests.builders import assert_same_logits
 from tests.parity.test_families import world_of
 from tests.world_laws import QUICK_LAWS, Laws
@@ -130,3 +132,14 @@ def test_what_has_no_window_is_refused():
     with pytest.raises(ValueError, match="give output_by an output_window of 0"):
         get_method("mixed", output_by={"name": "dynamic", "output_window": 2}, evict_by="h2o")
     assert AdmissionCache.for_method(get_method("dynamic", output_window=2, sparsity="image"), 4).window == 0
+
+
+def test_without_a_window_settings_and_answers_are_recorded_as_ever():
+    """A checkpoint's config.json, and what answers depend on, have no word of what the paper has not."""
+    plain, own = SparsityConfig(), SparsityConfig(output_window=2, output_sinks=1)
+    names = {"output_window", "output_sinks"}
+    assert not names & set(plain.to_dict()) and names <= set(own.to_dict())
+    assert SparsityConfig.from_dict(own.to_dict()) == own and SparsityConfig.from_dict(plain.to_dict()) == plain
+    half = Dynamic(image_keep_rate=0.5)
+    assert not names & set(method_settings(half, plain)["method"])
+    assert names <= set(method_settings(replace(half, output_window=2, output_sinks=1), plain)["method"])

@@ -13,7 +13,7 @@ from dynamic_llava.costs import kv_bytes, llava_shape, prefill_flops, training_f
 from dynamic_llava.engine.decide import asked_by, decided_tokens
 from dynamic_llava.engine.learned import learned_costs
 from dynamic_llava.eval.efficiency import Counted, mean_kv_bytes, prefill_costs
-from dynamic_llava.eval.identity import method_settings
+from dynamic_llava.eval.identity import LATER, method_settings
 from dynamic_llava.layout import TokenLayout, run_lengths, without_last
 from dynamic_llava.methods import Dynamic, get_method, print_method, read_method
 from dynamic_llava.train.config import RunConfig
@@ -171,7 +171,7 @@ def test_answers_of_before_are_of_the_same_settings(model):
     plain, own = SparsityConfig(), model.config.sparsity
     half = Dynamic(image_keep_rate=0.5)
     assert method_settings(half, plain)["method"] == {
-        name: value for name, value in print_method(half).items() if name != "prompt_threshold"
+        name: value for name, value in print_method(half).items() if name not in LATER
     }
     mixed = get_method("mixed", image_by=half)
     assert "prompt_threshold" not in method_settings(mixed, plain)["method"]["image_by"]
