@@ -81,6 +81,18 @@ def test_a_registered_model_answers_as_generate_does(kit, world):
     assert isinstance(model.chat(talk, dataset="MMDU"), str)
 
 
+def test_random_methods_draw_by_the_sample(kit, world, monkeypatch):
+    """VLMEvalKit gives no index: prompt and files of images tell samples apart, and one sample is always itself."""
+    folder, checkpoint = world
+    model = vlmevalkit.register()(checkpoint, device="cpu", method="random", image_keep_rate=0.25, max_new_tokens=2)
+    keys, answer = [], model.answer
+    monkeypatch.setattr(model, "answer", lambda *given: (keys.append(given[3]), answer(*given))[1])
+    for number, question in ((0, "What?"), (1, "What?"), (0, "Who?"), (0, "What?")):
+        picture_part = {"type": "image", "value": str(folder / f"{number}.png")}
+        model.generate([picture_part, {"type": "text", "value": question}], dataset="MME")
+    assert keys[0] == keys[3] and len(set(map(tuple, keys))) == 3
+
+
 def test_multiple_choice_is_asked_in_llavas_form(kit, world):
     model = vlmevalkit.register()(world[1], device="cpu")
     assert [model.use_custom_prompt(name) for name in ("MMStar", "MME", "OCRBench")] == [True, False, False]
