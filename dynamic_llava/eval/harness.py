@@ -11,6 +11,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from dynamic_llava.config import nested_method
 from dynamic_llava.costs import decoder_shape
+from dynamic_llava.eval.answering import facts
 from dynamic_llava.eval.efficiency import Counted, mean_kv_bytes
 from dynamic_llava.eval.predict import Held, Prediction, QueryBatch, read_predictions, to_device
 from dynamic_llava.methods import import_named
@@ -94,10 +95,8 @@ class Harness:
 
     def cache_bytes(self, said: Prediction) -> int:
         """Return the bytes of keys and values of an answer's own row when its last token is said."""
-        images = tuple(range(len(kept)) for kept in said.image_kept)
-        tokens = len(said.tokens), sum(said.output_kept), said.heads_hold, said.prompt_dropped
-        counted = Counted(said.prompt_tokens, images, said.image_seen, *tokens)
         shape, each = decoder_shape(self.model.config), self.processor.tokens_per_image
+        counted = Counted.read(facts(said), self.method, shape.layers, each, "an answer")
         return int(mean_kv_bytes(shape, self.method, [counted], each, self.model.dtype.itemsize))
 
 
