@@ -12,7 +12,7 @@ import glob
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from PIL import Image
 
 from dynamic_llava.config import cache_folder
 from dynamic_llava.files import Lock, writing
+from dynamic_llava.tiny.world.long import LONG_KINDS, describe_long, sample_long_request, sample_long_scene
 from dynamic_llava.tiny.world.scenes import GRID, PATCH_SIZE, Picture, Scene, SceneObject, render_scene, sample_scene
-from dynamic_llava.tiny.world.texts import KINDS, NEGATIVES, ShortQuestion, ask, describe, sample_request
+from dynamic_llava.tiny.world.texts import KINDS, NEGATIVES, Description, ShortQuestion, ask, describe, sample_request
 
 FORMAT_VERSION = 1
 MARKER = "world.json"
@@ -33,6 +34,27 @@ _QUESTIONS_PER_IMAGE = 0.45
 _IMAGES_PER_DESCRIPTION = 4
 
 Sample = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class World:
+    """What a world is made of."""
+
+    kinds: tuple[str, ...]
+    """Kinds of its short questions."""
+    scene: Callable[[np.random.Generator], Scene]
+    request: Callable[[np.random.Generator], tuple[str, str]]
+    """Draws a style of descriptions and a request for it."""
+    describe: Callable[[Scene, str], Description]
+    question_every: int = 1
+    """Of how many training images one has a short question: where descriptions are long, few fill the batches."""
+
+
+WORLDS = {
+    "default": World(KINDS, sample_scene, sample_request, describe),
+    "long": World(LONG_KINDS, sample_long_scene, sample_long_request, describe_long, question_every=4),
+}
+"""The worlds by name. default: one to four objects, told in 50 to 100 tokens; long: four to seven, in 100 to 250."""
 
 
 @dataclass(frozen=True)
@@ -47,33 +69,42 @@ class Truth:
     patch_coverage: tuple[float, ...]
 
 
-def build_world(root: Path | None = None, train: int = 5000, test: int = 800, seed: int = 0) -> Path:
+def build_world(
+    root: Path | None = None, train: int = 5000, test: int = 800, seed: int = 0, world: str = "default"
+) -> Path:
     """Writes a world of `train` and `test` images and returns its folder; a finished one is returned as it is.
 
-    Without `root` the folder lies in the cache and its name states the arguments. Per training image there is one short
-    question and one description, for every sixth also a conversation of several turns. The test split has 0.45 short
-    questions per image and kind (existence: 0.54, as POPE's three balanced subsets) and a description for every fourth
-    image: 2,232 questions and 200 descriptions at the default size.
+    `world` is one of WORLDS. Without `root` the folder lies in the cache and its name states the arguments. Per
+    training image there is one description and one short question (in the long world for every fourth), for every
+    sixth also a conversation of several turns. The test split has 0.45 short questions per image and kind (existence:
+    0.54, as POPE's three balanced subsets) and a description for every fourth image: 2,232 questions and 200
+    descriptions at the default size (1,872 questions in the long world).
 
     The folder appears as a whole or not at all; of processes that want the same world at once one builds it. Raises
-    ValueError for sizes that are not positive, and where `root` holds something else; WriteError for a full disk.
+    ValueError for an unknown world, for sizes that are not positive, and where `root` holds something else; WriteError
+    for a full disk.
     """
+    if world not in WORLDS:
+        raise ValueError(f"unknown world {world!r}; allowed: {', '.join(WORLDS)}")
     if train < 1 or test < _IMAGES_PER_DESCRIPTION:
         raise ValueError(f"got train={train}, test={test} images; need train >= 1, test >= {_IMAGES_PER_DESCRIPTION}")
-    arguments = {"format": FORMAT_VERSION, "train": train, "test": test, "seed": seed}
-    folder = cache_folder() / f"tiny_world_v{FORMAT_VERSION}_{train}_{test}_{seed}" if root is None else Path(root)
+    arguments: dict[str, Any] = {"format": FORMAT_VERSION, "train": train, "test": test, "seed": seed}
+    name = f"tiny_world_v{FORMAT_VERSION}_{train}_{test}_{seed}"
+    if world != "default":
+        arguments["world"], name = world, f"{name}_{world}"
+    folder = cache_folder() / name if root is None else Path(root)
     if _finished(folder, arguments):
         return folder
     lock = Lock(folder.with_name(f"{folder.name}.lock"), f"building the tiny world {folder}").take(wait=True)
     try:
         if not _finished(folder, arguments):
-            _build(folder, train, test, seed, arguments)
+            _build(folder, arguments)
     finally:
         lock.release()
     return folder
 
 
-def _build(folder: Path, train: int, test: int, seed: int, arguments: dict[str, int]) -> None:
+def _build(folder: Path, arguments: dict[str, Any]) -> None:
     """Write a world under its name as a whole; what killed builds have left beside it goes first."""
     partial = folder.with_name(f"{folder.name}.partial")
     with writing(folder):
@@ -81,7 +112,7 @@ def _build(folder: Path, train: int, test: int, seed: int, arguments: dict[str, 
             shutil.rmtree(left)
         try:
             partial.mkdir()
-            _write_world(partial, train, test, seed)
+            _write_world(partial, arguments, WORLDS[arguments.get("world", "default")])
             _dump(partial / MARKER, arguments)
             os.replace(partial, folder)
         finally:
@@ -113,7 +144,7 @@ def _truth(entry: dict[str, Any]) -> Truth:
     return Truth(scene, tuple(entry["patch_object"]), tuple(entry["patch_coverage"]))
 
 
-def _finished(folder: Path, arguments: dict[str, int]) -> bool:
+def _finished(folder: Path, arguments: dict[str, Any]) -> bool:
     """Whether the folder holds this very world; ValueError where it holds something else."""
     if not folder.exists():
         return False
@@ -130,12 +161,12 @@ def _finished(folder: Path, arguments: dict[str, int]) -> bool:
     return False
 
 
-def _write_world(folder: Path, train: int, test: int, seed: int) -> None:
+def _write_world(folder: Path, arguments: dict[str, Any], world: World) -> None:
     (folder / "images").mkdir()
     truths: dict[str, Any] = {}
-    for split, count in (("train", train), ("test", test)):
+    for split in ("train", "test"):
         scenes: dict[str, Scene] = {}
-        for name, scene, picture in _pictures(split, count, seed):
+        for name, scene, picture in _pictures(split, arguments[split], arguments["seed"], world):
             Image.fromarray(picture.pixels).save(folder / name, compress_level=1)
             scenes[name] = scene
             truths[name] = {
@@ -143,8 +174,8 @@ def _write_world(folder: Path, train: int, test: int, seed: int) -> None:
                 "patch_object": picture.patch_object.tolist(),
                 "patch_coverage": [round(float(c), 3) for c in picture.patch_coverage],
             }
-        rng = np.random.default_rng((_SPLIT_KEYS[split], seed))
-        samples = _train_samples(scenes, rng) if split == "train" else _test_samples(scenes, rng)
+        rng = np.random.default_rng((_SPLIT_KEYS[split], arguments["seed"]))
+        samples = (_train_samples if split == "train" else _test_samples)(scenes, rng, world)
         _dump(folder / f"{split}.json", samples)
     _dump(folder / "scenes.json", {"grid": GRID, "patch_size": PATCH_SIZE, "images": truths})
     lost = next((name for name in truths if not (folder / name).is_file()), None)
@@ -152,61 +183,65 @@ def _write_world(folder: Path, train: int, test: int, seed: int) -> None:
         raise FileNotFoundError(errno.ENOENT, f"{lost} was deleted while the world was being built")
 
 
-def _pictures(split: str, count: int, seed: int) -> Iterator[tuple[str, Scene, Picture]]:
+def _pictures(split: str, count: int, seed: int, world: World) -> Iterator[tuple[str, Scene, Picture]]:
     for i in range(count):
         rng = np.random.default_rng((_SPLIT_KEYS[split], seed, i))
-        scene = sample_scene(rng)
+        scene = world.scene(rng)
         yield f"images/{split}_{i:06d}.png", scene, render_scene(scene, rng)
 
 
-def _train_samples(scenes: dict[str, Scene], rng: np.random.Generator) -> list[Sample]:
+def _train_samples(scenes: dict[str, Scene], rng: np.random.Generator, world: World) -> list[Sample]:
     """Shuffled, so that any first part of the file is a fair sample."""
     samples = []
     for i, (name, scene) in enumerate(scenes.items()):
-        question = _ask_first(scene, i, rng)
-        samples.append(_sample(name, question.kind, [(question.text, question.answer)]))
-        style, request = sample_request(rng)
-        samples.append(_sample(name, "description", [(request, describe(scene, style).text)], style=style))
+        if i % world.question_every == 0:
+            question = _ask_first(scene, i // world.question_every, rng, world.kinds)
+            samples.append(_sample(name, question.kind, [(question.text, question.answer)]))
+        samples.append(_described(name, scene, rng, world))
         if i % _MULTI_TURN_EVERY == 0:
-            samples.append(_sample(name, "turns", _several_turns(scene, rng)))
+            samples.append(_sample(name, "turns", _several_turns(scene, rng, world)))
     return [samples[i] for i in rng.permutation(len(samples))]
 
 
-def _ask_first(scene: Scene, number: int, rng: np.random.Generator) -> ShortQuestion:
+def _described(name: str, scene: Scene, rng: np.random.Generator, world: World) -> Sample:
+    style, request = world.request(rng)
+    return _sample(name, "description", [(request, world.describe(scene, style).text)], style=style)
+
+
+def _ask_first(scene: Scene, number: int, rng: np.random.Generator, kinds: tuple[str, ...]) -> ShortQuestion:
     """A question of the kind whose turn it is, or of the next kind that the scene allows (size always does)."""
-    asked = (ask(scene, KINDS[(number + shift) % len(KINDS)], rng) for shift in range(len(KINDS)))
+    asked = (ask(scene, kinds[(number + shift) % len(kinds)], rng) for shift in range(len(kinds)))
     return next(question for question in asked if question is not None)
 
 
-def _several_turns(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
+def _several_turns(scene: Scene, rng: np.random.Generator, world: World) -> list[tuple[str, str]]:
     """Two or three turns about one picture; half of the conversations close with a description."""
     questions: dict[str, str] = {}
     closing = rng.random() < 0.5
     wanted = int(rng.integers(1, 3)) if closing else int(rng.integers(2, 4))
-    for kind in rng.permutation(len(KINDS)):
-        question = ask(scene, KINDS[int(kind)], rng)
+    for kind in rng.permutation(len(world.kinds)):
+        question = ask(scene, world.kinds[int(kind)], rng)
         if question is not None and len(questions) < wanted:
             questions[question.text] = question.answer
     turns = list(questions.items())
     if closing:
-        style, request = sample_request(rng)
-        turns.append((request, describe(scene, style).text))
+        style, request = world.request(rng)
+        turns.append((request, world.describe(scene, style).text))
     return turns
 
 
-def _test_samples(scenes: dict[str, Scene], rng: np.random.Generator) -> list[Sample]:
+def _test_samples(scenes: dict[str, Scene], rng: np.random.Generator, world: World) -> list[Sample]:
     names = list(scenes)
     per_kind = max(1, int(_QUESTIONS_PER_IMAGE * len(names)))
     samples = []
-    for kind in (k for k in KINDS if k != "exist"):
+    for kind in (k for k in world.kinds if k != "exist"):
         samples += [_test_question(*pair) for pair in _spread(scenes, kind, per_kind, rng)]
     for negative in NEGATIVES:
         for present in (True, False):
             chosen = _spread(scenes, "exist", max(1, per_kind // 5), rng, present=present, negative=negative)
             samples += [_test_question(name, question, subset=negative) for name, question in chosen]
     for name in names[::_IMAGES_PER_DESCRIPTION]:
-        style, request = sample_request(rng)
-        samples.append(_sample(name, "description", [(request, describe(scenes[name], style).text)], style=style))
+        samples.append(_described(name, scenes[name], rng, world))
     for number, sample in enumerate(samples):
         sample["id"] = f"test_{number:05d}_{sample['kind']}"
     return samples

@@ -1,7 +1,8 @@
 """Scenes of the tiny world and their pictures: 64 x 64 pixels, one to four flat objects on one of three grounds.
 
 A picture is cut into 8 x 8 patches of 8 pixels by the vision tower, hence 64 image tokens. Objects never overlap and
-cover about a fifth of the patches, so most image tokens carry no content: the situation image sparsity is made for.
+cover about a fifth of the patches (a third in the long world, whose scenes have up to seven), so most image tokens
+carry no content: the situation image sparsity is made for.
 Everything is a pure function of a `numpy.random.Generator`; nothing here touches files or torch.
 """
 
@@ -45,6 +46,8 @@ _OBJECT_GAP = 1.2  # pixels between two objects, and between an object and the b
 _COLUMN_GAP = 4.5  # least distance of two centres in x: descriptions name objects from left to right
 _THIRD_GAP = 1.5  # least distance of a centre to a border between thirds: rows and columns are unambiguous
 _RADIUS_SPREAD = 0.08
+_CROWD_TRIES = 300
+_CROWD_SIZE_WEIGHTS = (0.42, 0.36, 0.22)
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,26 @@ def sample_scene(rng: np.random.Generator, *, dense: bool = False) -> Scene:
     return Scene(tuple(objects), BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))])
 
 
+def sample_crowd(rng: np.random.Generator, *, fewest: int, most: int, alike: int) -> Scene:
+    """Draws a scene of `fewest` to `most` objects, smaller ones more often; of no size and no column more than `alike`.
+
+    Where the drawn number does not fit, as many stay as do; a scene that is left with too few is drawn anew.
+    """
+    while True:
+        wanted = int(rng.integers(fewest, most + 1))
+        objects: list[SceneObject] = []
+        for _ in range(_CROWD_TRIES):
+            candidate = _sample_object(rng, SIZES[int(rng.choice(len(SIZES), p=_CROWD_SIZE_WEIGHTS))])
+            counts = (sum(getattr(o, name) == getattr(candidate, name) for o in objects) for name in ("size", "column"))
+            if max(counts) < alike and _fits(candidate, objects, dense=False):
+                objects.append(candidate)
+            if len(objects) == wanted:
+                break
+        if len(objects) >= fewest:
+            objects.sort(key=lambda o: o.x)
+            return Scene(tuple(objects), BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))])
+
+
 def render_scene(scene: Scene, rng: np.random.Generator) -> Picture:
     """Paints the scene with anti-aliased edges, a random tint and pixel noise."""
     image_HWC = _paint_background(scene.background, rng)
@@ -134,8 +157,8 @@ def sample_pictures(count: int, seed: tuple[int, ...], *, dense: bool = False) -
     return scenes, pictures
 
 
-def _sample_object(rng: np.random.Generator) -> SceneObject:
-    size = SIZES[int(rng.integers(len(SIZES)))]
+def _sample_object(rng: np.random.Generator, size: str | None = None) -> SceneObject:
+    size = SIZES[int(rng.integers(len(SIZES)))] if size is None else size
     radius = RADII[size] * float(rng.uniform(1 - _RADIUS_SPREAD, 1 + _RADIUS_SPREAD))
     reach = radius + _OBJECT_GAP
     x, y = (float(v) for v in rng.uniform(reach, IMAGE_SIZE - reach, 2))

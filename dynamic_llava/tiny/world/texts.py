@@ -66,7 +66,7 @@ def article(word: str) -> str:
 def ask(
     scene: Scene, kind: str, rng: np.random.Generator, *, present: bool | None = None, negative: str | None = None
 ) -> ShortQuestion | None:
-    """A random question of `kind`, or None where the scene allows none (say, no shape occurs exactly once).
+    """A random question of `kind`, or None where the scene allows none (no shape occurs once, no word for a number).
 
     For kind "exist", `present` fixes the answer and `negative` the way an absent object is drawn.
     Raises ValueError for an unknown kind or negative.
@@ -112,18 +112,22 @@ def _ask_size(scene: Scene, rng: np.random.Generator) -> ShortQuestion:
     return ShortQuestion("size", _fill("size", rng, color=obj.color, shape=obj.shape), obj.size, (i,))
 
 
-def _ask_count(scene: Scene, rng: np.random.Generator) -> ShortQuestion:
+def _ask_count(scene: Scene, rng: np.random.Generator) -> ShortQuestion | None:
     count = len(scene.objects)
+    if count >= len(NUMBERS):
+        return None
     return ShortQuestion("count", _fill("count", rng), NUMBERS[count], tuple(range(count)))
 
 
-def _ask_count_by(scene: Scene, rng: np.random.Generator) -> ShortQuestion:
+def _ask_count_by(scene: Scene, rng: np.random.Generator) -> ShortQuestion | None:
     attribute, values = (("shape", SHAPES), ("size", SIZES), ("color", COLORS))[int(rng.choice(3, p=(0.4, 0.4, 0.2)))]
     if rng.random() < 0.75:
         value = getattr(scene.objects[int(rng.integers(len(scene.objects)))], attribute)
     else:
         value = values[int(rng.integers(len(values)))]
     referents = tuple(i for i, o in enumerate(scene.objects) if getattr(o, attribute) == value)
+    if len(referents) >= len(NUMBERS):
+        return None
     template = "count_by_shape" if attribute == "shape" else "count_by"
     return ShortQuestion("count_by", _fill(template, rng, value=value), NUMBERS[len(referents)], referents)
 
@@ -192,22 +196,25 @@ class Description:
     spans: tuple[tuple[int, int, int], ...]
 
 
-class _Writer:
+class DescriptionWriter:
     """Collects text and remembers which characters speak of which object."""
 
     def __init__(self) -> None:
         self._text = ""
         self._spans: list[tuple[int, int, int]] = []
 
-    def say(self, text: str) -> "_Writer":
+    def say(self, text: str) -> "DescriptionWriter":
+        """Add words about no object."""
         self._text += text
         return self
 
-    def state(self, text: str, index: int) -> "_Writer":
+    def state(self, text: str, index: int) -> "DescriptionWriter":
+        """Add words that state something about an object."""
         self._spans.append((len(self._text), len(self._text) + len(text), index))
         return self.say(text)
 
     def finish(self) -> Description:
+        """Return what was written."""
         return Description(self._text, tuple(self._spans))
 
 
@@ -219,7 +226,7 @@ def describe(scene: Scene, style: str) -> Description:
     if style not in _SENTENCES:
         raise ValueError(f"unknown style {style!r}; allowed: {', '.join(STYLES)}")
     opening, sentence, extra, alone, closing = _SENTENCES[style]
-    out, objects = _Writer(), scene.objects
+    out, objects = DescriptionWriter(), scene.objects
     opening(out, scene)
     for i, obj in enumerate(objects):
         sentence(out, i, obj)
@@ -267,42 +274,42 @@ def attribute_recall(text: str, truth: set[tuple[str, str, str]]) -> float:
     return len(truth & parse_attributes(text)) / len(truth)
 
 
-def _list_opening(out: _Writer, scene: Scene) -> None:
+def _list_opening(out: DescriptionWriter, scene: Scene) -> None:
     count = len(scene.objects)
     out.say(f"The image shows {NUMBERS[count]} object{'s' if count > 1 else ''} on a {scene.background} background.")
 
 
-def _list_sentence(out: _Writer, i: int, obj: SceneObject) -> None:
+def _list_sentence(out: DescriptionWriter, i: int, obj: SceneObject) -> None:
     out.say(f" {_ORDINALS[i].capitalize()}, there is a").state(f" {obj.size} {obj.color} {obj.shape}", i)
     out.say(" at the").state(f" {obj.row} {obj.column}", i).say(".")
 
 
-def _list_extra(out: _Writer, i: int, obj: SceneObject) -> None:
+def _list_extra(out: DescriptionWriter, i: int, obj: SceneObject) -> None:
     out.say(" This").state(f" {obj.shape}", i).say(" is").state(f" {obj.color}", i)
     out.say(" and it is").state(f" {obj.size}", i).say(" in size.")
 
 
-def _list_alone(out: _Writer, obj: SceneObject) -> None:
+def _list_alone(out: DescriptionWriter, obj: SceneObject) -> None:
     out.say(" Nothing else can be seen around the").state(f" {obj.color} {obj.shape}", 0).say(" in the image.")
 
 
-def _tell_opening(out: _Writer, scene: Scene) -> None:
+def _tell_opening(out: DescriptionWriter, scene: Scene) -> None:
     count = len(scene.objects)
     verb, plural = ("are", "s") if count > 1 else ("is", "")
     out.say(f"On a {scene.background} background there {verb} {NUMBERS[count]} object{plural}.")
 
 
-def _tell_sentence(out: _Writer, i: int, obj: SceneObject) -> None:
+def _tell_sentence(out: DescriptionWriter, i: int, obj: SceneObject) -> None:
     out.say(f" The {_ORDINALS[i]} is {article(obj.color)}").state(f" {obj.color} {obj.shape}", i)
     out.say(" of").state(f" {obj.size}", i).say(" size near the").state(f" {obj.row} {obj.column}", i).say(".")
 
 
-def _tell_extra(out: _Writer, i: int, obj: SceneObject) -> None:
+def _tell_extra(out: DescriptionWriter, i: int, obj: SceneObject) -> None:
     out.say(" The").state(f" {obj.color}", i).say(" one has the shape of a").state(f" {obj.shape}", i)
     out.say(" and it is").state(f" {obj.size}", i).say(".")
 
 
-def _tell_alone(out: _Writer, obj: SceneObject) -> None:
+def _tell_alone(out: DescriptionWriter, obj: SceneObject) -> None:
     out.say(" No other object is next to the").state(f" {obj.color} {obj.shape}", 0).say(".")
 
 

@@ -1,5 +1,6 @@
 """The world on disk: valid LLaVA data, the same every time, whole or absent, and never outside its folder."""
 
+import hashlib
 import json
 import resource
 import signal
@@ -102,6 +103,20 @@ def test_a_world_is_deterministic_and_built_once(folder, tmp_path):
     assert build_world(again, train=24, test=40, seed=3) == again
     assert (again / "train.json").stat().st_mtime_ns == before
     assert [p.name for p in tmp_path.iterdir()] == ["again"]
+
+
+def test_the_default_world_is_what_it_has_always_been(folder):
+    """Digests of version 1: published numbers and checkpoints belong to these rows and pixels."""
+    files = {name: folder / f"{name}.json" for name in ("train", "test", "scenes", "world")}
+    digests = {name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for name, file in files.items()}
+    assert digests == {
+        "train": "8ba02e8a1c507d9f", "test": "55d10c8b9a1c198a", "scenes": "37f1a942fcc9ac2f",
+        "world": "27b125856b997788",
+    }  # fmt: skip
+    pixels = hashlib.sha256()
+    for path in sorted((folder / "images").iterdir()):
+        pixels.update(path.name.encode() + np.asarray(Image.open(path)).tobytes())
+    assert pixels.hexdigest()[:16] == "641cd89bd52ea64d"
 
 
 def test_the_cache_folder_comes_from_the_environment(tmp_path, monkeypatch):
