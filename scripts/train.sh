@@ -2,6 +2,7 @@
 # Train; sets the environment up when needed.
 #   bash scripts/train.sh                              the tiny world: minutes on two CPU cores, no download
 #   bash scripts/train.sh --seed 1                     the same with another seed (--seeds 5: mean and interval)
+#   bash scripts/train.sh configs/tiny_long.yaml       its long form: descriptions of 144 to 219 tokens, three output rates
 #   bash scripts/train.sh CONFIG.yaml [overrides]      any LLaVA-format data, e.g. --train.learning-rate 1e-5
 #   bash scripts/train.sh CONFIG.yaml --help           every setting with its meaning
 # Paths in a configuration file are relative to the folder this is called from.

@@ -72,8 +72,8 @@ read_yaml = functools.cache(cli.read_yaml)
 
 
 def class_of(path):
-    """The file of the tiny world's main job is the one of another command."""
-    return JobConfig if path == CONFIGS / "tiny.yaml" else RunConfig
+    """The files of the tiny world's main job are those of another command."""
+    return JobConfig if path.name in ("tiny.yaml", "tiny_long.yaml") else RunConfig
 
 
 def name_of(path):
@@ -312,6 +312,15 @@ def test_the_tiny_sweep_varies_what_the_papers_tables_vary():
     assert varied == {
         "--train.sparsity-mode", "--sparsity.image-keep-rate", "--sparsity.output-keep-rate", "--sparsity.sparse-layer",
         "--sparsity.output-min-length", "--sparsity.keep-rate-weight", "--sparsity.dropped-tokens",
+    }  # fmt: skip
+
+
+def test_the_long_world_differs_in_its_texts_and_budgets():
+    own = changes(read_yaml(JobConfig, CONFIGS / "tiny_long.yaml"), read_yaml(JobConfig, CONFIGS / "tiny.yaml"))
+    assert own.pop("tiny.world") == "long" and own.pop("tiny.more_output_rates") == [0.35, 0.2]
+    assert own.pop("tiny.description_tokens") >= 219 + 1  # the longest reference description and a margin
+    assert own.keys() == {
+        "sparsity.image_keep_rate", "train.save_every", "tiny.dynamic_image", "tiny.questions", "tiny.rivals",
     }  # fmt: skip
 
 

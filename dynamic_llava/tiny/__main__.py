@@ -128,7 +128,8 @@ def _budgets(given: argparse.Namespace) -> None:
 
     run, rates = given.run, given.rates
     config = read_yaml(JobConfig, run / "config.yaml")
-    world = build_world(train=config.tiny.train_images, test=config.tiny.test_images, seed=config.tiny.data_seed)
+    tiny = config.tiny
+    world = build_world(train=tiny.train_images, test=tiny.test_images, seed=tiny.data_seed, world=tiny.world)
     test = read_test_set(world, config.tiny.questions, config.tiny.descriptions)
     folders = sorted(path.parent for path in run.glob("seed*/results.json"))
     if not folders:

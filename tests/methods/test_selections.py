@@ -74,6 +74,23 @@ def test_mixed_takes_each_decision_from_its_method():
         Mixed(image_by=FastV(layer=3), output_by=Random())
 
 
+def test_random_keeps_sinks_and_says_how_long_a_window_is():
+    outputs = outputs_of([0.0] * 6, [0.0] * 3)
+    sinks = Random(image_keep_rate=None, output_keep_rate=0, output_sinks=2, output_window=5)
+    assert sinks.keep_output(outputs, LEARNED).tolist() == [True, True] + 4 * [False] + [True, True, False]
+    assert sinks.drop_delay == Mixed(output_by=sinks).drop_delay == 5
+    chance = Random(output_keep_rate=0.5)
+    drawn = chance.keep_output(outputs, LEARNED)
+    both = Random(output_keep_rate=0.5, output_sinks=1).keep_output(outputs, LEARNED)
+    assert torch.equal(both, drawn | (outputs.rank == 0)) and chance.drop_delay == 0
+    assert Random(output_keep_rate=None, output_window=5).drop_delay == 0  # nothing is dropped, so nothing late
+    later = OutputTokens(outputs.hidden, outputs.rank + 9, outputs.key, outputs.rank)  # a second answer of its row
+    assert sinks.keep_output(later, LEARNED).tolist() == sinks.keep_output(outputs, LEARNED).tolist()
+    for name in ("output_sinks", "output_window"):
+        with pytest.raises(ValueError, match=f"{name}=-1 is no number of"):
+            Random(**{name: -1})
+
+
 FASTV_H2O = {
     "name": "mixed",
     "image_by": {"name": "fastv", "layer": 3, "image_keep_rate": 0.25},

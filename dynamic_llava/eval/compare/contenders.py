@@ -1,7 +1,7 @@
 """Who takes part in a comparison: every method on every checkpoint that can run it, with the budget it is given."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,10 +62,13 @@ class Contender:
         }
 
 
-def enter(models: Sequence[str], methods: Sequence[SpelledMethod]) -> tuple[list[Entrant], list[str]]:
+def enter(
+    models: Sequence[str], methods: Sequence[SpelledMethod], learned_only: Collection[str] = ()
+) -> tuple[list[Entrant], list[str]]:
     """Return every method on every checkpoint that can run it, and why others are left out; nothing is loaded.
 
-    ValueError for a method that is not understood, and where none of the checkpoints can run it.
+    The models of `learned_only` run only methods that decide by learned weights. ValueError for a method that is not
+    understood, and where none of the checkpoints can run it.
     """
     entrants: list[Entrant] = []
     refused: dict[str, list[str]] = {}
@@ -75,6 +78,8 @@ def enter(models: Sequence[str], methods: Sequence[SpelledMethod]) -> tuple[list
         config = DynamicLlavaConfig.from_pretrained(model)
         for one in methods:
             method = one.read(config.sparsity)
+            if model in learned_only and not method.used_parts:
+                continue
             try:
                 cuts_of(method, config.text_config.num_hidden_layers)
                 check_learned(model, config, method)

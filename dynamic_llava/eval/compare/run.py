@@ -55,6 +55,8 @@ class CompareOptions:
     """The budget that every method is given: image-tokens=N or kv-bytes=N."""
     repeats: int = 7
     """Rounds that times are medians of."""
+    learned_only: frozenset[str] = frozenset()
+    """Of the models those that run no method without learned weights."""
 
     def __post_init__(self) -> None:
         if twice := sorted({one for one in self.models if self.models.count(one) > 1}):
@@ -71,7 +73,7 @@ def compare(options: CompareOptions, *, table: bool = True) -> int:
     """
     tasks = options.run.chosen_tasks()
     equal = None if options.equal is None else EqualBudget.read(options.equal)
-    entrants, left_out = enter(options.models, read_methods(options.methods))
+    entrants, left_out = enter(options.models, read_methods(options.methods), options.learned_only)
     if not any(one.method.is_dense and one.model == options.models[0] for one in entrants):
         raise ValueError("the methods lack a dense one, which every difference is to; add dense to --methods")
     questions = _questions(tasks, options.run)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
+from dynamic_llava.config import check_keep_rate
 from dynamic_llava.config.run import RunConfig
 
 
@@ -16,6 +17,11 @@ class TinyJobConfig:
 
     seeds: int = 1
     """How many seeds to train and evaluate, counted up from the training seed; several print mean and interval."""
+    world: str = "default"
+    """World of the scenes and descriptions: default, or long, whose descriptions have 100 to 250 tokens with counts at
+    their ends (configs/tiny_long.yaml)."""
+    more_output_rates: list[float] = field(default_factory=list)
+    """Further r_OT that Dynamic I|T is trained at, each with rows of its own beside simple rules at as many slots."""
     untrained_base: bool = False
     """Also train from a randomly initialised language model: the control of the overlap table (`--full`)."""
     dynamic_image: bool = True
@@ -56,14 +62,23 @@ class TinyJobConfig:
     picture_answers: int = 3
     """Descriptions in the picture of greyed answers."""
 
+    @property
+    def with_uncached(self) -> bool:
+        """Whether there is a row that decodes without a cache."""
+        return bool(self.uncached_questions and self.uncached_descriptions)
+
     def __post_init__(self) -> None:
         for one in fields(self):
             value = getattr(self, one.name)
-            if one.type in (bool, "bool") or one.name in ("data_seed", "rivals"):
+            if one.type in (bool, "bool") or one.name in ("data_seed", "rivals", "world", "more_output_rates"):
                 continue
             least = 0 if one.name.startswith(("uncached_", "picture_")) else 1
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"tiny.{one.name}={value!r} is not allowed; give a whole number of at least {least}")
+        for rate in self.more_output_rates:
+            check_keep_rate("tiny.more_output_rates", rate)
+        if len({*self.more_output_rates}) < len(self.more_output_rates):
+            raise ValueError(f"tiny.more_output_rates={self.more_output_rates} names a rate twice; name each once")
         for part, whole in (("uncached_questions", "questions"), ("uncached_descriptions", "descriptions")):
             if getattr(self, part) > getattr(self, whole):
                 raise ValueError(
@@ -103,6 +118,11 @@ class JobConfig(RunConfig):
             raise ValueError(
                 f"train.sparsity_mode={self.train.sparsity_mode!r} and a `tiny` section contradict each other: the "
                 "main job trains both, image and the dense control, each with its own mode; leave one of them out"
+            )
+        if self.sparsity.output_keep_rate in self.tiny.more_output_rates:
+            raise ValueError(
+                f"tiny.more_output_rates={self.tiny.more_output_rates} holds sparsity.output_keep_rate, which is "
+                "trained anyway; leave it out"
             )
         if self.train.tune == "predictors" and self.train.projector_learning_rate is None:
             raise ValueError(

@@ -1,6 +1,7 @@
 """The tiny world's evaluation: every row of the table on unseen images, from checkpoints to plain numbers."""
 
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,26 +20,27 @@ from dynamic_llava.model.switches import choose_method
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.tiny.job import testset
 from dynamic_llava.tiny.job.config import TinyJobConfig
-from dynamic_llava.tiny.job.rows import CACHED_SUBSET, REFERENCE, UNCACHED, Row, equal_keep_rows, first_rows, method_row
+from dynamic_llava.tiny.job.outputs import MeasuredRow, RowFiles, RowOutput
+from dynamic_llava.tiny.job.rows import (
+    CACHED_SUBSET,
+    REFERENCE,
+    UNCACHED,
+    Row,
+    equal_keep_rows,
+    first_rows,
+    learned_row,
+    method_row,
+    other_rate,
+    window_rows,
+)
 from dynamic_llava.tiny.job.testset import EXISTENCE, TestSet, accuracy_by_kind, patch_overlap
+from dynamic_llava.tiny.world.long import STATEMENTS
 from dynamic_llava.tiny.world.texts import parse_attributes
 
 OVERLAP_ROWS = (REFERENCE, "dynamic_image", "fastv", "random_image")
 """Rows whose kept patches are compared with the objects."""
 UNTRAINED = "untrained"
 """Key of the untrained-base control."""
-
-
-@dataclass(frozen=True)
-class RowOutput:
-    """One row's answers and descriptions, in the order of the test set."""
-
-    answers: Sequence[predict.Prediction]
-    descriptions: Sequence[predict.Prediction]
-
-    def first(self, answers: int, descriptions: int) -> "RowOutput":
-        """The outputs of the first queries of each kind."""
-        return RowOutput(self.answers[:answers], self.descriptions[:descriptions])
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class SeedEvaluation:
     overlap: list[dict[str, Any]]
     agreement: dict[str, float]
     outputs: dict[str, RowOutput]
+    seconds: float
+    """What measuring the rows has taken, in this process or an earlier one."""
 
     def write_outputs(self, folder: Path, test: TestSet) -> None:
         """Write every row's answers to <folder>/<row>.jsonl, one query per line, with what was kept."""
@@ -74,7 +78,7 @@ class _Inputs:
 
     questions: list[predict.QueryBatch]
     prompts: list[predict.QueryBatch]
-    answers: list[predict.QueryBatch]
+    answers: list[testset.AnswerBatch]
 
     @classmethod
     def of(cls, processor: DynamicLlavaProcessor, test: TestSet, batch_size: int) -> "_Inputs":
@@ -95,12 +99,14 @@ class Evaluator:
         config: TinyJobConfig,
         say: Callable[[str], None] = print,
         method: Method | None = None,
+        files: RowFiles | None = None,
     ) -> None:
         """Load the models and prepare every input once.
 
-        `checkpoints` maps base, control, both and, if trained, image to folders. `say` receives one line per row.
-        `method`: one more that the dense control is shown under, in a row of its own.
-        Raises ValueError when one of the three is missing.
+        `checkpoints` maps base, control, both and, if trained, image and those of other r_OT to folders. `say` receives
+        one line per row. `method`: one more that the dense control is shown under, in a row of its own. `files`: where
+        measured rows are kept; those that lie there are not measured again. Raises ValueError when one of the three is
+        missing.
         """
         missing = {"base", "control", "both"} - set(checkpoints)
         if missing:
@@ -109,7 +115,7 @@ class Evaluator:
         self.models = {key: load(str(path)) for key, path in checkpoints.items()}
         self.settings: SparsityConfig = self.models["both"].config.sparsity
         self.processor = DynamicLlavaProcessor.from_pretrained(checkpoints["both"])
-        self.test, self.config, self.say, self.method = test, config, say, method
+        self.test, self.config, self.say, self.method, self.files = test, config, say, method, files
         self.whole = _Inputs.of(self.processor, test, config.batch_size)
         self.subset = _Inputs.of(self.processor, self._subset_of(test), config.batch_size)
         self.timing = testset.prompt_batches(
@@ -117,19 +123,32 @@ class Evaluator:
         )[0]
         self.rows: list[dict[str, Any]] = []
         self.outputs: dict[str, RowOutput] = {}
+        self._seconds = 0.0
 
     def run(self) -> SeedEvaluation:
         """Measure every row and compare what must be equal."""
-        subset = bool(self.config.uncached_questions and self.config.uncached_descriptions)
-        for row in first_rows(self.settings, dynamic_image="image" in self.models, uncached=subset):
+        uncached = self.config.with_uncached
+        for row in first_rows(self.settings, dynamic_image="image" in self.models, uncached=uncached):
             self._add(row)
             if row.key == UNCACHED:
                 self._add_cached_subset()
+        rates = self.config.more_output_rates
+        for rate in rates:
+            self._add(learned_row(rate))
         forced = self._metrics(REFERENCE)["keep_output_forced"]
-        named = () if self.method is None else (method_row(self.method),)
-        for row in (*equal_keep_rows(self.settings, forced), *named):
+        for row in (*equal_keep_rows(self.settings, forced), *self._window_rows(None)):
             self._add(row)
-        return SeedEvaluation(self.rows, self._overlap_rows(), self._agreement(), self.outputs)
+        for row in (one for rate in rates for one in self._window_rows(rate)):
+            self._add(row)
+        if self.method is not None:
+            self._add(method_row(self.method))
+        return SeedEvaluation(self.rows, self._overlap_rows(), self._agreement(), self.outputs, self._seconds)
+
+    def _window_rows(self, rate: float | None) -> list[Row]:
+        """Rows at the slots that the learned selection of an r_OT, None: of the main one, has shown."""
+        lengths = [int(count) for batch in self.whole.answers for count in batch.inputs["output_mask"].sum(1)]
+        learned = REFERENCE if rate is None else f"{REFERENCE}{other_rate(rate)}"
+        return window_rows(self.settings, lengths, self._metrics(learned)["slots"], rate)
 
     def _subset_of(self, test: TestSet) -> TestSet:
         return test.first(self.config.uncached_questions, self.config.uncached_descriptions)
@@ -138,24 +157,37 @@ class Evaluator:
         return next(row for row in self.rows if row["key"] == key)["metrics"]
 
     def _add(self, row: Row) -> None:
+        measured = None if self.files is None else self.files.read(row)
+        taken = "measured before" if measured is not None else ""
+        if measured is None:
+            measured = self._measure(row)
+            if self.files is not None:
+                self.files.write(row, measured)
+        if measured.output is not None:
+            self.outputs[row.key] = measured.output
+        self._seconds += measured.seconds
+        self._record(row.key, row.title, row.note, measured.metrics, taken or f"{measured.seconds:.1f} s")
+
+    def _measure(self, row: Row) -> MeasuredRow:
         begun = time.perf_counter()
         inputs = self.subset if row.subset else self.whole
-        metrics = self._likelihood(row, inputs)
+        metrics, output = self._likelihood(row, inputs), None
         if row.generates:
-            output = self.outputs[row.key] = self._generate(row, inputs)
+            output = self._generate(row, inputs)
             metrics |= quality(output, self.test) | self._costs(row, output)
-        self._record(row.key, row.title, row.note, metrics, time.perf_counter() - begun)
+        return MeasuredRow(metrics, output, time.perf_counter() - begun)
 
-    def _record(self, key: str, title: str, note: str, metrics: dict[str, float], seconds: float) -> None:
+    def _record(self, key: str, title: str, note: str, metrics: dict[str, float], how: str) -> None:
         self.rows.append({"key": key, "title": title, "note": note, "metrics": metrics})
         shown = ", ".join(
             f"{name} {scale * metrics[metric]:.{digits}f}"
             for name, metric, scale, digits in (
-                ("accuracy", "accuracy/all", 100, 1), ("PPL", "ppl", 1, 3), ("recall", "attribute_recall", 100, 1)
+                ("accuracy", "accuracy/all", 100, 1), ("PPL", "ppl", 1, 3), ("recall", "attribute_recall", 100, 1),
+                ("slots", "slots", 100, 1),
             )
             if metric in metrics
         )  # fmt: skip
-        self.say(f"  {title:<32} {shown}  ({seconds:.1f} s)")
+        self.say(f"  {title:<38} {shown}  ({how})")
 
     def _likelihood(self, row: Row, inputs: _Inputs) -> dict[str, float]:
         forced = testset.likelihood(
@@ -165,6 +197,8 @@ class Evaluator:
             "ppl": testset.perplexity(forced.nll, forced.tokens),
             "keep_image": forced.image_keep_rate,
             "keep_output_forced": forced.output_keep_rate,
+            "slots": forced.slots,
+            **{f"forced/{name}": share for name, share in forced.stated.items()},
         }
 
     def _generate(self, row: Row, inputs: _Inputs) -> RowOutput:
@@ -220,7 +254,7 @@ class Evaluator:
         metrics = quality(output, self.test)
         metrics["ppl"] = self._metrics(UNCACHED)["ppl"]
         note = "the cached model's outputs on the subset of the row above; perplexity is the same masked pass for both"
-        self._record(CACHED_SUBSET, "Dynamic I|T, same subset", note, metrics, 0.0)
+        self._record(CACHED_SUBSET, "Dynamic I|T, same subset", note, metrics, "nothing computed")
 
     def _agreement(self) -> dict[str, float]:
         """Shares of equal answers, descriptions and output decisions between the cached and the uncached row."""
@@ -292,11 +326,21 @@ def quality(output: RowOutput, test: TestSet) -> dict[str, float]:
         len(parse_attributes(said.text) & truth) / len(truth)
         for said, truth in zip(output.descriptions, (test.attributes[q.image] for q in described), strict=True)
     )
+    for name, pattern in STATEMENTS.items():
+        shares = [_stated(pattern, said.text, q.answer) for said, q in zip(output.descriptions, described, strict=True)]
+        if told := [share for share in shares if share is not None]:
+            metrics[f"said/{name}"] = statistics.fmean(told)
     kept = [decision for said in output.descriptions for decision in said.output_kept]
     if kept:  # nothing was decided where every description ended with its first token
         metrics["keep_output_generated"] = sum(kept) / len(kept)
     metrics["description_tokens"] = statistics.fmean(len(said.tokens) for said in output.descriptions)
     return metrics
+
+
+def _stated(pattern: re.Pattern[str], text: str, reference: str) -> float | None:
+    """Share of a reference's statements that a text makes, word for word; None where the reference makes none."""
+    true, said = ({match[0] for match in pattern.finditer(one)} for one in (reference, text))
+    return len(true & said) / len(true) if true else None
 
 
 def _pope_f1(texts: Sequence[str], questions: Sequence[testset.Query]) -> float | None:

@@ -1,16 +1,21 @@
 """The tiny world's main job: train I|T, I and the dense control, evaluate every row, draw, report.
 
     runs/<name>/                 config.yaml, metrics.jsonl, results.json, table.md and pictures/ of the whole job
-    runs/<name>/seed<k>/         the same of one seed, and a folder per training (both, image, control, untrained)
+    runs/<name>/seed<k>/         the same of one seed, and a folder per training (both, image, control, untrained, and
+                                 both_35 for r_OT 0.35)
+    runs/<name>/seed<k>/rows/    a file for each measured row
 
-A finished seed is taken from its results.json, if its fingerprint (settings, base weights, library versions) is that of
-this job, and a finished training from its folder: an interrupted job goes on where it stopped, and the same command
-again trains nothing. Trainings of other settings are refused; an evaluation of other settings is made anew, and what
-it would replace is moved aside. train.overwrite makes everything anew.
+A finished seed is taken from its results.json, if its fingerprint (settings, rows, base weights, library versions) is
+that of this job, a finished training from its folder, and a measured row from its file: an interrupted job goes on
+where it stopped, the same command again computes nothing, and further rows or r_OT cost no more than themselves.
+Trainings of other settings are refused; an evaluation of other settings is made anew, and what it would replace is
+moved aside. train.overwrite makes everything anew; without rows/ and results.json a seed is measured anew.
 """
 
+import hashlib
 import json
 import logging
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,23 +34,24 @@ from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.provenance import environment, fingerprint, source_digest
 from dynamic_llava.tiny.job.config import JobConfig
 from dynamic_llava.tiny.job.evaluation import UNTRAINED, Evaluator, SeedEvaluation
+from dynamic_llava.tiny.job.outputs import RowFiles
 from dynamic_llava.tiny.job.page import report_text
 from dynamic_llava.tiny.job.pictures import draw_pictures
 from dynamic_llava.tiny.job.rivals import check_rivals, compare_rivals, compared_in
+from dynamic_llava.tiny.job.rows import BOTH, other_rate, row_keys
 from dynamic_llava.tiny.job.testset import TestSet, read_test_set
 from dynamic_llava.tiny.world.dataset import build_world
 from dynamic_llava.train.run import RunResult, run, write_config
 
 log = logging.getLogger(__name__)
 
-TRAININGS: dict[str, tuple[str, SparsityMode]] = {
-    "both": ("Dynamic I|T", "both"),
-    "image": ("Dynamic I", "image"),
-    "control": ("dense control", "none"),
-}
-"""Folder of a training -> its title and what it sparsifies."""
-COMPARED = ("control", "both")
-"""Trainings whose models the rivals run on; differences are to the first, dense."""
+CONTROL = "control"
+"""Folder of the dense control's training; that of Dynamic I|T is BOTH."""
+NO_NUMBERS = (
+    "seeds", "picture_scenes", "picture_answers", "rivals", "rival_questions", "dynamic_image", "untrained_base",
+    "more_output_rates",
+)  # fmt: skip
+"""Settings of the job that say which rows and pictures there are; they change no row."""
 END_OF_TRAINING = 0.2
 """Share of a training's log, from its end, over which realised keep rates are averaged."""
 
@@ -58,6 +64,18 @@ class SeedJob:
     folder: Path
     world: Path
     base: Path
+
+    @property
+    def trainings(self) -> dict[str, tuple[str, SparsityMode, float]]:
+        """Folder of a training -> its title, what it sparsifies, and its r_OT."""
+        main, tiny = self.config.sparsity.output_keep_rate, self.config.tiny
+        others = {f"{BOTH}{other_rate(rate)}": rate for rate in tiny.more_output_rates}
+        return {
+            BOTH: ("Dynamic I|T", "both", main),
+            **{key: (f"Dynamic I|T, r_OT {rate:g}", "both", rate) for key, rate in others.items()},
+            **({"image": ("Dynamic I", "image", main)} if tiny.dynamic_image else {}),
+            CONTROL: ("dense control", "none", main),
+        }
 
     @property
     def data(self) -> DataConfig:
@@ -82,14 +100,34 @@ class SeedJob:
         """File of the seed's numbers."""
         return self.folder / "results.json"
 
+    @property
+    def rows(self) -> Path:
+        """Folder of its measured rows."""
+        return self.folder / "rows"
+
     def fingerprint(self) -> str:
-        """Digest of everything the numbers depend on, the source code apart."""
+        """Digest of everything the seed's numbers depend on, the source code apart."""
+        tiny = self.config.tiny
+        keys = row_keys(
+            self.config.sparsity,
+            tiny.more_output_rates,
+            dynamic_image=tiny.dynamic_image,
+            uncached=tiny.with_uncached,
+        )
+        return hashlib.sha256(f"{self.measured}{self.named}{keys}{tiny.untrained_base}".encode()).hexdigest()[:16]
+
+    @property
+    def named(self) -> dict[str, Any] | None:
+        """The row that the job names, as text."""
+        return None if self.method is None else print_method(self.method)
+
+    @property
+    def measured(self) -> str:
+        """Digest of everything that a row's numbers depend on beside the row, the source code apart."""
         settings = asdict(self.config) | {"data": asdict(self.data), "sparsity": self.config.sparsity.to_dict()}
         for key in ("name", "output_folder", "method"):
             del settings[key]
-        if self.method is not None:
-            settings["method"] = print_method(self.method)
-        for key in ("seeds", "picture_scenes", "picture_answers", "rivals", "rival_questions"):
+        for key in NO_NUMBERS:
             del settings["tiny"][key]
         for key in ("overwrite", "accept_changed_inputs"):
             del settings["train"][key]
@@ -109,8 +147,11 @@ def main(config: JobConfig) -> Path:
 def _main(config: JobConfig, folder: Path) -> Path:
     begun, tiny = time.perf_counter(), config.tiny
     check_rivals(tiny.rivals, config.sparsity)
-    print(f"building the tiny world: {tiny.train_images} training and {tiny.test_images} test images", flush=True)
-    world = build_world(train=tiny.train_images, test=tiny.test_images, seed=tiny.data_seed)
+    print(
+        f"building the tiny world ({tiny.world}): {tiny.train_images} training and {tiny.test_images} test images",
+        flush=True,
+    )
+    world = build_world(train=tiny.train_images, test=tiny.test_images, seed=tiny.data_seed, world=tiny.world)
     if not config.model.base:
         raise ValueError("model.base is not set; configs/tiny.yaml starts from tiny, which comes with the package")
     base = Path(config.model.source)
@@ -135,11 +176,11 @@ def _main(config: JobConfig, folder: Path) -> Path:
 
 
 def _compare(job: SeedJob) -> None:
-    """Compare the rivals on the seed's models."""
+    """Compare the rivals, on the seed's dense control, with the learned selection of Dynamic I|T."""
     print(f"seed {job.config.train.seed}: rivals at equal image tokens", flush=True)
-    models = [job.config.training(name=key, output_folder=str(job.folder)).folder / "model" for key in COMPARED]
+    models = [job.config.training(name=key, output_folder=str(job.folder)).folder / "model" for key in (CONTROL, BOTH)]
     patches = DynamicLlavaProcessor.from_pretrained(job.base).tokens_per_image
-    compare_rivals(job.folder, job.world, models, job.config.sparsity, job.config.tiny, patches, job.fingerprint())
+    compare_rivals(job.folder, job.world, models, job.config.sparsity, job.config.tiny, patches, job.measured)
 
 
 def _seed_result(job: SeedJob) -> dict[str, Any]:
@@ -150,7 +191,11 @@ def _seed_result(job: SeedJob) -> dict[str, Any]:
         return _run_seed(job)
     print(f"seed {seed}: taken from {job.results}: finished already, nothing to do", flush=True)
     if found["environment"]["source"] != source_digest():
-        log.warning("%s was made by other source code than this; --train.overwrite measures anew", job.results)
+        log.warning(
+            "%s was made by other source code than this; without it and %s the seed is measured anew, not trained",
+            job.results,
+            job.rows,
+        )
     return found
 
 
@@ -172,38 +217,41 @@ def _move_aside(job: SeedJob) -> None:
         if file.is_file():
             aside = file.with_name(f"{file.stem}.{former['fingerprint']}{file.suffix}")
             file.rename(aside)
-            print(f"{file} belongs to other settings or weights and is moved to {aside}", flush=True)
+            print(f"{file} belongs to other settings, rows or weights and is moved to {aside}", flush=True)
 
 
 def _run_seed(job: SeedJob) -> dict[str, Any]:
-    begun, seed = time.perf_counter(), job.config.train.seed
+    seed = job.config.train.seed
     with writing(job.folder):
         job.folder.mkdir(parents=True, exist_ok=True)
     test = read_test_set(job.world, job.config.tiny.questions, job.config.tiny.descriptions)
-    trained = {
-        key: _train(job, key, mode, title)
-        for key, (title, mode) in TRAININGS.items()
-        if key != "image" or job.config.tiny.dynamic_image
-    }
+    _warn_of_cut_descriptions(job, test)
+    if job.config.train.overwrite:
+        shutil.rmtree(job.rows, ignore_errors=True)
+    trained = {key: _train(job, key, mode, title, rate) for key, (title, mode, rate) in job.trainings.items()}
     _move_aside(job)  # not before: a training of other settings is refused and leaves everything as it is
     amount = f"{len(test.questions)} questions and {len(test.descriptions)} descriptions"
     print(f"seed {seed}: evaluation, {amount} per row", flush=True)
     checkpoints = {"base": job.base, **{key: result.folder for key, result in trained.items()}}
-    evaluator = Evaluator(checkpoints, test, job.config.tiny, method=job.method)
+    files = RowFiles(job.rows, job.measured)
+    evaluator = Evaluator(checkpoints, test, job.config.tiny, method=job.method, files=files)
     evaluation = evaluator.run()
+    if files.older:
+        log.warning("other source code has measured %s; without %s they are measured anew", files.older, job.rows)
     if job.config.tiny.untrained_base:
         _add_untrained(job, evaluator, evaluation)
     result = {
         "seed": seed,
         "fingerprint": job.fingerprint(),
-        "seconds": round(time.perf_counter() - begun, 1),
+        "world": job.config.tiny.world,
+        "seconds": round(evaluation.seconds + sum(one.metrics.get("train_seconds", 0) for one in trained.values()), 1),
         "questions": len(test.questions),
         "descriptions": len(test.descriptions),
         "timing_batch": job.config.tiny.timing_batch,
         "rows": evaluation.rows,
         "overlap": evaluation.overlap,
         "agreement": evaluation.agreement,
-        "training": _end_of_training(trained["both"].history),
+        "training": _end_of_training(trained[BOTH].history),
         "trainings": {key: one.metrics for key, one in trained.items()},
         "environment": environment(),
     }
@@ -211,7 +259,22 @@ def _run_seed(job: SeedJob) -> dict[str, Any]:
     return result
 
 
-def _train(job: SeedJob, key: str, mode: SparsityMode, title: str, base: Path | None = None) -> RunResult:
+def _warn_of_cut_descriptions(job: SeedJob, test: TestSet) -> None:
+    tokenizer = DynamicLlavaProcessor.from_pretrained(job.base).tokenizer
+    texts = [query.answer for query in test.descriptions]
+    longest = 1 + max(map(len, tokenizer(texts, add_special_tokens=False).input_ids))  # and the end
+    if longest > job.config.tiny.description_tokens:
+        log.warning(
+            "descriptions have up to %d tokens, of which tiny.description_tokens=%d lets a model say the first; raise "
+            "it, and for the long world start from configs/tiny_long.yaml",
+            longest,
+            job.config.tiny.description_tokens,
+        )
+
+
+def _train(
+    job: SeedJob, key: str, mode: SparsityMode, title: str, output_rate: float, base: Path | None = None
+) -> RunResult:
     """One training of the seed, in its own folder below the seed's."""
     print(f"seed {job.config.train.seed}: training {title}", flush=True)
     config = job.config.training(
@@ -219,6 +282,7 @@ def _train(job: SeedJob, key: str, mode: SparsityMode, title: str, base: Path | 
         output_folder=str(job.folder),
         data=job.data,
         model=job.config.model if base is None else replace(job.config.model, base=str(base)),
+        sparsity=replace(job.config.sparsity, output_keep_rate=output_rate),
         train=replace(job.config.train, sparsity_mode=mode),
         method=None,
     )
@@ -228,7 +292,8 @@ def _train(job: SeedJob, key: str, mode: SparsityMode, title: str, base: Path | 
 def _add_untrained(job: SeedJob, evaluator: Evaluator, evaluation: SeedEvaluation) -> None:
     """Train I|T from a random language model and add its overlap: how much of it needs no trained base at all."""
     base = write_untrained_base(job.base, job.folder / UNTRAINED / "base", job.config.train.seed)
-    trained = _train(job, UNTRAINED, "both", "the untrained-base control", base)
+    rate = job.config.sparsity.output_keep_rate
+    trained = _train(job, UNTRAINED, "both", "the untrained-base control", rate, base)
     evaluator.add_untrained(evaluation, trained.folder)
 
 
@@ -282,7 +347,7 @@ def _draw(job: SeedJob, test: TestSet, evaluation: SeedEvaluation, trained: dict
         evaluation,
         DynamicLlavaProcessor.from_pretrained(job.base),
         job.config.tiny,
-        {TRAININGS[key][0]: one.history for key, one in trained.items()},
+        {job.trainings[key][0]: one.history for key, one in trained.items()},
         job.config.sparsity,
     )
 

@@ -25,7 +25,8 @@ from dynamic_llava.provenance import environment
 from dynamic_llava.sparsity.decisions import budget
 from dynamic_llava.tiny.job import testset
 from dynamic_llava.tiny.job.config import TinyJobConfig
-from dynamic_llava.tiny.job.evaluation import RowOutput, quality
+from dynamic_llava.tiny.job.evaluation import quality
+from dynamic_llava.tiny.job.outputs import RowOutput
 from dynamic_llava.tiny.job.testset import TestSet, accuracy_by_kind
 
 DENSE, LEARNED, ATTENTION, CHANCE = "dense control", "Dynamic I|T", "control + FastV-like", "control + random image"
@@ -71,6 +72,7 @@ def measure(checkpoint: Path, test: TestSet, method: Method) -> dict[str, float]
         "ppl": testset.perplexity(forced.nll, forced.tokens),
         "keep_image": forced.image_keep_rate,
         "keep_output_forced": forced.output_keep_rate,
+        "slots": forced.slots,
         **quality(output, test),
         **costs,
         "kv_kib": statistics.fmean(said.cache_bytes for said in output.descriptions) / 1024,

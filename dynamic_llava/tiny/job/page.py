@@ -15,6 +15,7 @@ from dynamic_llava.eval.metrics.seeds import mean_and_interval
 from dynamic_llava.eval.writing import markdown
 from dynamic_llava.files import replace_file, writing
 from dynamic_llava.tiny.job.rivals import compared_in, rivals_section
+from dynamic_llava.tiny.job.rows import other_rate
 from dynamic_llava.tiny.job.tables import (
     COST_COLUMNS,
     DESCRIPTION_COLUMNS,
@@ -32,13 +33,28 @@ ANALYSIS = "<!-- analysis: written by hand, kept when the page is generated agai
 README_START, README_END = "<!-- tiny-table:start -->", "<!-- tiny-table:end -->"
 """Lines of the README between which its table is generated."""
 
-README_ROWS = ("control", "dynamic_image", "dynamic", "fastv", "random_image", "inside_random", "inside_alternate")
+README_ROWS = (
+    "control", "dynamic_image", "dynamic", "fastv", "random_image", "inside_random", "inside_alternate", "inside_sinks",
+    "inside_recent",
+)  # fmt: skip
 """Rows that the README shows."""
+
+WINDOWS = {"sinks": "sinks + window", "recent": "random + window"}
+"""Beginning of a row's key, behind "inside_" -> the rule that it drops output tokens by."""
 
 DESCRIPTION_INTRO = (
     "Perplexity of the reference descriptions (teacher-forced); recall of objects stated with size, colour and shape "
     "in generated descriptions; their length; image and output tokens that stay from the sparse layer on (%), under "
-    "teacher forcing and in generation."
+    "teacher forcing and in generation. Slots: the share of past output tokens that output tokens see there, under "
+    "teacher forcing (%)."
+)
+
+STATED = {"late counts, forced": "forced/count", "relations, forced": "forced/relation"}
+"""What targets say of the long descriptions -> metric."""
+
+STATED_INTRO = (
+    " Relations and counts of the long descriptions, %: forced, the words that tell them and are the likeliest ones "
+    "behind the reference text; else the statements that generated descriptions make."
 )
 
 Metrics = Mapping[str, Mapping[str, float]]
@@ -55,14 +71,14 @@ def report_text(
     rows, overlap = aggregate(results), aggregate(results, "overlap")
     parts = [
         f"## Short answers\n\n{_intro(results)}\n\n" + table(rows, answer_columns(rows), escape=escape),
-        f"## Descriptions\n\n{DESCRIPTION_INTRO}\n\n" + table(rows, DESCRIPTION_COLUMNS, escape=escape),
+        f"## Descriptions\n\n{_description_intro(rows)}\n\n" + table(rows, DESCRIPTION_COLUMNS, escape=escape),
         f"## Cost\n\n{_cost_intro(results)}\n\n" + table(rows, COST_COLUMNS, escape=escape),
         "## Kept patches and objects\n\nPercent; one question per image.\n\n"
         + table(overlap, OVERLAP_COLUMNS, escape=escape),
         rivals_section(compared, escape=escape),
         "## Cached = uncached\n\n" + _agreement(results),
         "## Targets\n\n" + target_table(results, settings, escape=escape),
-        "## Rows\n\n" + notes([*rows, *overlap]),
+        f"## Rows\n\nNumbers in these lines are those of seed {results[0]['seed']}.\n\n" + notes([*rows, *overlap]),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -77,7 +93,8 @@ def write_results_page(folder: Path, page: Path, settings: SparsityConfig, comma
     analysis = ""
     if page.is_file() and ANALYSIS in page.read_text(encoding="utf-8"):
         analysis = page.read_text(encoding="utf-8").split(ANALYSIS, 1)[1].strip()
-    head = f"# The tiny world, measured\n\nGenerated from results.json of `{command}`. {_environment(results)}"
+    named = "The tiny world" if results[0].get("world", "default") == "default" else "The long tiny world"
+    head = f"# {named}, measured\n\nGenerated from results.json of `{command}`. {_environment(results)}"
     with writing(page.parent):
         page.parent.mkdir(parents=True, exist_ok=True)
         compared = compared_in(folder, [result["seed"] for result in results])
@@ -140,6 +157,11 @@ def _intro(results: Sequence[Mapping[str, Any]]) -> str:
     return text
 
 
+def _description_intro(rows: Sequence[Mapping[str, Any]]) -> str:
+    stated = any("forced/count" in row["metrics"] for row in rows)
+    return DESCRIPTION_INTRO + (STATED_INTRO if stated else "")
+
+
 def _cost_intro(results: Sequence[Mapping[str, Any]]) -> str:
     environments = [result["environment"] for result in results]
     threads = sorted({str(one["threads"]) for one in environments})
@@ -189,6 +211,15 @@ class MeanTarget:
     strict: bool = False
     """Whether a mean that equals a bound misses the target."""
     digits: int = 1
+    by_interval: bool = False
+    """Whether the interval over seeds decides: a mean whose interval holds a bound is undecided."""
+
+    def verdict(self, mean: float, half: float | None) -> str:
+        """Return met, MISSED, or undecided; of one seed, which has no interval, the mean decides."""
+        if not self.by_interval or half is None:
+            return "met" if self.met(mean) else "MISSED"
+        ends = {self.met(mean - half), self.met(mean + half)}
+        return "undecided" if len(ends) > 1 else "met" if ends == {True} else "MISSED"
 
     def met(self, mean: float) -> bool:
         """Whether `mean` lies within the bounds."""
@@ -206,28 +237,33 @@ class MeanTarget:
         return f"below {high}" if self.strict else f"at most {high}"
 
 
-def _lead(row: str, metric: str, scale: float = 1.0) -> Callable[[Metrics], float]:
+def _lead(row: str, metric: str, scale: float = 1.0, learned: str = "dynamic") -> Callable[[Metrics], float]:
     """Dynamic I|T minus another row."""
-    return lambda m: scale * (m["dynamic"][metric] - m[row][metric])
+    return lambda m: scale * (m[learned][metric] - m[row][metric])
 
 
-def _lag(row: str, metric: str, scale: float = 1.0) -> Callable[[Metrics], float]:
+def _lag(row: str, metric: str, scale: float = 1.0, learned: str = "dynamic") -> Callable[[Metrics], float]:
     """Another row minus Dynamic I|T."""
-    return lambda m: scale * (m[row][metric] - m["dynamic"][metric])
+    return lambda m: scale * (m[row][metric] - m[learned][metric])
 
 
 def _percent(row: str, metric: str) -> Callable[[Metrics], float]:
     return lambda m: 100 * m[row][metric]
 
 
-def targets(settings: SparsityConfig) -> list[MeanTarget]:
-    """The targets for the keep rates in `settings`."""
-    image, output = 100 * settings.image_keep_rate, 100 * settings.output_keep_rate
+def targets(settings: SparsityConfig, rates: Sequence[float] = (), *, long: bool = False) -> list[MeanTarget]:
+    """The targets for the keep rates in `settings` and Dynamic I|T at the further r_OT `rates`.
+
+    The bounds on short answers are those of the default world; the long one has some on its statements instead.
+    """
     points = "accuracy/all", 100
-    return [
+    short = [
         MeanTarget("accuracy, dense control minus Dynamic I|T (points)", _lag("control", *points), most=2),
         MeanTarget("accuracy, Dynamic I|T minus FastV-like (points)", _lead("fastv", *points), least=6),
         MeanTarget("accuracy, Dynamic I|T minus random image (points)", _lead("random_image", *points), least=20),
+        MeanTarget("objects hit by the kept patches (%)", _percent("overlap/dynamic", "objects_hit"), least=97),
+    ]
+    blind = [
         MeanTarget(
             "description PPL, Dynamic I|T / dense control",
             lambda m: m["dynamic"]["ppl"] / m["control"]["ppl"], most=1.06, digits=3,
@@ -245,6 +281,22 @@ def targets(settings: SparsityConfig) -> list[MeanTarget]:
             )
             for name, row in (("random", "inside_random"), ("alternate", "inside_alternate"))
         ),
+    ]  # fmt: skip
+    windows = _window_targets(settings.output_keep_rate, "", long)
+    windows += [target for rate in rates for target in _window_targets(rate, other_rate(rate), long)]
+    return [*(() if long else short), *blind, *windows, *_keep_targets(settings, rates)]
+
+
+def _keep_targets(settings: SparsityConfig, rates: Sequence[float]) -> list[MeanTarget]:
+    image, output = 100 * settings.image_keep_rate, 100 * settings.output_keep_rate
+    others = [
+        MeanTarget(
+            f"output keep rate, teacher-forced, r_OT {rate:g} (%)",
+            _percent(f"dynamic{other_rate(rate)}", "keep_output_forced"), 100 * rate - 8, 100 * rate + 8,
+        )
+        for rate in rates
+    ]  # fmt: skip
+    return [
         MeanTarget("image keep rate, end of training (%)", _percent("training", "image"), image - 5, image + 5),
         MeanTarget("output keep rate, end of training (%)", _percent("training", "output"), output - 5, output + 5),
         MeanTarget("image keep rate, inference (%)", _percent("dynamic", "keep_image"), image - 8, image + 8),
@@ -256,8 +308,32 @@ def targets(settings: SparsityConfig) -> list[MeanTarget]:
             "output keep rate, generating (%)",
             _percent("dynamic", "keep_output_generated"), output - 8, output + 8,
         ),
-        MeanTarget("objects hit by the kept patches (%)", _percent("overlap/dynamic", "objects_hit"), least=97),
+        *others,
     ]  # fmt: skip
+
+
+def _window_targets(rate: float, suffix: str, long: bool) -> list[MeanTarget]:
+    """What learned admission must show to be worth having: more than simple rules show at equal slots, with certainty.
+
+    `suffix`: of the keys of the rows at this r_OT.
+    """
+    above: dict[str, Any] = {"least": 0, "strict": True, "by_interval": True}
+    found = []
+    for key, rule in WINDOWS.items():
+        row, learned, at = f"inside_{key}{suffix}", f"dynamic{suffix}", f"equal slots, r_OT {rate:g}"
+        found.append(MeanTarget(f"PPL, {rule} minus learned, {at}", _lag(row, "ppl", 1, learned), digits=4, **above))
+        found += [
+            MeanTarget(f"{name}, learned minus {rule}, {at} (points)", _lead(row, metric, 100, learned), **above)
+            for name, metric in STATED.items()
+            if long
+        ]
+    return found
+
+
+def rates_of(result: Mapping[str, Any]) -> list[float]:
+    """The further r_OT of a seed's results, from the keys of its rows."""
+    keys = [row["key"].removeprefix("dynamic_") for row in result["rows"] if row["key"].startswith("dynamic_")]
+    return [float(key) / 100 for key in keys if key.replace(".", "").isdigit()]
 
 
 def metrics_of(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -271,7 +347,7 @@ def target_table(results: Sequence[Mapping[str, Any]], settings: SparsityConfig,
     """Markdown table of the targets over the given seeds; a target whose row was not run says so."""
     lines = [["target", "bound", "measured", "verdict"]]
     per_seed = [metrics_of(result) for result in results]
-    for target in targets(settings):
+    for target in targets(settings, rates_of(results[0]), long=results[0].get("world") == "long"):
         statement = target.statement.replace("|", r"\|") if escape else target.statement
         try:
             mean, half = mean_and_interval([target.value(metrics) for metrics in per_seed])
@@ -279,5 +355,5 @@ def target_table(results: Sequence[Mapping[str, Any]], settings: SparsityConfig,
             lines.append([statement, target.bounds(), "-", "not run"])
             continue
         text = f"{mean:.{target.digits}f}" + ("" if half is None else f" ± {half:.{target.digits}f}")
-        lines.append([statement, target.bounds(), text, "met" if target.met(mean) else "MISSED"])
+        lines.append([statement, target.bounds(), text, target.verdict(mean, half)])
     return markdown(lines)

@@ -1,7 +1,8 @@
 """Rivals of the learned selection on the tiny world's test set, each with as many image tokens as it keeps.
 
-The comparison is that of `python -m dynamic_llava.eval compare`, on the dense control and Dynamic I|T of a seed, whose
-folder gets compare/: the test set as benchmarks, every answer, and compare.json, .md, .csv, .png and .svg.
+The comparison is that of `python -m dynamic_llava.eval compare`: the rivals on the dense control of a seed, the learned
+selection on its Dynamic I|T. The seed's folder gets compare/: the test set as benchmarks, every answer, and
+compare.json, .md, .csv, .png and .svg.
 """
 
 from collections.abc import Sequence
@@ -48,15 +49,15 @@ def compare_rivals(
     patches: int,
     fingerprint: str,
 ) -> Path:
-    """Compare the job's rivals on a seed's models, the dense control first; return the comparison's folder.
+    """Compare the rivals, on the first of a seed's models, with the selection that the second has learned.
 
-    What an earlier call has found stays, if it was of the same settings, trainings (`fingerprint` of the seed's job)
-    and source code. WriteError where a file cannot be written; a method that
-    fails has a row that says why. `patches`: image tokens of one image.
+    The first is dense. Returns the comparison's folder. What an earlier call has found stays, if it was of the same
+    settings, trainings (`fingerprint`) and source code. WriteError where a file cannot be written; a method that fails
+    has a row that says why. `patches`: image tokens of one image.
     """
     folder = seed / "compare"
     asked = {
-        "models": [str(model) for model in models], "methods": f"dense,{LEARNED},{tiny.rivals}",
+        "models": list(map(str, models)), "methods": f"dense,{LEARNED},{tiny.rivals}",
         "equal": f"image-tokens={budget(settings.image_keep_rate, patches)}", "limit": tiny.rival_questions,
         "fingerprint": fingerprint, "source": source_digest(),
     }  # fmt: skip
@@ -68,7 +69,8 @@ def compare_rivals(
         model=asked["models"][0], tasks=tasks, data_root=folder / "data", output_folder=folder, limit=asked["limit"],
         batch_size=tiny.batch_size,
     )  # fmt: skip
-    options = CompareOptions(run, tuple(asked["models"]), asked["methods"], asked["equal"], ROUNDS)
+    named = tuple(asked["models"])
+    options = CompareOptions(run, named, asked["methods"], asked["equal"], ROUNDS, learned_only=frozenset(named[1:]))
     code = compare(options, table=False)
     if code == EXIT_WRITE_FAILED:
         raise WriteError(f"the comparison in {folder} could not be written; free the disk, and start the job again")
@@ -91,8 +93,8 @@ def rivals_section(compared: Path | None, *, escape: bool = True) -> str:
         return ""
     found = read_json(compared / RESULT)
     intro = (
-        f"The first {found['settings']['limit']} questions of each kind through methods that learn nothing, on both "
-        f"models, every one with {found['equal']} of an image in the last layer. compare/compare.md explains the "
-        "columns, and docs/comparing.md how to add a method."
+        f"The first {found['settings']['limit']} questions of each kind through methods that learn nothing, on the "
+        f"dense control, and through the learned selection, on its own model, every one with {found['equal']} of an "
+        "image in the last layer. compare/compare.md explains the columns, and docs/comparing.md how to add a method."
     )
     return f"## Rivals at equal image tokens\n\n{intro}\n\n{main_table(found, escape=escape)}"

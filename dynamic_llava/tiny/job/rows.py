@@ -3,21 +3,25 @@
 All rows go through the same functions; a row is data.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from dynamic_llava.config import SparsityConfig
+from dynamic_llava.eval.metrics.slots import chance_of, window_of
 from dynamic_llava.methods import Dynamic, FastV, Method, Mixed, Random, Structure, describe_method
 
-ModelKey = Literal["base", "control", "image", "both"]
-"""The dense base, the dense control (same extra steps), Dynamic I and Dynamic I|T."""
+BOTH = "both"
+"""Key of the model of Dynamic I|T; others are base, the dense one, control, the dense one after the same extra steps,
+image, Dynamic I, and those of `other_rate`."""
 
 UNCACHED, CACHED_SUBSET = "uncached", "dynamic_subset"
 """Keys of the row that decodes without a cache and of the cached row on the same subset."""
 DENSE: Mapping[str, Any] = {"sparsity": "none"}
 REFERENCE = "dynamic"
-"""Key of the row whose realised output keep rate the equal-keep rows are given."""
+"""Key of the row whose realised output keep rate and slots the rows that drop blindly are given."""
+SINKS = 4
+"""First tokens of an answer that stay beside a window, as StreamingLLM has it."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,8 @@ class Row:
 
     key: str
     title: str
-    model: ModelKey
+    model: str
+    """Key of a checkpoint."""
     switches: Mapping[str, Any]
     """Keyword arguments of forward() and generate()."""
     note: str = ""
@@ -68,6 +73,70 @@ def first_rows(settings: SparsityConfig, *, dynamic_image: bool = True, uncached
         ),
     ]  # fmt: skip
     return [row for row in rows if (dynamic_image or row.model != "image") and (uncached or row.key != UNCACHED)]
+
+
+def other_rate(rate: float) -> str:
+    """What is appended to the keys of the model, and of the rows, of Dynamic I|T trained at another r_OT."""
+    return f"_{100 * rate:g}"
+
+
+def learned_row(rate: float) -> Row:
+    """The row of Dynamic I|T trained at another r_OT."""
+    suffix = other_rate(rate)
+    note = f"image and output tokens sparsified, trained at r_OT {rate:g}"
+    return Row(f"{REFERENCE}{suffix}", f"Dynamic I|T, r_OT {rate:g}", f"{BOTH}{suffix}", {"sparsity": "both"}, note)
+
+
+def window_rows(settings: SparsityConfig, lengths: Sequence[int], slots: float, rate: float | None = None) -> list[Row]:
+    """Rows that show each output token as much of those before it as the learned selection does, by simple rules.
+
+    `lengths` are those of the answers, `slots` what the learned selection showed under teacher forcing. Sinks and
+    window: the smallest window that shows at least as much. Chance and window: half of that window, and of older tokens
+    a random part that makes it as much in expectation. `rate`: the r_OT of a model other than the main one, whose rows
+    are those inside it; without it there are rows of the dense control too.
+    """
+    learned, free = Dynamic.from_config(settings, "both"), Random(layer=settings.sparse_layer, image_keep_rate=None)
+    window = window_of(lengths, slots, SINKS)
+    half = window // 2
+    sinks = replace(free, output_keep_rate=0, output_sinks=SINKS, output_window=window)
+    chance = round(chance_of(lengths, slots, half), 4)
+    recent = replace(free, output_keep_rate=chance, output_window=half)
+    suffix, title = ("", "") if rate is None else (other_rate(rate), f", r_OT {rate:g}")
+    share = f"{100 * slots:.1f} % of past outputs seen, as by the learned selection"
+    rules = (
+        ("sinks", "sinks + window", sinks, f"the first {SINKS} tokens of an answer and the last {window}; {share}"),
+        (
+            "recent",
+            "random + window",
+            recent,
+            f"the last {half} tokens and {100 * chance:.1f} % of older ones; {share}",
+        ),
+    )
+    inside = [
+        Row(
+            f"inside_{key}{suffix}", f"Dynamic I|T{title}, {name}", f"{BOTH}{suffix}",
+            {"method": Mixed(image_by=learned, output_by=rule)},
+            f"{note}, inside the trained model; image tokens learned", answers_of=f"{REFERENCE}{suffix}",
+        )
+        for key, name, rule, note in rules
+    ]  # fmt: skip
+    if rate is not None:
+        return inside
+    control = [
+        Row(
+            f"{key}_output", f"control + {name}", "control", {"method": rule}, f"{note}; training-free",
+            answers_of="control",
+        )
+        for key, name, rule, note in rules
+    ]  # fmt: skip
+    return [*control, *inside]
+
+
+def row_keys(settings: SparsityConfig, rates: Sequence[float], **which: bool) -> list[str]:
+    """Keys of all rows of a job whose other r_OT are `rates`; `which` as `first_rows` has it."""
+    rows = [*first_rows(settings, **which), *map(learned_row, rates), *equal_keep_rows(settings, 0.5)]
+    rows += [row for rate in (None, *rates) for row in window_rows(settings, (2,), 0.5, rate)]
+    return [row.key for row in rows]
 
 
 def method_row(method: Method) -> Row:

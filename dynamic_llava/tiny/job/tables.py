@@ -43,6 +43,11 @@ DESCRIPTION_COLUMNS = (
     MetricColumn("keep_image", "image kept", 1, 100),
     MetricColumn("keep_output_forced", "output kept, forced", 1, 100),
     MetricColumn("keep_output_generated", "generating", 1, 100),
+    MetricColumn("slots", "slots", 1, 100),
+    MetricColumn("forced/relation", "relations, forced", 1, 100),
+    MetricColumn("forced/count", "counts, forced", 1, 100),
+    MetricColumn("said/relation", "relations", 1, 100),
+    MetricColumn("said/count", "counts", 1, 100),
 )
 COST_COLUMNS = (
     MetricColumn("image_tokens_per_layer", "image tokens/layer"),
@@ -58,7 +63,8 @@ README_COLUMNS = (
     MetricColumn("ppl", "description PPL", 3),
     MetricColumn("attribute_recall", "recall, %", 1, 100),
     MetricColumn("image_tokens_per_layer", "image tokens/layer"),
-    MetricColumn("keep_output_generated", "output kept, %", 1, 100),
+    MetricColumn("slots", "slots, %", 1, 100),
+    MetricColumn("forced/count", "late counts, %", 1, 100),
     MetricColumn("kv_kib", "KV KiB"),
 )
 OVERLAP_COLUMNS = (

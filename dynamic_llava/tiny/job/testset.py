@@ -8,7 +8,7 @@ Shape suffixes: B rows of a batch, N tokens of the longest row, V vocabulary.
 import math
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from torch import Tensor
 
 from dynamic_llava.data.llava_json import parse_sample, read_samples, resolve_image
 from dynamic_llava.data.sft import Collator, SftSample
+from dynamic_llava.eval.metrics.slots import slots
 from dynamic_llava.eval.predict import NOT_FINITE, NotFiniteLogits, QueryBatch, progress, to_device
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.tiny.world.dataset import load_truth
+from dynamic_llava.tiny.world.long import STATEMENTS
 from dynamic_llava.tiny.world.texts import scene_attributes
 
 DESCRIPTION = "description"
@@ -132,14 +134,42 @@ def prompt_batches(processor: DynamicLlavaProcessor, queries: Sequence[Query], b
     return batches
 
 
-def answer_batches(processor: DynamicLlavaProcessor, queries: Sequence[Query], batch_size: int) -> list[QueryBatch]:
+@dataclass(frozen=True)
+class AnswerBatch(QueryBatch):
+    """Questions with their reference answers."""
+
+    stated: Mapping[str, Tensor] = field(default_factory=dict)
+    """Name of a statement -> (B, N) bool: the answers' words that tell it (`STATEMENTS`)."""
+
+
+def answer_batches(processor: DynamicLlavaProcessor, queries: Sequence[Query], batch_size: int) -> list[AnswerBatch]:
     """Right-padded questions with their reference answers, labels and output_mask, for teacher-forced passes."""
     collate, batches = Collator(processor), []
     for places in _chunks(list(range(len(queries))), batch_size):
-        inputs = collate([_as_sample(processor, queries[i]) for i in places])
+        samples = [_as_sample(processor, queries[i]) for i in places]
+        inputs = collate(samples)
         inputs["sample_key"] = inputs.pop("sample_ids")
-        batches.append(QueryBatch(tuple(places), inputs))
+        stated = {name: torch.zeros_like(inputs["output_mask"]) for name in STATEMENTS}
+        for row, (place, sample) in enumerate(zip(places, samples, strict=True)):
+            for name, words in _stated_words(processor, queries[place].answer).items():
+                stated[name][row, [sample["spans"][-1][0] + word for word in words]] = True
+        batches.append(AnswerBatch(tuple(places), inputs, stated))
     return batches
+
+
+def _stated_words(processor: DynamicLlavaProcessor, answer: str) -> dict[str, list[int]]:
+    """Places, among an answer's tokens, of the words that tell its statements."""
+    ends = [
+        end
+        for _, end in processor.tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)[
+            "offset_mapping"
+        ]
+    ]
+    found = {}
+    for name, pattern in STATEMENTS.items():
+        told = [match.span(group) for match in pattern.finditer(answer) for group in range(1, pattern.groups + 1)]
+        found[name] = [place for place, end in enumerate(ends) if any(start < end <= last for start, last in told)]
+    return found
 
 
 def _as_sample(processor: DynamicLlavaProcessor, query: Query) -> SftSample:
@@ -166,20 +196,26 @@ class Likelihood:
     tokens: int
     image_keep_rate: float
     output_keep_rate: float
+    slots: float
+    """Share of the answers' past tokens that their tokens see (eval/metrics/slots.py)."""
+    stated: Mapping[str, float]
+    """Of the words that tell statements, by the statement's name, the share that is the likeliest word in its place."""
 
 
 @torch.no_grad()
 def likelihood(
-    model: Any, batches: Sequence[QueryBatch], *, switches: Mapping[str, Any], title: str = ""
+    model: Any, batches: Sequence[AnswerBatch], *, switches: Mapping[str, Any], title: str = ""
 ) -> Likelihood:
     """Negative log-likelihood of the reference answers, one masked forward pass per batch (docs/method.md, section 5).
 
     Keep rates are means over all image tokens and over all output tokens of the answers; 1 for a dense call.
     """
     model.eval()
-    nll, tokens = 0.0, 0
+    nll, tokens, window = 0.0, 0, 0
     kept = {"image": 0.0, "output": 0.0}
     seen = {"image": 0, "output": 0}
+    decided: list[list[bool]] = []
+    right, told = defaultdict(int), defaultdict(int)
     for batch in progress(batches, title):
         inputs = to_device(batch.inputs, model.device)
         output = model(**inputs, **switches)
@@ -187,14 +223,21 @@ def likelihood(
         nll, tokens = nll + float(row_nll.sum()), tokens + int(row_tokens.sum())
         if not math.isfinite(nll):
             raise NotFiniteLogits(NOT_FINITE)
+        hit_BN = output.logits[:, :-1].argmax(-1) == inputs["labels"][:, 1:]
+        for name, stated_BN in to_device(batch.stated, model.device).items():
+            right[name] += int((hit_BN & stated_BN[:, 1:]).sum())
+            told[name] += int(stated_BN.sum())
         if output.sparsity is None:
             continue
         layout, keep_BN = output.sparsity.layout, output.sparsity.keep_mask.bool()
         for name, where_BN in (("image", layout.is_image), ("output", layout.output)):
             kept[name] += float((keep_BN & where_BN).sum())
             seen[name] += int(where_BN.sum())
+        decided += [keep_N[output_N].tolist() for keep_N, output_N in zip(keep_BN, layout.output, strict=True)]
+        window = output.sparsity.window
     rates = {name: kept[name] / seen[name] if seen[name] else 1.0 for name in kept}
-    return Likelihood(nll, tokens, rates["image"], rates["output"])
+    stated = {name: right[name] / count for name, count in told.items() if count}
+    return Likelihood(nll, tokens, rates["image"], rates["output"], slots(decided, window), stated)
 
 
 def answer_nll(logits_BNV: Tensor, labels_BN: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,10 +11,11 @@ from dynamic_llava.eval import predict
 from dynamic_llava.methods import Random
 from dynamic_llava.model import DynamicLlavaForConditionalGeneration
 from dynamic_llava.processing import DynamicLlavaProcessor
-from dynamic_llava.tiny.job import testset
+from dynamic_llava.tiny.job import outputs, testset
 from dynamic_llava.tiny.job.config import TinyJobConfig
 from dynamic_llava.tiny.job.evaluation import Evaluator
-from dynamic_llava.tiny.job.rows import equal_keep_rows
+from dynamic_llava.tiny.job.outputs import RowFiles
+from dynamic_llava.tiny.job.rows import Row, equal_keep_rows
 from dynamic_llava.tiny.job.tables import aggregate, answer_columns, table
 from tests.tiny_pipeline import write_checkpoint, write_test_set
 
@@ -50,17 +51,23 @@ def metrics_of(evaluation, key):
     return next(row for row in evaluation.rows if row["key"] == key)["metrics"]
 
 
+def untimed(metrics):
+    return {name: value for name, value in metrics.items() if name not in ("prefill_ms", "decode_ms")}
+
+
 def test_every_row_is_measured_and_reported(evaluated):
     _, evaluation, lines = evaluated
     keys = [row["key"] for row in evaluation.rows]
     assert keys == [
         "base", "control", "dynamic_image", "dynamic", "uncached", "dynamic_subset", "fastv", "random_image",
         "no_image", "random_output", "alternate_output", "inside_random", "inside_alternate", "inside_topk",
+        "sinks_output", "recent_output", "inside_sinks", "inside_recent",
     ]  # fmt: skip
-    assert len(lines) == len(keys)
-    for key in keys[:-1]:
+    assert len(lines) == len(keys) and evaluation.seconds > 0
+    said = set(keys) - {"inside_topk"}
+    for key in said:
         assert {"accuracy/all", "ppl", "attribute_recall"} <= set(metrics_of(evaluation, key))
-    for key in set(keys[:-1]) - {"dynamic_subset"}:
+    for key in said - {"dynamic_subset"}:
         assert {"kv_kib", "prefill_gflop_exact", "decode_ms"} <= set(metrics_of(evaluation, key))
     rows = aggregate([{"rows": evaluation.rows}])
     assert "Dynamic I|T, no cache" in table(rows, answer_columns(rows), escape=False)
@@ -69,8 +76,7 @@ def test_every_row_is_measured_and_reported(evaluated):
 def test_one_model_in_two_roles_gives_the_same_numbers(evaluated):
     _, evaluation, _ = evaluated
     base, control = (metrics_of(evaluation, key) for key in ("base", "control"))
-    timed = {"prefill_ms", "decode_ms"}
-    assert {k: v for k, v in base.items() if k not in timed} == {k: v for k, v in control.items() if k not in timed}
+    assert untimed(base) == untimed(control)
 
 
 def test_the_row_without_a_cache_equals_the_cached_one(evaluated):
@@ -98,6 +104,68 @@ def test_keep_rates_are_those_of_the_methods(evaluated):
     for key in ("alternate_output", "inside_alternate", "inside_topk"):
         assert metrics_of(evaluation, key)["keep_output_forced"] == pytest.approx(learned, abs=0.02)
     assert metrics_of(evaluation, "random_output")["keep_output_forced"] == pytest.approx(learned, abs=0.15)
+
+
+def test_windows_have_the_slots_of_the_learned_selection(evaluated):
+    evaluator, evaluation, _ = evaluated
+    learned = metrics_of(evaluation, "dynamic")["slots"]
+    assert 0.02 < learned < 0.98
+    for key in ("base", "control", "dynamic_image", "fastv"):
+        assert metrics_of(evaluation, key)["slots"] == 1.0
+    for model in ("control", "inside"):
+        names = ("sinks_output", "recent_output") if model == "control" else ("inside_sinks", "inside_recent")
+        sinks, recent = (metrics_of(evaluation, name)["slots"] for name in names)
+        assert learned <= sinks < learned + 0.04  # one step more of a window in answers of about 75 tokens
+        assert recent == pytest.approx(learned, abs=0.1)  # drawn: as much in expectation
+        assert metrics_of(evaluation, names[0])["keep_output_forced"] < learned
+    forced = DynamicLlavaForConditionalGeneration.from_pretrained(evaluator_checkpoint(evaluator))
+    batch = evaluator.whole.answers[0].inputs
+    record = forced.eval()(**batch, sparsity="both").sparsity
+    pairs = seen = 0
+    for keep, output in zip(record.keep_mask.bool(), record.layout.output, strict=True):
+        kept = keep[output]
+        past = torch.ones(len(kept), len(kept)).tril(-1)
+        pairs, seen = pairs + int(past.sum()), seen + int((past * kept).sum())
+    whole = testset.likelihood(forced, evaluator.whole.answers[:1], switches={"sparsity": "both"})
+    assert whole.slots == seen / pairs
+
+
+def test_measured_rows_are_not_measured_again(world, evaluated, tmp_path, monkeypatch):
+    checkpoints, test = world
+    more = replace(CONFIG, more_output_rates=[0.35])
+    checkpoints = {**checkpoints, "both_35": checkpoints["both"]}
+    seen = []
+    measure = Evaluator._measure
+
+    def measured(self, row):
+        seen.append(row.key)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return measure(self, row)
+
+    monkeypatch.setattr(Evaluator, "_measure", measured)
+    with pytest.raises(KeyboardInterrupt):
+        Evaluator(checkpoints, test, CONFIG, print, files=RowFiles(tmp_path, "a")).run()
+    first = seen[:3]
+    first_run = Evaluator(checkpoints, test, CONFIG, print, files=RowFiles(tmp_path, "a")).run()
+    assert not {*first} & {*seen[4:]} and len({*seen}) == len(first_run.rows) - 1  # the subset row computes nothing
+    for row in first_run.rows:
+        assert untimed(row["metrics"]) == untimed(metrics_of(evaluated[1], row["key"]))
+    for key, output in evaluated[1].outputs.items():
+        assert output == first_run.outputs[key]
+    del seen[:]
+    files = RowFiles(tmp_path, "a")
+    added = Evaluator(checkpoints, test, more, print, files=files).run()
+    assert seen == ["dynamic_35", "inside_sinks_35", "inside_recent_35"] and not files.older
+    assert metrics_of(added, "dynamic_35")["ppl"] == metrics_of(added, "dynamic")["ppl"]
+    assert added.rows[0] == first_run.rows[0] and added.outputs["control"] == first_run.outputs["control"]
+    monkeypatch.setattr(outputs, "source_digest", lambda: "other code")
+    files = RowFiles(tmp_path, "a")
+    base = Row("base", "dense base", "base", {"sparsity": "none"})
+    assert files.read(base) is not None and files.older == ["base"]
+    assert RowFiles(tmp_path, "b").read(base) is None and files.read(replace(base, model="control")) is None
+    (tmp_path / "base.json").write_text("{")
+    assert files.read(base) is None
 
 
 def test_one_word_answers_are_shared_and_longer_ones_are_not(evaluated):

@@ -56,8 +56,9 @@ def config(tmp_path):
     )
 
 
-def test_one_seed_writes_everything_and_says_where(config, trained, capsys):
+def test_one_seed_writes_everything_and_says_where(config, trained, capsys, caplog):
     folder = main(config)
+    assert "of which tiny.description_tokens=6 lets a model say the first" in caplog.text
     assert [entry[:3] for entry in trained] == [("both", "both", 4), ("control", "none", 4)]
     for name in ("config.yaml", "metrics.jsonl", "results.json", "table.md"):
         assert (folder / name).is_file() and (folder / "seed4" / name).is_file()
@@ -65,7 +66,7 @@ def test_one_seed_writes_everything_and_says_where(config, trained, capsys):
     assert pictures == {"kept_patches.png", "greyed_answers.png", "keep_rate_by_word.png", "training_curves.png"}
     result = json.loads((folder / "results.json").read_text())["seeds"][0]
     assert result["seed"] == 4 and result["training"] == {"image": pytest.approx(0.2), "output": pytest.approx(0.85)}
-    assert result["environment"]["torch"] and len(result["rows"]) == 13
+    assert result["environment"]["torch"] and len(result["rows"]) == 17 and result["world"] == "default"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert {(line["seed"], line["training"]) for line in lines} == {(4, "both"), (4, "control")}
     printed = capsys.readouterr().out
@@ -83,6 +84,8 @@ def test_rivals_are_compared_at_equal_image_tokens_and_stand_in_the_report(confi
         assert one["equal"] == f"image-tokens={int(config.sparsity.image_keep_rate * 64)}" and not one["left_out"]
         rows = {(row["method"], row["error"]) for task in one["tasks"].values() for row in task["rows"]}
         assert rows == {(name, None) for name in ("dense", "dynamic:sparsity=image", "random:output_keep_rate=none")}
+        both = [row["method"] for task in one["tasks"].values() for row in task["rows"] if "both" in row["model"]]
+        assert both == ["dynamic:sparsity=image"] * 2  # the rivals run on the dense control alone
     assert set(found[0]["tasks"]) == {"pope", "gqa"}
     report = (folder / "table.md").read_text()
     assert "## Rivals at equal image tokens" in report and "`random:output_keep_rate=none`" in report
@@ -126,10 +129,60 @@ def test_several_seeds_resume_what_is_finished(config, trained, capsys, caplog):
     assert not trained and "made by other source code" in caplog.text
     main(replace(two, tiny=replace(two.tiny, questions=11)))
     assert [entry[2] for entry in trained] == [4, 4, 5, 5]
-    assert "belongs to other settings or weights and is moved to" in capsys.readouterr().out
+    assert "belongs to other settings, rows or weights and is moved to" in capsys.readouterr().out
     (aside,) = (folder / "seed4").glob("results.*.json")
     assert json.loads(aside.read_text()) == result and (folder / "seed4" / "results.json").is_file()
     assert len(list((folder / "seed4").glob("table.*.md"))) == 1
+
+
+def test_a_job_that_is_killed_or_gets_more_rows_measures_only_what_is_missing(config, trained, monkeypatch, capsys):
+    seen, measure = [], job.Evaluator._measure
+
+    def measured(self, row):
+        if len(seen) == 5:
+            seen.append("killed")
+            raise KeyboardInterrupt
+        seen.append(row.key)
+        return measure(self, row)
+
+    monkeypatch.setattr(job.Evaluator, "_measure", measured)
+    with pytest.raises(KeyboardInterrupt):
+        main(config)
+    folder = main(config)
+    assert len(seen) == len({*seen}) == 17  # all but the subset row, and the one that was killed
+    assert capsys.readouterr().out.count("(measured before)") == 5
+    before = json.loads((folder / "results.json").read_text())["seeds"][0]
+    seen[:] = ["warm"] * 6
+    trained.clear()
+    main(replace(config, tiny=replace(TINY, more_output_rates=[0.35])))
+    assert [entry[:2] for entry in trained] == [("both", "both"), ("both_35", "both"), ("control", "none")]
+    assert seen[6:] == ["dynamic_35", "inside_sinks_35", "inside_recent_35"]
+    after = json.loads((folder / "results.json").read_text())["seeds"][0]
+    rows = {row["key"]: row for row in after["rows"]}
+    assert all(rows[row["key"]] == row for row in before["rows"]) and len(rows) == len(before["rows"]) + 3
+    assert "r_OT 0.35" in (folder / "table.md").read_text()
+
+
+def test_every_training_has_its_own_rate(config, tmp_path):
+    three = replace(config, tiny=replace(TINY, more_output_rates=[0.35, 0.2]))
+    trainings = job.SeedJob(three, tmp_path, tmp_path, tmp_path).trainings
+    assert {key: (mode, rate) for key, (_, mode, rate) in trainings.items()} == {
+        "both": ("both", 0.5), "both_35": ("both", 0.35), "both_20": ("both", 0.2), "control": ("none", 0.5),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rates", "message"), [([0.35, 0.35], "names a rate twice"), ([0.5], "which is trained anyway"), ([1.5], "1.5")]
+)
+def test_rates_that_make_no_sense_are_refused(config, rates, message):
+    with pytest.raises(ValueError, match=message):
+        replace(config, tiny=replace(TINY, more_output_rates=rates))
+
+
+def test_a_world_that_is_not_known_is_refused_before_anything_is_trained(config, trained):
+    with pytest.raises(ValueError, match="unknown world 'longer'; allowed: default, long"):
+        main(replace(config, tiny=replace(TINY, world="longer")))
+    assert not trained
 
 
 def test_the_same_job_again_trains_and_measures_nothing(config, trained, capsys):

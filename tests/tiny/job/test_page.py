@@ -47,6 +47,8 @@ def made_up(seed, shift=0.0, **extra):
         row("random_image", 0.60, 1.6, 0.5),
         row("inside_random", 0.96, 1.2, 0.8),
         row("inside_alternate", 0.96, 1.3, 0.7),
+        row("inside_sinks", 0.96, 1.17, 0.9, forced=0.05),
+        row("inside_recent", 0.96, 1.16, 0.9, forced=0.3),
     ]
     overlap = [{"key": "dynamic", "title": "Dynamic I|T", "note": "", "metrics": {"objects_hit": 0.99}}]
     return {
@@ -94,6 +96,49 @@ def test_every_target_is_met_by_good_results_and_missed_by_bad_ones():
     lines = [line for line in bad.splitlines() if "MISSED" in line]
     assert len(lines) == 2  # behind the control by 9 points, and 3 instead of 6 points above FastV
     assert "9.0" in lines[0] and "3.0" in lines[1]
+
+
+def long_seed(seed, sinks_35=1.15, count=0.7):
+    """A seed of the long world with a model of r_OT 0.35, whose learned PPL is 1.13."""
+    result = made_up(seed, world="long")
+    rows = (("dynamic_35", 1.13, 0.9), ("inside_sinks_35", sinks_35, count), ("inside_recent_35", 1.2, 0.6))
+    for key, ppl, told in rows:
+        metrics = {"ppl": ppl, "keep_output_forced": 0.33, "forced/count": told, "forced/relation": told}
+        result["rows"].append({"key": key, "title": key, "note": "", "metrics": metrics})
+    return result
+
+
+def verdicts(text, part):
+    """Target -> verdict, of the lines that hold `part`."""
+    cells = [line.split("|") for line in text.splitlines() if part in line]
+    return {one[1].strip(): one[4].strip() for one in cells}
+
+
+def test_whether_learned_admission_beats_windows_is_decided_by_intervals():
+    clear = target_table([long_seed(0), long_seed(1, 1.1501)], SparsityConfig(), escape=False)
+    assert set(verdicts(clear, "r_OT 0.35").values()) == {"met"} and len(verdicts(clear, "r_OT 0.35")) == 7
+    unsure = verdicts(target_table([long_seed(0, 1.2), long_seed(1, 1.131)], SparsityConfig()), "sinks + window minus")
+    assert unsure["PPL, sinks + window minus learned, equal slots, r_OT 0.35"] == "undecided"
+    assert unsure["PPL, sinks + window minus learned, equal slots, r_OT 0.5"] == "met"
+    worse = target_table([long_seed(0, 1.10, 0.95), long_seed(1, 1.1001, 0.951)], SparsityConfig())
+    counts = verdicts(worse, "late counts, forced, learned minus sinks + window")
+    assert counts["late counts, forced, learned minus sinks + window, equal slots, r_OT 0.35 (points)"] == "MISSED"
+    ppl = verdicts(worse, "sinks + window minus learned")
+    assert ppl["PPL, sinks + window minus learned, equal slots, r_OT 0.35"] == "MISSED"
+    alone = verdicts(target_table([long_seed(0, 1.1301)], SparsityConfig()), "sinks + window minus learned")
+    assert alone["PPL, sinks + window minus learned, equal slots, r_OT 0.35"] == "met"  # one seed has no interval
+
+
+def test_the_long_world_has_no_bounds_of_the_default_ones_short_answers():
+    text = target_table([long_seed(0)], SparsityConfig(), escape=False)
+    assert "FastV" not in text and "late counts, forced, learned minus random + window, equal slots, r_OT 0.5" in text
+    assert verdicts(text, "output keep rate, teacher-forced, r_OT 0.35") == {
+        "output keep rate, teacher-forced, r_OT 0.35 (%)": "met"
+    }
+    report = report_text([long_seed(0)], SparsityConfig())
+    assert "the statements that generated descriptions make" in report and "counts, forced" in report
+    default = report_text([made_up(0)], SparsityConfig())
+    assert "counts" not in default and "late counts" not in target_table([made_up(0)], SparsityConfig())
 
 
 def test_the_mean_over_seeds_decides():

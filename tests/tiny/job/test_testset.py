@@ -2,21 +2,84 @@
 
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
+from dynamic_llava.processing import DynamicLlavaProcessor
+from dynamic_llava.tiny import BASE_WEIGHTS
 from dynamic_llava.tiny.job.config import TinyJobConfig
+from dynamic_llava.tiny.job.evaluation import _stated
 from dynamic_llava.tiny.job.testset import (
+    Query,
     accuracy_by_kind,
+    answer_batches,
     answer_nll,
+    likelihood,
     normalise_answer,
     patch_overlap,
     perplexity,
     read_test_set,
 )
 from dynamic_llava.tiny.world.dataset import build_world
+from dynamic_llava.tiny.world.long import STATEMENTS
 from dynamic_llava.tiny.world.texts import KINDS, parse_attributes
+
+LONG = (
+    "The image shows objects on a plain background. First, there is a small red square at the bottom center. The red "
+    "square is between the green cross and the cyan ring. Overall there is one object on the left, two objects in the "
+    "center and zero objects on the right. To sum up, there are two small objects, zero medium objects and one large "
+    "object."
+)
+
+
+def test_the_words_that_tell_statements_are_marked(tmp_path):
+    path = tmp_path / "one.png"
+    Image.new("RGB", (64, 64)).save(path)
+    processor = DynamicLlavaProcessor.from_pretrained(BASE_WEIGHTS)
+    plain = "The image shows one object on a plain background. Overall we see a red ring."
+    request = "<image>\nTell me about every object in detail."
+    queries = [Query(f"d{i}", i, path, request, answer, "description") for i, answer in enumerate((LONG, plain))]
+    (batch,) = answer_batches(processor, queries, 2)
+    ids, labels = batch.inputs["input_ids"], batch.inputs["labels"]
+    told = {name: processor.decode(ids[0][mask[0]]).split() for name, mask in batch.stated.items()}
+    assert told == {
+        "count": ["one", "two", "zero", "two", "zero", "one"],
+        "relation": ["green", "cross", "cyan", "ring"],
+    }
+    assert not any(mask[1].any() for mask in batch.stated.values())
+    assert all((labels[mask] == ids[mask]).all() for mask in batch.stated.values())
+
+
+def test_what_generated_statements_are_worth():
+    count, relation = STATEMENTS["count"], STATEMENTS["relation"]
+    assert _stated(count, LONG, LONG) == _stated(relation, LONG, LONG) == 1.0
+    assert _stated(count, LONG.replace("two small", "four small"), LONG) == 5 / 6
+    assert _stated(relation, LONG.replace("cyan ring", "cyan cross"), LONG) == 0.0
+    assert _stated(relation, LONG.replace("The red square is", "The red circle is"), LONG) == 0.0
+    assert _stated(count, "", LONG) == 0.0 and _stated(count, LONG, "A red ring.") is None
+
+
+def test_marked_words_are_counted_where_the_model_says_them(tmp_path):
+    """A model made to say each next token, and one that never does, by what its logits are."""
+    path = tmp_path / "one.png"
+    Image.new("RGB", (64, 64)).save(path)
+    processor = DynamicLlavaProcessor.from_pretrained(BASE_WEIGHTS)
+    query = Query("d", 0, path, "<image>\nTell me about every object in detail.", LONG, "description")
+    batches = answer_batches(processor, [query], 1)
+    wrong = processor.tokenizer.convert_tokens_to_ids("\u2581two")
+
+    def oracle(input_ids, never, **_):
+        following = torch.cat([input_ids[:, 1:], input_ids[:, :1]], 1)
+        following = torch.where(following == never, 0, following)
+        return SimpleNamespace(logits=torch.nn.functional.one_hot(following, 127).float() * 50, sparsity=None)
+
+    model = type("Model", (), {"eval": lambda self: None, "device": "cpu", "__call__": staticmethod(oracle)})()
+    assert likelihood(model, batches, switches={"never": -1}).stated == {"count": 1.0, "relation": 1.0}
+    assert likelihood(model, batches, switches={"never": wrong}).stated == {"count": 4 / 6, "relation": 1.0}
+    assert likelihood(model, batches, switches={"never": -1}).slots == 1.0
 
 
 @pytest.fixture(scope="module")
