@@ -187,6 +187,10 @@ class TokenLayout:
             computed = computed | self.output | image_ends
         return computed
 
+    def same_image(self) -> Tensor:
+        """(B, N, N) bool: pairs of tokens of one image, each with itself too."""
+        return self.is_image[:, :, None] & (self.image[:, :, None] == self.image[:, None])
+
     def question_end(self) -> Tensor:
         """(B,) int64: the last real token before the row's first output token; 0 where there is none."""
         return _last_true(self.valid & (self.output.cumsum(1) == 0))

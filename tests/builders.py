@@ -19,7 +19,7 @@ from transformers import (
 
 from dynamic_llava import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration, SparsityConfig
 from dynamic_llava.config import SPARSITY_MODES
-from dynamic_llava.methods import METHODS, Dynamic, Method
+from dynamic_llava.methods import METHODS, Dynamic, Method, read_method
 from dynamic_llava.model.switches import choose_method
 from dynamic_llava.sparsity import ImagePredictor, OutputPredictor, keep_margin
 
@@ -44,7 +44,7 @@ TEXT_CONFIGS = {
 """Family of decoders -> its configuration, which takes the sizes that all have."""
 
 
-def tiny_config(kv_heads=4, attention="sdpa", layers=LAYERS, family="llama", **sparsity):
+def tiny_config(kv_heads=4, attention="sdpa", layers=LAYERS, family="llama", projector="mlp", **sparsity):
     """Return a configuration of 6 layers, hidden 64, 16 tokens per image; kv_heads 4 is MHA, 2 is GQA."""
     vision = CLIPVisionConfig(
         hidden_size=32,
@@ -76,15 +76,16 @@ def tiny_config(kv_heads=4, attention="sdpa", layers=LAYERS, family="llama", **s
         image_seq_length=TOKENS_PER_IMAGE,
         initializer_range=0.15,
         tie_word_embeddings=False,
+        projector=projector,
         sparsity=replace(TINY_SPARSITY, **sparsity),
     )
     config._attn_implementation = attention
     return config
 
 
-def build_model(kv_heads=4, attention="sdpa", seed=0, layers=LAYERS, family="llama", **sparsity):
+def build_model(kv_heads=4, attention="sdpa", seed=0, layers=LAYERS, family="llama", **config):
     """Return a random model in eval mode whose output decisions are mixed; the same seed gives the same weights."""
-    config = tiny_config(kv_heads, attention, layers, family, **sparsity)
+    config = tiny_config(kv_heads, attention, layers, family, **config)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = DynamicLlavaForConditionalGeneration(config).eval()
@@ -115,13 +116,26 @@ def shared_model(kv_heads=4, attention="sdpa", seed=0):
 
 LEARNED = tuple(name for name, one in METHODS.items() if one.build is not Method.build and not issubclass(one, Dynamic))
 """Registered methods that decide by weights which a model of Dynamic-LLaVA does not hold."""
+ADDED = {"voco_llama": 12}
+"""Methods that add tokens to an image -> how many here: with the 4 of a projector they are as many as elsewhere."""
+
+
+def spelling_of(name):
+    """Return a registered method as tests name it: by its defaults, or what fits the tiny models' images."""
+    return {"name": name, **({"tokens": ADDED[name]} if name in ADDED else {})}
+
+
+def method_of(name):
+    """Return the method of that spelling."""
+    return read_method(spelling_of(name))
 
 
 def new_model_of(name, *given, **settings):
     """Return a random model that a registered method can decide in: one that holds its weights."""
     if name not in LEARNED:
         return build_model(*given, **settings)
-    model = build_model(*given, **settings, method={"name": name})
+    projector = {"projector": "pixel_shuffle"} if name in ADDED else {}
+    model = build_model(*given, **settings, **projector, method=spelling_of(name))
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(4)
         for parameter in model.model.language_model.method.parameters():
@@ -141,7 +155,7 @@ def model_of(name, *given):
 
 def deciding(how, config=TINY_SPARSITY):
     """Return the method that a sparsity mode or a registered name stands for."""
-    return choose_method(config, **({"sparsity": how} if how in SPARSITY_MODES else {"method": how}))
+    return choose_method(config, **({"sparsity": how} if how in SPARSITY_MODES else {"method": spelling_of(how)}))
 
 
 def predictors(model):

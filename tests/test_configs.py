@@ -192,6 +192,12 @@ def test_the_other_full_size_runs_differ_in_what_their_names_say():
     names = {f"train.{name}" for name in ("max_steps", "start_keep_rate")}
     names |= {f"train.distill.{name}" for name in ("weight", "temperature")}
     assert recipe.keys() == names | {f"train.keep_rate_schedule.{name}" for name in ("shape", "share")}
+    voco = changes(read["voco_llama_7b"], read["sft_projector_7b"])
+    assert voco == {
+        "model.base": "runs/pretrain_mlp_7b/model", "sparsity.method.name": "voco_llama", "sparsity.method.tokens": 128,
+        "train.sparsity_mode": "both", "train.predictor_learning_rate": 2e-5, "train.batch_size": 8,
+        "train.gradient_accumulation": 2, "train.epochs": 2.0,
+    }, "LLaVA-1.5's second stage, twice, with the embedding at the same rate"  # fmt: skip
     assert changes(read["tiny_sft"], read["tiny"].training()).keys() == {"train.max_steps"}
 
 

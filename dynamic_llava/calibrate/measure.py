@@ -77,7 +77,8 @@ def calibrate(
     if settings.method is not None or model.config.untrained_predictors:
         found = f"method {settings.method!r}, untrained: {', '.join(model.config.untrained_predictors) or 'nothing'}"
         raise ValueError(f"{folder} holds no trained predictors of Dynamic-LLaVA ({found}); give one that does")
-    dataset = SftDataset(DataConfig(json=data, image_folder=image_folder), base_processor(ModelConfig(str(folder))))
+    processor = base_processor(ModelConfig(str(folder)), settings)
+    dataset = SftDataset(DataConfig(json=data, image_folder=image_folder), processor)
     chosen = Subset(dataset, range(min(samples, len(dataset))))
     batches = DataLoader(chosen, batch_size, collate_fn=Collator(dataset.processor, settings.output_segments))
     least = settings.output_min_length if min_length is None else min_length

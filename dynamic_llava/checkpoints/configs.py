@@ -182,7 +182,8 @@ def _with(config: DynamicLlavaConfig, **values: Any) -> DynamicLlavaConfig:
 def config_to_hf(config: DynamicLlavaConfig) -> LlavaConfig:
     """Return llava-hf's configuration of the same model without its predictors."""
     own = ("sparsity", "untrained_predictors", "model_type", "architectures", "transformers_version")
-    return LlavaConfig(**{key: value for key, value in config.to_dict().items() if key not in own})
+    values = {key: value for key, value in config.to_dict().items() if key not in own}
+    return LlavaConfig(**values | {"image_seq_length": config.image_seq_length - config.added_image_tokens})
 
 
 def _check_architecture(values: dict[str, Any], alone: bool = False) -> None:

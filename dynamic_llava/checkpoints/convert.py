@@ -162,6 +162,7 @@ def write_processor(
         image_token_id=vocabulary.image_id,
         feature_select=config.vision_feature_select_strategy,
         projector=config.projector,
+        added_tokens=0 if to == "llava-hf" else config.added_image_tokens,
         **colours,
         chat_template=vocabulary.chat_template,
         ends=vocabulary.ends,

@@ -148,7 +148,7 @@ class LlavaShape:
     vision: VisionShape
     """The vision tower."""
     tokens_per_image: int
-    """n: image tokens of one image."""
+    """n: image tokens of one image, those that a learned method adds among them."""
     feature_layers: int = 1
     """Layers of the vision tower whose outputs, side by side, enter the projector."""
     projector_bias: bool = True
@@ -275,13 +275,14 @@ def llava_shape(config: Any) -> LlavaShape:
         patches=(vision.image_size // vision.patch_size) ** 2,
     )
     layers = config.vision_feature_layer
+    own = getattr(config, "projector", DEFAULT) == DEFAULT and not getattr(config, "added_image_tokens", 0)
     return LlavaShape(
         decoder_shape(config),
         tower,
         image_tokens(config),
         feature_layers=1 if isinstance(layers, int) else len(layers),
         projector_bias=config.multimodal_projector_bias,
-        other_projector=None if getattr(config, "projector", DEFAULT) == DEFAULT else _counted(config),
+        other_projector=None if own else _counted(config),
     )
 
 
@@ -311,6 +312,18 @@ class PartCosts:
     """Whether it judges the tokens of questions."""
     learns: bool = True
     """Whether it decides anything, and so learns in training."""
+
+    @classmethod
+    def reckoned(cls, module: Any, *, images: bool, outputs: bool) -> "PartCosts":
+        """Return the costs of a torch module whose matrices are each multiplied once with every token it judges."""
+        matrices = [parameter for parameter in module.parameters() if parameter.dim() >= 2]
+        return cls(
+            parameters=sum(parameter.numel() for parameter in module.parameters()),
+            flops=2 * sum(matrix.numel() for matrix in matrices),
+            kept=sum(matrix.shape[0] + matrix[0].numel() for matrix in matrices),
+            judges_images=images,
+            judges_outputs=outputs,
+        )
 
     def judging(self, tokens: int) -> int:
         """Return the FLOPs of judging a set of so many tokens: those of one image, or one output token."""

@@ -129,7 +129,7 @@ def _processor(config: RunConfig) -> "DynamicLlavaProcessor":
     for name, value in (("model.base", config.model.base), ("data.json", config.data.json)):
         if not value:
             raise ValueError(f"{name} is not set; give it in the configuration file or as --{name}")
-    return base_processor(config.model)
+    return base_processor(config.model, config.sparsity)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from datasets import Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 from filelock import FileLock, Timeout
 
-from dynamic_llava.config import DataConfig, ModelConfig, cache_folder
+from dynamic_llava.config import DataConfig, ModelConfig, SparsityConfig, cache_folder
 from dynamic_llava.data.chunks import Indexed, map_samples
 from dynamic_llava.data.llava_json import (
     BROKEN_KINDS,
@@ -32,11 +32,13 @@ from dynamic_llava.data.llava_json import (
     resolve_image,
     sound_sample,
 )
+from dynamic_llava.engine.learned import added_tokens
 from dynamic_llava.files import file_digest, writing
+from dynamic_llava.methods import import_named
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.processing.images import check_header
 from dynamic_llava.processing.prompts import PLAIN, ImageCutError, RenderingError
-from dynamic_llava.projectors import import_projector, tokens_of
+from dynamic_llava.projectors import import_projector
 
 log = logging.getLogger(__name__)
 
@@ -140,13 +142,12 @@ def prepare(config: DataConfig, processor: DynamicLlavaProcessor) -> Path:
     return target
 
 
-def base_processor(config: ModelConfig) -> DynamicLlavaProcessor:
-    """Return the processor of the base that a run starts from, for the projector that the run names."""
+def base_processor(config: ModelConfig, sparsity: SparsityConfig) -> DynamicLlavaProcessor:
+    """Return the processor of the base that a run starts from, for the projector and the method that the run names."""
     import_projector(config.projector)  # a run's file is its user's word, the base's is not
+    import_named(sparsity.method)
     processor = DynamicLlavaProcessor.from_pretrained(config.source)
-    if config.projector is not None:
-        sizes = processor.image_size, processor.patch_size, processor.feature_select
-        processor.projector, processor.tokens_per_image = config.projector, tokens_of(*sizes, config.projector)
+    processor.make_tokens(config.projector or processor.projector, added_tokens(sparsity))
     return processor
 
 

@@ -164,6 +164,16 @@ def cache_mask(visible: Tensor, implementation: str, dtype: torch.dtype) -> Tens
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)
 
 
+def check_masks(implementation: str, method: str) -> None:
+    """Raise ValueError unless attention takes a mask of its own for each token, as cuts within images need."""
+    if implementation not in LIVE_CACHE_ATTENTION:
+        raise ValueError(
+            f"method {method!r} hides an image from what follows it and not from itself, and "
+            f"attn_implementation={implementation!r} takes no such mask; load the model with one of "
+            f"{', '.join(map(repr, LIVE_CACHE_ATTENTION))}"
+        )
+
+
 def check_attention(implementation: str) -> None:
     """Raise ValueError unless the attention implementation takes a mask per row, as ragged caches and scoring need, and
     as a window over output tokens does.

@@ -21,7 +21,7 @@ from dynamic_llava.engine.attention import register, serve_sparsely
 from dynamic_llava.engine.cache import AdmissionCache, check_cache
 from dynamic_llava.engine.decide import Flight, check_training
 from dynamic_llava.engine.evict import check_eviction, let_evict
-from dynamic_llava.engine.learned import attach, check_weights, initialize_rest
+from dynamic_llava.engine.learned import attach, check_weights, initialize_rest, learned_of
 from dynamic_llava.engine.paths import DropPath, MaskedPath, Path, ScorePath, TurnPath, run_stages
 from dynamic_llava.engine.plan import Plan
 from dynamic_llava.engine.record import DecoderOutput, SparsityRecord
@@ -49,6 +49,10 @@ class SparseDecoder:
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
         initialize_rest(self, module)
+
+    def added_image_tokens(self, count: int) -> Tensor:
+        """(n, D): the `count` learned tokens that stand behind those of each image."""
+        return learned_of(self)(count)  # type: ignore[no-any-return]
 
     def forward(self, *args: Any, plan: Plan | None = None, **kwargs: Any) -> Any:
         """Run the sparse pass of `plan`, or, without one, the parent's own forward with its own arguments."""

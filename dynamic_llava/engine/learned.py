@@ -32,6 +32,12 @@ def prefixes(settings: SparsityConfig) -> dict[str, str]:
     return {part: f"{HOME}.{part}." for part in parts_of(settings)}
 
 
+def added_tokens(settings: SparsityConfig) -> int:
+    """Return how many learned tokens stand behind those of each image, by a checkpoint's settings."""
+    # Nothing is parsed where Dynamic-LLaVA decides, so that a compiler can follow.
+    return 0 if settings.method is None else checkpoint_method(settings).added_tokens
+
+
 def attach(decoder: Any, settings: SparsityConfig, width: int) -> None:
     """Build the checkpoint's method into `decoder`, a language model of hidden size `width`, as its `learner`."""
     decoder.learner = method = checkpoint_method(settings)
@@ -70,11 +76,19 @@ def learned_costs(settings: SparsityConfig, width: int, chosen: Method | None = 
 
 
 def check_weights(method: Method, own: Method) -> None:
-    """Raise ValueError for a method that decides by weights of its own where a checkpoint holds those of `own`."""
+    """Raise ValueError for a method that decides by weights of its own where a checkpoint holds those of `own`.
+
+    And for one that adds another number of tokens to an image than the checkpoint's has been trained to.
+    """
     if type(method).build not in (Method.build, type(own).build) or not set(method.used_parts) <= set(own.parts):
         raise ValueError(
             f"method {method.name!r} decides by weights of its own, and this checkpoint holds those of {own.name!r}; "
             "load a checkpoint that was trained with it (sparsity.method in the training's configuration)"
+        )
+    if method.added_tokens not in (0, own.added_tokens):
+        raise ValueError(
+            f"method {method.name!r} is to add {method.added_tokens} tokens to an image, and this checkpoint was made "
+            f"for {own.added_tokens}; leave the number out, or load a checkpoint that was trained with it"
         )
 
 

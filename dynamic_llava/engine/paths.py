@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
-from dynamic_llava.engine.attention import cache_mask, check_attention
+from dynamic_llava.engine.attention import cache_mask, check_attention, check_masks
 from dynamic_llava.engine.cache import CACHE, AdmissionCache
 from dynamic_llava.engine.decide import Flight, Past, asked_prompts, check_question, decide, sample, samples
 from dynamic_llava.engine.evict import Chunk, Eviction, Opening
@@ -40,6 +40,8 @@ class Path(ABC):
     def __init__(self, decoder: Any, plan: Plan, attention_mask: Tensor | None, position_ids: Tensor) -> None:
         self.decoder, self.plan = decoder, plan
         self.attention_mask, self.position_ids = attention_mask, position_ids
+        self.within_image = any(cut.within_image for cut in plan.cuts)
+        """Whether what the one cut drops of an image is computed on, and read by later tokens of that image."""
         self.band: Band | None = None
         """Which tokens of the chunk see which whatever is decided; None where decisions hold at once."""
         if plan.window and bool(plan.layout.output.any()):
@@ -52,6 +54,8 @@ class Path(ABC):
 
     def check(self) -> None:
         """Raise ValueError for a method that this pass cannot serve, before any layer has run."""
+        if self.within_image:
+            check_masks(self.decoder.config._attn_implementation, self.plan.method.name)
         if self.plan.reads_question:
             check_question(self.plan.method, self.plan.layout.late_images())
 
@@ -92,8 +96,13 @@ class Path(ABC):
         return {CACHE: stage, "evicting": stage}
 
     def visible(self, flight: Flight) -> Tensor:
-        """(B, C, C) bool: each token sees the kept ones before it, those of its window, and itself."""
+        """(B, C, C) bool: each token sees the kept ones before it, those of its window, and itself.
+
+        And, where the cut is within images, those of its image before it.
+        """
         seen_BCC = torch.eye(flight.kept.shape[1], dtype=torch.bool, device=flight.kept.device) | flight.kept[:, None]
+        if self.within_image:
+            seen_BCC = seen_BCC | flight.layout.same_image()
         band = self.band_in(flight)
         return (seen_BCC if band is None else seen_BCC | band.pairs()).tril()
 
@@ -170,8 +179,13 @@ class MaskedPath(Path):
         self._zeroes = self.decoder.training and self.decoder.settings.dropped_tokens == "zero_vectors"
 
     def check(self) -> None:
-        """Raise ValueError, also, for a window over tokens that are to be zero vectors."""
+        """Raise ValueError, also, where what is to be zero vectors is still read: in a window, within an image."""
         super().check()
+        if self._zeroes and self.within_image:
+            raise ValueError(
+                f"method {self.plan.method.name!r} lets tokens of an image read what it drops of the image, and "
+                "sparsity.dropped_tokens='zero_vectors' would blank that; set it to 'masked_softmax'"
+            )
         if self._zeroes and self.band is not None:
             raise ValueError(
                 f"method {self.plan.method.name!r} drops output tokens {self.plan.window} steps late, and "
@@ -198,9 +212,13 @@ class MaskedPath(Path):
         return flight
 
     def attend(self, stage: Stage, flight: Flight) -> tuple[Tensor | None, dict[str, Any]]:
-        """Causal before the first cut and with zero vectors; behind it MaskedSoftmax with the keep mask (Eq. 7)."""
+        """Causal before the first cut and with zero vectors; behind it MaskedSoftmax with the keep mask (Eq. 7), or,
+        behind a cut within images, a mask of what each token sees, through which no gradient reaches decisions.
+        """
         if stage.cut is None or self._zeroes:
             return self.causal_mask(flight), {}
+        if self.within_image:
+            return self.cache_mask(self.visible(flight), flight), {}
         padding_mask = None if self.attention_mask is None else self.plan.layout.valid
         arguments = {"padding_mask": padding_mask, "masked_softmax": self.decoder.settings.masked_softmax}
         return self.entering[-1], arguments if self.band is None else {**arguments, "band": self.band}
@@ -232,8 +250,11 @@ class Dropping(Path):
     def enter(self, flight: Flight) -> Flight:
         """Return the kept tokens, and dropped ones whose own hidden states are wanted although no other sees them.
 
-        With a window all output tokens are computed: what a token sees of them has itself seen others.
+        With a window all output tokens are computed: what a token sees of them has itself seen others. Behind a cut
+        within images all tokens are.
         """
+        if self.within_image:
+            return flight
         computed_BC = flight.layout.computed(flight.kept, every_step=self.every_step)
         return flight.packed(Packing.of(computed_BC if self.band is None else computed_BC | flight.layout.output))
 
@@ -255,16 +276,17 @@ class DropPath(Dropping):
         """Open the cache; return the mask.
 
         It is causal where no token in the flight was dropped: filler lies behind every kept token, so it need not be
-        hidden.
+        hidden. Behind a cut within images all tokens attend, and the kept ones are stored.
         """
         whole = stage.cut is None
         if self.cache is not None:
-            valid_BC, padded = flight.layout.valid, whole and self.attention_mask is not None
-            packing = Packing.of(valid_BC) if padded else None
-            self.cache.groups[stage.number].open(valid_BC.sum(1), valid_BC.shape[1], packing)
+            stored_BC = flight.kept if self.within_image else flight.layout.valid
+            packs = self.within_image or (whole and self.attention_mask is not None)
+            packing = Packing.of(stored_BC) if packs else None
+            self.cache.groups[stage.number].open(stored_BC.sum(1), stored_BC.shape[1], packing)
         if whole:
             mask = self.causal_mask(flight)
-        elif self.band is None:
+        elif self.band is None and not self.within_image:
             mask = create_causal_mask(self.decoder.config, flight.hidden, None, None)
         else:
             mask = self.cache_mask(self.visible(flight), flight)
@@ -275,7 +297,7 @@ class DropPath(Dropping):
 
         They had to be computed all the same.
         """
-        if self.cache is None or stage.cut is None:
+        if self.cache is None or stage.cut is None or self.within_image:
             return
         slots, band = self.cache.groups[stage.number], self.band_in(flight)
         if band is None or not isinstance(slots, WindowSlots):
@@ -328,10 +350,15 @@ class TurnPath(Dropping):
         return self.cache.past
 
     def attend(self, stage: Stage, flight: Flight) -> tuple[Tensor | None, dict[str, Any]]:
-        """Return the mask: a token sees the slots that were filled, the kept tokens before it, and itself."""
+        """Return the mask: a token sees the slots that were filled, the kept tokens before it, and itself.
+
+        Behind a cut within images one of an image also sees that image's before it.
+        """
         self.admits.append(flight.kept)
         slots, placed = self.cache.groups[stage.number], (flight.layout.valid, flight.kept)
-        more = (self.band_in(flight),) if isinstance(slots, WindowSlots) else ()
-        visible_BCW = slots.place_chunk(*placed, *more)
+        if isinstance(slots, WindowSlots):
+            visible_BCW = slots.place_chunk(*placed, self.band_in(flight))
+        else:
+            visible_BCW = slots.place_chunk(*placed, flight.layout.same_image() if self.within_image else None)
         arguments = {CACHE: self.cache} | self.evicting(Chunk, flight, self.cache)
         return self.cache_mask(visible_BCW, flight), arguments

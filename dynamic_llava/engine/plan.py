@@ -107,7 +107,7 @@ def cuts_of(method: Method, layers: int) -> tuple[Cut, ...]:
     """Return the cuts of a method in a language model of so many layers.
 
     Raises ValueError for a cut outside of it, two at one layer or in another order, two that decide on output or on
-    prompt tokens, and one that asks for what cannot be seen at its layer.
+    prompt tokens, one within images beside something else, and one that asks for what cannot be seen at its layer.
     """
     cuts = method.cuts(layers)
     for cut in cuts:
@@ -131,6 +131,12 @@ def cuts_of(method: Method, layers: int) -> tuple[Cut, ...]:
         raise ValueError(
             f"method {method.name!r} decides on questions at {sum(cut.prompt for cut in cuts)} cuts; let one cut say "
             "`prompt`"
+        )
+    if any(cut.within_image for cut in cuts) and (len(cuts) > 1 or method.evicts or method.drop_delay):
+        beside = "evicts" if method.evicts else "a window" if method.drop_delay else "other cuts"
+        raise ValueError(
+            f"method {method.name!r} has a cut that says `within_image`, behind which dropped tokens are computed on, "
+            f"and {beside}; let it be the one thing that the method does"
         )
     for cut in cuts:
         _check_evidence(method, cut)

@@ -38,7 +38,8 @@ class SparsityRecord:
     until: Tensor
     """(B, N) int64: the first layer that no longer sees the token; the number of layers where all see it, 0 at padding.
     What a layer sees, stores and attends to follows from it, whatever the method, before anything is evicted; with a
-    `window` its tokens are seen besides."""
+    `window` its tokens are seen besides. Of a cut within images: the first layer in which its own image alone sees it.
+    """
     layers: int
     """L: layers of the language model."""
     keep_mask: Tensor

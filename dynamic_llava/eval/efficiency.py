@@ -119,6 +119,7 @@ def prefill_costs(
 ) -> dict[str, float]:
     """Average image tokens per layer and prefill FLOPs of the prompts that were answered, means over the rows.
 
+    A layer's tokens are those that it computes: where dropped ones are computed on (VoCo-LLaMA), all of them.
     `prefill_gflop_exact` counts the real module shapes on the whole prompt (causal attention, the head on one token,
     and what `method` judges by: its weights, and attention that it is shown, that of the tower `vision` among it; where
     the question's is shown, all text of a prompt counts as its question);
@@ -134,7 +135,8 @@ def prefill_costs(
     average, exact, paper = [], [], []
     for prediction in predictions:
         images = len(prediction.image_kept)
-        text, seen = prediction.prompt_tokens - images * tokens_per_image, prediction.image_seen
+        text = prediction.prompt_tokens - images * tokens_per_image
+        seen = computed_tokens(prediction.image_seen, images * tokens_per_image, method)
         average.append(statistics.fmean(seen))
         paper.append(flops_paper(seen, shape.hidden, shape.layers))
         entering = [its + tokens for its, tokens in zip(_text_seen(text, prediction, method, shape), seen, strict=True)]
@@ -145,6 +147,11 @@ def prefill_costs(
         "prefill_gflop_exact": statistics.fmean(exact) / 1e9,
         "prefill_gflop_paper": statistics.fmean(paper) / 1e9,
     }
+
+
+def computed_tokens(seen: Sequence[int], given: int, method: Method) -> Sequence[int]:
+    """Return how many tokens each layer computes in a prefill of so many, of which it stores those that are `seen`."""
+    return [given] * len(seen) if any(cut.within_image for cut in method.cuts(len(seen))) else seen
 
 
 def mean_kv_bytes(

@@ -128,7 +128,7 @@ class Looked:
     images: list[tuple[str, Image.Image]]
     """Name and pixels of each, as the processor read it."""
     grid: PatchGrid | None
-    """None where the projector's tokens belong to no place."""
+    """None where image tokens belong to no place."""
     sights: list[Sight]
 
 
@@ -220,8 +220,12 @@ def see(
 
 
 def patch_grid(config: Any) -> PatchGrid | None:
-    """Return where the image tokens of a model lie; None where its projector makes them of no place."""
+    """Return where the image tokens of a model lie; None where its projector makes, or its method adds, some of no
+    place.
+    """
     projector, (rows, columns) = find_projector(config.projector), grid_of(config)
+    if getattr(config, "added_image_tokens", 0):
+        return None
     if projector.per_patch:
         return PatchGrid(rows, columns, int(STRATEGIES[config.vision_feature_select_strategy]))
     if issubclass(projector, BlockProjector):

@@ -92,7 +92,7 @@ def _image(found: Looked, place: int) -> list[str]:
         counts = ", ".join(
             f"{_text(one.label)} {len(one.kept[place])} of {one.image_tokens[place]}" for one in found.sights
         )
-        out.append(f"<p>This projector makes image tokens of no place, so none is drawn. Tokens kept: {counts}.</p>")
+        out.append(f"<p>Here are image tokens of no place, so none is drawn. Tokens kept: {counts}.</p>")
     return [*out, "</div></section>"]
 
 

@@ -57,6 +57,7 @@ from dynamic_llava.methods.trim import TRIM
 from dynamic_llava.methods.visionselector import VisionSelector
 from dynamic_llava.methods.visionzip import VisionZip
 from dynamic_llava.methods.vispruner import VisPruner
+from dynamic_llava.methods.voco_llama import VoCoLlama
 from dynamic_llava.methods.vscan import VScan
 
 __all__ = [
@@ -110,6 +111,7 @@ __all__ = [
     "VisPruner",
     "VisionSelector",
     "VisionZip",
+    "VoCoLlama",
     "checkpoint_method",
     "describe_method",
     "get_method",

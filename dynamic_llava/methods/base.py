@@ -46,6 +46,9 @@ class Cut:
     """Whether output tokens are decided on here, by `keep_output`; at one cut of a method at most."""
     prompt: bool = False
     """Whether tokens of questions are decided on here, by `keep_prompt`; at one cut of a method at most."""
+    within_image: bool = False
+    """Whether what is dropped of an image is computed in every layer all the same, read by later tokens of that image
+    and by no others, and stored nowhere; of a method's only cut."""
     before_projector: bool = False
     """At layer 0 alone: whether the vision tower's features are decided on, and merged, instead of projected ones."""
     tower_layer: int | None = None
@@ -218,7 +221,15 @@ class Method:
         modules = {name: built if len(self.parts) == 1 else built.get_submodule(name) for name in self.parts}
         images = type(self).keep_image is not Method.keep_image
         outputs = type(self).keep_output is not Method.keep_output
-        return {name: _reckoned(module, images, outputs) for name, module in modules.items()}
+        return {name: PartCosts.reckoned(one, images=images, outputs=outputs) for name, one in modules.items()}
+
+    @property
+    def added_tokens(self) -> int:
+        """How many learned tokens stand behind those of each image, as its last, on a checkpoint of this method.
+
+        What `build` returns gives them: called with their number a, (a, D).
+        """
+        return 0
 
     @property
     def used_parts(self) -> tuple[str, ...]:
@@ -376,17 +387,6 @@ class OneCut(Method):
     def cuts(self, layers: int) -> tuple[Cut, ...]:
         """One cut, at `layer`."""
         return (Cut(self.layer, self.sees, output=type(self).keep_output is not Method.keep_output),)
-
-
-def _reckoned(module: nn.Module, images: bool, outputs: bool) -> PartCosts:
-    matrices = [parameter for parameter in module.parameters() if parameter.dim() >= 2]
-    return PartCosts(
-        parameters=sum(parameter.numel() for parameter in module.parameters()),
-        flops=2 * sum(matrix.numel() for matrix in matrices),
-        kept=sum(matrix.shape[0] + matrix[0].numel() for matrix in matrices),
-        judges_images=images,
-        judges_outputs=outputs,
-    )
 
 
 def check_rate_or_none(name: str, value: float | None) -> None:

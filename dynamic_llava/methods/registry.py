@@ -50,13 +50,14 @@ from dynamic_llava.methods.values import UnreadableValue, read_value
 from dynamic_llava.methods.visionselector import VisionSelector
 from dynamic_llava.methods.visionzip import VisionZip
 from dynamic_llava.methods.vispruner import VisPruner
+from dynamic_llava.methods.voco_llama import VoCoLlama
 from dynamic_llava.methods.vscan import VScan
 
 _ROWS: tuple[type[Method], ...] = (
     *(Dense, Dynamic, FastV, PyramidDrop, DivPrune, ToMe),
     *(DART, VScan, IDPruner, SparseVLM, SparseVLMPlus),
     *(TRIM, CDPruner),
-    *(VisionSelector, VisPruner, VisionZip, HiRED, PruMergePlus, HoloV, SCOPE, HiPrune),
+    *(VisionSelector, VoCoLlama, VisPruner, VisionZip, HiRED, PruMergePlus, HoloV, SCOPE, HiPrune),
     *(H2O, TOVA, KNorm, SnapKV, StreamingLLM),
     *(AveragePool, Downsample),
     *(Random, Structure, RandomWindow, Mixed),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaModel, LlavaPreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
@@ -90,6 +91,15 @@ class DynamicLlavaModel(ImageInputs, DynamicLlavaPreTrainedModel, LlavaModel):
         self.multi_modal_projector = self.new_projector(read).to(old.device, old.dtype)
         config.projector, config.vision_feature_layer = name, read.vision_feature_layer
         config.image_seq_length = image_tokens(config)
+
+    @can_return_tuple
+    def get_image_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """As the parent's, with the learned tokens of a method that adds some behind those of each image."""
+        outputs = super().get_image_features(*args, **kwargs, return_dict=True)
+        if count := self.config.added_image_tokens:
+            added_nD = self.language_model.added_image_tokens(count)
+            outputs.pooler_output = [torch.cat([one, added_nD.to(one)]) for one in outputs.pooler_output]
+        return outputs
 
     @can_return_tuple
     def forward(
@@ -184,6 +194,12 @@ class DynamicLlavaModel(ImageInputs, DynamicLlavaPreTrainedModel, LlavaModel):
             plan["sample_key"] = torch.zeros(batch, dtype=torch.int64, device=image.device)
         if plan["keep_mask"] is not None:
             plan["keep_mask"] = _decisions(chunk_of("keep_mask", plan["keep_mask"], image, seen))
+        if plan["keep_mask"] is not None and any(cut.within_image for cut in cuts):
+            raise ValueError(
+                f"keep_mask was given to method {plan['method'].name!r}, whose images are read by tokens of their own "
+                "although they are dropped; give it to a method whose dropped tokens nobody reads, such as "
+                "get_method('dense', layer=2)"
+            )
         if plan["keep_mask"] is not None and not cuts:
             raise ValueError(
                 f"keep_mask was given to method {plan['method'].name!r}, which never decides, so no layer is the first "

@@ -5,7 +5,7 @@ from typing import Any
 from transformers import LlavaConfig
 
 from dynamic_llava.config import SparsityConfig, check_sparse_layer
-from dynamic_llava.engine.learned import check_names, parts_of
+from dynamic_llava.engine.learned import added_tokens, check_names, parts_of
 from dynamic_llava.files import brief
 from dynamic_llava.model.loading import spare_learned
 from dynamic_llava.model.supported import check_architecture, check_kernels, check_place, naming_config, refuse_trust
@@ -65,7 +65,9 @@ class DynamicLlavaConfig(LlavaConfig):
         parts = {"text_config": self.text_config, "vision_config": self.vision_config}
         values = {name: {**vars(part), "model_type": part.model_type} for name, part in parts.items()}
         check_architecture("the configuration", {**vars(self), "model_type": self.model_type, **values})
-        image_tokens(self)  # a ValueError where the projector is unknown, or takes no such images
+        length = image_tokens(self)  # a ValueError where the projector is unknown, or takes no such images
+        if self.added_image_tokens:
+            self.image_seq_length = length
         self.vision_feature_layer = layers_of(self)
         self._check_layer()
         _check_padding(self.text_config)
@@ -82,8 +84,14 @@ class DynamicLlavaConfig(LlavaConfig):
         super().__setattr__(key, value)
         if current is not None and current.method != value.method:
             self.untrained_predictors = []  # those of the other method's parts
+            self.image_seq_length += added_tokens(value) - added_tokens(current)
         if hasattr(self.__dict__.get("text_config"), "num_hidden_layers"):
             self._check_layer()
+
+    @property
+    def added_image_tokens(self) -> int:
+        """How many of an image's tokens a learned method adds behind those that the projector makes."""
+        return 0 if self.sparsity is None else added_tokens(self.sparsity)
 
     def _check_layer(self) -> None:
         check_sparse_layer(self.sparsity.sparse_layer, self.text_config.num_hidden_layers)

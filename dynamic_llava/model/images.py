@@ -226,12 +226,13 @@ class ImageInputs:
         wanted = cut.asked_of_tower
         strategy = strategy if strategy is not None else self.config.vision_feature_select_strategy
         self.image_length(strategy)  # refuses a strategy that is none
-        if STRATEGIES[strategy] or not find_projector(self.config.projector).per_patch:
+        added = self.config.added_image_tokens
+        if STRATEGIES[strategy] or not find_projector(self.config.projector).per_patch or added:
             raise ValueError(
                 f"the method decides about patches by the vision tower ({wanted}), and here an image's tokens are not "
-                f"its patches: vision_feature_select_strategy={strategy!r}, projector={self.config.projector!r}; use "
-                "'default' and a projector with `per_patch`, or a method that decides by projected features, such as "
-                "divprune"
+                f"its patches: vision_feature_select_strategy={strategy!r}, projector={self.config.projector!r}, "
+                f"{added} tokens added by the checkpoint's method; use 'default', a projector with `per_patch` and a "
+                "checkpoint that adds none, or a method that decides by projected features, such as divprune"
             )
         depth, blocks = self.config.vision_config.num_hidden_layers, self.vision_tower.encoder.layers
         asked: dict[Any, frozenset[Evidence]] = {}
@@ -263,6 +264,7 @@ class ImageInputs:
         lengths = self.lengths_of(inputs)
         if features is not None:
             check_images(layout, lengths, len(features))
+            self.check_added(features)
             given = features if isinstance(features, EncodedImages) else list(features)
             return BaseModelOutputWithPooling(pooler_output=given)
         if pixels is not None:
@@ -272,6 +274,19 @@ class ImageInputs:
         if self.training and torch.is_grad_enabled() and not bool(layout.is_image.any()):
             return self._no_images()
         return None
+
+    def check_added(self, features: Tensor | Sequence[Tensor]) -> None:
+        """Raise ValueError unless images given as features end in the tokens that a learned method adds to each."""
+        count = self.config.added_image_tokens
+        if not count:
+            return
+        added_nD = self.language_model.added_image_tokens(count)
+        for number, one in enumerate(features):
+            if len(one) <= count or not torch.equal(one[-count:].to(added_nD.device), added_nD.to(one.dtype)):
+                raise ValueError(
+                    f"image_features[{number}] does not end in the {count} learned tokens that this checkpoint adds to "
+                    "an image; give pixel_values, or the pooler_output of model.model.encode_images(pixel_values)"
+                )
 
     def _no_images(self) -> BaseModelOutputWithPooling:
         """Features of no image, (0, n, D), for a training batch without one.

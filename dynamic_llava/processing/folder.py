@@ -7,6 +7,8 @@ from typing import Any
 from transformers import AutoTokenizer, LlavaConfig
 from transformers.utils import cached_file
 
+from dynamic_llava.config import SparsityConfig
+from dynamic_llava.engine.learned import added_tokens
 from dynamic_llava.files import brief
 from dynamic_llava.model.supported import (
     HUB_ARGUMENTS,
@@ -128,7 +130,16 @@ def _sizes_of_model(name: str, values: dict[str, Any]) -> dict[str, Any]:
         "image_token_id": config.image_token_index,
         "feature_select": config.vision_feature_select_strategy,
         "projector": values.get("projector", DEFAULT),
+        "added_tokens": _added_tokens(name, values.get("sparsity") or {}),
     }
+
+
+def _added_tokens(name: str, sparsity: dict[str, Any]) -> int:
+    """Return how many tokens a checkpoint's method adds to an image; ValueError where it says no method."""
+    try:
+        return added_tokens(SparsityConfig(method=sparsity.get("method")))
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"config.json of {name} has sparsity {brief(sparsity)}: {error}") from None
 
 
 def _sizes_of_processor(name: str, processor: dict[str, Any], pixels: dict[str, Any]) -> dict[str, Any]:
@@ -138,11 +149,17 @@ def _sizes_of_processor(name: str, processor: dict[str, Any], pixels: dict[str, 
             raise ValueError(
                 f"the saved processor of {name} has {what} {brief(size)}; give a whole number of 1 or more"
             )
-    projector = processor.get("projector", DEFAULT)
+    additional = processor.get("num_additional_image_tokens", 1)
+    if type(additional) is not int or additional < 0:
+        raise ValueError(
+            f"the saved processor of {name} has num_additional_image_tokens {brief(additional)}; give a whole number: "
+            "1 is CLIP's class token, and each further one stands for a token that the model's method adds"
+        )
     return {
         **sizes,
         "feature_select": processor.get("vision_feature_select_strategy", "default"),
-        "projector": projector,
+        "projector": processor.get("projector", DEFAULT),
+        "added_tokens": max(additional - 1, 0),  # 0 was written once, and meant no other number of tokens
     }
 
 

@@ -58,6 +58,7 @@ class DynamicLlavaProcessor(ProcessorMixin):
         image_token_id: the id that stands for every image token; the tokenizer's `<image>` when not given.
         feature_select: "default" (patches only, LLaVA-1.5) or "full" (the class token as well).
         projector: the model's projector, by which it is known how many tokens an image becomes.
+        added_tokens: how many more the model's method puts behind them (VoCo-LLaMA).
         image_mean, image_std: normalisation per channel; the padding colour follows from the mean.
         chat_template: the base's own jinja template; None is the tokenizer's. LLaVA-1.5 has vicuna_v1, whatever it is.
         ends: where generation stops; None is at the tokenizer's end token.
@@ -76,6 +77,7 @@ class DynamicLlavaProcessor(ProcessorMixin):
         image_token_id: int | None = None,
         feature_select: str = "default",
         projector: str = DEFAULT,
+        added_tokens: int = 0,
         image_mean: Sequence[float] = image_io.CLIP_MEAN,
         image_std: Sequence[float] = image_io.CLIP_STD,
         chat_template: str | None = None,
@@ -95,10 +97,14 @@ class DynamicLlavaProcessor(ProcessorMixin):
         self.patch_size = patch_size
         self.image_token_id = int(image_token_id)
         self.feature_select = feature_select
-        self.projector = projector
-        self.tokens_per_image = tokens_of(image_size, patch_size, feature_select, projector)
+        self.make_tokens(projector, added_tokens)
         self.prompt_format = find_format(tokenizer, chat_template or template_of(tokenizer), ends)
         """How conversations are written: vicuna_v1 for LLaVA-1.5."""
+
+    def make_tokens(self, projector: str, added_tokens: int) -> None:
+        """Make as many tokens of an image as this projector does, and so many more."""
+        made = tokens_of(self.image_size, self.patch_size, self.feature_select, projector)
+        self.projector, self.added_tokens, self.tokens_per_image = projector, added_tokens, made + added_tokens
 
     @property
     def image_size(self) -> int:
@@ -145,8 +151,8 @@ class DynamicLlavaProcessor(ProcessorMixin):
 
     @property
     def num_additional_image_tokens(self) -> int:
-        """Return 1: CLIP's class token, which feature_select "default" takes away again."""
-        return 1
+        """Return 1, CLIP's class token, which feature_select "default" takes away again, and those that are added."""
+        return 1 + self.added_tokens
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -253,15 +259,8 @@ class DynamicLlavaProcessor(ProcessorMixin):
                 "(continue_final_message=False)"
             )
         batched, chats = read_chats(conversation)
-        texts = [
-            chat_prompt(
-                chat,
-                self.prompt_format,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-            )
-            for chat in chats
-        ]
+        ending = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        texts = [chat_prompt(chat, self.prompt_format, **ending) for chat in chats]
         for chat in chats:
             self.conversation_prompt(chat.turns, chat.system)
         if not tokenize:
@@ -290,14 +289,9 @@ class DynamicLlavaProcessor(ProcessorMixin):
         template has no place for it, or writes this conversation in another way than others.
         """
         self.conversation_prompt(turns, system)
+        image = self.tokens_per_image, self.image_token_id
         return encode_conversation(
-            self.tokenizer,
-            turns,
-            self.tokens_per_image,
-            self.image_token_id,
-            max_length=max_length,
-            system=system,
-            form=self.prompt_format,
+            self.tokenizer, turns, *image, max_length=max_length, system=system, form=self.prompt_format
         )
 
     def conversation_prompt(self, turns: Sequence[Turn], system: str | None = None) -> str:
@@ -389,7 +383,7 @@ class DynamicLlavaProcessor(ProcessorMixin):
         values = {
             "processor_class": type(self).__name__,
             "image_token": IMAGE_PLACE,
-            "num_additional_image_tokens": 1,  # CLIP's class token, which feature_select "default" takes away again
+            "num_additional_image_tokens": self.num_additional_image_tokens,
             "patch_size": self.patch_size,
             "vision_feature_select_strategy": self.feature_select,
         }

@@ -1,7 +1,8 @@
 """What a projector is: the way from the vision tower's features to image tokens, and the number of those.
 
 A projector is one file with one class, found by its name in `registry.py` or as package.module:Class. The model, the
-processor, data preparation and the costs all ask `tokens`; nobody else knows how many tokens an image becomes.
+processor, data preparation and the costs all ask `tokens`; nobody else knows how many tokens an image becomes. A
+method that learns may put some of its own behind them (`Method.added_tokens`).
 Shape suffixes: I images, P patches of one image (and the class token), F feature size, n image tokens, D hidden
 size.
 """

@@ -92,10 +92,11 @@ def tokens_of(image_size: int, patch_size: int, strategy: str = "default", proje
 
 
 def image_tokens(config: Any, strategy: str | None = None) -> int:
-    """Return n for a LlavaConfig or DynamicLlavaConfig, under its own strategy or another."""
+    """Return n for a LlavaConfig or DynamicLlavaConfig, under its own strategy or another; with what a method adds."""
     vision = config.vision_config
     strategy = strategy if strategy is not None else config.vision_feature_select_strategy
-    return tokens_of(vision.image_size, vision.patch_size, strategy, getattr(config, "projector", DEFAULT))
+    made = tokens_of(vision.image_size, vision.patch_size, strategy, getattr(config, "projector", DEFAULT))
+    return made + getattr(config, "added_image_tokens", 0)
 
 
 def layers_of(config: Any) -> Layers:

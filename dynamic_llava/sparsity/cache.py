@@ -58,11 +58,11 @@ class AdmissionSlots:
             self.capacity = max(self.capacity, blocks * self.block)
         self._bound += count
 
-    def place_chunk(self, valid_BQ: Tensor, admit_BQ: Tensor) -> Tensor:
+    def place_chunk(self, valid_BQ: Tensor, admit_BQ: Tensor, also_BQQ: Tensor | None = None) -> Tensor:
         """Reserve slots for a chunk; returns what each of its tokens sees, (X, Q, W) bool.
 
-        A token sees the filled slots, the admitted tokens before it in the chunk, and itself. Padding goes to a spare
-        last slot that no valid token sees.
+        A token sees the filled slots, the admitted tokens before it in the chunk, those that also_BQQ, bool, says of
+        the ones before it, and itself. Padding goes to a spare last slot that no valid token sees.
         """
         count = valid_BQ.shape[1]
         self.reserve(count + 1)
@@ -72,7 +72,9 @@ class AdmissionSlots:
         past_XW = self.filled()
         itself_QQ = torch.eye(count, dtype=torch.bool, device=valid_BQ.device)
         earlier_QQ = torch.ones_like(itself_QQ).tril(-1)
-        seen_XQQ = self._each(admit_BQ & valid_BQ)[..., None, :] & earlier_QQ | itself_QQ
+        seen_BQQ = (admit_BQ & valid_BQ)[:, None]
+        seen_BQQ = seen_BQQ if also_BQQ is None else seen_BQQ | also_BQQ
+        seen_XQQ = self._each(seen_BQQ & earlier_QQ | itself_QQ)
         among_XQW = past_XW.new_zeros(*past_XW.shape[:-1], count, self.capacity)
         # Several padding tokens share the spare slot: a sum, not a write, so that none of them hides another.
         among_XQW = among_XQW.to(torch.uint8).scatter_add(

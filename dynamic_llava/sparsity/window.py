@@ -77,7 +77,9 @@ class WindowSlots(AdmissionSlots):
             raise RuntimeError("the cache is empty; open it with a first chunk")
         return self.free, self.pending, self.steps
 
-    def place_chunk(self, valid_BQ: Tensor, admit_BQ: Tensor, band: Band | None = None) -> Tensor:
+    def place_chunk(  # type: ignore[override]  # no cut within images comes with a window
+        self, valid_BQ: Tensor, admit_BQ: Tensor, band: Band | None = None
+    ) -> Tensor:
         """Reserve slots for a chunk; returns what each of its tokens sees, (B, Q, W) bool.
 
         A token sees what is held at its step, such tokens before it in the chunk, and itself. Without a band no token

@@ -76,7 +76,7 @@ def run(config: RunConfig) -> RunResult:
     joined = join(arguments)
     with together(Lock(config.folder / "run.lock", f"training in {config.folder}")):
         set_seed(config.train.seed)
-        processor = base_processor(config.model)
+        processor = base_processor(config.model, config.sparsity)
         check_projector(config)
         dataset = SftDataset(config.data, processor)
         inputs = on_main(lambda: run_inputs(config, config.model.source, dataset))
@@ -152,7 +152,7 @@ def load(config: RunConfig) -> tuple[DynamicLlavaForConditionalGeneration, Dynam
     """Return the base model with the run's sparsity settings and projector, and its processor."""
     base, projector = config.model.source, config.model.projector
     import_named(config.sparsity.method)
-    processor = base_processor(config.model)  # first: what it refuses is known before weights are read
+    processor = base_processor(config.model, config.sparsity)  # first: what it refuses is known before weights are read
     model = DynamicLlavaForConditionalGeneration.from_pretrained(
         base, sparsity=asdict(config.sparsity), dtype=getattr(torch, config.model.dtype)
     )

@@ -109,6 +109,19 @@ def test_what_an_eviction_sees(sees, monkeypatch):
         shared_model()(**prompts(fixed_rows(output=0)), method=Forgetful(its_cuts=()), use_cache=True)
 
 
+class Late(Answering):
+    """Drops output tokens two steps late."""
+
+    drop_delay = 2
+
+
+@pytest.mark.parametrize(("kind", "words"), [(Forgetful, "evicts"), (Late, "a window")])
+@torch.no_grad()
+def test_what_cannot_stand_beside_images_that_are_computed_on(kind, words):
+    with pytest.raises(ValueError, match=rf"'answering' has a cut that says `within_image`.*and {words}; let it be"):
+        shared_model()(**prompts(fixed_rows(output=0)), method=kind(its_cuts=(Cut(0, within_image=True),)))
+
+
 @pytest.mark.parametrize(
     "name", [name for name, method in METHODS.items() if method().evicts and hasattr(method, "layer")]
 )

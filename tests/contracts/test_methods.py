@@ -210,7 +210,8 @@ ROW = frozenset({"question_row"})
 SERVED = [
     (), (Cut(0),), (Cut(1), Cut(2)), (Cut(0), Cut(LAYERS - 1)), (Cut(0, output=True),),
     (Cut(2, ROW), Cut(3, output=True)), (Cut(1, output=True), Cut(4, ROW)),
-    tuple(Cut(layer) for layer in range(LAYERS)),
+    tuple(Cut(layer) for layer in range(LAYERS)), (Cut(0, within_image=True),),
+    (Cut(3, within_image=True, output=True),),
 ]  # fmt: skip
 REFUSED = [
     ((Cut(LAYERS),), f"decides at the layers .{LAYERS}., and this language model has {LAYERS}"),
@@ -219,6 +220,7 @@ REFUSED = [
     ((Cut(2), Cut(2)), "each once"),
     ((Cut(1, output=True), Cut(2, output=True)), "let one cut say `output`"),
     ((Cut(0, ROW),), "question_row at layer 0"),
+    ((Cut(0), Cut(1, within_image=True)), "`within_image`.*and other cuts; let it be the one thing"),
 ]
 
 

@@ -4,15 +4,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dynamic_llava import METHODS, get_method
+from dynamic_llava import METHODS
 from dynamic_llava.costs import decoder_shape, flops_exact, flops_paper, kv_bytes
-from tests.builders import LAYERS, make_row, model_of, prompts, shared_model
+from dynamic_llava.eval.efficiency import computed_tokens
+from tests.builders import LAYERS, make_row, method_of, model_of, prompts, shared_model
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 @torch.no_grad()
 def test_flops_and_bytes_of_a_prefill(name):
-    model, method = model_of(name, 2, "eager"), get_method(name)
+    model, method = model_of(name, 2, "eager"), method_of(name)
     shape = decoder_shape(model.config)
     inputs = prompts([make_row([("text", 3), ("image", 0), ("text", 2), ("image", 0), ("text", 2)], seed=8)])
     with FlopCounterMode(display=False) as counter:
@@ -20,8 +21,9 @@ def test_flops_and_bytes_of_a_prefill(name):
     if method.is_dense:
         assert out.sparsity is None
         return
-    tokens = out.sparsity.tokens_per_layer()[0].tolist()
-    assert len(tokens) == LAYERS and tokens == sorted(tokens, reverse=True)
+    stored = out.sparsity.tokens_per_layer()[0].tolist()
+    assert len(stored) == LAYERS and stored == sorted(stored, reverse=True)
+    tokens = computed_tokens(stored, inputs["input_ids"].shape[1], method)
     where = [name for name in counter.get_flop_counts() if name.rpartition(".")[0].endswith("language_model.layers")]
     counted = sum(sum(counter.get_flop_counts()[name].values()) for name in where)
     evidence = method.evidence_flops(tokens, shape, question=4)
@@ -32,7 +34,7 @@ def test_flops_and_bytes_of_a_prefill(name):
     assert len(where) == LAYERS and counted == flops_exact(tokens, shape) + evidence
     if method.evicts:
         return  # what heads hold does not follow from what layers see
-    assert kv_bytes(shape, tokens, bytes_per_value=4) == out.cache.allocated_bytes()
+    assert kv_bytes(shape, stored, bytes_per_value=4) == out.cache.allocated_bytes()
 
 
 def test_a_count_for_each_layer_says_what_two_groups_say():

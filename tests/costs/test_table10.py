@@ -1,8 +1,9 @@
 """Table 10, row by row, from what each method keeps: a narrow model of the paper's depth and its 576 image tokens.
 
 The record of a prefill says how many image tokens each layer sees; the costs of the published sizes follow from that,
-as they do in the columns of evaluation. TokenPacker's rows are images of 144 and 64 tokens. VoCo-LLaMA is no method
-here (docs/methods.md); its row counts the 128 tokens of its cache alone (tests/costs/test_flops.py).
+as they do in the columns of evaluation. TokenPacker's rows are images of 144 and 64 tokens. VoCo-LLaMA's counts the
+128 tokens of its cache alone (tests/costs/test_flops.py), evaluation its pass over the image too
+(tests/methods/test_voco_llama.py).
 """
 
 from functools import lru_cache

@@ -15,7 +15,11 @@ from tests.builders import FIRST_WORD, HIDDEN, IMAGE_TOKEN, LAYERS, PAD, VOCABUL
 
 ROWS = [[9], [16, 5], [], [1, 20, 7]]
 """Tokens of each image, row by row: neighbours where a row has several, and a row of text."""
-BY_FEATURES = [name for name, kind in METHODS.items() if not any(cut.reads_tower for cut in kind().cuts(LAYERS))]
+BY_FEATURES = [
+    name
+    for name, kind in METHODS.items()
+    if not (any(cut.reads_tower for cut in kind().cuts(LAYERS)) or kind().added_tokens)
+]
 """Methods that decide by projected features; those that read the tower refuse them (tests/model/test_tower.py)."""
 RELAXATIONS = ["gumbel_st", "sigmoid_st", "soft_topk"]
 

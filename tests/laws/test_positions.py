@@ -7,7 +7,7 @@ import torch
 
 from dynamic_llava.engine.decoder import FAMILIES
 from dynamic_llava.methods import METHODS
-from tests.builders import assert_same_logits, fixed_rows, new_model_of, prompts
+from tests.builders import assert_same_logits, fixed_rows, method_of, new_model_of, prompts
 
 AHEAD = torch.tensor([[3], [0], [11], [1]])
 """How far the positions of each of the four rows are ahead of its own count of tokens."""
@@ -28,7 +28,7 @@ def opened(model, method):
 @pytest.mark.parametrize(("family", "name"), PAIRS)
 @torch.no_grad()
 def test_a_cache_knows_how_far_its_rows_are_ahead(family, name, count):
-    model, method = new_model_of(name, 2, family=family).eval(), METHODS[name]()
+    model, method = new_model_of(name, 2, family=family).eval(), method_of(name)
     cache, mask, following = opened(model, method)
     ids = torch.randint(5, 100, (4, count), generator=torch.Generator().manual_seed(1))
 

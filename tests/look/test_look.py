@@ -260,6 +260,7 @@ def test_where_image_tokens_lie(projector, strategy, grid):
     vision = SimpleNamespace(image_size=336, patch_size=14)
     config = SimpleNamespace(projector=projector, vision_config=vision, vision_feature_select_strategy=strategy)
     assert patch_grid(config) == grid
+    assert patch_grid(SimpleNamespace(**vars(config), added_image_tokens=3)) is None
     if grid is not None and grid.first:
         assert grid.patches([0, 1, 5]) == [0, 4]
 

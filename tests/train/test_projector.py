@@ -77,7 +77,7 @@ def test_two_steps_of_the_first_stage_move_the_projector_alone_and_sft_follows(w
 
 
 def test_the_first_stage_reads_an_image_and_its_caption(world):
-    processor = base_processor(ModelConfig(base=str(world[0]), projector="resampler"))
+    processor = base_processor(ModelConfig(base=str(world[0]), projector="resampler"), TINY_SPARSITY)
     data = replace(world[1], template="plain")
     dataset = SftDataset(data, processor)
     said = json.loads(Path(data.json).read_text(encoding="utf-8"))
