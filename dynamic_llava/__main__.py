@@ -33,11 +33,12 @@ COMMANDS = {
     "convert": ConsoleCommand(
         "checkpoints.__main__", "make a checkpoint of another layout ours, or back", ("convert",)
     ),
-    "checkpoints": ConsoleCommand("checkpoints.__main__", "the same as `checkpoints convert`, and `checkpoints check`"),
+    "checkpoints": ConsoleCommand("checkpoints.__main__", "convert, check; assemble a LLaVA from its parts"),
     "calibrate": ConsoleCommand("calibrate.__main__", "let keep rates choose the thresholds of a trained model"),
     "profile": ConsoleCommand("profile.__main__", "what it costs: FLOPs, memory, times; calculated and measured"),
     "sweep": ConsoleCommand("sweep.__main__", "a table of trainings and their evaluations"),
     "tiny": ConsoleCommand("tiny.__main__", "the embedded tiny world: train, evaluate and draw without a download"),
+    "smol": ConsoleCommand("smol.__main__", "rules on output tokens compared on a real language model"),
 }
 """Name -> command."""
 

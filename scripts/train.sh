@@ -19,8 +19,12 @@ venv=${VENV:-.venv}
 case "$venv" in /*) ;; *) venv="$root/$venv" ;; esac
 command=(dynamic_llava.tiny job "$root/configs/tiny.yaml")
 if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
-  # A file with a tiny section, such as a copy of configs/tiny.yaml, is the whole job; any other one is a training.
-  grep -qs '^tiny:' "$1" && command=(dynamic_llava.tiny job) || command=(dynamic_llava.train.launch)
+  # A file with a tiny or a smol section, such as a copy of configs/tiny.yaml, is that world's whole job; any other one
+  # is a training.
+  command=(dynamic_llava.train.launch)
+  for world in tiny smol; do
+    if grep -qs "^$world:" "$1"; then command=("dynamic_llava.$world" job); fi
+  done
 fi
 # Waiting threads spin for microseconds only: long spinning makes small models much slower on a machine that does other
 # work too, and not spinning at all makes them slower on a free one.

@@ -25,7 +25,7 @@ LAYER = {
     "checkpoints": 6, "data": 6, "tiny/base": 6, "viz": 6,
     "train": 7, "eval": 7,
     "auto_classes": 8, "calibrate": 8, "chat": 8, "profile": 8, "tiny/job": 8,
-    "apps": 9, "look": 9, "sweep": 9, "tiny": 9,
+    "apps": 9, "look": 9, "smol": 9, "sweep": 9, "tiny": 9,
     "__main__": 10,
 }  # fmt: skip
 """A room, its `__main__.py` and other entry points counted with it, imports rooms of lower layers only."""

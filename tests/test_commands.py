@@ -16,6 +16,7 @@ import pytest
 
 from dynamic_llava.cli import load_config
 from dynamic_llava.train.config import RunConfig
+from tests.test_configs import class_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -115,7 +116,7 @@ def check_script(words):
     subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
     if script == "scripts/train.sh" and rest:
         if "/" in rest[0]:  # without one it is the reader's own file
-            load_config(RunConfig, rest, "train", "")
+            load_config(class_of(ROOT / rest[0]), rest, "train", "")
     else:
         assert script == "scripts/train.sh" or Path(script).name in RUN_BY_CI, f"{script} is run by no test"
 

@@ -17,6 +17,7 @@ from dynamic_llava.eval.summary import PAPER_COSTS
 from dynamic_llava.eval.summary import UNITS as COSTS
 from dynamic_llava.eval.tasks import get_task
 from dynamic_llava.projectors import PROJECTORS, tokens_of
+from dynamic_llava.smol.config import SmolJobConfig
 from dynamic_llava.sparsity import budget
 from dynamic_llava.sweep.config import TINY, SweepConfig
 from dynamic_llava.sweep.plan import make_plan
@@ -72,8 +73,8 @@ read_yaml = functools.cache(cli.read_yaml)
 
 
 def class_of(path):
-    """The files of the tiny world's main job are those of another command."""
-    return JobConfig if path.name in ("tiny.yaml", "tiny_long.yaml") else RunConfig
+    """The files of the tiny and of the smol world's jobs are those of other commands."""
+    return {"tiny.yaml": JobConfig, "tiny_long.yaml": JobConfig, "smol.yaml": SmolJobConfig}.get(path.name, RunConfig)
 
 
 def name_of(path):
