@@ -15,7 +15,7 @@ def measure_step(model, inputs, *, autocast, **switches):
     known += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     with LiveMemory([tensor.untyped_storage() for tensor in known]) as memory:
         with torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
-            loss = model(**inputs, **switches).loss
+            loss = model(**inputs, **switches, skip_logits=True).loss
         between = memory.live
         loss.backward()
     return between, memory.peak

@@ -106,20 +106,20 @@ class TrainingFlops:
     """FLOPs of a forward and backward pass, which are linear in what the batches hold. Recomputation never counts."""
 
     per_token: int
-    """Linear maps of the decoder and its head."""
+    """Linear maps of the decoder's layers."""
     per_pair: int
     """Attention; a sample of n tokens has n (n + 1) / 2 pairs of a query and a key that it sees."""
     per_image: int
     """Vision tower, projector, and what judges image tokens."""
     per_output_token: int
     """What judges output tokens."""
+    per_learned_token: int
+    """The head, which training runs on tokens with a label alone; of the dense pass too, if training distils."""
     per_prompt_token: int = 0
     """What judges the tokens of questions, which all text but the output counts as. It is counted for every token that
     is no output token; `per_image` takes those of an image off again."""
-    per_learned_token: int = 0
-    """The head of the dense pass that training distils from (train.distill)."""
 
-    def of_batch(self, rows: int, tokens: int, images: int, output_tokens: int, learned_tokens: int = 0) -> int:
+    def of_batch(self, rows: int, tokens: int, images: int, output_tokens: int, learned_tokens: int) -> int:
         """Return the FLOPs of `rows` samples of `tokens` tokens; all other counts are those of all rows."""
         text = rows * (self.per_token * tokens + self.per_pair * tokens * (tokens + 1) // 2)
         judged = self.per_output_token * output_tokens + self.per_prompt_token * (rows * tokens - output_tokens)
@@ -164,12 +164,11 @@ def training_flops(
     output = 3 * sum(part.judging(1) for part in learning if part.judges_outputs)
     prompt = 3 * sum(part.judging(1) for part in learning if part.judges_prompts)
     image -= prompt * shape.tokens_per_image
-    teacher = 0
     if train.distill is not None:
         linear += decoder.layers * decoder.layer_parameters
         pairs += 4 * decoder.query_width * decoder.layers
-        teacher = 2 * hidden * decoder.vocab
-    return TrainingFlops(2 * (linear + head), pairs, image, output, prompt, teacher)
+        head += hidden * decoder.vocab
+    return TrainingFlops(2 * linear, pairs, image, output, 2 * head, prompt)
 
 
 def kv_bytes(

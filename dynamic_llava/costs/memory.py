@@ -8,7 +8,8 @@ weights (3) by the number of GPUs.
 Activations are what autograd keeps between forward and backward pass of one batch; with gradient checkpointing one
 hidden state per layer. Buffers are what comes and goes, at its highest: the loss over the whole vocabulary, or one
 layer's backward pass (recomputed, with gradient checkpointing), or the optimizer's step; and what communication needs.
-Distillation passes the same weights once more without keeping anything: it adds logits of the learned tokens alone.
+Logits are made of learned tokens alone, which every token of text is taken for. Distillation passes the same weights
+once more without keeping anything, and adds those logits.
 Left out: the accelerator's context, the allocator's fragments, the vision tower's passing activations, the batch.
 """
 
@@ -116,7 +117,7 @@ class _Run:
 
     def distilled_bytes(self, learned: int) -> int:
         """Bytes of the divergence's gradient in the logits of `learned` tokens, where training distils."""
-        return self.compute * self.decoder.vocab * max(learned, 0) if self.train.distill is not None else 0
+        return self.compute * self.decoder.vocab * learned if self.train.distill is not None else 0
 
     @property
     def splits_inputs(self) -> bool:
@@ -167,7 +168,7 @@ def training_memory(
     batch, pictures = train.batch_size * tokens, train.batch_size * images * shape.tokens_per_image
     kept = _activation_bytes(shape, run, batch, train.batch_size * images)
     stepping = _step_bytes(trained // shares["optimizer"], run, spread)
-    passing = max(_passing_bytes(run, batch, batch - pictures), stepping - kept)
+    passing = max(_passing_bytes(run, batch, max(batch - pictures, 0)), stepping - kept)
     return TrainingMemory(
         **{name: 0 if name in moved else size for name, size in held.items()},
         activations=kept,
@@ -202,14 +203,15 @@ def _activation_bytes(shape: LlavaShape, run: _Run, tokens: int, images: int) ->
         kept = len(layers) * tokens * run.weight * decoder.hidden
     else:
         kept = sum(_layer_bytes(run, layer, tokens) for layer in layers)
-    # The last norm, and log-probabilities instead of logits.
-    kept += tokens * (_norm_bytes(run) + 4 * decoder.vocab)
+    learned = max(tokens - images * shape.tokens_per_image, 0)
+    # The last norm, and of learned tokens log-probabilities instead of logits.
+    kept += tokens * _norm_bytes(run) + learned * 4 * decoder.vocab
     if run.full:
-        kept += tokens * run.compute * decoder.hidden
+        kept += learned * run.compute * decoder.hidden
     if run.compute != run.weight:
         kept += run.compute * decoder.vocab * decoder.hidden
     kept += _learned_bytes(run, tokens, images * shape.tokens_per_image)
-    kept += run.distilled_bytes(tokens - images * shape.tokens_per_image)
+    kept += run.distilled_bytes(learned)
     if train.projector_learning_rate is not None:
         kept += images * run.compute * shape.projector.kept
     return kept
@@ -283,10 +285,10 @@ def _learned_bytes(run: _Run, tokens: int, pictures: int) -> int:
 def _passing_bytes(run: _Run, tokens: int, learned: int) -> int:
     """Highest bytes beyond the activations while a batch runs: in the loss, in the head, or in one layer's backward.
 
-    `learned` of the tokens are no image tokens, and may be learned.
+    `learned` of the tokens are no image tokens, and may be learned: the head and the loss see these alone.
     """
     decoder, width = run.decoder, run.compute
-    hidden, words = decoder.hidden, tokens * decoder.vocab
+    hidden, words = decoder.hidden, learned * decoder.vocab
     written = width + (run.trained if width != run.trained else 0)  # a weight's gradient, and its cast
     recomputes = run.train.gradient_checkpointing
     loss = (LOSS_BYTES - 4) * words
@@ -303,7 +305,7 @@ def _passing_bytes(run: _Run, tokens: int, learned: int) -> int:
     layer -= 4 * words + tokens * (_norm_bytes(run) + _mlp_bytes(run))
     distilled = run.distilled_bytes(learned)
     if distilled:  # both passes' logits while their divergence is computed; later its gradient beside the loss's
-        parts = 8 * 4 * min(learned * decoder.vocab, DIVERGENCE_PART)
+        parts = 8 * 4 * min(words, DIVERGENCE_PART)
         loss = max(loss + width * words - distilled, width * words + 2 * distilled + parts)
         head, layer = head - distilled, layer - distilled
     # Autocast remembers its copies of trained weights until the forward pass is over.

@@ -53,7 +53,7 @@ NO_LLAVA = {
 """Options of `generate` that transformers itself serves for other models alone -> why."""
 _HARMLESS = {"guidance_scale": 1, "cache_implementation": "dynamic", "use_mtp": False, "token_healing": False}
 """Values of these options that ask for nothing."""
-_OF_FORWARD = ("keep_mask", "tau", "num_samples_in_batch", "distill", "loss_scale")
+_OF_FORWARD = ("keep_mask", "tau", "num_samples_in_batch", "distill", "loss_scale", "skip_logits")
 """Arguments of `forward` that mean nothing to `generate` (labels, which a Seq2SeqTrainer gives it, are left alone)."""
 
 

@@ -184,7 +184,7 @@ class ImageInputs:
         reading = None if cut is None else self._reading(cut, layers, strategy)
         if self.device.type != "meta":  # weights on a disk: their hooks move the input
             pixel_values = pixel_values.to(self.device)
-        asked = {name: value for name, value in kwargs.items() if value and name.startswith("output_")}
+        asked = {name: value for name, value in kwargs.items() if name.startswith("output_") and value}
         to_tower: dict[str, Any] = {} if reading is None else {"tower": reading}
         side = coarse = self._patches_along
         if cut is not None and cut.picture_side is not None:

@@ -78,6 +78,8 @@ class DynamicLlavaForConditionalGeneration(
         distill: with labels, adds the KL divergence from what the same weights predict without sparsity, at the tokens
             that are learned, to the loss (train.distill; model/distillation.py).
         loss_scale: what the caller multiplies the loss by before the backward pass; mask_grad_clip is meant without it.
+        skip_logits: with labels, make logits of the tokens that are learned alone, for the loss, and return none: most
+            of a training step's memory at a large vocabulary. A `loss_function` then gets them as one row.
         logits_to_keep: make logits of the last so many tokens only (0: all), or of the indices given.
         compile: run a single new token on a live sparse cache as one compiled graph (engine/step.py); other passes run
             as ever.
@@ -126,6 +128,7 @@ class DynamicLlavaForConditionalGeneration(
         num_samples_in_batch: Mapping[str, Tensor] | Tensor | int | None = None,
         distill: DistillConfig | None = None,
         loss_scale: float = 1.0,
+        skip_logits: bool = False,
         compile: bool = False,
         **kwargs: Any,
     ) -> DynamicLlavaOutput:
@@ -160,25 +163,30 @@ class DynamicLlavaForConditionalGeneration(
             kwargs["mm_encoder_outputs"] = mm_encoder_outputs
         loss = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
         check_distillation(distill, chosen, self.config.text_config.num_hidden_layers)
-        _check_labels(input_ids if input_ids is not None else inputs_embeds, labels, shift_labels)
+        _check_labels(input_ids if input_ids is not None else inputs_embeds, labels, shift_labels, skip_logits)
         check_temperature(tau)
         if chosen.is_dense and keep_mask is None:
-            return self._dense_forward(**kwargs, **loss, logits_to_keep=logits_to_keep)
-        kwargs |= {"keep_mask": keep_mask, "tau": 1.0 if tau is None else tau, "compile": compile}
-        kwargs |= {"output_keep_rate": output_keep_rate, "loss_scale": loss_scale}
-        kwargs["sample_key"] = self._sample_key(sample_key, labels)
+            return self._dense_forward(kwargs, loss, logits_to_keep, skip_logits)
+        kwargs |= {"keep_mask": keep_mask, "tau": tau or 1.0, "compile": compile, "loss_scale": loss_scale}
+        kwargs |= {"output_keep_rate": output_keep_rate, "sample_key": self._sample_key(sample_key, labels)}
         if not (self.training or keep_mask is not None or isinstance(method, Method) or is_live(kwargs[CACHE])):
             warn_untrained(self.config, chosen)  # generate has warned, and hands over the object it has chosen
         if labels is not None:
-            return self._learning_forward(kwargs, loss, logits_to_keep, num_samples_in_batch, distill)
+            return self._learning_forward(kwargs, loss, logits_to_keep, num_samples_in_batch, distill, skip_logits)
         self._refuse_lost_losses({**loss, "distill": distill}, num_samples_in_batch)
         outputs = self.model(**kwargs, return_dict=True)
         return DynamicLlavaOutput.of(outputs, logits=self._logits(outputs, logits_to_keep))
 
-    def _dense_forward(self, **kwargs: Any) -> DynamicLlavaOutput:
+    def _dense_forward(
+        self, inputs: dict[str, Any], loss: dict[str, Any], logits_to_keep: int | Tensor, skip_logits: bool
+    ) -> DynamicLlavaOutput:
         """transformers' own forward, loss and all; `method` tells the model without head, and goes no further."""
-        kwargs = {name: value for name, value in kwargs.items() if value is not None}
-        outputs = super().forward(**kwargs, return_dict=True)
+        if skip_logits:
+            outputs = self.model(**inputs, return_dict=True)
+            lm_loss, _ = self._lm_loss(outputs.last_hidden_state, loss, skip_logits)
+            return DynamicLlavaOutput.of(outputs, loss=lm_loss, lm_loss=lm_loss, logits=None)
+        given = {name: value for name, value in {**inputs, **loss}.items() if value is not None}
+        outputs = super().forward(**given, logits_to_keep=logits_to_keep, return_dict=True)
         return DynamicLlavaOutput.of(outputs, lm_loss=outputs.loss)
 
     def _learning_forward(
@@ -188,6 +196,7 @@ class DynamicLlavaForConditionalGeneration(
         logits_to_keep: int | Tensor,
         samples: Any,
         distill: DistillConfig | None,
+        skip_logits: bool,
     ) -> DynamicLlavaOutput:
         """The masked forward, the LM loss, the method's own losses (Eq. 10) and, if asked for, the distillation's."""
         method, labels = inputs["method"], loss["labels"]
@@ -199,8 +208,7 @@ class DynamicLlavaForConditionalGeneration(
             inputs["output_mask"] = _answers(labels, self._image_places(inputs), self.config.sparsity.output_segments)
         asked = asked_by(labels, inputs["output_mask"]) if self.training else None
         outputs = self.model(**{**inputs, "use_cache": False, "asked": asked}, masked=True, return_dict=True)
-        logits = self._logits(outputs, 0)
-        lm_loss = self.loss_function(logits=logits, vocab_size=self.config.text_config.vocab_size, **loss)
+        lm_loss, logits = self._lm_loss(outputs.last_hidden_state, loss, skip_logits)
         settings = self.settings_of_call(inputs["output_keep_rate"])
         terms = method_losses(method, outputs.sparsity, settings, samples)
         total = total_loss(lm_loss, terms, method, settings)
@@ -209,12 +217,24 @@ class DynamicLlavaForConditionalGeneration(
         if distill is not None:
             learned_BN = _targets(labels, loss["shift_labels"]) != -100
             teacher_yV = dense_logits(self, inputs, outputs.image_outputs, learned_BN)
-            student_yV = logits[learned_BN.to(logits.device)]
+            student_yV = logits[0] if skip_logits else logits[learned_BN.to(logits.device)]
             parts["distill_loss"] = distillation_loss(
                 student_yV, teacher_yV, distill.temperature, loss["num_items_in_batch"]
             )
             total = total + distill.weight * parts["distill_loss"]
-        return DynamicLlavaOutput.of(outputs, loss=total, logits=logits, **parts)
+        return DynamicLlavaOutput.of(outputs, loss=total, logits=None if skip_logits else logits, **parts)
+
+    def _lm_loss(self, hidden_BND: Tensor, loss: dict[str, Any], skip_logits: bool) -> tuple[Tensor, Tensor]:
+        """Return the LM loss, and its logits: (B, N, V), or with skip_logits (1, y, V) of the learned tokens."""
+        vocabulary = self.config.text_config.vocab_size
+        if not skip_logits:
+            logits_BNV = self.lm_head(hidden_BND)
+            return self.loss_function(logits=logits_BNV, vocab_size=vocabulary, **loss), logits_BNV
+        targets_BN = _targets(loss["labels"], loss["shift_labels"]).to(hidden_BND.device)
+        learned_BN = targets_BN != -100
+        targets = dict.fromkeys(("labels", "shift_labels"), targets_BN[learned_BN][None])
+        logits_1yV = self.lm_head(hidden_BND[learned_BN][None])
+        return self.loss_function(logits=logits_1yV, vocab_size=vocabulary, **{**loss, **targets}), logits_1yV
 
     def _logits(self, outputs: DynamicModelOutput, logits_to_keep: int | Tensor) -> Tensor:
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -261,7 +281,9 @@ def _targets(labels: Tensor, shift_labels: Tensor | None, ignore_index: int = -1
     return nn.functional.pad(labels, (0, 1), value=ignore_index)[:, 1:] if shift_labels is None else shift_labels
 
 
-def _check_labels(tokens: Tensor | None, labels: Tensor | None, shift_labels: Tensor | None) -> None:
+def _check_labels(tokens: Tensor | None, labels: Tensor | None, shift_labels: Tensor | None, skip_logits: bool) -> None:
+    if skip_logits and labels is None:
+        raise ValueError("skip_logits leaves nothing but a loss, and there are no labels for one; give labels")
     if tokens is not None and tokens.dim() > 1:
         check_shapes(*tokens.shape[:2], labels=labels, shift_labels=shift_labels)
 

@@ -90,7 +90,8 @@ class DynamicLlavaOutput(LlavaOutput):
     """(): lm_loss + the method's loss weight * the sum of its own losses (for Dynamic-LLaVA: lambda, Eq. 10) + the
     weight of `distill` * distill_loss."""
     logits: Tensor | None = None
-    """(B, N, V) in input order; rows of dropped tokens are those of a zero hidden state and carry no prediction."""
+    """(B, N, V) in input order; rows of dropped tokens are those of a zero hidden state and carry no prediction. None
+    where the call said skip_logits."""
     cache: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None

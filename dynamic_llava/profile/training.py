@@ -191,7 +191,7 @@ def training_report(preset: Preset, device: torch.device, dtype: torch.dtype, pe
     tokens = settings.prompt + ANSWER
     learned = learned_costs(preset.sparsity, settings.shape.decoder.hidden, preset.method)
     flops = training_flops(settings.shape, preset.sparsity, learned, train)
-    done = flops.of_batch(preset.batch, tokens, preset.batch, preset.batch * ANSWER)
+    done = flops.of_batch(preset.batch, tokens, preset.batch, *[preset.batch * ANSWER] * 2)
     weights = ModelConfig(dtype=str(dtype).removeprefix("torch."))  # type: ignore[arg-type]
     needed = training_memory(settings.shape, weights, preset.sparsity, learned, train, tokens=tokens)
     row = {
@@ -248,7 +248,7 @@ def _measured_step(preset: Preset, device: torch.device, dtype: torch.dtype, rou
     pixels = torch.randn(preset.batch, 3, side, side, device=device, dtype=dtype)
 
     def step() -> None:
-        model(input_ids=ids_BN, pixel_values=pixels, labels=labels_BN, method=method).loss.backward()
+        model(input_ids=ids_BN, pixel_values=pixels, labels=labels_BN, method=method, skip_logits=True).loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

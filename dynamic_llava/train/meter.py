@@ -108,9 +108,8 @@ def batch_flops(flops: TrainingFlops, inputs: Mapping[str, Tensor], lengths_B: T
     text = flops.per_token * lengths + flops.per_pair * lengths * (lengths + 1) / 2
     outputs = inputs["output_mask"].sum()
     judged = flops.per_output_token * outputs + flops.per_prompt_token * (lengths.sum() - outputs)
-    if flops.per_learned_token:
-        judged = judged + flops.per_learned_token * (inputs["labels"][:, 1:] != -100).sum()
-    return text.sum() + flops.per_image * images + judged
+    head = flops.per_learned_token * (inputs["labels"][:, 1:] != -100).sum()
+    return text.sum() + flops.per_image * images + judged + head
 
 
 def peak_flops(config: TrainConfig, device: torch.device) -> float | None:

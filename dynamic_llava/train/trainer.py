@@ -142,6 +142,7 @@ class DynamicLlavaTrainer(Trainer):
             num_items_in_batch=counts.tokens,
             num_samples_in_batch=counts.samples,
             loss_scale=self.accelerator.num_processes,
+            skip_logits=True,
             use_cache=False,
         )
         loss = outputs.loss

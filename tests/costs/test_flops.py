@@ -207,7 +207,7 @@ def test_the_dense_pass_that_is_distilled_from_is_counted(tune):
     run = RunConfig(sparsity=tiny_config().sparsity, train=train)
     check_training_flops(run, tiny_config(2, "eager", masked_softmax="reference"))
     assert training_flops(LLAVA_SHAPES["7b"], SparsityConfig(), {}, train).of_batch(1, 9, 0, 0, 5) == (
-        training_flops(LLAVA_SHAPES["7b"], SparsityConfig(), {}, replace(train, distill=None)).of_batch(1, 9, 0, 0)
+        training_flops(LLAVA_SHAPES["7b"], SparsityConfig(), {}, replace(train, distill=None)).of_batch(1, 9, 0, 0, 5)
         + flops_exact(9, LLAVA_SHAPES["7b"].decoder, causal=True)
         + head_flops(5, LLAVA_SHAPES["7b"].decoder)
     )
@@ -234,11 +234,15 @@ def test_training_flops_near_six_per_parameter_and_token(name):
     shape, sparsity = LLAVA_SHAPES[name], SparsityConfig()
     embedded = shape.decoder.vocab * shape.decoder.hidden
     weights = parameter_counts(shape, {})["language_model"] - embedded
-    assert training_flops(shape, sparsity, {}, TrainConfig()).per_token / weights == pytest.approx(6, rel=1e-3)
-    adapted = training_flops(shape, sparsity, {}, TrainConfig(tune="lora"), LoraConfig(rank=1)).per_token
-    assert adapted / weights == pytest.approx(4, rel=0.01)
+
+    def per_learned(*settings):
+        flops = training_flops(shape, sparsity, {}, *settings)
+        return flops.per_token + flops.per_learned_token
+
+    assert per_learned(TrainConfig()) / weights == pytest.approx(6, rel=1e-3)
+    assert per_learned(TrainConfig(tune="lora"), LoraConfig(rank=1)) / weights == pytest.approx(4, rel=0.01)
     layers = shape.decoder.layers
-    alone = training_flops(shape, sparsity, {}, TrainConfig(tune="predictors")).per_token
+    alone = per_learned(TrainConfig(tune="predictors"))
     assert alone / weights == pytest.approx(2 + 2 * (layers - 2) / layers, rel=0.02)
 
 

@@ -250,7 +250,7 @@ def test_what_it_costs(model):
     with_it = training_flops(shape, settings, costs, train)
     without = training_flops(shape, settings, {name: costs[name] for name in PARTS[:2]}, train)
     tokens, outputs = 40, 9
-    more = with_it.of_batch(2, tokens, 2, outputs) - without.of_batch(2, tokens, 2, outputs)
+    more = with_it.of_batch(2, tokens, 2, outputs, 0) - without.of_batch(2, tokens, 2, outputs, 0)
     assert more == 3 * costs["prompt_predictor"].flops * (2 * tokens - outputs - 2 * 16)
 
 

@@ -234,7 +234,7 @@ def test_a_training_step_and_its_mfu():
     flops = training_flops(SMALL.shape, SMALL.sparsity, learned, TrainConfig())
     tokens = 64 + 9 + 448
     assert (row["layers"], row["tokens"], row["batch"]) == (4, tokens, 2)
-    assert row["flops"] == flops.of_batch(2, tokens, 2, 2 * 448)
+    assert row["flops"] == flops.of_batch(2, tokens, 2, 2 * 448, 2 * 448)
     assert row["share"] == pytest.approx(row["flops"] / row["seconds"] / 1e11)
     assert "layers" not in report.notes[-1], "the whole stack fitted"
     # Calculated: gradients and activations at once. Measured: they peak one after the other.

@@ -51,7 +51,7 @@ def test_a_dense_pass_to_distill_from_is_counted(file, capsys):
         assert found[distill]["distill"] == ("a dense pass to distill from" in table) == (distill == "{}")
     gradient = 4 * (2048 - 576) * 2 * LLAVA_SHAPES["7b"].decoder.vocab
     assert found["{}"]["activations"] - found["null"]["activations"] == gradient, "of the divergence, in the logits"
-    assert found["{}"]["weights"] == found["null"]["weights"] and found["{}"]["buffers"] > found["null"]["buffers"]
+    assert found["{}"]["weights"] == found["null"]["weights"] and found["{}"]["total"] > found["null"]["total"]
 
 
 def test_what_does_not_fit_has_an_exit_code(file, capsys):

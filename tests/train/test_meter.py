@@ -18,11 +18,15 @@ CPU = torch.device("cpu")
 
 
 def test_a_batchs_flops_by_hand():
-    flops = TrainingFlops(per_token=10, per_pair=3, per_image=1000, per_output_token=7)
-    inputs = {"pixel_values": torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE), "output_mask": torch.tensor([[1, 1], [1, 0]])}
+    flops = TrainingFlops(per_token=10, per_pair=3, per_image=1000, per_output_token=7, per_learned_token=50)
+    outputs = torch.tensor([[1, 1], [1, 0]])
+    labels = torch.tensor([[5, 5], [-100, 5]])  # what nothing stands before is not learned
+    pictures = torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE)
+    inputs = {"pixel_values": pictures, "output_mask": outputs, "labels": labels}
     found = batch_flops(flops, inputs, torch.tensor([4, 0]))
-    assert found.item() == 10 * 4 + 3 * (1 + 2 + 3 + 4) + 1000 * 2 + 7 * 3
-    assert batch_flops(flops, {"output_mask": torch.zeros(1, 4)}, torch.tensor([1])).item() == 10 + 3
+    assert found.item() == 10 * 4 + 3 * (1 + 2 + 3 + 4) + 1000 * 2 + 7 * 3 + 50 * 2
+    nothing = {"output_mask": torch.zeros(1, 4), "labels": torch.full((1, 4), -100)}
+    assert batch_flops(flops, nothing, torch.tensor([1])).item() == 10 + 3
 
 
 def test_the_trainer_counts_real_tokens_of_real_samples(tmp_path):
@@ -40,6 +44,7 @@ def test_the_trainer_counts_real_tokens_of_real_samples(tmp_path):
     rows = [int(length) for place, length in enumerate(batch["attention_mask"].sum(1)) if place != 1]
     expected = sum(flops.per_token * n + flops.per_pair * n * (n + 1) // 2 for n in rows)
     expected += flops.per_image * len(batch["pixel_values"]) + flops.per_output_token * int(batch["output_mask"].sum())
+    expected += flops.per_learned_token * int((batch["labels"][:, 1:] != -100).sum())
     assert trainer.meter.flops.item() == 2 * expected
     assert trainer.meter.tokens.item() == 2 * sum(rows)
 
