@@ -327,7 +327,8 @@ def test_the_long_world_differs_in_its_texts_and_budgets():
     assert own.pop("tiny.world") == "long" and own.pop("tiny.more_output_rates") == [0.35, 0.2]
     assert own.pop("tiny.description_tokens") >= 219 + 1  # the longest reference description and a margin
     assert own.keys() == {
-        "sparsity.image_keep_rate", "train.save_every", "tiny.dynamic_image", "tiny.questions", "tiny.rivals",
+        "sparsity.image_keep_rate", "train.max_steps", "train.save_every", "tiny.base_steps", "tiny.dynamic_image",
+        "tiny.questions", "tiny.rivals",
     }  # fmt: skip
 
 

@@ -20,6 +20,8 @@ class TinyJobConfig:
     world: str = "default"
     """World of the scenes and descriptions: default, or long, whose descriptions have 100 to 250 tokens with counts at
     their ends (configs/tiny_long.yaml)."""
+    base_steps: int = 0
+    """Steps that the base is trained first, dense, on this world: once for all seeds, which start from the result."""
     more_output_rates: list[float] = field(default_factory=list)
     """Further r_OT that Dynamic I|T is trained at, each with rows of its own beside simple rules at as many slots."""
     untrained_base: bool = False
@@ -72,7 +74,7 @@ class TinyJobConfig:
             value = getattr(self, one.name)
             if one.type in (bool, "bool") or one.name in ("data_seed", "rivals", "world", "more_output_rates"):
                 continue
-            least = 0 if one.name.startswith(("uncached_", "picture_")) else 1
+            least = 0 if one.name.startswith(("uncached_", "picture_", "base_")) else 1
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"tiny.{one.name}={value!r} is not allowed; give a whole number of at least {least}")
         for rate in self.more_output_rates:

@@ -4,6 +4,7 @@
     runs/<name>/seed<k>/         the same of one seed, and a folder per training (both, image, control, untrained, and
                                  both_35 for r_OT 0.35)
     runs/<name>/seed<k>/rows/    a file for each measured row
+    runs/<name>/base/            with tiny.base_steps, the training of the base that all seeds start from
 
 A finished seed is taken from its results.json, if its fingerprint (settings, rows, base weights, library versions) is
 that of this job, a finished training from its folder, and a measured row from its file: an interrupted job goes on
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from transformers import LlavaForConditionalGeneration
 
+from dynamic_llava.checkpoints.convert import convert
 from dynamic_llava.config import DataConfig, SparsityMode
 from dynamic_llava.eval.predict import hide_library_progress
 from dynamic_llava.files import Lock, give_usual_modes, replace_file, writing
@@ -155,6 +157,10 @@ def _main(config: JobConfig, folder: Path) -> Path:
     if not config.model.base:
         raise ValueError("model.base is not set; configs/tiny.yaml starts from tiny, which comes with the package")
     base = Path(config.model.source)
+    if tiny.base_steps:
+        with new_weights_expected():
+            base = _base_of_world(SeedJob(config, folder, world, base))
+        config = replace(config, model=replace(config.model, base=str(base)))
     seeds = range(config.train.seed, config.train.seed + tiny.seeds)
     jobs = [
         SeedJob(replace(config, train=replace(config.train, seed=seed)), folder / f"seed{seed}", world, base)
@@ -173,6 +179,21 @@ def _main(config: JobConfig, folder: Path) -> Path:
     print(f"\n{seconds:.0f} s in all; table: {folder / 'table.md'}; numbers: {folder / 'results.json'}")
     print("pictures: " + ", ".join(str(path) for path in sorted((jobs[0].folder / "pictures").glob("*.png"))))
     return folder
+
+
+def _base_of_world(job: SeedJob) -> Path:
+    """Train the job's base further, dense and on its world, in <folder>/base; return the result in llava-hf layout.
+
+    It is the same whatever the job's seeds, and has no predictors: each training draws its own.
+    """
+    train = replace(job.config.train, sparsity_mode="none", max_steps=job.config.tiny.base_steps, seed=0)
+    print(f"training the base of all seeds: dense, {train.max_steps} steps", flush=True)
+    settings = {"output_folder": str(job.folder), "data": job.data, "train": train, "method": None}
+    trained = run(job.config.training(name="base", **settings))
+    plain = trained.run_folder / "plain"
+    if train.overwrite:
+        shutil.rmtree(plain, ignore_errors=True)
+    return plain if plain.is_dir() else convert(trained.folder, plain, to="llava-hf", say=log.info)
 
 
 def _compare(job: SeedJob) -> None:

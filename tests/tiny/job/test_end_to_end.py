@@ -43,7 +43,7 @@ def test_the_main_job_runs_from_the_command_line(run_job, capsys):
 
 @pytest.mark.slow
 def test_the_long_world_runs_at_three_rates(run_job, capsys):
-    result, metrics = run_job("tiny_long", **{"tiny.description-tokens": 230, "tiny.timing-repeats": 1})
+    result, metrics = run_job("tiny_long", **{"tiny.description-tokens": 230, "tiny.base-steps": 3})
     for suffix in ("", "_35", "_20"):
         slots = metrics[f"dynamic{suffix}"]["slots"]  # of hardly trained predictors: some, all or none
         assert slots <= metrics[f"inside_sinks{suffix}"]["slots"] < max(slots, 0.05) + 0.02  # sinks alone are 0.04

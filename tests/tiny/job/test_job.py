@@ -5,7 +5,9 @@ import shutil
 from dataclasses import fields, replace
 
 import pytest
+from safetensors import safe_open
 
+from dynamic_llava.cli import read_yaml
 from dynamic_llava.config import ModelConfig, SparsityConfig, TrainConfig
 from dynamic_llava.config.run import RunConfig
 from dynamic_llava.files import Lock
@@ -161,6 +163,24 @@ def test_a_job_that_is_killed_or_gets_more_rows_measures_only_what_is_missing(co
     rows = {row["key"]: row for row in after["rows"]}
     assert all(rows[row["key"]] == row for row in before["rows"]) and len(rows) == len(before["rows"]) + 3
     assert "r_OT 0.35" in (folder / "table.md").read_text()
+
+
+def test_a_base_of_the_world_is_trained_once_for_all_seeds(config, trained, tmp_path, monkeypatch):
+    two = replace(config, tiny=replace(TINY, seeds=2, base_steps=7))
+    folder = main(two)
+    plain = folder / "base" / "plain"
+    assert trained[0] == ("base", "none", 0, str(tmp_path / "base"))
+    assert [entry[2:] for entry in trained[1:]] == [(4, str(plain))] * 2 + [(5, str(plain))] * 2
+    assert json.loads((plain / "config.json").read_text())["model_type"] == "llava"
+    assert read_yaml(RunConfig, folder / "base" / "config.yaml").train.max_steps == 7
+    with safe_open(plain / "model.safetensors", "pt") as file:
+        names = list(file.keys())
+    assert names and not [name for name in names if "predictor" in name]
+    trained.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "convert", None)  # it lies there
+        main(two)
+    assert [entry[0] for entry in trained] == ["base"]  # which a real training finds finished; the seeds are read
 
 
 def test_every_training_has_its_own_rate(config, tmp_path):
