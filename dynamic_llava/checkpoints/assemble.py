@@ -108,8 +108,10 @@ def _language_model(given: str | Path, folder: Path, dtype: Dtype | None, say: S
             f"{file} gives no language model ({reason[:500]}); get the file again, or another one"
         ) from None
     config, weights = model.config, model.state_dict()
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # the file's own, which its tokenizer has read
-        setattr(config, name, getattr(tokenizer, name))
+    for name in ("bos_token", "eos_token", "pad_token"):  # transformers before 5.24 lets a tokenizer guess them
+        number = getattr(config, f"{name}_id")
+        if number is not None:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(number))
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # of the file; for its sake transformers would save nothing
     if config.tie_word_embeddings:
