@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dynamic_llava.cli.commands import Parser, add_method, add_projector, entry_point, exit_on_mistake
+from dynamic_llava.cli.commands import Parser, add_method, add_projector, add_rates, entry_point, exit_on_mistake
 from dynamic_llava.config import SPARSITY_MODES
 
 EXIT_INTERRUPTED = 130
@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         help="goes with the first question; may be given more than once",
     )
     add("--sparsity", choices=SPARSITY_MODES, help="what Dynamic-LLaVA drops (default: both)")
+    add_rates(parser)
     add_method(parser)
     add_projector(parser)
     add("--max-new-tokens", type=int, default=512, help="most tokens of an answer")

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from dynamic_llava.config import SparsityMode
 from dynamic_llava.costs import decoder_shape, kv_bytes
+from dynamic_llava.engine.cache import CACHE
 from dynamic_llava.engine.decide import check_question
-from dynamic_llava.methods import Spelling
+from dynamic_llava.methods import Method, Spelling
 from dynamic_llava.model import AdmissionCache, SparsityRecord
+from dynamic_llava.model.kv_budget import check_kv_budget, method_within
 from dynamic_llava.model.switches import choose_method
 from dynamic_llava.processing.prompts import IMAGE_PLACE
 
@@ -81,6 +83,8 @@ class Conversation:
         processor: its DynamicLlavaProcessor.
         sparsity: "both", "image", "output", or "none" for a dense cache; default both, unless `method` is given.
         method: what decides instead of Dynamic-LLaVA, as `generate` takes it.
+        kv_budget: bytes (an int, or "512MiB") that the conversation's keys and values may fill when an answer of
+            max_new_tokens ends; each turn chooses the threshold of output tokens by what is left (docs/method.md, 4).
         max_new_tokens: most tokens of an answer; fewer where the model's context has no more room.
         temperature: 0 is greedy.
         options: more arguments of `generate`, such as top_p or compile.
@@ -93,6 +97,7 @@ class Conversation:
         *,
         sparsity: SparsityMode | None = None,
         method: Spelling | None = None,
+        kv_budget: int | str | None = None,
         max_new_tokens: int = 512,
         temperature: float = 0.0,
         **options: Any,
@@ -101,7 +106,10 @@ class Conversation:
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         self.model, self.processor = model, processor
         self.method = choose_method(model.config.sparsity, sparsity=sparsity, method=method)
-        """What decides."""
+        """What decides; with a budget, but for the threshold of output tokens."""
+        self.kv_budget = kv_budget
+        if kv_budget is not None:
+            check_kv_budget(kv_budget, model.config, self.method)
         self.max_new_tokens = max_new_tokens
         self._options = {"pad_token_id": processor.pad_token_id, **sampling, **options}
         self._shape = decoder_shape(model.config)
@@ -145,7 +153,8 @@ class Conversation:
 
         `on_step` is called with each new token as soon as it is chosen; after each, `stop` is asked whether to end the
         answer there. Raises ValueError, with the conversation as it was, for an empty question, one that holds
-        `<image>`, an image that cannot be read (FileNotFoundError for none), and when there is no room for an answer.
+        `<image>`, an image that cannot be read (FileNotFoundError for none), and when there is no room for an answer,
+        in the model's context or in the budget of bytes.
         Any error while the model runs begins the conversation anew: a cache that was left in the middle of a pass
         cannot be trusted.
         """
@@ -166,6 +175,7 @@ class Conversation:
                 f"with this question the conversation has {ids.shape[1]} tokens and the model reads "
                 f"{ids.shape[1] + room} at most; begin a new one"
             )
+        method = self._method_for(ids, min(self.max_new_tokens, room))
         steps = _Steps(self._use, ids.shape[1], None if self.method.is_dense else self.cache, on_step)
         try:
             result = self.model.generate(
@@ -174,7 +184,7 @@ class Conversation:
                 output_mask=output,
                 pixel_values=pixels,
                 cache=self.cache,
-                method=self.method,
+                method=method,
                 max_new_tokens=min(self.max_new_tokens, room),
                 streamer=steps,
                 stopping_criteria=None if stop is None else [_Stop(stop)],
@@ -189,6 +199,13 @@ class Conversation:
         answer = self._answer(steps, min(self.max_new_tokens, room))
         self.turns.append((text, answer.text))
         return answer
+
+    def _method_for(self, ids: Tensor, longest: int) -> Method:
+        """Return what decides in a turn that ends the ids (1, N) so far; ValueError where the budget has no room."""
+        if self.kv_budget is None:
+            return self.method
+        given = {"input_ids": ids, CACHE: self.cache}
+        return method_within(self.kv_budget, self.model.config, self.method, given, longest, self.model.dtype.itemsize)
 
     def _new_tokens(self, text: str) -> tuple[Tensor, int]:
         """Return the ids (1, N) that a question adds; the first 0 or 1 of them still close the answer before it."""

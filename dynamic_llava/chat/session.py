@@ -18,9 +18,11 @@ import torch
 from dynamic_llava.chat.conversation import Conversation, Step, check_settings
 from dynamic_llava.chat.terminal import AnswerText, ColorMode, Screen, Stream, Writer, wants_color
 from dynamic_llava.config import SHIPPED, SparsityMode, checkpoint_source
+from dynamic_llava.config.checks import check_one_rate
 from dynamic_llava.eval.shard import own_device
 from dynamic_llava.methods import Method, describe_method, import_named
 from dynamic_llava.model import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
+from dynamic_llava.model.kv_budget import check_kv_budget
 from dynamic_llava.model.loading import check_learned, checkpoint_files
 from dynamic_llava.model.switches import choose_method
 from dynamic_llava.processing import DynamicLlavaProcessor
@@ -42,6 +44,12 @@ class ChatOptions:
     """Short for this setting of Dynamic-LLaVA; None is both, unless `method` says otherwise."""
     method: Mapping[str, Any] | None = None
     """What decides, as methods/registry.py reads it; None is Dynamic-LLaVA with the checkpoint's settings."""
+    image_keep_rate: float | None = None
+    """Share of each image's tokens that is kept; None is the checkpoint's, or the method's own."""
+    output_keep_rate: float | None = None
+    """Share of output tokens that is kept; None is what the method's own settings keep."""
+    kv_budget: str | None = None
+    """Bytes that the conversation's keys and values may fill at the end of each answer, such as 512MiB."""
     max_new_tokens: int = 512
     temperature: float = 0.0
     seed: int = 0
@@ -50,6 +58,12 @@ class ChatOptions:
 
     def __post_init__(self) -> None:
         check_settings(self.max_new_tokens, self.temperature)
+        check_one_rate(self.output_keep_rate, self.kv_budget)
+
+    @property
+    def asks_rate(self) -> bool:
+        """Whether a share of output tokens is asked for, so that the share that is met is worth a word."""
+        return self.output_keep_rate is not None or self.kv_budget is not None
 
 
 class LineFeed:
@@ -81,9 +95,17 @@ class Chat:
     """One chat: its conversation, its images that wait for a question, and how answers are written."""
 
     def __init__(
-        self, conversation: Conversation, images: Sequence[Path], writer: Writer, *, interactive: bool
+        self,
+        conversation: Conversation,
+        images: Sequence[Path],
+        writer: Writer,
+        *,
+        interactive: bool,
+        tells_rate: bool = False,
     ) -> None:
         self.conversation, self.writer, self.interactive = conversation, writer, interactive
+        self.tells_rate = tells_rate
+        """Whether the line below an answer says how many of its tokens are kept."""
         self.waiting: list[Path] = list(images)
         """Images for the next question."""
         self._latest = list(images)
@@ -139,7 +161,8 @@ class Chat:
                 self.waiting = list(self._latest)
                 return
         self.waiting = []
-        self.writer.finish(text.pieces, f"{answer.use} {STOPPED[answer.ended]}".rstrip())
+        share = f", {sum(answer.kept)} of {len(answer.kept)} tokens of the answer" if self.tells_rate else ""
+        self.writer.finish(text.pieces, f"{answer.use}{share} {STOPPED[answer.ended]}".rstrip())
 
     def _say(self, text: str) -> None:
         if self.interactive:
@@ -156,6 +179,7 @@ def chat(options: ChatOptions) -> None:
         model,
         processor,
         method=method,
+        kv_budget=options.kv_budget,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
     )
@@ -168,9 +192,8 @@ def chat(options: ChatOptions) -> None:
 
         print(f"{options.model} on {model.device}, {describe_method(method)}{_with_images(options.images)}")
         print(f"{COMMANDS}; Ctrl-C stops an answer, Ctrl-D ends")
-    Chat(conversation, options.images, writer, interactive=interactive).run(
-        LineFeed(sys.stdin, interactive=interactive)
-    )
+    lines = LineFeed(sys.stdin, interactive=interactive)
+    Chat(conversation, options.images, writer, interactive=interactive, tells_rate=options.asks_rate).run(lines)
 
 
 def find_checkpoint(name: str) -> str:
@@ -188,13 +211,17 @@ def find_checkpoint(name: str) -> str:
 def load(options: ChatOptions) -> tuple[Any, DynamicLlavaProcessor, Method]:
     """Return the model on the default device, in eval mode, its processor, and what decides.
 
-    FileNotFoundError when there is no model; ValueError when it is dense and a method needs its predictors.
+    FileNotFoundError when there is no model; ValueError when it is dense and a method needs its predictors, and when a
+    rate or a budget is given to one that is not calibrated.
     """
     name = options.model
     source = find_checkpoint(name)
     import_named(options.method)
     config = DynamicLlavaConfig.from_pretrained(source)
-    method = choose_method(config.sparsity, sparsity=options.sparsity, method=options.method)
+    rates = {"image_keep_rate": options.image_keep_rate, "output_keep_rate": options.output_keep_rate}
+    method = choose_method(config.sparsity, sparsity=options.sparsity, method=options.method, **rates)
+    if options.kv_budget is not None:
+        check_kv_budget(options.kv_budget, config, method)
     check_learned(source, config, method, name)
     processor = DynamicLlavaProcessor.from_pretrained(source)  # first: it refuses before weights are read
     model = DynamicLlavaForConditionalGeneration.load_for(method, source, dtype="auto")

@@ -266,6 +266,30 @@ def add_methods(parser: argparse.ArgumentParser, otherwise: str) -> None:
     )
 
 
+def add_rates(parser: argparse.ArgumentParser) -> None:
+    """Add what a call chooses thresholds and budgets by: two keep rates, and a budget of bytes."""
+    parser.add_argument(
+        "--image-keep-rate",
+        type=float,
+        metavar="RATE",
+        help="share of each image's tokens that is kept; where image_selection is threshold the checkpoint has to be "
+        "calibrated (default: the checkpoint's)",
+    )
+    parser.add_argument(
+        "--output-keep-rate",
+        type=float,
+        metavar="RATE",
+        help="share of output tokens that is kept on average; of Dynamic-LLaVA the checkpoint has to be calibrated, "
+        "python -m dynamic_llava.calibrate (default: what the margin's sign keeps)",
+    )
+    parser.add_argument(
+        "--kv-budget",
+        metavar="BYTES",
+        help="such as 512MiB: choose that share so that keys and values of the longest prompt and of a longest answer, "
+        "--max-new-tokens, fill so much (default: None)",
+    )
+
+
 class _ImportProjector(argparse.Action):
     """Imports the class that is named; a checkpoint that names it can be opened from then on."""
 

@@ -5,8 +5,7 @@ file (`run.py`).
 """
 
 import os
-from collections.abc import Iterable, Mapping
-from copy import deepcopy
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -17,8 +16,10 @@ from dynamic_llava.config.checks import check_finite as check_finite
 from dynamic_llava.config.checks import check_keep_rate as check_keep_rate
 from dynamic_llava.config.checks import check_sparse_layer as check_sparse_layer
 from dynamic_llava.config.checks import one_of as _one_of
+from dynamic_llava.config.recipe import CalibrateConfig as CalibrateConfig
 from dynamic_llava.config.recipe import DistillConfig as DistillConfig
 from dynamic_llava.config.recipe import KeepRateSchedule as KeepRateSchedule
+from dynamic_llava.config.spelling import nested_method as nested_method
 
 SHIPPED = {"tiny": Path(__file__).parent.parent / "tiny" / "weights"}
 """Checkpoints that come with the package: the name that stands for one where a checkpoint is named -> its folder."""
@@ -266,6 +267,12 @@ class TrainConfig:
     """A warning is given when the mean keep rate over keep_rate_window steps is farther than this from its target."""
     keep_rate_window: int = 50
     """Steps of that mean."""
+    hard_rate_tolerance: float = 0.1
+    """A warning is given at the end where inference keeps a share of the training's tokens that is farther than this
+    from the share that training samples; 1: nothing is measured."""
+    calibrate: CalibrateConfig | None = None
+    """Held data by which keep rates choose thresholds, measured at the end; None: `python -m dynamic_llava.calibrate`
+    does it later."""
 
     method: ClassVar[Any] = None
     """What decides instead of `sparsity_mode`, where a run's file names a method: set by RunConfig, no setting here."""
@@ -287,8 +294,8 @@ class TrainConfig:
         self._check_recipe()
         for name in ("batch_size", "gradient_accumulation", "log_every", "keep_rate_window"):
             _at_least(f"train.{name}", getattr(self, name), 1, "give 1 or more")
-        rates = ("learning_rate", "predictor_learning_rate", "weight_decay", "max_grad_norm", "keep_rate_tolerance")
-        for name in (*rates, "warmup_ratio", "seed"):
+        rates = ("learning_rate", "predictor_learning_rate", "weight_decay", "max_grad_norm", "warmup_ratio")
+        for name in (*rates, "keep_rate_tolerance", "hard_rate_tolerance", "seed"):
             _at_least(f"train.{name}", getattr(self, name), 0, "give 0 or more")
         if self.projector_learning_rate is not None:
             _at_least("train.projector_learning_rate", self.projector_learning_rate, 0, "null keeps it frozen")
@@ -315,7 +322,7 @@ class TrainConfig:
 
     def _check_recipe(self) -> None:
         """Raise ValueError for what belongs to sparse training, given to a dense one, and for a rate that is none."""
-        names = ("distill", "start_keep_rate", "keep_rate_schedule")
+        names = ("distill", "start_keep_rate", "keep_rate_schedule", "calibrate")
         for name in (one for one in names if getattr(self, one) is not None and self.sparsity_mode == "none"):
             raise ValueError(
                 f"train.{name} with train.sparsity_mode='none': nothing is dropped, so there is nothing to learn it "
@@ -368,27 +375,6 @@ def checkpoint_source(name: str) -> str:
 def cache_folder() -> Path:
     """Return the folder of generated files: $DYNAMIC_LLAVA_CACHE, or ~/.cache/dynamic_llava."""
     return Path(os.environ.get("DYNAMIC_LLAVA_CACHE") or Path.home() / ".cache" / "dynamic_llava")
-
-
-def nested_method(settings: Iterable[tuple[str, Any]], before: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return the mapping that spells a method (methods/registry.py) from its settings by dotted name.
-
-    ("name", "mixed"), ("output_by", "random"), ("output_by.seed", "3") give {"name": "mixed", "output_by": {"name":
-    "random", "seed": "3"}}. They are added to those of `before`; of two values of one setting the last holds.
-    """
-    method = deepcopy(dict(before or {}))
-    for path, value in settings:
-        *outer, last = path.replace("-", "_").split(".")
-        place = method
-        for name in outer:
-            inner = place.get(name)
-            place[name] = inner if isinstance(inner, dict) else {} if inner is None else {"name": inner}
-            place = place[name]
-        if isinstance(place.get(last), dict):
-            place[last]["name"] = value
-        else:
-            place[last] = value
-    return method
 
 
 def check_sparsity_mode(value: str) -> None:

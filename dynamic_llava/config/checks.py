@@ -34,6 +34,12 @@ def at_least(name: str, value: float, low: float, advice: str) -> None:
         raise ValueError(f"{name}={value!r} is below its least value {low}; {advice}")
 
 
+def check_one_rate(output_keep_rate: float | None, kv_budget: str | None) -> None:
+    """Raise ValueError where a rate and a budget of bytes both say how many output tokens stay."""
+    if output_keep_rate is not None and kv_budget is not None:
+        raise ValueError("kv_budget and output_keep_rate both say how many output tokens stay; leave one of them out")
+
+
 def check_sparse_layer(sparse_layer: int, layers: int) -> None:
     """Raise ValueError unless a language model of `layers` layers has a layer before and at the sparse one."""
     if not 1 <= sparse_layer < layers:

@@ -1,9 +1,9 @@
-"""Subsections of `train` that the paper does not have: what a model that stays as it is learns to be sparse by."""
+"""Subsections of `train` that the paper does not have: how a model learns to be sparse, and to keep an asked rate."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from dynamic_llava.config.checks import check_finite, one_of
+from dynamic_llava.config.checks import at_least, check_finite, one_of
 
 
 @dataclass(frozen=True)
@@ -40,3 +40,23 @@ class KeepRateSchedule:
                 f"train.keep_rate_schedule.share={self.share} is a share of the steps; give a number in (0, 1], or "
                 "leave train.keep_rate_schedule out to aim at the targets from the first step on"
             )
+
+
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """Subsection `train.calibrate`: data by which the trained model is calibrated (docs/method.md, section 4)."""
+
+    json: str = ""
+    """LLaVA-format JSON file of samples that are held back: none of them is trained on."""
+    image_folder: str | None = None
+    """Folder that its image paths are relative to; None: data.image_folder."""
+    samples: int = 500
+    """First samples of the file."""
+
+    def __post_init__(self) -> None:
+        if not self.json:
+            raise ValueError(
+                "train.calibrate.json is not set; name a file of samples that are not trained on, or leave "
+                "train.calibrate out"
+            )
+        at_least("train.calibrate.samples", self.samples, 2, "one sample tells nothing about others")

@@ -29,6 +29,7 @@ NOT_COMPARED = {
     "train.log_every",
     "train.keep_rate_tolerance",
     "train.keep_rate_window",
+    "train.hard_rate_tolerance",
 }
 """Settings that a resumed run may change: they alter no weight. The batch is compared as samples per optimizer step."""
 
@@ -63,6 +64,12 @@ class RunConfig:
         if self.sparsity.calibration is not None:
             raise ValueError(
                 "sparsity.calibration is measured on a trained model (python -m dynamic_llava.calibrate); leave it out"
+            )
+        held = self.train.calibrate
+        if held is not None and Path(held.json).absolute() == Path(self.data.json).absolute():
+            raise ValueError(
+                f"train.calibrate.json={held.json!r} is the file that is trained on, where margins are others than on "
+                "what the model has not seen; hold some samples back in a file of their own"
             )
         if self.method is not None:
             self._take_method()

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dynamic_llava.cli.commands import Parser, add_method, add_projector, entry_point, exit_on_mistake
+from dynamic_llava.cli.commands import Parser, add_method, add_projector, add_rates, entry_point, exit_on_mistake
 from dynamic_llava.config import SPARSITY_MODES, checkpoint_source
 from dynamic_llava.eval import score
 from dynamic_llava.eval.generation.build import KINDS, BuildOptions, build
@@ -155,6 +155,7 @@ def _add_asking(parser: argparse.ArgumentParser) -> None:
 def _add_deciding(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say what decides."""
     parser.add_argument("--sparsity", choices=SPARSITY_MODES, help="what Dynamic-LLaVA sparsifies (default: both)")
+    add_rates(parser)
     add_method(parser)
     add_projector(parser)
 
@@ -169,7 +170,8 @@ def _run(given: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')} is missing; see --help")
     from dynamic_llava.eval.run import RunOptions, evaluate
 
-    deciding = {name: getattr(given, name) for name in ("model", "sparsity", "method")}
+    names = ("model", "sparsity", "method", "image_keep_rate", "output_keep_rate", "kv_budget")
+    deciding = {name: getattr(given, name) for name in names}
     return evaluate(RunOptions(**deciding, **_asking(given)))
 
 

@@ -98,6 +98,12 @@ class Counted:
         return cls(facts["prompt_tokens"], images, tuple(seen), *counts, *beside)
 
 
+def realised_rate(counted: Sequence[Counted]) -> dict[str, float]:
+    """Return the share of all generated tokens that is kept, last ones left out: nothing is decided about them."""
+    fed = sum(one.output_tokens - 1 for one in counted)
+    return {"output_tokens_kept": sum(one.output_kept for one in counted) / fed} if fed else {}
+
+
 def judging_flops(settings: SparsityConfig, hidden: int, tokens: int, method: Method) -> int:
     """Return the FLOPs by which what a method has learned judges an image of so many tokens.
 

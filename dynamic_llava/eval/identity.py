@@ -36,7 +36,7 @@ def model_settings(model: Any, processor: DynamicLlavaProcessor, source: str) ->
     for name in ("transformers_version", "_name_or_path"):
         config.pop(name, None)
     return {
-        "config": config,
+        "config": config | {"sparsity": _uncalibrated(config["sparsity"])},
         "dtype": str(model.dtype).removeprefix("torch."),
         "end_token": model.generation_config.eos_token_id,
         "processor": {
@@ -48,6 +48,11 @@ def model_settings(model: Any, processor: DynamicLlavaProcessor, source: str) ->
         },
         "weights": {path.name: file_digest(path)[:DIGITS] for path in checkpoint_files(source)},
     }
+
+
+def _uncalibrated(sparsity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint's settings without its calibration: what it has chosen stands in the method's settings."""
+    return {name: value for name, value in sparsity.items() if name != "calibration"}
 
 
 def method_settings(method: Method, config: SparsityConfig) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from dynamic_llava.eval.answering import (
     read_ahead,
 )
 from dynamic_llava.eval.answers import AnswerLine, read_answers
-from dynamic_llava.eval.efficiency import Counted, mean_kv_bytes, measure_speed, prefill_costs
+from dynamic_llava.eval.efficiency import Counted, mean_kv_bytes, measure_speed, prefill_costs, realised_rate
 from dynamic_llava.eval.folder import PLACE, AnswerStore, check_folder, identity_of, write_tables
 from dynamic_llava.eval.identity import IMAGE, check_images, method_settings, model_settings, question_settings
 from dynamic_llava.eval.options import RunOptions
@@ -40,9 +40,10 @@ from dynamic_llava.eval.reading import SHOWN, shown
 from dynamic_llava.eval.score import score_table
 from dynamic_llava.eval.shard import Shard, joined_processes, own_device
 from dynamic_llava.eval.summary import SIZES, Summary, TaskRow, page
-from dynamic_llava.eval.tasks import Question, Task, missing_files, task_label
+from dynamic_llava.eval.tasks import Question, Task, task_label
 from dynamic_llava.eval.tasks.base import SKIPPED, naming
 from dynamic_llava.eval.tasks.questions import ImageFile
+from dynamic_llava.eval.within import method_within_budget
 from dynamic_llava.files import EXIT_WRITE_FAILED, WriteError
 from dynamic_llava.methods import Method, describe_method, import_named
 from dynamic_llava.model import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
@@ -96,9 +97,13 @@ class Evaluation:
         self.options, self.shard, self.timed = options, shard, timed
         import_named(options.method)
         settings = DynamicLlavaConfig.from_pretrained(options.model).sparsity
-        self.method = choose_method(settings, sparsity=options.sparsity, method=options.method)
+        rates = {name: rate for name, rate in options.rates.items() if name != "kv_budget"}
+        self.method = choose_method(settings, sparsity=options.sparsity, method=options.method, **rates)
         loaded = loaded or LoadedModel.load(options.model, self.method, options.dtype)
         self.model, self.processor = loaded.model, loaded.processor
+        if options.kv_budget is not None:
+            tasks = [task for task in options.chosen_tasks() if not options.missing(task)]
+            self.method = method_within_budget(options, tasks, self.model, self.processor, self.method)
         self.settings = {"model": loaded.settings, **method_settings(self.method, self.model.config.sparsity)}
         """Settings of model and method that every answer depends on."""
 
@@ -192,7 +197,7 @@ class Evaluation:
         if skipped := [one.question_id for one in answers if SKIPPED in one.metadata]:
             notes.append(f"questions whose image cannot be read, left out: {shown(skipped)}")
         judged = attempt(label, lambda: self._judge(task, path, answers))
-        costs = attempt(label, lambda: self._costs(path, answers, questions))
+        costs = attempt(label, lambda: self._costs(task, path, answers, questions))
         errors = [
             f"{what}: {one.text}" for what, one in (("score", judged), ("costs", costs)) if isinstance(one, Failure)
         ]
@@ -219,7 +224,9 @@ class Evaluation:
                 raise
             return {"notes": (f"the first {limit} questions alone have no score: {error}",)}
 
-    def _costs(self, path: Path, answers: Sequence[AnswerLine], questions: Sequence[Question]) -> dict[str, float]:
+    def _costs(
+        self, task: Task, path: Path, answers: Sequence[AnswerLine], questions: Sequence[Question]
+    ) -> dict[str, float]:
         """Return means over the answers that record what they cost, and times on a batch of the first of them."""
         config, per_image = self.model.config, self.processor.tokens_per_image
         shape = decoder_shape(config)
@@ -235,6 +242,7 @@ class Evaluation:
         prefill = prefill_costs(shape, config.sparsity, every, per_image, method=self.method, vision=vision)
         with_image = [sum(map(len, one.image_kept)) for one in every if one.image_kept]
         kept = {"image_tokens_kept": statistics.fmean(with_image)} if with_image else {}
+        kept |= {} if self.method.is_dense or isinstance(task, Measuring) else realised_rate(every)
         # What heads hold after evictions does not follow from other counts, and the first lines of such runs lack it.
         if not self.method.evicts or all(one.heads_hold is not None for one in every):
             kept["kv_bytes"] = mean_kv_bytes(shape, self.method, every, per_image, self.model.dtype.itemsize)
@@ -273,7 +281,7 @@ def evaluate(options: RunOptions) -> int:
     """
     with joined_processes() as shard:
         tasks = options.chosen_tasks()
-        missing = {task_label(task): _missing(task, options) for task in tasks}
+        missing = {task_label(task): options.missing(task) for task in tasks}
         evaluation = None if all(missing.values()) else Evaluation(options, shard)
         earlier = check_folder(options.output_folder, None if evaluation is None else evaluation.settings)
         described = _described(options, shard, evaluation)
@@ -332,19 +340,11 @@ def attempt(label: str, step: Callable[[], Any]) -> Any:
         return Failure(f"{type(error).__name__}: {error}")
 
 
-def _missing(task: Task, options: RunOptions) -> str:
-    """Say which files of the layout a task lacks; empty when it has them, or is read from a dataset."""
-    if options.source == "hf" or task.name in options.datasets:
-        return ""
-    missing = missing_files(task, options.data_root)
-    return "; ".join(f"there is no {path}, get it from {get}" for path, get in missing)
-
-
 def _described(options: RunOptions, shard: Shard, evaluation: Evaluation | None) -> Summary:
     """Return the summary of a run before its first row."""
     settings: dict[str, Any] = {"processes": shard.world, "batch_size": options.batch_size}
     settings |= {name: getattr(options, name) for name in ("limit", "max_new_tokens", "source", "round_separator")}
-    settings["datasets"] = dict(options.datasets) or None
+    settings |= {"datasets": dict(options.datasets) or None, **options.rates}
     if evaluation is None:
         method = None if options.method is None else str(options.method.get("name"))
         sparsity = (options.sparsity or "both") if method is None else None

@@ -16,6 +16,7 @@ SIZES = {(4096, 32): "7b", (5120, 40): "13b"}
 """(hidden size, layers) of a decoder -> the paper's name of its size."""
 UNITS = {
     "image_tokens_kept": "tokens",
+    "output_tokens_kept": "share of the generated tokens",
     "image_tokens_per_layer": "tokens",
     "prefill_flop_exact": "FLOP",
     "prefill_flop_paper": "FLOP",
@@ -209,6 +210,9 @@ def _remarks(row: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
     if submission := row.get("submission"):
         remarks.append(f"no score here; send {code(', '.join(submission['files']))} to {submission['send_to']}")
     remarks += map(code, row["warnings"])
+    share = row["efficiency"].get("output_tokens_kept", {}).get("value")
+    if share is not None and {"output_keep_rate", "kv_budget"} & row["settings"].keys():
+        remarks.append(f"{share:.1%} of the generated tokens were kept")
     own = {name: value for name, value in row["settings"].items() if value != settings.get(name)}
     remarks += [f"asked with {code(', '.join(f'{name} {value}' for name, value in own.items()))}"] if own else []
     return [*remarks, f"paper: {row['paper_note']}"] if row["paper_note"] else remarks

@@ -22,7 +22,7 @@ from dynamic_llava.engine.plan import tower_cut
 from dynamic_llava.engine.record import SparsityRecord
 from dynamic_llava.engine.tower import EncodedImages
 from dynamic_llava.layout import TokenLayout, after_end
-from dynamic_llava.methods import Dynamic, Method
+from dynamic_llava.methods import Method
 from dynamic_llava.model.arguments import (
     check_names,
     names_of,
@@ -33,7 +33,7 @@ from dynamic_llava.model.arguments import (
     warn_past_positions,
 )
 from dynamic_llava.model.images import Inputs, features_of
-from dynamic_llava.model.kv_budget import keep_rate_within
+from dynamic_llava.model.kv_budget import method_within
 from dynamic_llava.model.switches import check_compile, choose_method
 
 SWITCHES = ("sparsity", "method", "image_keep_rate", "output_threshold", "output_keep_rate")
@@ -90,9 +90,9 @@ class SparseGeneration:
         if getattr(settings, "is_assistant", False) and not any(value is not None for value in switches.values()):
             switches["sparsity"] = "none"  # a draft is checked by another model, and rolled back
         kv_budget = kwargs.pop("kv_budget", None)
-        if kv_budget is not None:
-            switches["output_keep_rate"] = self._rate_within(kv_budget, switches, inputs, settings, kwargs)
         method = choose_method(self.config.sparsity, **switches)
+        if kv_budget is not None:
+            method = self._within(kv_budget, method, switches, inputs, settings, kwargs)
         cached, beams = (setting(settings, kwargs, name) for name in ("use_cache", "num_beams"))
         check_compile(bool(kwargs.get("compile")), method, cached=cached is not False)
         check_eviction(method, cached=cached is not False)
@@ -125,21 +125,16 @@ class SparseGeneration:
             result.sparsity = result.cache.record if isinstance(result.cache, AdmissionCache) else generation.record
         return result
 
-    def _rate_within(
-        self, kv_budget: int | str, switches: dict[str, Any], inputs: Any, settings: Any, kwargs: dict[str, Any]
-    ) -> float:
-        """Return the output keep rate that a budget allows this call. ValueError where it cannot choose one."""
+    def _within(
+        self, budget: int | str, method: Method, switches: dict[str, Any], inputs: Any, settings: Any, kwargs: Any
+    ) -> Method:
+        """Return the method with the threshold that a budget allows this call. ValueError where it cannot choose."""
         for name in ("output_threshold", "output_keep_rate"):
             if switches[name] is not None:
                 raise ValueError(f"kv_budget and {name} both say how many output tokens stay; leave one of them out")
-        method = choose_method(self.config.sparsity, **switches)
-        if not isinstance(method, Dynamic):
-            raise ValueError(
-                f"kv_budget means nothing to method {method.name!r}; leave it out, or give its own settings"
-            )
         given = {**kwargs, "input_ids": inputs if inputs is not None else kwargs.get("input_ids")}
         longest = setting(settings, kwargs, "max_new_tokens")
-        return keep_rate_within(kv_budget, self.config, method, given, longest, self.dtype.itemsize)
+        return method_within(budget, self.config, method, given, longest, self.dtype.itemsize)
 
     def _generate_densely(self, inputs: Any, generation_config: Any, *positional: Any, **kwargs: Any) -> Any:
         check_dense_cache(kwargs.get(CACHE))

@@ -11,9 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from dynamic_llava.methods import Dynamic
+from dynamic_llava.engine.cache import CACHE, AdmissionCache
+from dynamic_llava.methods import Dynamic, Method
+from dynamic_llava.model.switches import at_keep_rate
 from dynamic_llava.sparsity import budget
 
+LEAST_RATE = 1e-6
+"""The rate of a budget that has no room for any output token beside those that stay anyway."""
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -29,29 +33,54 @@ def bytes_of(size: int | str) -> int:
     return int(float(said[1]) * UNITS[said[2]])
 
 
-def keep_rate_within(
-    kv_budget: int | str, config: Any, method: Dynamic, inputs: dict[str, Any], new_tokens: int | None, value_bytes: int
-) -> float:
-    """Return the largest share of output tokens, at most 1, with which the longest row stays within the budget.
+def check_kv_budget(kv_budget: int | str, config: Any, method: Method) -> Dynamic:
+    """Return the method of a call that a budget is given to, before there is a prompt.
 
-    config: the model's; inputs: input_ids (B, N), attention_mask (B, N) or None, of a first turn; new_tokens: most
-    tokens of an answer, the last of which is never stored. ValueError where nothing could be dropped, where the prompt
-    alone is too large, and for a later turn, whose cache holds other tokens already.
+    config: the model's. ValueError for no number of bytes, a method that keeps all output tokens or has no threshold,
+    and a checkpoint without a calibration.
     """
+    bytes_of(kv_budget)
+    if not isinstance(method, Dynamic):
+        raise ValueError(f"kv_budget means nothing to method {method.name!r}; leave it out, or give its own settings")
     if not method.sparsifies_output or method.output_selection != "threshold":
         raise ValueError(
             "kv_budget chooses the threshold of output tokens, and this call decides by none; leave it out"
         )
+    at_keep_rate(method, "output_keep_rate", 1.0, config.sparsity)
+    return method
+
+
+def method_within(
+    kv_budget: int | str, config: Any, method: Method, inputs: dict[str, Any], new_tokens: int | None, value_bytes: int
+) -> Dynamic:
+    """Return Dynamic-LLaVA with the threshold of the rate that `keep_rate_within` finds; its arguments are these.
+
+    ValueError, also, as `check_kv_budget` raises it.
+    """
+    chosen = check_kv_budget(kv_budget, config, method)
+    rate = keep_rate_within(kv_budget, config, chosen, inputs, new_tokens, value_bytes)
+    return at_keep_rate(chosen, "output_keep_rate", rate, config.sparsity)
+
+
+def keep_rate_within(
+    kv_budget: int | str, config: Any, method: Dynamic, inputs: dict[str, Any], new_tokens: int | None, value_bytes: int
+) -> float:
+    """Return the largest share of an answer's tokens, at most 1, with which the longest row stays within the budget.
+
+    config: the model's; inputs: input_ids (B, N), attention_mask (B, N) or None, all of them so far, and the cache of
+    the turns before, whose tokens count as they are stored; new_tokens: most tokens of an answer, the last of which is
+    never stored. ValueError where one of these is missing, and where what is there before the answer is too large.
+    """
     ids_BN, mask_BN = inputs.get("input_ids"), inputs.get("attention_mask")
-    if ids_BN is None or inputs.get("cache") is not None:
-        raise ValueError("kv_budget is counted from the input_ids of a first turn; give output_keep_rate instead")
+    if ids_BN is None:
+        raise ValueError("kv_budget is counted from input_ids, and this call has none; give output_keep_rate instead")
     if not new_tokens or new_tokens < 1:
         raise ValueError("kv_budget needs max_new_tokens, the longest answer that has to fit")
     allowed, text = bytes_of(kv_budget), config.text_config
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     one = 2 * text.num_key_value_heads * width * value_bytes
     below, above = method.layer, text.num_hidden_layers - method.layer
-    prompt_B, kept_B = _prompts(config, method, ids_BN, mask_BN)
+    prompt_B, kept_B = _prompts(config, method, ids_BN, mask_BN, inputs.get(CACHE))
     stored = new_tokens - 1
     window = min(method.drop_delay, stored)
     held = min(window + method.output_sinks, stored)
@@ -64,15 +93,20 @@ def keep_rate_within(
             "image_keep_rate, or fewer max_new_tokens"
         )
     fits = (allowed - fixed) / (one * above) + held - window
-    return min(1.0, fits / (stored - window)) if stored > window else 1.0
+    return max(LEAST_RATE, min(1.0, fits / (stored - window))) if stored > window else 1.0
 
 
-def _prompts(config: Any, method: Dynamic, ids_BN: Tensor, mask_BN: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(B,) int64 each: tokens of a prompt, and those of them that the layers behind the cut store, at most."""
+def _prompts(config: Any, method: Dynamic, ids_BN: Tensor, mask_BN: Tensor | None, cache: Any) -> tuple[Tensor, Tensor]:
+    """(B,) int64 each: tokens before an answer, and those of them that the layers behind the cut store, at most."""
     valid_BN = mask_BN.bool() if mask_BN is not None else ids_BN == ids_BN
+    behind_B = before_B = ids_BN.new_zeros(len(ids_BN))
+    if isinstance(cache, AdmissionCache) and cache.is_live:
+        ids_BN, valid_BN = ids_BN[:, cache.seen_tokens :], valid_BN[:, cache.seen_tokens :]
+        behind_B, before_B = cache.lengths()
     prompt_B = valid_BN.sum(1)
-    if not method.sparsifies_image or method.image_selection != "topk":
-        return prompt_B, prompt_B
-    image_B = (valid_BN & (ids_BN == config.image_token_id)).sum(1)
-    each = config.image_seq_length
-    return prompt_B, prompt_B - image_B + image_B // each * budget(method.image_keep_rate, each)
+    kept_B = prompt_B
+    if method.sparsifies_image and method.image_selection == "topk":
+        image_B = (valid_BN & (ids_BN == config.image_token_id)).sum(1)
+        each = config.image_seq_length
+        kept_B = prompt_B - image_B + image_B // each * budget(method.image_keep_rate, each)
+    return before_B + prompt_B, behind_B + kept_B

@@ -76,23 +76,29 @@ def _dynamic(config: SparsityConfig, given: dict[str, Any]) -> Dynamic:
 def _switched(method: Dynamic, given: dict[str, Any], config: SparsityConfig) -> Dynamic:
     """Return Dynamic-LLaVA with a call's switches; a keep rate where a threshold decides is that threshold."""
     method = replace(method, **{name: value for name, value in given.items() if name not in _RATES})
-    rates = {name: given[name] for name in _RATES if name in given}
     _refuse_idle_switches(method, given)
-    for name, rate in rates.items():
-        kind, selection, threshold, otherwise = _RATES[name]
-        if getattr(method, selection) != "threshold":
-            method = replace(method, **{name: rate})
-            continue
-        check_keep_rate(name, rate)
-        quantiles = (config.calibration or {}).get(kind)
-        if quantiles is None:
-            raise ValueError(
-                f"{name}={rate} where a threshold decides ({selection}='threshold') needs the margins of the {kind} "
-                f"predictor, and this checkpoint has not been calibrated: run python -m dynamic_llava.calibrate MODEL "
-                f"--data FILE, or {otherwise}"
-            )
-        method = replace(method, **{threshold: threshold_at(quantiles, rate)})
+    for name in (one for one in _RATES if one in given):
+        method = at_keep_rate(method, name, given[name], config)
     return method
+
+
+def at_keep_rate(method: Dynamic, name: str, rate: float, config: SparsityConfig) -> Dynamic:
+    """Return Dynamic-LLaVA with one of its keep rates; where a threshold decides, with the threshold of that rate.
+
+    name: image_keep_rate or output_keep_rate. ValueError for no rate, and for a checkpoint without a calibration.
+    """
+    kind, selection, threshold, otherwise = _RATES[name]
+    if getattr(method, selection) != "threshold":
+        return replace(method, **{name: rate})
+    check_keep_rate(name, rate)
+    quantiles = (config.calibration or {}).get(kind)
+    if quantiles is None:
+        raise ValueError(
+            f"{name}={rate} where a threshold decides ({selection}='threshold') needs the margins of the {kind} "
+            f"predictor, and this checkpoint has not been calibrated: run python -m dynamic_llava.calibrate MODEL "
+            f"--data FILE, or {otherwise}"
+        )
+    return replace(method, **{threshold: threshold_at(quantiles, rate)})
 
 
 _RATES = {

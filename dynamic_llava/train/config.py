@@ -27,7 +27,7 @@ from dynamic_llava.train.meter import SCHEDULED
 LONGEST_CONTENT = 300
 """Characters of a content that a message shows as it was recorded."""
 SAMPLES_PER_STEP = "samples per optimizer step"
-COMPARED_BY_CONTENT = {"model.base", "data.json", "data.image_folder"}
+COMPARED_BY_CONTENT = {"model.base", "data.json", "data.image_folder", "train.calibrate.json"}
 """Settings that name files: a copy of the same content elsewhere is the same (`run_inputs`)."""
 BASE_FILES = (
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -70,6 +70,11 @@ def run_method(config: RunConfig) -> Method:
 def _check_recipe(config: RunConfig, method: Method) -> None:
     """Raise ValueError for a way of learning to be sparse that does nothing with this method."""
     train, name = config.train, method.name
+    if train.calibrate is not None and not isinstance(method, Dynamic):
+        raise ValueError(
+            f"train.calibrate with method {name!r}: the margins of Dynamic-LLaVA's predictors are measured, and it has "
+            "none; leave it out"
+        )
     if train.distill is not None and method.is_dense:
         raise ValueError(f"train.distill with method {name!r}: nothing is dropped, so there is nothing to distill")
     if train.keep_rate_schedule is not None and not method.keep_rates(config.sparsity).keys() & SCHEDULED:
@@ -116,6 +121,8 @@ def file_inputs(config: RunConfig, base: str) -> dict[str, str]:
     Large files are read once and remembered (`files.file_digest`). Raises OSError where a file is missing.
     """
     found = {"data.json": content_of(Path(config.data.json))}
+    if config.train.calibrate is not None:
+        found["train.calibrate.json"] = content_of(Path(config.train.calibrate.json))
     for file in _base_files(base):
         found[f"model.base/{file.name}"] = content_of(file)
     return found

@@ -48,6 +48,7 @@ from dynamic_llava.train.finished import (
 from dynamic_llava.train.health import Proving
 from dynamic_llava.train.lora import save_lora
 from dynamic_llava.train.optimizer import learning_rates, prepare
+from dynamic_llava.train.rates import finish_rates, held_samples
 from dynamic_llava.train.stopping import NotFinite, Stopped, StopRequest
 from dynamic_llava.train.trainer import DynamicLlavaTrainer
 
@@ -78,17 +79,18 @@ def run(config: RunConfig) -> RunResult:
         set_seed(config.train.seed)
         processor = base_processor(config.model, config.sparsity)
         check_projector(config)
-        dataset = SftDataset(config.data, processor)
+        dataset, held = SftDataset(config.data, processor), held_samples(config, processor)
         inputs = on_main(lambda: run_inputs(config, config.model.source, dataset))
         if is_finished(config.folder) and not config.train.overwrite:
             return on_main(lambda: finished_result(config, inputs, joined.world_size))
-        return _train(config, processor, dataset, inputs, joined)
+        return _train(config, processor, dataset, held, inputs, joined)
 
 
 def _train(
     config: RunConfig,
     processor: DynamicLlavaProcessor,
     dataset: SftDataset,
+    held: SftDataset | None,
     inputs: dict[str, str],
     joined: TrainingArguments,
 ) -> RunResult:
@@ -125,6 +127,7 @@ def _train(
             raise NotFinite(f"{error}; {checkpoints.after_illness(trainer.state.global_step)}") from None
     if saves.stops:
         raise _stopped(trainer)
+    finish_rates(config, trainer, held)
     save(config, trainer, processor, inputs)
     history = [line for line in trainer.state.log_history if "lm_loss" in line]
     metrics = {**(history[-1] if history else {}), "steps": outcome.global_step}

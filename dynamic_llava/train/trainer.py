@@ -20,7 +20,6 @@ from dynamic_llava.engine.decide import asked_by, decided_tokens
 from dynamic_llava.engine.learned import learned_costs
 from dynamic_llava.engine.record import SparsityRecord
 from dynamic_llava.layout import TokenLayout
-from dynamic_llava.methods import Method
 from dynamic_llava.model.outputs import DynamicLlavaOutput
 from dynamic_llava.model.switches import choose_method
 from dynamic_llava.sparsity.noise import fold_key
@@ -135,7 +134,7 @@ class DynamicLlavaTrainer(Trainer):
         targets = self.targets()
         outputs: DynamicLlavaOutput = model(
             **inputs,
-            **_switches(self.method, targets),
+            **self.switches(),
             distill=self.train_config.distill,
             tau=self._tau,
             sample_key=sample_key,
@@ -182,6 +181,17 @@ class DynamicLlavaTrainer(Trainer):
             for name in SCHEDULED
             if name in rates
         }
+
+    def switches(self) -> dict[str, Any]:
+        """Return what a training call decides by, as arguments of `forward`: the method, at the rates it aims at."""
+        targets = self.targets()
+        own: dict[str, Any] = {name: rate for name, rate in targets.items() if name == "image_keep_rate"}
+        method = replace(self.method, **own) if own else self.method
+        return {"method": method, "output_keep_rate": targets.get("output_keep_rate")}
+
+    def on_device(self, batch: Batch) -> Batch:
+        """Return a batch as training hands it to the model: on the device, and in DeepSpeed's number format."""
+        return self._prepare_inputs(batch)  # type: ignore[no-any-return]
 
     def sample_key(self, sample_ids: Tensor) -> Tensor:
         """Return (B,) int64 noise keys from (seed, epoch, step, sample id)."""
@@ -250,9 +260,7 @@ class DynamicLlavaTrainer(Trainer):
         assert record is not None
         for name, value in terms.items():
             self.meter.add_share(name, value)
-        counted = {"image_keep_rate": record.layout.is_image, "output_keep_rate": record.sparsified_output}
-        counted["prompt_keep_rate"] = record.sparsified_prompt
-        for name, where in counted.items():
+        for name, where in tokens_of_rates(record).items():
             self.meter.add_ratio(name, (record.keep_mask * where).sum(), where.sum())
         self._record = record
 
@@ -279,7 +287,10 @@ class DynamicLlavaTrainer(Trainer):
         return self.method.loss_samples(layout, decided, self.settings)
 
 
-def _switches(method: Method, targets: dict[str, float]) -> dict[str, Any]:
-    """Return what a training call decides by, as arguments of `forward`: the method, at the rates that it aims at."""
-    own: dict[str, Any] = {name: rate for name, rate in targets.items() if name == "image_keep_rate"}
-    return {"method": replace(method, **own) if own else method, "output_keep_rate": targets.get("output_keep_rate")}
+def tokens_of_rates(record: SparsityRecord) -> dict[str, Tensor]:
+    """Return (B, N) bool for each keep rate: the tokens of a training pass that it is a share of."""
+    return {
+        "image_keep_rate": record.layout.is_image,
+        "output_keep_rate": record.sparsified_output,
+        "prompt_keep_rate": record.sparsified_prompt,
+    }

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from dynamic_llava import DynamicLlavaForConditionalGeneration
 from dynamic_llava.calibrate.__main__ import main
-from dynamic_llava.calibrate.measure import margins_of, quantiles_of
 from dynamic_llava.config import SparsityConfig
 from dynamic_llava.config.calibration import check_calibration, threshold_at
 from dynamic_llava.config.run import RunConfig
+from dynamic_llava.engine.cache import CACHE
 from dynamic_llava.methods import Dynamic
-from dynamic_llava.model.kv_budget import bytes_of, keep_rate_within
+from dynamic_llava.model.kv_budget import LEAST_RATE, bytes_of, keep_rate_within
+from dynamic_llava.model.margins import margins_of, quantiles_of
 from dynamic_llava.model.switches import choose_method
 from tests.builders import collate, fixed_rows, prompts, shared_model
 from tests.sft_builders import write_checkpoint, write_data
@@ -130,9 +131,44 @@ def test_a_budget_counts_the_window(model, share):
     assert most - least == one * above * (CALL["max_new_tokens"] - 1 - window)
     rate = keep_rate_within(allowed, model.config, method, inputs, CALL["max_new_tokens"], size)
     assert abs(filled(round(rate, 4)) - allowed) <= 2 * one * above
-    assert keep_rate_within(least, model.config, method, inputs, CALL["max_new_tokens"], size) == 0
+    assert keep_rate_within(least, model.config, method, inputs, CALL["max_new_tokens"], size) == LEAST_RATE
     short = replace(method, output_window=50)
     assert keep_rate_within(most, model.config, short, inputs, CALL["max_new_tokens"], size) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("share", [0.2, 0.7])
+def test_a_budget_counts_what_a_live_cache_holds(model, share):
+    """A second turn with evenly spaced tokens: at its end the longest row's cache is as large as the budget says."""
+    inputs, size, text = prompts(fixed_rows(seed=5)), 4, model.config.text_config
+    method = Dynamic.from_config(model.config.sparsity)
+    one = 2 * text.num_key_value_heads * text.hidden_size // text.num_attention_heads * size
+    above, new = text.num_hidden_layers - method.layer, 6
+
+    def second_turn():
+        """Return all ids so far, whose last ones are a question, and a cache of the first turn."""
+        first = model.generate(**inputs, **CALL)
+        rows, begun = len(first.sequences), inputs["input_ids"].shape[1]
+        ids = torch.cat([first.sequences, torch.full((rows, new), 7)], dim=1)
+        columns = torch.arange(ids.shape[1]).expand_as(ids)
+        mask = torch.cat([inputs["attention_mask"], torch.ones_like(ids[:, begun:])], dim=1)
+        output = (columns >= begun) & (columns < first.sequences.shape[1])
+        return {"input_ids": ids, "attention_mask": mask, "output_mask": output, CACHE: first.cache}
+
+    def filled(rate):
+        exact = replace(method, output_selection="spread", output_keep_rate=rate)
+        record = model.generate(**second_turn(), **CALL, method=exact).sparsity
+        return one * int((method.layer * record.dense_cache_lengths + above * record.cache_lengths).max())
+
+    least, most = filled(0.0001), filled(1.0)
+    allowed = int(least + share * (most - least))
+    rate = keep_rate_within(allowed, model.config, method, second_turn(), CALL["max_new_tokens"], size)
+    assert abs(filled(round(rate, 4)) - allowed) <= 2 * one * above, "but for the token between the turns, and rounding"
+    by_budget = model.generate(**second_turn(), **CALL, kv_budget=allowed)
+    by_rate = model.generate(**second_turn(), **CALL, output_keep_rate=rate)
+    assert torch.equal(by_budget.sequences, by_rate.sequences)
+    with pytest.raises(ValueError, match="the longest row takes"):
+        model.generate(**second_turn(), **CALL, kv_budget=least // 2)
 
 
 @torch.no_grad()

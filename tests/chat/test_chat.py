@@ -1,10 +1,12 @@
 """`python -m dynamic_llava.chat`: lines in, answers out; commands, Ctrl-C, pipes, terminals, and what goes wrong."""
 
 import io
+import json
 import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from dynamic_llava import Conversation, DynamicLlavaForConditionalGeneration, Dy
 from dynamic_llava.chat.__main__ import main
 from dynamic_llava.chat.session import Chat, LineFeed
 from dynamic_llava.chat.terminal import GREY, Stream
+from dynamic_llava.model.switches import choose_method
 from dynamic_llava.tiny import BASE_WEIGHTS
 from tests.tiny_pipeline import write_checkpoint, write_test_set
 
@@ -74,6 +77,33 @@ def test_colour_changes_nothing_but_the_colour(checkpoint, monkeypatch, capsys):
     assert ANSI.sub("", coloured) == plain
 
 
+@pytest.fixture(scope="module")
+def calibrated(checkpoint, tmp_path_factory):
+    """The model with quantiles around 0, where its margins lie."""
+    folder = tmp_path_factory.mktemp("calibrated") / "model"
+    shutil.copytree(checkpoint[0], folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["sparsity"]["calibration"] = {"image": [-1.0, 0.0, 1.0], "output": [-1.0, 0.0, 1.0]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_an_asked_rate_is_answered_with_and_the_rate_that_is_met(calibrated, checkpoint, monkeypatch, capsys):
+    image = checkpoint[1]
+    call = ("--model", calibrated, "--image", image, "--max-new-tokens", 8)
+    model = DynamicLlavaForConditionalGeneration.from_pretrained(calibrated).eval()
+    processor = DynamicLlavaProcessor.from_pretrained(calibrated)
+    for words, options in (
+        (("--output-keep-rate", 0.4, "--image-keep-rate", 0.5), {"output_threshold": 0.2, "image_keep_rate": 0.5}),
+        (("--kv-budget", "1GiB"), {"output_threshold": float("-inf")}),
+    ):
+        code, out, err = piped(monkeypatch, capsys, "What is it?\n", *call, *words)
+        method = choose_method(model.config.sparsity, **options)
+        answer = Conversation(model, processor, method=method, max_new_tokens=8).ask("What is it?", [image])
+        assert code == 0 and out.strip() == answer.text
+        assert f"{answer.use}, {sum(answer.kept)} of {len(answer.kept)} tokens of the answer" in err
+
+
 def test_sampling_follows_the_seed(checkpoint, monkeypatch, capsys):
     folder, image, _ = checkpoint
     call = ("--model", folder, "--image", image, "--max-new-tokens", 12, "--temperature", 2, "--seed")
@@ -117,6 +147,9 @@ def test_a_mistake_ends_a_pipe_and_not_a_terminal(checkpoint, loaded, monkeypatc
         (["--model", str(BASE_WEIGHTS.parent)], "holds no checkpoint that can be read"),
         (["--model", "tiny"], "tiny is a dense checkpoint without predictors, so sparsity='both' would be"),
         (["--model", "tiny", "--image", "nope.png"], "there is no image file nope.png"),
+        (["--model", "tiny", "--output-keep-rate", "0.5"], "this checkpoint has not been calibrated"),
+        (["--model", "tiny", "--kv-budget", "1MiB"], "this checkpoint has not been calibrated"),
+        (["--model", "tiny", "--kv-budget", "1MiB", "--output-keep-rate", "1"], "both say how many output tokens stay"),
         (["--model", "tiny", "--image", str(BASE_WEIGHTS / "config.json")], "is no image that Pillow can read"),
         (["--model", "tiny", "--max-new-tokens", "0"], "max_new_tokens=0 is not possible"),
         (["--model", "tiny", "--temperature", "-1"], "temperature=-1.0 is negative"),

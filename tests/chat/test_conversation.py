@@ -1,6 +1,7 @@
 """A conversation on a kept cache is the conversation computed from scratch, turn by turn, and documented as it is."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 from PIL import Image
 
 from dynamic_llava import Conversation, DynamicLlavaForConditionalGeneration, DynamicLlavaProcessor
+from dynamic_llava.config.calibration import threshold_at
+from dynamic_llava.model.margins import calibration_of, margins_of
 from dynamic_llava.processing.prompts import conversation_prompt
 from dynamic_llava.tiny import BASE_WEIGHTS
 from dynamic_llava.tiny.world.scenes import sample_pictures
@@ -103,6 +106,68 @@ def test_the_cache_is_counted_as_it_is(tiny, sparsity):
     assert use.sparse_tokens == int(chat.record.cache_lengths) == int(chat.cache.sparse.lengths)
     assert use.bytes <= chat.cache.allocated_bytes()
     assert str(use).endswith(f" %), {use.sparse_tokens} of {use.dense_tokens} tokens in sparse layers")
+
+
+@pytest.fixture
+def calibrated(tiny, monkeypatch):
+    """The model's settings with the quantiles of margins on a conversation of its own."""
+    model, processor, _ = tiny
+    chat, _, shown, _ = said(tiny, "none")
+    batch = {
+        "input_ids": chat.ids, "attention_mask": torch.ones_like(chat.ids), "output_mask": chat.output_mask,
+        "pixel_values": processor.preprocess_images(shown),
+    }  # fmt: skip
+    sparsity = replace(model.config.sparsity, calibration=calibration_of(margins_of(model, [batch], 1)))
+    monkeypatch.setattr(model.config, "sparsity", sparsity)
+    return sparsity
+
+
+def test_a_budget_of_bytes_chooses_the_threshold_of_each_turn(tiny, calibrated, monkeypatch):
+    """By what the cache holds before a turn, counted here; the conversation outlives a turn that has no room."""
+    model, processor, images = tiny
+    text, longest, budget, asked = model.config.text_config, 20, 500_000, []
+    one = 2 * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads) * 4
+    low, above = model.config.sparsity.sparse_layer, text.num_hidden_layers - model.config.sparsity.sparse_layer
+    chat = Conversation(model, processor, kv_budget=budget, max_new_tokens=longest)
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda **given: [asked.append(given["method"]), generate(**given)][1])
+
+    def expected(question, new):
+        live = chat.cache.is_live
+        dense, sparse = (int(chat.cache.dense.lengths), int(chat.cache.sparse.lengths)) if live else (0, 0)
+        fed = chat._new_tokens(question)[0].shape[1] + chat.ids.shape[1] - dense
+        kept = fed - new * (64 - int(0.2 * 64))
+        left = budget / one - low * (dense + fed + longest - 1) - above * (sparse + kept)
+        return left / above / (longest - 1)
+
+    rates = []
+    for question, new in (("Describe the image in detail.", 1), ("What color is the circle?", 0)):
+        rates.append(expected("\n".join([*["<image>"] * new, question]), new))
+        chat.ask(question, images[:new])
+        threshold = threshold_at(calibrated.calibration["output"], min(1.0, rates[-1]))
+        assert asked[-1].output_threshold == pytest.approx(threshold, abs=1e-9)
+    assert 0 < rates[1] < rates[0]
+    before = chat.ids, list(chat.turns)
+    chat.kv_budget = 1000
+    with pytest.raises(ValueError, match="kv_budget=1000 is 1,000 bytes, and the longest row takes"):
+        chat.ask("And now?")
+    assert (chat.ids, chat.turns) == before
+    chat.kv_budget = None
+    assert chat.ask("And now?").tokens
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "this checkpoint has not been calibrated"),
+        ({"kv_budget": "much"}, "'much' is no number of bytes"),
+        ({"sparsity": "image"}, "this call decides by none"),
+        ({"method": "fastv"}, "kv_budget means nothing to method 'fastv'"),
+    ],
+)
+def test_a_budget_that_chooses_nothing_is_refused_at_once(tiny, options, message):
+    with pytest.raises(ValueError, match=message):
+        Conversation(*tiny[:2], **{"kv_budget": "1MiB", **options})
 
 
 def test_the_tokens_are_those_of_training(tiny):
