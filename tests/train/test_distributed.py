@@ -53,6 +53,7 @@ class Runs:
             del entry["image"]
             entry["conversations"] = conversation("What is a cat?", "A small animal that purrs.")
         file.write_text(json.dumps(entries))
+        write_data(folder / "held", samples=12, seed=90)
 
     def config(self, name, base="base", lora=None, method=None, **train):
         """Write a run's file; return it."""
@@ -323,10 +324,15 @@ def test_a_learned_method_of_ones_own_killed_and_resumed_under_ddp_equals_one_pr
 
 @pytest.mark.parametrize("deepspeed", [None, "zero2", "zero3"])
 def test_a_frozen_model_as_its_own_teacher_equals_one_process(runs, deepspeed):
-    """From a dense base, with batches that have no image: the dense pass, where predictors start, moving targets."""
+    """From a dense base, with batches that have no image: the dense pass, where predictors start, moving targets.
+
+    At the end all processes calibrate the model together.
+    """
+    held = runs.folder / "held"
     settings = {
         "base": "dense", "tune": "predictors", "max_steps": 6, "distill": {"weight": 2.0, "temperature": 2.0},
         "start_keep_rate": 0.9, "keep_rate_schedule": {"shape": "cosine", "share": 0.8},
+        "calibrate": {"json": str(held / "data.json"), "image_folder": str(held / "images"), "samples": 11},
     }  # fmt: skip
     if not (runs.folder / "runs" / "teacher" / "model").exists():
         runs.make("teacher", 1, **settings)
@@ -337,6 +343,12 @@ def test_a_frozen_model_as_its_own_teacher_equals_one_process(runs, deepspeed):
     assert_same_run(folder, runs.folder / "runs" / "teacher", steps=6, losses=names)
     first = lines_of(folder)[0]
     assert first["distill_loss"] > 0 and first["image_keep_target"] == 1 and first["image_keep_rate"] > 0.8
+    own, alone = (
+        json.loads((place / "model/config.json").read_text())["sparsity"]["calibration"]
+        for place in (folder, runs.folder / "runs" / "teacher")
+    )
+    for kind in ("image", "output"):
+        assert len(own[kind]) == 101 and own[kind] == pytest.approx(alone[kind], abs=1e-3)
 
 
 def test_half_precision_and_recomputation_under_zero3(runs):
