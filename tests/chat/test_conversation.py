@@ -125,10 +125,10 @@ def calibrated(tiny, monkeypatch):
 def test_a_budget_of_bytes_chooses_the_threshold_of_each_turn(tiny, calibrated, monkeypatch):
     """By what the cache holds before a turn, counted here; the conversation outlives a turn that has no room."""
     model, processor, images = tiny
-    text, longest, budget, asked = model.config.text_config, 20, 500_000, []
+    text, longest, asked = model.config.text_config, 20, []
     one = 2 * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads) * 4
     low, above = model.config.sparsity.sparse_layer, text.num_hidden_layers - model.config.sparsity.sparse_layer
-    chat = Conversation(model, processor, kv_budget=budget, max_new_tokens=longest)
+    chat = Conversation(model, processor, kv_budget=500_000, max_new_tokens=longest)
     generate = model.generate
     monkeypatch.setattr(model, "generate", lambda **given: [asked.append(given["method"]), generate(**given)][1])
 
@@ -137,16 +137,17 @@ def test_a_budget_of_bytes_chooses_the_threshold_of_each_turn(tiny, calibrated, 
         dense, sparse = (int(chat.cache.dense.lengths), int(chat.cache.sparse.lengths)) if live else (0, 0)
         fed = chat._new_tokens(question)[0].shape[1] + chat.ids.shape[1] - dense
         kept = fed - new * (64 - int(0.2 * 64))
-        left = budget / one - low * (dense + fed + longest - 1) - above * (sparse + kept)
+        left = chat.kv_budget / one - low * (dense + fed + longest - 1) - above * (sparse + kept)
         return left / above / (longest - 1)
 
     rates = []
-    for question, new in (("Describe the image in detail.", 1), ("What color is the circle?", 0)):
+    for question, new, budget in (("Describe the image in detail.", 1, 500_000), ("What color is it?", 0, 630_000)):
+        chat.kv_budget = budget
         rates.append(expected("\n".join([*["<image>"] * new, question]), new))
         chat.ask(question, images[:new])
         threshold = threshold_at(calibrated.calibration["output"], min(1.0, rates[-1]))
         assert asked[-1].output_threshold == pytest.approx(threshold, abs=1e-9)
-    assert 0 < rates[1] < rates[0]
+    assert all(0 < rate < 1 for rate in rates) and rates[0] != rates[1]
     before = chat.ids, list(chat.turns)
     chat.kv_budget = 1000
     with pytest.raises(ValueError, match="kv_budget=1000 is 1,000 bytes, and the longest row takes"):

@@ -47,7 +47,7 @@ def config_of(world, base="dense", held=False, sparsity=None, **train):
         output_folder=str(world / "runs" / str(len(list(world.glob("runs/*"))))),
         model=ModelConfig(base=str(world / base)),
         data=DataConfig(json=str(world / "train/data.json"), image_folder=str(world / "train/images"), max_length=400),
-        sparsity=replace(TINY_SPARSITY, output_min_length=LONG, **(sparsity or {})),
+        sparsity=replace(TINY_SPARSITY, **{"output_min_length": LONG, **(sparsity or {})}),
         train=TrainConfig(**settings),
     )
 
