@@ -162,7 +162,7 @@ def read_ahead(
 
 def prompt_inputs(processor: DynamicLlavaProcessor, asked: Sequence[Asked]) -> BatchFeature:
     """Return left-padded prompts, the image first where there is one, and all images (I, 3, S, S)."""
-    rows = [processor.encode_prompt(prompt_of(processor, one.question)) for one in asked]
+    rows = [processor.encode_prompt(prompt_of(processor, one.question.text, one.pixels is not None)) for one in asked]
     pixels = [one.pixels for one in asked if one.pixels is not None]
     return BatchFeature(processor.pad(rows) | ({"pixel_values": torch.cat(pixels)} if pixels else {}))
 
@@ -203,12 +203,11 @@ def facts(prediction: Prediction) -> dict[str, Any]:
     }
 
 
-def prompt_of(processor: DynamicLlavaProcessor, question: Question) -> str:
-    """Return the prompt of a question; the image comes first, wherever a question's text may put it."""
-    text = question.text
+def prompt_of(processor: DynamicLlavaProcessor, text: str, pictured: bool) -> str:
+    """Return the prompt of a question; an image comes first, wherever the question's text may put it."""
     if IMAGE_PLACE in text:
         text = text.replace(IMAGE_PLACE, "").strip()
-    return processor.conversation_prompt([(text if question.image is None else f"{IMAGE_PLACE}\n{text}", None)])
+    return processor.conversation_prompt([(f"{IMAGE_PLACE}\n{text}" if pictured else text, None)])
 
 
 def _read(place: int, question: Question, processor: DynamicLlavaProcessor) -> Asked:

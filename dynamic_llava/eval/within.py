@@ -43,5 +43,6 @@ def method_within_budget(
 
 def _prompts(questions: Sequence[Question], processor: DynamicLlavaProcessor) -> Iterable[dict[str, Any]]:
     for start in range(0, len(questions), ROWS):
-        rows = [processor.encode_prompt(prompt_of(processor, one)) for one in questions[start : start + ROWS]]
+        texts = [prompt_of(processor, one.text, one.image is not None) for one in questions[start : start + ROWS]]
+        rows = [processor.encode_prompt(text) for text in texts]
         yield dict(processor.pad(rows))
