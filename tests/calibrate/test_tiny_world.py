@@ -12,12 +12,11 @@ from dynamic_llava.cli import read_yaml
 from dynamic_llava.config import CalibrateConfig, DataConfig
 from dynamic_llava.config.calibration import threshold_at
 from dynamic_llava.data import Collator, SftDataset
-from dynamic_llava.data.prepare import base_processor
 from dynamic_llava.model.margins import margins_of
 from dynamic_llava.tiny.job.config import JobConfig
 from dynamic_llava.tiny.world.dataset import build_world
 from dynamic_llava.train.config import RunConfig
-from dynamic_llava.train.run import run
+from dynamic_llava.train.run import load, run
 
 RATES = (0.75, 0.5, 0.35, 0.2, 0.1)
 POINTS = 0.02
@@ -60,7 +59,7 @@ def test_asked_rates_are_met_within_two_points_on_held_scenes(tmp_path, monkeypa
     with torch.enable_grad():
         result = run(config)
     model = DynamicLlavaForConditionalGeneration.from_pretrained(result.folder).eval()
-    dataset = SftDataset(replace(config.data, json=str(files["unseen"])), base_processor(config.model))
+    dataset = SftDataset(replace(config.data, json=str(files["unseen"])), load(config)[1])
     batches = list(DataLoader(dataset, 50, collate_fn=Collator(dataset.processor)))
     margins = margins_of(model, batches, model.config.sparsity.output_min_length)
     for kind, found in margins.items():

@@ -13,7 +13,6 @@ from dynamic_llava.calibrate.measure import calibrate
 from dynamic_llava.cli import read_yaml
 from dynamic_llava.config import CalibrateConfig, DataConfig, ModelConfig, TrainConfig
 from dynamic_llava.data import Collator, SftDataset
-from dynamic_llava.data.prepare import base_processor
 from dynamic_llava.model.margins import margins_of
 from dynamic_llava.train import rates
 from dynamic_llava.train.config import RunConfig, run_method
@@ -138,7 +137,7 @@ def test_a_run_calibrates_as_the_command_does(world, tmp_path, tune, caplog):
         adapter = json.loads((result.run_folder / "adapter" / "config.json").read_text())
         assert adapter["sparsity"]["calibration"] == own
     model = DynamicLlavaForConditionalGeneration.from_pretrained(result.folder).eval()
-    dataset = rates.held_samples(config, base_processor(config.model))
+    dataset = rates.held_samples(config, load(config)[1])
     batch = next(iter(DataLoader(dataset, 9, collate_fn=Collator(dataset.processor))))
     given = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "output_mask")}
     with torch.no_grad():
