@@ -3,6 +3,7 @@
 Decisions are mixed by construction: the last layer of the output predictor is shifted to the median of its own margins.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
@@ -121,7 +122,12 @@ ADDED = {"voco_llama": 12}
 
 
 def spelling_of(name):
-    """Return a registered method as tests name it: by its defaults, or what fits the tiny models' images."""
+    """Return a registered method as tests name it: by its defaults, or what fits the tiny models' images.
+
+    A mapping, which has said everything, is returned as it is.
+    """
+    if isinstance(name, Mapping):
+        return name
     return {"name": name, **({"tokens": ADDED[name]} if name in ADDED else {})}
 
 

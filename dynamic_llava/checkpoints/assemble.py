@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -92,14 +93,14 @@ def _language_model(given: str | Path, folder: Path, dtype: Dtype | None, say: S
         raise FileNotFoundError(f"there is no file {file}; give a GGUF file, a model's folder, or a name of the hub")
     if not is_accelerate_available():
         raise ImportError("transformers reads a GGUF file with the help of accelerate", name="accelerate")
-    where = {"gguf_file": file.name, "trust_remote_code": False, "local_files_only": True}
+    where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
     try:
-        kind = AutoConfig.from_pretrained(file.parent, **where).model_type
+        kind = AutoConfig.from_pretrained(file.parent, trust_remote_code=False, **where).model_type
         if kind not in FAMILIES:
             raise ValueError(f"it holds a {kind}, and only {', '.join(FAMILIES)} can be sparse here")
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, trust_remote_code=False, **where)
         kept = {"dtype": getattr(torch, dtype or "float32"), "quantization_config": GgufConfig(dequantize=True)}
-        model = AutoModelForCausalLM.from_pretrained(file.parent, **where, **kept)
+        model = AutoModelForCausalLM.from_pretrained(file.parent, trust_remote_code=False, **where, **kept)
     except (ImportError, MemoryError):
         raise
     except Exception as error:  # gguf and transformers raise what they like for a damaged file

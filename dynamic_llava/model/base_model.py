@@ -93,9 +93,23 @@ class DynamicLlavaModel(ImageInputs, DynamicLlavaPreTrainedModel, LlavaModel):
         config.image_seq_length = image_tokens(config)
 
     @can_return_tuple
-    def get_image_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def get_image_features(  # transformers' generate reads in the signature which of its inputs are an image's
+        self,
+        pixel_values: Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        image_sizes: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
         """As the parent's, with the learned tokens of a method that adds some behind those of each image."""
-        outputs = super().get_image_features(*args, **kwargs, return_dict=True)
+        if image_sizes is not None:
+            kwargs["image_sizes"] = image_sizes
+        outputs = super().get_image_features(
+            pixel_values=pixel_values,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            **{**kwargs, "return_dict": True},
+        )
         if count := self.config.added_image_tokens:
             added_nD = self.language_model.added_image_tokens(count)
             outputs.pooler_output = [torch.cat([one, added_nD.to(one)]) for one in outputs.pooler_output]

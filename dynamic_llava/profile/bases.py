@@ -162,7 +162,7 @@ def _read(path: Path, image_tokens: int | None) -> Base:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         decoder = decoder_shape(config)
     except (OSError, ValueError, AttributeError, KeyError) as error:
         raise ValueError(f"{path} is no config.json of a vision-language model: {str(error).splitlines()[0]}") from None

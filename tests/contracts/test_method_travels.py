@@ -15,6 +15,7 @@ from dynamic_llava.costs import decoder_shape, kv_bytes
 from dynamic_llava.eval import run as runner
 from dynamic_llava.eval import tasks
 from dynamic_llava.eval.__main__ import main as evaluate
+from dynamic_llava.eval.identity import method_settings
 from dynamic_llava.methods import describe_method, import_named, print_method, read_method
 from dynamic_llava.model import DynamicLlavaForConditionalGeneration
 from dynamic_llava.processing.prompts import SYSTEM
@@ -129,7 +130,8 @@ def test_a_dense_checkpoint_is_benchmarked_with_any_method_that_learns_nothing(
         assert summary["sparsity"] == "none" and summary["method"] is None
     else:
         record = json.loads((out / "answers" / "toy.run.json").read_text())
-        assert print_method(method).items() <= record["method"].items() and "sparsity" not in record
+        said = method_settings(method, model.config.sparsity)["method"]  # without what files of before do not say
+        assert said.items() <= record["method"].items() and "sparsity" not in record
         assert summary["sparsity"] is None and summary["method"] == describe_method(method)
         table = (out / "table.md").read_text()
         assert summary["method"] in table.splitlines()[0] and f"ours, method `{summary['method']}`" in table

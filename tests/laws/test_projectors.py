@@ -89,5 +89,5 @@ def test_methods_that_decide_about_patches_are_refused_where_tokens_are_none(pro
     inputs = prompts(batch_of(size)[:1])
     assert {"vispruner", "visionzip", "hired", "prumerge_plus", "holov", "scope", "hiprune"} <= set(BY_PATCHES)
     for method in BY_PATCHES:
-        with pytest.raises(ValueError, match=f"projector='{projector}'.*`per_patch`, or a method.*divprune"):
+        with pytest.raises(ValueError, match=f"projector='{projector}'.*`per_patch`.*, or a method.*divprune"):
             model(**inputs, method=method)

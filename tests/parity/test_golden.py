@@ -184,7 +184,9 @@ def test_training_step(training_model, monkeypatch, case):
     key = torch.arange(3)
     replay_noise(monkeypatch, recorded[f"{case}.u_image"], recorded[f"{case}.u_text"], key)
     out = training_model(**training_inputs(recorded), tau=known["tau"], sample_key=key)
-    compare_outputs([out], recorded, case)
+    compare_masks([out], recorded, case)
+    real = real_tokens(recorded)
+    torch.testing.assert_close(out.logits[real], recorded[f"{case}.logits"][real], **LOGITS)
     terms = ("loss", "lm_loss", "image_keep_loss", "output_keep_loss")
     compare_losses({name: out[name].item() for name in terms}, known)
     out.loss.backward()
@@ -206,7 +208,7 @@ def test_training_step_through_the_trainer(training_model, monkeypatch, tmp_path
         rows = zip(*(tensor.split(split) for tensor in inputs.values()), strict=True)
         parts = [dict(zip(inputs, tensors, strict=True)) for tensors in rows]
         terms, outputs, gradients = take_step(trainer, parts)
-        compare_outputs(outputs, recorded, case)
+        compare_masks(outputs, recorded, case)
         compare_losses(terms, known)
         compare_gradients(gradients, recorded, known, case)
         whole = whole or gradients
@@ -216,13 +218,15 @@ def test_training_step_through_the_trainer(training_model, monkeypatch, tmp_path
             assert error <= 1e-6 * wanted.norm(), f"{split}, {name}: relative error {error / wanted.norm():.1e}"
 
 
-def compare_outputs(outputs, recorded, case):
-    """Hard masks exact and logits at real tokens, of one batch or of its parts."""
-    real = expand(recorded["input_ids"], recorded["attention_mask"].long(), filler=1).bool()
-    mask = torch.cat([out.sparsity.keep_mask.detach() for out in outputs])
+def real_tokens(recorded):
+    """(B, N) bool: no padding."""
+    return expand(recorded["input_ids"], recorded["attention_mask"].long(), filler=1).bool()
+
+
+def compare_masks(outputs, recorded, case):
+    """Hard masks exact, of one batch or of its parts."""
+    real, mask = real_tokens(recorded), torch.cat([out.sparsity.keep_mask.detach() for out in outputs])
     assert torch.equal(mask[real], recorded[f"{case}.policy"][real])
-    logits = torch.cat([out.logits for out in outputs])
-    torch.testing.assert_close(logits[real], recorded[f"{case}.logits"][real], **LOGITS)
 
 
 def compare_losses(terms, known):
