@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Compare the training-free methods that can be given a budget, and the learned one, on the tiny world, over seeds.
+# Compare the training-free methods that can be given a budget, on the dense control, and the learned one, on the model
+# that was trained with it, on the tiny world, over seeds.
 #   bash scripts/compare_tiny.sh                 runs/tiny, seeds 0 to 4; results in runs/compare_tiny
 #   RUN=runs/tiny SEEDS="0 1" bash scripts/compare_tiny.sh
 #   RUN     folder of the main job (bash scripts/train.sh), with seedN/control/model and seedN/both/model for each seed
@@ -29,7 +30,7 @@ stored="dense,dynamic:sparsity=image,fastv:layer=2,divprune,tome,h2o,tova,knorm,
 "$python" -m dynamic_llava.tiny benchmarks --output-folder "$out/data"
 compare() { # FOLDER SEED METHODS TASKS BUDGET
   # shellcheck disable=SC2086 # LIMIT is two words
-  "$python" -m dynamic_llava.eval compare --model "$run/seed$2/control/model" --model "$run/seed$2/both/model" \
+  "$python" -m dynamic_llava.eval compare --model "$run/seed$2/control/model" --learned-only "$run/seed$2/both/model" \
     --methods "$3" --tasks "$4" --equal "$5" --data-root "$out/data" --output-folder "$out/$1/seed$2" $limit
 }
 for seed in ${SEEDS:-0 1 2 3 4}; do

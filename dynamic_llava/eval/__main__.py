@@ -94,6 +94,15 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
         "more than once, and differences are to the dense method on the first",
     )
     parser.add_argument(
+        "--learned-only",
+        type=checkpoint_source,
+        action="append",
+        default=[],
+        metavar="MODEL",
+        help="one more checkpoint, on which the methods run that decide by its learned weights, and no others; may be "
+        "given more than once",
+    )
+    parser.add_argument(
         "--methods",
         required=True,
         help="what decides, a list with dense in it: dense,dynamic,fastv:layer=3,keep=0.25,my_module:Mine; settings "
@@ -181,7 +190,9 @@ def _compare(given: argparse.Namespace) -> int:
     from dynamic_llava.eval.run import RunOptions
 
     run = RunOptions(model=given.model[0], **_asking(given))
-    return compare(CompareOptions(run, tuple(given.model), given.methods, given.equal, given.repeats))
+    models = (*given.model, *given.learned_only)
+    chosen = frozenset(given.learned_only)
+    return compare(CompareOptions(run, models, given.methods, given.equal, given.repeats, learned_only=chosen))
 
 
 def _join_seeds(given: argparse.Namespace) -> None:

@@ -219,6 +219,16 @@ def test_two_checkpoints_meet_the_same_reference(checkpoint, dense_checkpoint, t
     assert "left out" in (out / "compare.md").read_text()
 
 
+def test_a_trained_checkpoint_may_run_what_it_was_trained_for_alone(checkpoint, dense_checkpoint, tmp_path):
+    out = tmp_path / "out"
+    more = ("--learned-only", checkpoint)
+    assert compare(dense_checkpoint, "dense,dynamic,fastv", out, *more, root=checkpoint) == 0
+    found = results(out)
+    rows = [(row["model"], row["method"]) for row in found["tasks"]["toy"]["rows"]]
+    assert rows == [(str(dense_checkpoint), "dense"), (str(dense_checkpoint), "fastv"), (str(checkpoint), "dynamic")]
+    assert compare(dense_checkpoint, "dense", tmp_path / "twice", "--learned-only", dense_checkpoint) == 2
+
+
 def test_answers_with_references_have_perplexity_and_meteor(checkpoint, tmp_path):
     """Both with an interval, also of a method that evicts; one that fails does so alone, and the exit code tells."""
     TASK_DATA["lvis_single"](tmp_path)
