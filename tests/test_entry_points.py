@@ -196,7 +196,7 @@ def test_chat_needs_no_extra_and_says_nothing_of_others(tmp_path):
     assert all(line.startswith(ours) for line in done.stderr.splitlines()), done.stderr
 
 
-OURS = ("a dense checkpoint without ", "run: ", "MaskedSoftmax runs as ")
+OURS = ("a dense checkpoint without ", "run: ", "MaskedSoftmax runs as ", "image_keep_rate", "output_keep_rate")
 
 
 @pytest.mark.slow

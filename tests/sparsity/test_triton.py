@@ -88,10 +88,10 @@ def check_masked(kernel_name, dtype, size, capability, **variant):
     from dynamic_llava.sparsity.kernels import triton_attention, triton_masked
     from dynamic_llava.sparsity.kernels.triton_common import padded
 
-    blocks = triton_attention.blocks_of(kernel_name, dtype, size)
+    variant = {"WITH_BAND": False, **variant}
+    blocks = triton_attention.blocks_of(kernel_name, dtype, size, variant["WITH_BAND"])
     sizes = {
-        "GROUPS": 1, "SIZE": size, "WIDTH": padded(size), "ROWS": blocks.rows, "KEYS": blocks.keys,
-        "WITH_BAND": False, **variant,
+        "GROUPS": 1, "SIZE": size, "WIDTH": padded(size), "ROWS": blocks.rows, "KEYS": blocks.keys, **variant,
     }  # fmt: skip
     kernel = getattr(triton_masked, f"{kernel_name}_kernel")
     shared, registers, stack = compiled(kernel, dtype, sizes, blocks.warps, blocks.stages, capability)

@@ -52,6 +52,8 @@ BLOCKS: dict[tuple[str, int, int], Blocks] = {
     ("keys", 4, 64): Blocks(rows=32, keys=32, warps=4, stages=2),
     ("keys", 4, 128): Blocks(rows=16, keys=32, warps=8, stages=2),
 }
+BANDED = {("forward", 2, 64): Blocks(rows=128, keys=64, warps=8, stages=3)}
+"""With a band: its two integers per key and one per query are more than 4 warps have registers for."""
 
 
 def triton_attention(
@@ -74,9 +76,10 @@ def triton_attention(
     return cast(Callable[..., Tensor], _TritonAttention.apply)(query, key, value, keep_BN, own_BN, scale, *keys)
 
 
-def blocks_of(kernel: str, dtype: torch.dtype, head_size: int) -> Blocks:
+def blocks_of(kernel: str, dtype: torch.dtype, head_size: int, banded: bool) -> Blocks:
     """Return the tile of a kernel ("forward", "queries", "keys") for a dtype and a head size up to 128."""
-    return BLOCKS[kernel, dtype.itemsize, 64 if head_size <= 64 else 128]
+    kind = kernel, dtype.itemsize, 64 if head_size <= 64 else 128
+    return BANDED.get(kind, BLOCKS[kind]) if banded else BLOCKS[kind]
 
 
 class KeyList(NamedTuple):
@@ -135,7 +138,7 @@ class _TritonAttention(torch.autograd.Function):
         out = with_dense_rows(torch.empty_like(query))
         row_max, row_log_sum = (query.new_empty(query.shape[:3], dtype=torch.float32) for _ in range(2))
         batch, heads, tokens, size = query.shape
-        blocks = blocks_of("forward", query.dtype, size)
+        blocks = blocks_of("forward", query.dtype, size, keys.step is not None)
         forward_kernel[(-(-tokens // blocks.rows), heads, batch)](
             query, key, value, own_BN, keys.order, keys.presence, keys.kept_before, *keys.band,
             out, row_max, row_log_sum,
@@ -187,7 +190,7 @@ class _Backward:
         query, keys = self.query, self.keys
         d_query = with_dense_rows(torch.empty_like(query))
         batch, heads, tokens, size = query.shape
-        blocks = blocks_of("queries", query.dtype, size)
+        blocks = blocks_of("queries", query.dtype, size, keys.step is not None)
         queries_kernel[(-(-tokens // blocks.rows), heads, batch)](
             query, self.key, self.value, self.own_BN, keys.order, keys.presence, keys.kept_before, *keys.band,
             self.grad_out, *self.per_row, d_query,
@@ -202,7 +205,7 @@ class _Backward:
         batch, key_heads, tokens, size = key.shape
         d_key, d_value = (with_dense_rows(torch.empty_like(x)) if with_keys else x for x in (key, value))
         d_keep = self.own_BN.new_zeros((batch, key_heads, tokens) if with_keep else ())
-        blocks = blocks_of("keys", query.dtype, size)
+        blocks = blocks_of("keys", query.dtype, size, keys.step is not None)
         for which in (KEPT, DROPPED) if with_keys else (ALL,) if with_keep else ():
             keys_kernel[(-(-tokens // blocks.keys), key_heads, batch)](
                 query, key, value, self.own_BN, keys.order, keys.presence, keys.counts, *keys.band,
