@@ -93,7 +93,7 @@ def test_a_run_resumed_within_its_second_epoch_goes_on_there(tmp_path, base, dat
     """Three steps make an epoch; the checkpoint is written after the fourth of six."""
     fetched, original = [], SftDataset.__getitems__
     monkeypatch.setattr(SftDataset, "__getitems__", lambda self, ns: fetched.extend(ns) or original(self, ns))
-    steps = {"batch_size": 4, "max_steps": 6, "save_every": 4, "hard_rate_tolerance": 1}  # 1: nothing is read at the end
+    steps = {"batch_size": 4, "max_steps": 6, "save_every": 4, "hard_rate_tolerance": 1}  # 1: no reading at its end
     config = config_of(tmp_path, base, data, group_by_length=grouped, **steps)
     whole = run(config).history
     seen = fetched.copy()
