@@ -33,6 +33,7 @@ def _parser() -> Parser:
     add("model", type=Path, metavar="MODEL", help="folder of a trained checkpoint; its config.json is rewritten")
     add("--data", required=True, metavar="FILE", help="samples that the model was not trained on, in LLaVA's format")
     add("--image-folder", default="", metavar="DIR", help="folder that their image paths are relative to")
+    add("--text-only", choices=("skip", "sparse"), default="skip", help="samples without an image, as data.text_only")
     add("--samples", type=int, default=500, help="first samples of the file")
     add("--batch-size", type=int, default=8, help="samples at once")
     add("--min-length", type=int, help="shorter answers are left out (default: the model's output_min_length)")

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,12 +30,14 @@ def calibrate(
     samples: int = 500,
     batch_size: int = 8,
     min_length: int | None = None,
+    text_only: Literal["skip", "sparse"] = "skip",
 ) -> str:
     """Measure the margins of a checkpoint's predictors on held data and store their quantiles in its config.json.
 
     Returns a table of asked and realised keep rates. min_length: shorter answers are left out; None is the model's
-    output_min_length. ValueError or FileNotFoundError for a folder without trained predictors of Dynamic-LLaVA,
-    unusable data, and data without two answers that are long enough; WriteError where config.json cannot be written.
+    output_min_length. text_only: samples without an image are left out, or looked at as the others (data.text_only).
+    ValueError or FileNotFoundError for a folder without trained predictors of Dynamic-LLaVA, unusable data, and data
+    without two answers that are long enough; WriteError where config.json cannot be written.
     """
     for name, value in (("--samples", samples), ("--batch-size", batch_size)):
         if value < 1:
@@ -47,9 +50,10 @@ def calibrate(
         found = f"method {settings.method!r}, untrained: {', '.join(model.config.untrained_predictors) or 'nothing'}"
         raise ValueError(f"{folder} holds no trained predictors of Dynamic-LLaVA ({found}); give one that does")
     processor = base_processor(ModelConfig(str(folder)), settings)
-    dataset = SftDataset(DataConfig(json=data, image_folder=image_folder), processor)
+    dataset = SftDataset(DataConfig(json=data, image_folder=image_folder, text_only=text_only), processor)
     chosen = Subset(dataset, range(min(samples, len(dataset))))
-    batches = DataLoader(chosen, batch_size, collate_fn=Collator(dataset.processor, settings.output_segments))
+    collator = Collator(processor, settings.output_segments, sparse_text=text_only == "sparse")
+    batches = DataLoader(chosen, batch_size, collate_fn=collator)
     least = settings.output_min_length if min_length is None else min_length
     found = margins_of(model, batches, least)
     if len(found.get("output", ())) < 2:

@@ -8,7 +8,6 @@ page   docs/results/smol.md, smol.json and smol.png from a job's folder
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,29 +51,20 @@ def _parser() -> argparse.ArgumentParser:
 
 def _job(words: list[str]) -> int:
     """Run the job here, or on a machine with several GPUs in one process that sees the first of them alone."""
-    from dynamic_llava.train.__main__ import exit_code_of, hide_bars, log_to_stderr
+    from dynamic_llava.train.launch import run_alone
 
-    def work() -> int:
-        """Return the exit code; what goes wrong is told by `exit_code_of` as for any training."""
+    def read() -> SmolJobConfig:
         config = load_config(SmolJobConfig, words, f"{PROGRAM} job CONFIG.yaml", ABOUT_JOB)
         if not words or words[0].startswith("-"):  # not before --help has been answered
             raise ValueError(f"give the file of the job before its overrides: {PROGRAM} job configs/smol.yaml")
-        import torch  # not before --help and a mistyped key have been answered
+        return config
 
-        from dynamic_llava.smol.job import main as run_job
-        from dynamic_llava.train.launch import plan_alone, supervise
+    def work(config: SmolJobConfig) -> None:
+        from dynamic_llava.smol.job import main as run_job  # not before --help is answered
 
-        devices = torch.accelerator.device_count()
-        launch = plan_alone("the smol world's job", MODULE, devices=devices, environment=os.environ)
-        if launch.launcher:
-            print(launch.reason, file=sys.stderr, flush=True)
-            return supervise(launch.command(sys.executable, ["job", *words]), os.environ)
-        hide_bars()
         run_job(config)
-        return 0
 
-    log_to_stderr()
-    return exit_code_of(work)
+    return run_alone("the smol world's job", MODULE, ["job", *words], read, work)
 
 
 def _table(given: argparse.Namespace) -> None:

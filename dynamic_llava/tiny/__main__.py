@@ -13,7 +13,6 @@ benchmarks
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,29 +81,20 @@ def _parser() -> argparse.ArgumentParser:
 
 def _job(words: list[str]) -> int:
     """Run the main job here, or on a machine with several GPUs in one process that sees the first of them alone."""
-    from dynamic_llava.train.__main__ import exit_code_of, hide_bars, log_to_stderr
+    from dynamic_llava.train.launch import run_alone
 
-    def work() -> int:
-        """Return the exit code; what goes wrong is told by `exit_code_of` as for any training."""
+    def read() -> JobConfig:
         config = load_config(JobConfig, words, f"{PROGRAM} job CONFIG.yaml", ABOUT_JOB)
-        if (words[:1] and words[0].startswith("-")) or not words:
+        if not words or words[0].startswith("-"):  # not before --help has been answered
             raise ValueError(f"give the file of the job before its overrides: {PROGRAM} job configs/tiny.yaml")
-        import torch  # not before --help and a mistyped key have been answered
+        return config
 
-        from dynamic_llava.tiny.job.job import main as run_job
-        from dynamic_llava.train.launch import plan_alone, supervise
+    def work(config: JobConfig) -> None:
+        from dynamic_llava.tiny.job.job import main as run_job  # not before --help has been answered
 
-        devices = torch.accelerator.device_count()
-        launch = plan_alone("the tiny world's main job", MODULE, devices=devices, environment=os.environ)
-        if launch.launcher:
-            print(launch.reason, file=sys.stderr, flush=True)
-            return supervise(launch.command(sys.executable, ["job", *words]), os.environ)
-        hide_bars()
         run_job(config)
-        return 0
 
-    log_to_stderr()
-    return exit_code_of(work)
+    return run_alone("the tiny world's main job", MODULE, ["job", *words], read, work)
 
 
 def _page(given: argparse.Namespace) -> None:

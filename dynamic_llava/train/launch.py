@@ -10,19 +10,21 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 from dynamic_llava.cli import load_config
 from dynamic_llava.cli.commands import entry_point, exit_on_mistake
 from dynamic_llava.config.run import RunConfig
 from dynamic_llava.files import Lock
-from dynamic_llava.train.__main__ import DESCRIPTION, PROGRAM
+from dynamic_llava.train.__main__ import DESCRIPTION, PROGRAM, exit_code_of, hide_bars, log_to_stderr
 from dynamic_llava.train.stopping import LAUNCH_FOLDER, LAUNCHER_LOCK, SIGNALS
 
 MODULE = "dynamic_llava.train"
+T = TypeVar("T")
 
 
 @entry_point("train")
@@ -113,6 +115,28 @@ def plan_alone(title: str, module: str, *, devices: int, environment: Mapping[st
     # One process would see all devices and split its batches over them; torchrun gives it the first.
     reason = f"{title} on the first of {devices} GPUs: torchrun with 1 process"
     return Launch(reason, _torchrun(1, ("--standalone",), module))
+
+
+def run_alone(title: str, module: str, words: Sequence[str], read: Callable[[], T], work: Callable[[T], object]) -> int:
+    """Do the `work` of what `read` returns: here, or, beside several GPUs, in one process that sees the first of them.
+
+    `python -m module words` is the command that does it there. Returns the exit code, those of a training among them.
+    """
+
+    def run() -> int:
+        config = read()
+        import torch  # not before --help and a mistyped key have been answered
+
+        launch = plan_alone(title, module, devices=torch.accelerator.device_count(), environment=os.environ)
+        if launch.launcher:
+            print(launch.reason, file=sys.stderr, flush=True)
+            return supervise(launch.command(sys.executable, words), os.environ)
+        hide_bars()
+        work(config)
+        return 0
+
+    log_to_stderr()
+    return exit_code_of(run)
 
 
 def supervise(command: Sequence[str], environment: Mapping[str, str]) -> int:

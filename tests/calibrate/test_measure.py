@@ -273,6 +273,21 @@ def test_the_command_writes_into_the_checkpoint_and_nothing_else(tmp_path, capsy
     assert (folder / "config.json").read_bytes() == after["config.json"]
 
 
+def test_samples_without_an_image_calibrate_output_tokens_alone(tmp_path, capsys):
+    """As a model is trained on them with data.text_only: sparse; left out, nothing is there to calibrate by."""
+    folder = write_checkpoint(tmp_path / "model", output_min_length=8)
+    turns = [{"from": "human", "value": "Say it."}, {"from": "gpt", "value": "That is what there is to say of it."}]
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps([{"id": str(number), "conversations": turns} for number in range(4)]))
+    words = [str(folder), "--data", str(file)]
+    assert main(words) == 2
+    assert "4 text-only skipped" in capsys.readouterr().err
+    assert main([*words, "--text-only", "sparse"]) == 0
+    assert "calibrated by 4 samples" in capsys.readouterr().out
+    calibration = json.loads((folder / "config.json").read_text())["sparsity"]["calibration"]
+    assert set(calibration) == {"output"}
+
+
 def test_what_cannot_be_calibrated_is_said_in_one_line(tmp_path, capsys):
     file, images = write_data(tmp_path / "data")
     dense = write_checkpoint(tmp_path / "dense", dense=True)
