@@ -129,6 +129,18 @@ def test_whether_learned_admission_beats_windows_is_decided_by_intervals():
     assert alone["PPL, sinks + window minus learned, equal slots, r_OT 0.35"] == "met"  # one seed has no interval
 
 
+def test_more_perplexity_does_not_hide_less_recall():
+    """At equal slots a window that states more of the objects is a target missed, whatever the perplexity says."""
+    result = made_up(0)
+    (row,) = [one for one in result["rows"] if one["key"] == "inside_sinks"]
+    row["metrics"]["attribute_recall"] = 0.97
+    found = verdicts(target_table([result], SparsityConfig()), "sinks + window")
+    assert found == {
+        "PPL, sinks + window minus learned, equal slots, r_OT 0.5": "met",
+        "attribute recall, learned minus sinks + window, equal slots, r_OT 0.5 (points)": "MISSED",
+    }
+
+
 def test_the_long_world_has_no_bounds_of_the_default_ones_short_answers():
     text = target_table([long_seed(0)], SparsityConfig(), escape=False)
     assert "FastV" not in text and "late counts, forced, learned minus random + window, equal slots, r_OT 0.5" in text
