@@ -30,7 +30,7 @@ from dynamic_llava.model.supported import (
     refuse_adapter,
     refuse_code,
 )
-from dynamic_llava.model.weight_files import Head, WeightFiles, all_weight_files, holds_model
+from dynamic_llava.model.weight_files import Head, WeightFiles, all_weight_files, holds_model, read_index
 
 logger = logging.getLogger(__name__)
 
@@ -197,6 +197,7 @@ def checkpoint_files(source: str | Path) -> list[Path]:
     if single is not None:
         return [Path(single)]
     index = cached_file(source, "model.safetensors.index.json")
+    read_index(Path(index))
     files, _ = get_checkpoint_shard_files(source, index)
     return [Path(file) for file in files]
 

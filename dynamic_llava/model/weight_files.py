@@ -115,8 +115,13 @@ def _find(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
         if single.is_file():
             return [single], None
         if listing.is_file():
-            index = _read_index(listing)
-            return [folder / name for name in dict.fromkeys(index.values())], index
+            index = read_index(listing)
+            files = [folder / name for name in dict.fromkeys(index.values())]
+            if missing := next((file for file in files if not file.is_file()), None):
+                raise FileNotFoundError(
+                    f"{missing} is missing, and {listing.name} names it; the checkpoint's folder is not complete"
+                )
+            return files, index
         shards = _numbered_shards(folder, stem)
         if shards:
             return shards, None
@@ -124,10 +129,14 @@ def _find(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     raise FileNotFoundError(f"{folder} holds no weights: none of {looked}, nor numbered shards without an index")
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
+    """Return tensor -> file of an index of shards. ValueError where transformers could not read it, or must not."""
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        values = json.loads(path.read_text(encoding="utf-8"))
+        index, metadata = values["weight_map"], values["metadata"]
         names = set(index.values())
+        if not isinstance(metadata, dict):
+            raise TypeError(f"its metadata is {brief(metadata)}, no object")
     except UnicodeDecodeError as error:  # it would show the whole file
         raise ValueError(
             f"{path} is no index of weights (no UTF-8 at byte {error.start}: {error.reason}); get the file again"

@@ -49,7 +49,7 @@ def write_shards(folder, suffix):
         save_file(shard, file, metadata={"format": "pt"}) if suffix == "safetensors" else torch.save(shard, file)
         index.update(dict.fromkeys(shard, file.name))
     stem = "model.safetensors" if suffix == "safetensors" else "pytorch_model.bin"
-    (folder / f"{stem}.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / f"{stem}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     sizes = [path.stat().st_size for path in folder.glob(f"part-*.{suffix}")]
     return max(sizes), sum(sizes)
 

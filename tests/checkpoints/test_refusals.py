@@ -19,6 +19,7 @@ from dynamic_llava.checkpoints.__main__ import main
 from dynamic_llava.checkpoints.convert import convert, new_folder
 from dynamic_llava.checkpoints.plan import make_plan
 from dynamic_llava.files import EXIT_WRITE_FAILED, WriteError
+from dynamic_llava.model.loading import checkpoint_files
 from tests.builders import build_model
 from tests.checkpoints.folders import clip_folder, original_config, original_folder, original_weights, write
 
@@ -247,7 +248,28 @@ def test_a_truncated_bin_is_named(model, tmp_path, open_folder):
 
 def test_a_missing_shard_is_named(saved, open_folder):
     (saved / "model-00002-of-00003.safetensors").unlink()
-    assert "model-00002-of-00003.safetensors is missing" in open_folder(saved)
+    said = open_folder(saved)
+    assert "model-00002-of-00003.safetensors is missing, and model.safetensors.index.json names it" in said
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("metadata", "7"), ("metadata", None), ("weight_map", "7"), ("weight_map", ["lm_head.weight"])]
+)
+def test_an_index_that_is_none(saved, open_folder, key, value):
+    path = saved / "model.safetensors.index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    assert "model.safetensors.index.json is no index of weights" in open_folder(saved)
+
+
+@pytest.mark.parametrize("key", ["metadata", "weight_map"])
+def test_an_index_without_its_parts(saved, open_folder, key):
+    path = saved / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    del index[key]
+    path.write_text(json.dumps(index))
+    assert "model.safetensors.index.json is no index of weights" in open_folder(saved)
+    with pytest.raises(ValueError, match=r"index\.json is no index of weights"):
+        checkpoint_files(saved)
 
 
 def test_an_index_that_lacks_its_tensor(saved, open_folder):
