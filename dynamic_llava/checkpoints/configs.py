@@ -23,6 +23,7 @@ from dynamic_llava.checkpoints.names import (
 from dynamic_llava.config import SparsityConfig
 from dynamic_llava.engine.decoder import FAMILIES
 from dynamic_llava.engine.learned import parts_of
+from dynamic_llava.files import brief
 from dynamic_llava.model import DynamicLlavaConfig
 from dynamic_llava.model.supported import check_architecture
 from dynamic_llava.projectors import (
@@ -124,7 +125,7 @@ def projector_of(values: dict[str, Any], shapes: Shapes) -> str:
     scale = values.get("scale_factor", TokenPacker.scale)
     if scale not in known:
         raise ValueError(
-            f"config.json has scale_factor: {scale!r}, and a TokenPacker has one of {', '.join(map(str, known))}"
+            f"config.json has scale_factor: {brief(scale)}, and a TokenPacker has one of {', '.join(map(str, known))}"
         )
     return known[scale]
 
@@ -189,7 +190,7 @@ def config_to_hf(config: DynamicLlavaConfig) -> LlavaConfig:
 def _check_architecture(values: dict[str, Any], alone: bool = False) -> None:
     for name in ("sparse_config", "clip_vision_config", "vision_config"):
         if not isinstance(values.get(name), dict | None):
-            raise ValueError(f"config.json has {name} {values[name]!r}, which should be an object of settings")
+            raise ValueError(f"config.json has {name} {brief(values[name])}, which should be an object of settings")
     allowed: dict[str, tuple[Any, ...]] = {
         "mm_projector_type": (None, "mlp2x_gelu", "tokenpacker"),
         "mm_vision_select_feature": (None, *_STRATEGIES),
@@ -203,7 +204,7 @@ def _check_architecture(values: dict[str, Any], alone: bool = False) -> None:
         if values.get(name) not in choices:
             known = ", ".join(repr(choice) for choice in choices if choice is not None)
             raise ValueError(
-                f"config.json has {name}: {values[name]!r}; LLaVA-1.5 has {known}, and no other is known here"
+                f"config.json has {name}: {brief(values[name])}; LLaVA-1.5 has {known}, and no other is known here"
             )
 
 
@@ -214,7 +215,7 @@ def _text_config(values: dict[str, Any], shapes: Shapes) -> Any:
         raise ValueError("config.json has no num_attention_heads, which no shape tells; add it")
     for name in _COUNTS:
         if not isinstance(given.get(name, 1), int) or given.get(name, 1) < 1:
-            raise ValueError(f"config.json has {name} {given[name]!r}, which should be a positive whole number")
+            raise ValueError(f"config.json has {name} {brief(given[name])}, which should be a positive whole number")
     if given.get("pad_token_id", 0) < 0:  # old Llamas: no padding token
         del given["pad_token_id"]
     layers = "model.language_model.layers."
@@ -243,8 +244,8 @@ def _vision_config(
     name = str(values.get("mm_vision_tower"))
     if not re.search(r"clip-vit-(base|large)-patch\d+", name):
         raise ValueError(
-            f"config.json names the vision tower {name!r} and has no clip_vision_config, so its number of heads is not "
-            "known; add clip_vision_config (the tower's own config.json) to config.json"
+            f"config.json names the vision tower {brief(name)} and has no clip_vision_config, so its number of heads "
+            "is not known; add clip_vision_config (the tower's own config.json) to config.json"
         )
     missing = [
         part for part in ("class_embedding", "patch_embedding.weight") if f"{TOWER}embeddings.{part}" not in shapes

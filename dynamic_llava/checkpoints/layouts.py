@@ -9,6 +9,7 @@ from typing import Any
 from dynamic_llava.checkpoints import names
 from dynamic_llava.checkpoints.names import Rule
 from dynamic_llava.engine.decoder import FAMILIES
+from dynamic_llava.files import brief
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def layout_by_config(folder: Path, config: dict[str, Any]) -> Layout:
 def _by_config(folder: Path, config: dict[str, Any], stored: Collection[str]) -> Layout:
     kind, architectures = config.get("model_type"), config.get("architectures") or []
     nested, flat = "text_config" in config, any(key.startswith("mm_") for key in config)
-    found = f"model_type {kind!r}, architectures {architectures}"
+    found = f"model_type {brief(kind)}, architectures {architectures}"
     if nested and flat:
         raise ValueError(
             f"{folder}: config.json is ambiguous: it has text_config, as llava-hf, and mm_ settings, as the original "

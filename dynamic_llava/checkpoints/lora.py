@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dynamic_llava.checkpoints.layouts import read_json
 from dynamic_llava.checkpoints.names import without_peft
+from dynamic_llava.files import brief
 from dynamic_llava.model.weight_files import WeightFiles, holds_model
 
 _PART = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight$")
@@ -113,12 +114,12 @@ def _settings(folder: Path) -> dict[str, Any]:
     path = folder / SETTINGS_FILE
     settings = read_json(path)
     if settings.get("peft_type") != "LORA":
-        raise ValueError(f"{path} has peft_type {settings.get('peft_type')!r}; only 'LORA' can be merged")
+        raise ValueError(f"{path} has peft_type {brief(settings.get('peft_type'))}; only 'LORA' can be merged")
     for name in ("use_dora", "fan_in_fan_out"):
         if settings.get(name):
             raise ValueError(f"{path} has {name}: {settings[name]}; only plain LoRA of linear maps can be merged")
     if not isinstance(settings.get("lora_alpha"), (int, float)):
-        raise ValueError(f"{path} has lora_alpha {settings.get('lora_alpha')!r}; it should be a number")
+        raise ValueError(f"{path} has lora_alpha {brief(settings.get('lora_alpha'))}; it should be a number")
     return settings
 
 

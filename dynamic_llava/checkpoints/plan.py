@@ -29,6 +29,7 @@ from dynamic_llava.checkpoints.vocabulary import (
     with_prompts,
 )
 from dynamic_llava.engine.learned import prefixes
+from dynamic_llava.files import brief_text
 from dynamic_llava.model import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
 from dynamic_llava.model.supported import naming_config
 from dynamic_llava.processing.base_template import Ends
@@ -111,9 +112,9 @@ def _config(source: SourceCheckpoint, say: Say) -> DynamicLlavaConfig:
             config = config_of_parts(config, source.trained_config, source.shapes, say)
         return config
     except ValueError as error:
-        raise ValueError(f"{source.folder}: {error}") from None
+        raise ValueError(f"{source.folder}: {brief_text(error)}") from None
     except Exception as error:  # transformers has classes of its own for a value of the wrong kind
-        raise ValueError(f"{source.folder}: config.json makes no model ({error})") from None
+        raise ValueError(f"{source.folder}: config.json makes no model ({brief_text(error)})") from None
 
 
 def _without_weights(source: SourceCheckpoint, config: DynamicLlavaConfig) -> DynamicLlavaForConditionalGeneration:

@@ -18,6 +18,7 @@ from dynamic_llava.checkpoints.lora import (
     split_adapter,
 )
 from dynamic_llava.checkpoints.names import RECOMPUTED, TEXT_HALF, TOWER, Rule, reason_to_leave_out, to_ours
+from dynamic_llava.files import brief
 from dynamic_llava.model.supported import check_architecture
 from dynamic_llava.model.weight_files import Head, WeightFiles, holds_model
 
@@ -184,7 +185,7 @@ def _needs_base(folder: Path) -> str:
         return f"{folder} holds a projector alone; give the folder of the model that it was trained on with --base PATH"
     named = read_json(folder / SETTINGS_FILE).get("base_model_name_or_path")
     whole = f", or --base {folder} for the model beside them" if holds_model(folder) else ""
-    return f"{folder} holds LoRA matrices over {named!r}; give the folder of that model with --base PATH{whole}"
+    return f"{folder} holds LoRA matrices over {brief(named)}; give the folder of that model with --base PATH{whole}"
 
 
 def _check_projector(
@@ -217,13 +218,13 @@ def _with_tower(source: SourceCheckpoint, vision_tower: Path | None, say: Say) -
     if vision_tower is None:
         named = source.config.get("mm_vision_tower", "openai/clip-vit-large-patch14-336")
         raise ValueError(
-            f"{source.folder} holds no vision tower; its config.json names {named!r}: give the folder of that CLIP "
-            "model with --vision-tower PATH"
+            f"{source.folder} holds no vision tower; its config.json names {brief(named)}: give the folder of that "
+            "CLIP model with --vision-tower PATH"
         )
     config = read_json(vision_tower / "config.json")
     if config.get("model_type") not in ("clip", "clip_vision_model"):
         raise ValueError(
-            f"{vision_tower} has model_type {config.get('model_type')!r}; LLaVA-1.5's tower is a CLIPVisionModel "
+            f"{vision_tower} has model_type {brief(config.get('model_type'))}; LLaVA-1.5's tower is a CLIPVisionModel "
             "('clip_vision_model') or the image half of a CLIPModel ('clip')"
         )
     files = WeightFiles.of_folder(vision_tower)

@@ -13,9 +13,10 @@ from typing import Any
 from transformers import AddedToken, LlamaTokenizer, PreTrainedTokenizerFast
 
 from dynamic_llava.checkpoints.layouts import read_json
+from dynamic_llava.files import brief, brief_text
 from dynamic_llava.model import DynamicLlavaConfig
 from dynamic_llava.processing.base_template import Ends, find_format
-from dynamic_llava.processing.folder import load_tokenizer, read_template
+from dynamic_llava.processing.folder import load_tokenizer, panics_as_errors, read_template
 
 IMAGE_WORD, PAD_WORD = "<image>", "<pad>"
 ROWS_MULTIPLE = 64
@@ -49,17 +50,21 @@ def read_tokenizer(folders: list[Path], original: bool) -> Any:
     settings = read_json(path) if path.is_file() else {}
     try:
         if not original:
-            found = load_tokenizer(folder)
-        elif (folder / "tokenizer.model").is_file():
-            found = LlamaTokenizer.from_pretrained(folder, legacy=settings.get("legacy", True), trust_remote_code=False)
-        else:
-            found = PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
-        found("a")  # some settings are read only now
+            return load_tokenizer(folder)
+        with panics_as_errors():
+            if (folder / "tokenizer.model").is_file():
+                legacy = settings.get("legacy", True)
+                found = LlamaTokenizer.from_pretrained(folder, legacy=legacy, trust_remote_code=False)
+            else:
+                found = PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
+            found("a")  # some settings are read only now
         return found
     except ImportError as error:
         raise ValueError(f'reading {folder / "tokenizer.model"} needs: pip install "dynamic-llava[convert]"') from error
     except Exception as error:  # transformers and tokenizers raise what they like for a damaged file
-        raise ValueError(f"the tokenizer in {folder} cannot be read ({error}); get its files again") from None
+        raise ValueError(
+            f"the tokenizer in {folder} cannot be read ({brief_text(error)}); get its files again"
+        ) from None
 
 
 def with_prompts(vocabulary: Vocabulary, folders: list[Path], ends: Ends | None) -> Vocabulary:
@@ -94,6 +99,8 @@ def extend_vocabulary(values: dict[str, Any], rows: int, tokenizer: Any, pad_id:
             f"the tokenizer knows {max(known.values()) + 1} words and the model {rows}; they are not of one checkpoint"
         )
     image_id = values.get("image_token_index", values.get("image_token_id"))
+    if type(image_id) not in (int, type(None)) or (image_id or 0) < 0:
+        raise ValueError(f"config.json has the image token {brief(image_id)}; give a token id, or take it out")
     if tokenizer is None:
         image_id = rows if image_id is None else image_id
     else:

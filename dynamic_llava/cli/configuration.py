@@ -196,7 +196,9 @@ def _read_values(path: Path) -> dict[str, Any]:
             f"{path} is not written in UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8"
         ) from None
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {error}") from None
+        raise ValueError(f"{path} is no valid YAML: {brief_text(error)}") from None
+    except AssertionError:  # OmegaConf's, for a quoted word that is a number or a yes without its marks
+        raise ValueError(f"{path} holds a single word; a configuration file holds key: value lines") from None
     except OSError as error:  # OmegaConf's, for a file that holds a single word or number
         raise ValueError(f"{path}: {error}; a configuration file holds key: value lines") from None
     except RecursionError:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from dynamic_llava.cli import load_config
 from dynamic_llava.cli.commands import Parser, as_typed, entry_point, exit_on_mistake
 from dynamic_llava.config.run import RunConfig
+from dynamic_llava.files import brief
 
 if TYPE_CHECKING:
     from dynamic_llava.processing import DynamicLlavaProcessor
@@ -96,7 +97,7 @@ def _first_batch(arguments: list[str]) -> int:
     )
     batch = next(iter(loader))
     for unread in batch.get("unread", ()):
-        raise ValueError(f"{config.data.json}, index {unread.index}, id {unread.id!r}: {unread.why}")
+        raise ValueError(f"{config.data.json}, index {unread.index}, id {brief(unread.id)}: {unread.why}")
     answer = {
         "samples": len(dataset),
         "seconds": time.perf_counter() - began,

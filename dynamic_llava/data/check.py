@@ -22,6 +22,7 @@ from dynamic_llava.data.llava_json import (
     sound_sample,
 )
 from dynamic_llava.data.prepare import as_written
+from dynamic_llava.files import brief
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.processing.images import check_header, load_image
 from dynamic_llava.processing.prompts import EncodedConversation, ImageCutError, RenderingError
@@ -60,7 +61,7 @@ class Findings:
 
     def note(self, kind: str, index: int, name: Any, why: object) -> None:
         """Count one finding and keep it if it is among the first."""
-        self._count(kind, [f"index {index}, id {name!r}: {why}"])
+        self._count(kind, [f"index {index}, id {brief(name)}: {why}"])
 
     def add(self, other: "Findings") -> None:
         """Add what was found in the samples that follow."""

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dynamic_llava.data.json_stream import stream_list
+from dynamic_llava.files import brief_text
 from dynamic_llava.processing.images import check_header
 from dynamic_llava.processing.messages import IMAGE_SOURCES
 from dynamic_llava.processing.prompts import IMAGE_PLACE, Turn, image_places
@@ -181,7 +182,7 @@ def resolve_image(image_folder: str | Path, image: str) -> Path:
     FileNotFoundError when there is no such file.
     """
     top = os.path.abspath(image_folder)
-    leaves = ValueError(f"image path {image!r} leaves the image folder {top}; give a path inside it")
+    leaves = ValueError(f"image path {brief_text(image)!r} leaves the image folder {top}; give a path inside it")
     try:
         parent, name = os.path.split(image)
         folder, inside = _resolve_folders(top, parent)
@@ -200,8 +201,10 @@ def resolve_image(image_folder: str | Path, image: str) -> Path:
     except (ValueError, RuntimeError) as error:  # a null character; symbolic links in a circle
         if error is leaves:
             raise
-        raise ValueError(f"image path {image!r} is no path of a file ({error}); give a path inside {top}") from None
-    raise FileNotFoundError(f"image {image!r} is missing from the image folder {top}")
+        raise ValueError(
+            f"image path {brief_text(image)!r} is no path of a file ({error}); give a path inside {top}"
+        ) from None
+    raise FileNotFoundError(f"image {brief_text(image)!r} is missing from the image folder {top}")
 
 
 @lru_cache(maxsize=4096)

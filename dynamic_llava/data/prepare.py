@@ -33,7 +33,7 @@ from dynamic_llava.data.llava_json import (
     sound_sample,
 )
 from dynamic_llava.engine.learned import added_tokens
-from dynamic_llava.files import file_digest, writing
+from dynamic_llava.files import brief, file_digest, writing
 from dynamic_llava.methods import import_named
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.processing.images import check_header
@@ -196,7 +196,7 @@ def _encode_chunk(samples: Indexed, *, config: DataConfig, processor: DynamicLla
         fatal = [problem for problem in problems if problem not in skipped]
         name = sample.get("id") if isinstance(sample, dict) else None
         if fatal:
-            encoded.errors.append(f"  index {index}, id {name!r}: {fatal[0]}")
+            encoded.errors.append(f"  index {index}, id {brief(name)}: {fatal[0]}")
             encoded.could_be_skipped += fatal[0].kind in BROKEN_KINDS
         elif skipped:
             encoded.counts.broken += 1
@@ -206,7 +206,7 @@ def _encode_chunk(samples: Indexed, *, config: DataConfig, processor: DynamicLla
             try:
                 encode_sample(sound_sample(sample, index), processor, config.max_length, encoded)
             except RenderingError as error:
-                encoded.errors.append(f"  index {index}, id {name!r}: {error}")
+                encoded.errors.append(f"  index {index}, id {brief(name)}: {error}")
     return encoded
 
 

@@ -19,6 +19,7 @@ from dynamic_llava.config import DataConfig
 from dynamic_llava.data.llava_json import resolve_image
 from dynamic_llava.data.prepare import BROKEN, COUNTS, ROWS, SampleCounts, prepare, read_broken
 from dynamic_llava.data.sampling import FILLER
+from dynamic_llava.files import brief
 from dynamic_llava.processing import DynamicLlavaProcessor
 from dynamic_llava.processing.prompts import IGNORED_LABEL
 
@@ -99,7 +100,9 @@ class SftDataset(torch.utils.data.Dataset[SftSample]):
             pixels = [self._pixels(image) for image in row["images"]]
         except (ValueError, OSError) as error:
             unread = Unread(row["index"], row["id"], row["images"], str(error))
-            raise UnreadError(f"{self.config.json}, index {row['index']}, id {row['id']!r}: {error}", unread) from None
+            raise UnreadError(
+                f"{self.config.json}, index {row['index']}, id {brief(row['id'])}: {error}", unread
+            ) from None
         size = self.processor.image_size
         pixel_values = torch.stack(pixels) if pixels else torch.empty(0, 3, size, size)
         return SftSample(

@@ -18,6 +18,7 @@ from importlib import import_module
 from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 from dynamic_llava.config import SparsityConfig
+from dynamic_llava.files import brief
 from dynamic_llava.methods.average_pool import AveragePool
 from dynamic_llava.methods.base import Method
 from dynamic_llava.methods.cdpruner import CDPruner
@@ -96,11 +97,11 @@ def read_method(spelling: Spelling, config: SparsityConfig | None = None, *, tru
     hints = _hints(method)
     for name, value in said.items():
         if name not in known:
-            raise ValueError(f"{what} has no setting {name!r}; {_advice(name, list(known), 'settings')}")
+            raise ValueError(f"{what} has no setting {brief(name)}; {_advice(name, list(known), 'settings')}")
         try:
             values[name] = read_value(value, hints[name], lambda inner: read_method(inner, config, trusted=trusted))
         except UnreadableValue as error:
-            raise ValueError(f"{what}: {name}={value!r} {error}") from None
+            raise ValueError(f"{what}: {name}={brief(value)} {error}") from None
         except ValueError as error:
             raise ValueError(f"{what}: {name}: {error}") from None
     lacking = [one for one in known.values() if one.default is MISSING and one.default_factory is MISSING]
@@ -142,9 +143,9 @@ def checkpoint_method(config: SparsityConfig) -> Method:
     module, _, name = said[NAME].partition(":")
     if name and module not in sys.modules:
         raise ValueError(
-            f"the checkpoint holds weights of the method {said[NAME]!r}, and a checkpoint's word imports no code: if "
-            f"you trust that class, import {module} yourself before you load the checkpoint, or name it on the command "
-            f"line (--method {said[NAME]})"
+            f"the checkpoint holds weights of the method {brief(said[NAME])}, and a checkpoint's word imports no code: "
+            f"if you trust that class, import {module} yourself before you load the checkpoint, or name it on the "
+            f"command line (--method {said[NAME]})"
         )
     return read_method(said, config)
 
@@ -166,13 +167,13 @@ def said_settings(spelling: str | Mapping[str, Any]) -> dict[str, Any]:
         return {NAME: spelling}
     if not isinstance(spelling, Mapping):
         raise ValueError(
-            f"method={spelling!r} is neither a registered name nor a Method object; give a name "
+            f"method={brief(spelling)} is neither a registered name nor a Method object; give a name "
             f"({', '.join(METHODS)}), package.module:Class, a mapping of name and settings, or a Method object"
         )
     if not isinstance(spelling.get(NAME), str):
-        raise ValueError(f"method={dict(spelling)!r} does not say its name; add name: one of {', '.join(METHODS)}")
+        raise ValueError(f"method={brief(dict(spelling))} does not say its name; add name: one of {', '.join(METHODS)}")
     if odd := [key for key in spelling if not isinstance(key, str)]:
-        raise ValueError(f"method={dict(spelling)!r}: {odd[0]!r} is no setting; settings are named by text")
+        raise ValueError(f"method={brief(dict(spelling))}: {brief(odd[0])} is no setting; settings are named by text")
     return dict(spelling)
 
 
@@ -182,11 +183,11 @@ def method_class(name: str, *, trusted: bool = True) -> type[Method]:
         return METHODS[name]
     if ":" not in name:
         own = "" if not trusted else ", or name a class of your own as package.module:Class"
-        raise ValueError(f"method {name!r} is not known; {_advice(name, list(METHODS), 'methods')}{own}")
+        raise ValueError(f"method {brief(name)} is not known; {_advice(name, list(METHODS), 'methods')}{own}")
     if not trusted:
         raise ValueError(
-            f"the checkpoint names the method {name!r}, which is not one of {', '.join(METHODS)}: a checkpoint's word "
-            "imports no code. If you trust that class, name it yourself with `method` in the call (--method)"
+            f"the checkpoint names the method {brief(name)}, which is not one of {', '.join(METHODS)}: a checkpoint's "
+            "word imports no code. If you trust that class, name it yourself with `method` in the call (--method)"
         )
     return _own_class(name)
 
@@ -206,22 +207,24 @@ def _own_class(name: str) -> type[Method]:
     """Import package.module:Class. ValueError where it is not there or no method that can be built."""
     module_name, _, class_name = name.partition(":")
     if not module_name or not class_name or module_name.startswith("."):
-        raise ValueError(f"method {name!r} is not understood; a class of your own is named package.module:Class")
+        raise ValueError(f"method {brief(name)} is not understood; a class of your own is named package.module:Class")
     try:
         module = import_module(module_name)
     except Exception as error:  # whatever a module of one's own does while it is imported
         advice = f"importing {module_name} failed: {type(error).__name__}: {error}"
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
             advice = f"there is no module {error.name}; its folder must be the current one, or stand in PYTHONPATH"
-        raise ValueError(f"method {name!r}: {advice}") from error
+        raise ValueError(f"method {brief(name)}: {advice}") from error
     found: Any = module
     for part in class_name.split("."):
         found = getattr(found, part, None)
     if found is None:
         here = [key for key, value in vars(module).items() if _is_method(value) and value.__module__ == module_name]
-        raise ValueError(f"method {name!r}: {module_name} has no {class_name}; {_advice(class_name, here, 'methods')}")
+        raise ValueError(
+            f"method {brief(name)}: {module_name} has no {class_name}; {_advice(class_name, here, 'methods')}"
+        )
     if problem := _problem(found):
-        raise ValueError(f"method {name!r} {problem} (docs/adding-a-method.md)")
+        raise ValueError(f"method {brief(name)} {problem} (docs/adding-a-method.md)")
     return found
 
 

@@ -80,7 +80,7 @@ class DynamicLlavaConfig(LlavaConfig):
         if isinstance(value, dict):
             value = SparsityConfig.from_dict({**(current.to_dict() if current is not None else {}), **value})
         if not isinstance(value, SparsityConfig):
-            raise ValueError(f"sparsity={value!r} must be a SparsityConfig or a dict of its fields")
+            raise ValueError(f"sparsity={brief(value)} must be a SparsityConfig or a dict of its fields")
         super().__setattr__(key, value)
         if current is not None and current.method != value.method:
             self.untrained_predictors = []  # those of the other method's parts

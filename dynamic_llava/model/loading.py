@@ -243,12 +243,12 @@ def check_folder(folder: Path, needs_config: bool = True) -> dict[str, Head]:
         config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         kind, nested = config.get("model_type"), "text_config" in config
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is no valid configuration ({error}); get the file again") from None
+        raise ValueError(f"{path} is no valid configuration ({brief_text(error)}); get the file again") from None
     parts = (folder / "mm_projector.bin").is_file() and not holds_model(folder)
     if (any(key.startswith("mm_") for key in config) and not nested) or parts:
         raise ValueError(
             f"{folder} {'holds a projector alone,' if parts else 'is'} in the layout of the original LLaVA (model_type "
-            f"{kind!r}); convert it first: "
+            f"{brief(kind)}); convert it first: "
             f"{CONVERT} {folder} NEW_FOLDER{' --base MODEL' if parts else ''}"
         )
     check_architecture(folder, config)
@@ -264,7 +264,7 @@ def check_folder(folder: Path, needs_config: bool = True) -> dict[str, Head]:
         )
     untrained = config.get("untrained_predictors") or ()
     if not isinstance(untrained, list | tuple):
-        raise ValueError(f"{path} has untrained_predictors {untrained!r}; give a list of names")
+        raise ValueError(f"{path} has untrained_predictors {brief(untrained)}; give a list of names")
     ours = kind == "dynamic_llava"
     for predictor, prefix in prefixes(_settings(path, config)).items() if ours else ():
         # A model saved without its head, which a tied one does not miss, has its tensors' names from transformers 4.

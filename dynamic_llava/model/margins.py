@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dynamic_llava.config import SparsityMode
+from dynamic_llava.files import brief
 from dynamic_llava.methods import Cut, Dynamic, ImageTokens, OutputTokens
 from dynamic_llava.sparsity import keep_margin
 
@@ -58,7 +59,9 @@ def margins_of(
     for batch in batches:
         if batch.get("unread"):
             first = batch["unread"][0]
-            raise ValueError(f"sample {first.id!r} (index {first.index}): {first.why}; mend the image, or leave it out")
+            raise ValueError(
+                f"sample {brief(first.id)} (index {first.index}): {first.why}; mend the image, or leave it out"
+            )
         listening = Listening(**Dynamic.settings_from(model.config.sparsity), sparsity=sparsity)
         given = {name: batch[name].to(model.device) for name in inputs if _holds(batch.get(name))}
         layout = model(**given, method=listening, use_cache=False, logits_to_keep=1).sparsity.layout

@@ -287,9 +287,9 @@ def naming_config(source: str | Path) -> Iterator[None]:
     except ValueError as error:
         if str(source) in str(error):
             raise
-        raise ValueError(f"{source}: {error}") from error
+        raise ValueError(f"{source}: {brief_text(error)}") from error
     except Exception as error:  # transformers has classes of its own for a value of the wrong kind
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = brief_text(" ".join(str(error).split()) or type(error).__name__)
         raise ValueError(f"config.json of {source} makes no model ({reason}); correct the value") from error
 
 

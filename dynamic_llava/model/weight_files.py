@@ -142,7 +142,7 @@ def read_index(path: Path) -> dict[str, str]:
             f"{path} is no index of weights (no UTF-8 at byte {error.start}: {error.reason}); get the file again"
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no index of weights ({error!r}); get the file again") from None
+        raise ValueError(f"{path} is no index of weights ({brief_text(repr(error))}); get the file again") from None
     for name in names:
         own = isinstance(name, str) and Path(name).name == name and name.isprintable()
         if not own or not name.endswith((".safetensors", ".bin")):

@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from dynamic_llava.files import brief_text
 from dynamic_llava.processing.prompts import (
     END_OF_ANSWER,
     IMAGE_PLACE,
@@ -63,7 +64,7 @@ class _Template:
                 messages, chat_template=self.source, tokenize=False, add_generation_prompt=asks
             )
         except Exception as error:  # a template raises whatever the operations in it raise
-            raise _Unfit(f"it cannot be rendered ({type(error).__name__}: {error})") from None
+            raise _Unfit(f"it cannot be rendered ({type(error).__name__}: {brief_text(error)})") from None
 
     def _message(self, role: str, text: str) -> dict[str, Any]:
         if not self.in_parts:
@@ -95,7 +96,7 @@ def find_format(tokenizer: Any, template: str | None, ends: Ends | None = None) 
         try:
             form = _read(tokenizer, template)
         except _Unfit as error:
-            raise ValueError(f"the chat template of this base cannot be used: {error}; {_EDIT}") from None
+            raise ValueError(f"the chat template of this base cannot be used: {brief_text(error)}; {_EDIT}") from None
     _check_end(tokenizer, form, ends)
     return form
 
@@ -110,7 +111,7 @@ def check_rendering(tokenizer: Any, form: PromptFormat, turns: Sequence[Turn], s
     try:
         written = _Template(tokenizer, form.template, form.in_parts).render(turns, system, turns[-1][1] is None)
     except _Unfit as error:
-        raise RenderingError(f"the base's chat template refuses this conversation: {error}") from None
+        raise RenderingError(f"the base's chat template refuses this conversation: {brief_text(error)}") from None
     if turns[-1][1] is not None:
         written = written.removesuffix(form.asks_always)
     elif form.ignores_asking:

@@ -1,6 +1,8 @@
 """What a checkpoint's folder says about prompts and images: config.json and the two files of a saved processor."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ from transformers.utils import cached_file
 
 from dynamic_llava.config import SparsityConfig
 from dynamic_llava.engine.learned import added_tokens
-from dynamic_llava.files import brief
+from dynamic_llava.files import brief, brief_text
 from dynamic_llava.model.supported import (
     HUB_ARGUMENTS,
     check_architecture,
@@ -50,8 +52,22 @@ def read_settings(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     try:
         DynamicLlavaImageProcessor(settings["image_size"], **colours)
     except ValueError as error:
-        raise ValueError(f"preprocessor_config.json of {name}: {error}") from None
+        raise ValueError(f"preprocessor_config.json of {name}: {brief_text(error)}") from None
     return {**settings, **colours}
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Raise ValueError where tokenizers panics: a panic in Rust is a BaseException, and no `except Exception` meets it.
+
+    A vocabulary with a hole in it, for one, shows at the first text in this way.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # pyo3 makes the class as it goes; nothing exports it
+            raise
+        raise ValueError(str(error)) from None
 
 
 def load_tokenizer(name: str | Path, **arguments: Any) -> Any:
@@ -62,13 +78,14 @@ def load_tokenizer(name: str | Path, **arguments: Any) -> Any:
     check_place(name, arguments)
     refuse_code(name, arguments)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False, **arguments)
-        tokenizer("a")  # some damage shows at the first text only: a longest length that is no number
+        with panics_as_errors():
+            tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False, **arguments)
+            tokenizer("a")  # some damage shows at the first text only: a longest length that is no number
     except (OSError, ImportError):
         raise
     except Exception as error:  # transformers and tokenizers raise what they like for a damaged file
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"the tokenizer of {name} cannot be read ({reason[:500]}); get its files again") from error
+        reason = brief_text(" ".join(str(error).split()) or type(error).__name__)
+        raise ValueError(f"the tokenizer of {name} cannot be read ({reason}); get its files again") from error
     return tokenizer
 
 
@@ -139,7 +156,7 @@ def _added_tokens(name: str, sparsity: dict[str, Any]) -> int:
     try:
         return added_tokens(SparsityConfig(method=sparsity.get("method")))
     except (AttributeError, ValueError) as error:
-        raise ValueError(f"config.json of {name} has sparsity {brief(sparsity)}: {error}") from None
+        raise ValueError(f"config.json of {name} has sparsity {brief(sparsity)}: {brief_text(error)}") from None
 
 
 def _sizes_of_processor(name: str, processor: dict[str, Any], pixels: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dynamic_llava.files import brief_text
 from dynamic_llava.processing.image_processor import ImageInput, as_images
 from dynamic_llava.processing.prompts import IMAGE_PLACE, ImageCutError, image_places
 
@@ -166,7 +167,7 @@ def merge(processor: Any, arguments: Mapping[str, Any]) -> tuple[TextOptions, di
             processor.valid_processor_kwargs, tokenizer_init_kwargs=processor.tokenizer.init_kwargs, **given
         )
     except Exception as error:  # transformers has classes of its own for a value of the wrong kind
-        raise ValueError(" ".join(str(error).split())) from None
+        raise ValueError(brief_text(" ".join(str(error).split()))) from None
     text = dict(merged["text_kwargs"])
     for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):  # newer releases keep them apart
         if merged.get(name):

@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from dynamic_llava.files import brief
+
 Grid = tuple[int, int]
 """Rows and columns of patches of one image."""
 Layers = int | list[int]
@@ -75,8 +77,8 @@ class BlockProjector(Projector):
         for setting, usual in (("projector_hidden_act", "gelu"), ("multimodal_projector_bias", True)):
             if (given := getattr(config, setting, usual)) != usual:
                 raise ValueError(
-                    f"{setting}={given!r} is a setting of LLaVA's own projector, 'mlp', and {self.name!r} has none; "
-                    "leave it out"
+                    f"{setting}={brief(given)} is a setting of LLaVA's own projector, 'mlp', and {self.name!r} has "
+                    "none; leave it out"
                 )
 
     @classmethod

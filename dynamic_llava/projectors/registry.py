@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from dynamic_llava.files import brief
 from dynamic_llava.projectors.base import Grid, Layers, Projector, feature_width
 from dynamic_llava.projectors.c_abstractor import CAbstractor
 from dynamic_llava.projectors.ldp_v2 import LdpV2
@@ -40,16 +41,16 @@ def find_projector(name: Any) -> type[Projector]:
         return PROJECTORS[name]
     known = f"choose one of {', '.join(map(repr, PROJECTORS))}, or name a class of your own as package.module:Class"
     if not isinstance(name, str) or ":" not in name:
-        raise ValueError(f"projector={name!r} is not known; {known}")
+        raise ValueError(f"projector={brief(name)} is not known; {known}")
     module, _, class_name = name.partition(":")
     if module not in sys.modules:
         raise ValueError(
-            f"projector={name!r} is of a module that is not imported, and a configuration imports no code: if you "
+            f"projector={brief(name)} is of a module that is not imported, and a configuration imports no code: if you "
             f"trust it, say `import {module}` before, or name it on the command line (--projector {name})"
         )
     found = getattr(sys.modules[module], class_name, None)
     if not (isinstance(found, type) and issubclass(found, Projector)):
-        raise ValueError(f"projector={name!r}: {module} has no class {class_name!r} that extends Projector")
+        raise ValueError(f"projector={brief(name)}: {module} has no class {class_name!r} that extends Projector")
     return found
 
 
@@ -66,8 +67,8 @@ def import_projector(name: str | None) -> None:
             import_module(module)
         except Exception as error:  # whatever a module of one's own does while it is imported
             raise ValueError(
-                f"projector={name!r}: importing {module} failed ({type(error).__name__}: {error}); its folder must be "
-                "the current one, or stand in PYTHONPATH"
+                f"projector={brief(name)}: importing {module} failed ({type(error).__name__}: {error}); its folder "
+                "must be the current one, or stand in PYTHONPATH"
             ) from error
     find_projector(name)
 
@@ -85,7 +86,8 @@ def tokens_of(image_size: int, patch_size: int, strategy: str = "default", proje
     """
     if strategy not in STRATEGIES:
         raise ValueError(
-            f"vision_feature_select_strategy={strategy!r} is unknown; choose one of {', '.join(map(repr, STRATEGIES))}"
+            f"vision_feature_select_strategy={brief(strategy)} is unknown; choose one of "
+            f"{', '.join(map(repr, STRATEGIES))}"
         )
     grid: Grid = (image_size // patch_size,) * 2
     return find_projector(projector).tokens(grid, STRATEGIES[strategy])

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from dynamic_llava.config import DataConfig
 from dynamic_llava.data import Unread
 from dynamic_llava.data.prepare import write_broken
-from dynamic_llava.files import WriteError
+from dynamic_llava.files import WriteError, brief
 from dynamic_llava.train.checkpoints import is_complete
 from dynamic_llava.train.distributed import anywhere
 from dynamic_llava.train.stopping import NotFinite, SaveError, Stopped, TrainingFailed
@@ -100,11 +100,11 @@ def handle_unread(unread: list[Unread], config: DataConfig, listed: Path) -> Dat
         first = unread[0]
         more = f" (and {len(unread) - 1} more of this step)" if len(unread) > 1 else ""
         return DataError(
-            f"{config.json}, index {first.index}, id {first.id!r}: {first.why}{more}; mend the image, or leave such "
-            "samples out by --data.broken skip, and add --train.accept-changed-inputs, as a file has changed"
+            f"{config.json}, index {first.index}, id {brief(first.id)}: {first.why}{more}; mend the image, or leave "
+            "such samples out by --data.broken skip, and add --train.accept-changed-inputs, as a file has changed"
         )
     for sample in write_broken(listed, [one._asdict() for one in unread]):
-        place = f"{config.json}, index {sample['index']}, id {sample['id']!r}"
+        place = f"{config.json}, index {sample['index']}, id {brief(sample['id'])}"
         log.warning("%s: %s; it is left out and listed in %s", place, sample["why"], listed)
     return None
 

@@ -1,6 +1,8 @@
 """A wrong checkpoint fails before anything is made of it, in the conversion and in loading, naming what is wrong."""
 
+import functools
 import json
+import operator
 import os
 import re
 import shutil
@@ -21,7 +23,14 @@ from dynamic_llava.checkpoints.plan import make_plan
 from dynamic_llava.files import EXIT_WRITE_FAILED, WriteError
 from dynamic_llava.model.loading import checkpoint_files
 from tests.builders import build_model
-from tests.checkpoints.folders import clip_folder, original_config, original_folder, original_weights, write
+from tests.checkpoints.folders import (
+    clip_folder,
+    original_config,
+    original_folder,
+    original_weights,
+    published_folder,
+    write,
+)
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +223,38 @@ def test_what_a_damaged_file_says_itself_is_shown_in_part(saved, open_folder):
     file.write_bytes(struct.pack("<Q", len(head)) + head)
     message = open_folder(saved)
     assert f"{file} is damaged or was not copied completely (Error" in message and len(message) < 1500
+
+
+@pytest.mark.parametrize("layout", ["ours", "original", "published"])
+def test_a_value_of_any_length_is_quoted_in_part(model, tmp_path, layout):
+    """For every setting of config.json at any depth; a reason that transformers gives quotes it whole."""
+    source = tmp_path / "source"
+    write = {"ours": lambda: model.save_pretrained(source), "original": lambda: original_folder(source, model)}
+    write.get(layout, lambda: published_folder(source))()
+    file = source / "config.json"
+    whole = json.loads(file.read_text())
+    refusals = 0
+    for path in places(whole):
+        values = json.loads(json.dumps(whole))
+        *outer, last = path
+        functools.reduce(operator.getitem, outer, values)[last] = 5000 * "x"
+        file.write_text(json.dumps(values))
+        try:
+            make_plan(source)
+            DynamicLlavaForConditionalGeneration.config_class.from_pretrained(source)
+        except (ValueError, FileNotFoundError) as error:
+            refusals += 1
+            assert len(str(error)) < 2500, path
+    assert refusals > 10
+
+
+def places(values, path=()):
+    """Return the path to every key of nested settings."""
+    return [
+        place
+        for key, value in values.items()
+        for place in ((*path, key), *(places(value, (*path, key)) if isinstance(value, dict) else ()))
+    ]
 
 
 @pytest.mark.parametrize(

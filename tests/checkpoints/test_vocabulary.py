@@ -12,8 +12,10 @@ from transformers import AutoTokenizer, LlavaProcessor
 from dynamic_llava import DynamicLlavaForConditionalGeneration, DynamicLlavaProcessor
 from dynamic_llava.checkpoints.convert import convert
 from dynamic_llava.checkpoints.vocabulary import extend_vocabulary
+from dynamic_llava.processing.folder import load_tokenizer
 from tests.builders import build_model
 from tests.checkpoints.folders import clip_folder, original_folder, published_folder
+from tests.sft_builders import tiny_processor
 
 WORDS = 128
 EMBEDDING = "model.language_model.embed_tokens.weight"
@@ -120,6 +122,20 @@ def test_a_tokenizer_that_contradicts_the_configuration(tmp_path, tokenizer_file
     tokenizer_files(tmp_path)
     with pytest.raises(ValueError, match="image token 7 and the tokenizer's <image> is not there"):
         extend_vocabulary({"image_token_index": 7}, WORDS, AutoTokenizer.from_pretrained(tmp_path), 0)
+
+
+def test_a_tokenizer_that_panics_is_named(model, tmp_path):
+    """A panic of the library in Rust is no Exception: the template of its texts asks for a token that it lacks."""
+    source = original_folder(tmp_path / "source", model, image_token_index=None)
+    tiny_processor().save_pretrained(source)
+    path = source / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["post_processor"]["special_tokens"] = {}
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=f"the tokenizer in {source} cannot be read"):
+        convert(source, tmp_path / "new")
+    with pytest.raises(ValueError, match=f"the tokenizer of {source} cannot be read"):
+        load_tokenizer(source)
 
 
 @pytest.mark.parametrize("damage", [b"nothing", None])

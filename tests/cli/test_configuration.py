@@ -71,6 +71,8 @@ def test_no_file_gives_the_defaults():
         ("train: {tune: " + 5000 * "x" + "}", "^.{,1200}$"),
         ("name: [1]", "a.yaml: name: Cannot convert 'ListConfig' to string: '\\[1\\]'$"),
         ("3.5", "Invalid loaded object type: float"),
+        ('"yes"', "holds a single word"),
+        ("'7'", "holds a single word"),
         ("{" * 3000, "is no valid YAML"),
         ('train: {learning_rate: "${nothing}"}', "nothing"),
         ("name: caf\udce9".encode("utf-8", "surrogateescape"), "is not written in UTF-8 .byte 9"),

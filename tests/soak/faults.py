@@ -18,7 +18,7 @@ from pathlib import Path
 from tests.soak.jobs import JOBS, PATIENCE, Bench
 from tests.soak.kills import difference
 
-MINUTES, SHARDS = 28, 2
+MINUTES, SHARDS = 34, 2
 MEANS = (
     "a full disk is a library before libc's whose writes say ENOSPC after a random number of bytes, and RLIMIT_FSIZE; "
     "read-only is `chattr +i`; no permission is another user; a jumping clock is that library's clock_gettime; few "

@@ -23,7 +23,7 @@ import yaml
 from tests.soak.parsers import PARSERS
 from tests.spoiling import HOSTILE, SPOILS, spoil
 
-MINUTES, SHARDS = 26, 2
+MINUTES, SHARDS = 10, 2
 LONGEST = 10
 """Seconds that one reading may take."""
 MEMORY = 6 * 2**30

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from tests.soak.jobs import JOBS, PATIENCE, Bench
 
-MINUTES, SHARDS = 48, 2
+MINUTES, SHARDS = 56, 2
 KILLS = 20
 """Of every job."""
 CHAIN = 5
