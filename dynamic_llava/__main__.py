@@ -37,6 +37,7 @@ COMMANDS = {
     "calibrate": ConsoleCommand("calibrate.__main__", "let keep rates choose the thresholds of a trained model"),
     "profile": ConsoleCommand("profile.__main__", "what it costs: FLOPs, memory, times; calculated and measured"),
     "sweep": ConsoleCommand("sweep.__main__", "a table of trainings and their evaluations"),
+    "report": ConsoleCommand("report", "a page about a run, made of its files: curves, tables, pictures, settings"),
     "tiny": ConsoleCommand("tiny.__main__", "the embedded tiny world: train, evaluate and draw without a download"),
     "smol": ConsoleCommand("smol.__main__", "rules on output tokens compared on a real language model"),
 }

@@ -26,7 +26,7 @@ LAYER = {
     "train": 7, "eval": 7,
     "auto_classes": 8, "calibrate": 8, "chat": 8, "profile": 8, "tiny/job": 8,
     "apps": 9, "look": 9, "smol": 9, "sweep": 9, "tiny": 9,
-    "__main__": 10,
+    "__main__": 10, "report": 10,
 }  # fmt: skip
 """A room, its `__main__.py` and other entry points counted with it, imports rooms of lower layers only."""
 
@@ -44,7 +44,7 @@ ROOMS = {
     "tqdm": {"data", "tiny", "train", "eval", "profile", "cli"},
     "accelerate": {"train", "eval"}, "deepspeed": {"train"}, "peft": {"train"}, "wandb": {"train"},
     "omegaconf": {"cli"}, "tyro": {"cli"},
-    "yaml": {"cli", "train"},
+    "yaml": {"cli", "train", "viz"},
     "PIL": {"processing", "viz", "tiny", "profile", "eval", "look"},
     "datasets": {"data", "eval"}, "filelock": {"data"},
     "matplotlib": {"viz"},

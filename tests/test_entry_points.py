@@ -32,6 +32,7 @@ HELP = {
         "", "flops", "tokens", "memory", "memory x.yaml", "latency", "roofline", "training", "curve", "benchmark",
         "part", "summary", "against", "data",
     ],
+    "report": [""],
     "smol.__main__": ["", "job", "table", "page"],
     "sweep.__main__": [""],
     "tiny.__main__": ["", "job", "page", "budgets", "measure", "benchmarks"],
@@ -44,7 +45,7 @@ PAGES = [(module, page) for module, pages in HELP.items() for page in pages]
 EXTRA_OF = {
     "calibrate.__main__": "train", "chat.__main__": None, "checkpoints.__main__": "convert",
     "data.__main__": "train", "eval.__main__": "eval", "eval.vlmevalkit": "eval", "look.__main__": "look",
-    "profile.__main__": "train", "smol.__main__": "train", "sweep.__main__": "train",
+    "profile.__main__": "train", "report": "train", "smol.__main__": "train", "sweep.__main__": "train",
     "tiny.__main__": "train", "tiny.train_base": "train", "train.__main__": "train", "train.launch": "train",
 }  # fmt: skip
 TWINS = [{"--output-folder", "--output-dir"}, {"--batch-size", "--batch"}, {"--output", "--out"}]

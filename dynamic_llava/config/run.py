@@ -125,3 +125,8 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in values.items():
         found.update(flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
     return found
+
+
+def target_of(rate: str) -> str:
+    """Return the name under which the target of a keep rate is logged: image_keep_rate -> image_keep_target."""
+    return rate.removesuffix("rate") + "target"

@@ -37,6 +37,7 @@ from dynamic_llava.eval.identity import IMAGE, check_images, method_settings, mo
 from dynamic_llava.eval.options import RunOptions
 from dynamic_llava.eval.predict import QueryBatch, hide_library_progress
 from dynamic_llava.eval.reading import SHOWN, shown
+from dynamic_llava.eval.report import evaluation_report
 from dynamic_llava.eval.score import score_table
 from dynamic_llava.eval.shard import Shard, joined_processes, own_device
 from dynamic_llava.eval.summary import SIZES, Summary, TaskRow, page
@@ -321,6 +322,7 @@ def _say_end(rows: Sequence[TaskRow], summary: Summary, folder: Path) -> None:
         print(f"\n{page(summary.to_json())}")
     else:
         print(f"\ntable: {folder / 'table.md'}; summary: {folder / 'summary.json'}")
+        print(f"report: {evaluation_report(folder).write()}")
     for row in failed:
         print(f"{'error' if row.unwritten else 'failed'}: {row.label}: {row.error}", file=sys.stderr)
     if failed:

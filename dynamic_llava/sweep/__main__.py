@@ -42,6 +42,7 @@ def _sweep(path: Path, dry_run: bool, overrides: Sequence[str], given: str) -> i
     # Imported here, so that --help answers at once.
     from dynamic_llava.sweep.config import SweepConfig
     from dynamic_llava.sweep.plan import make_plan
+    from dynamic_llava.sweep.report import sweep_report
     from dynamic_llava.sweep.run import describe, run_plan
     from dynamic_llava.sweep.table import results, table, write_table
     from dynamic_llava.train.stopping import EXIT_STOPPED, Stopped
@@ -58,6 +59,7 @@ def _sweep(path: Path, dry_run: bool, overrides: Sequence[str], given: str) -> i
         print(f"stopped: {stopped}. The same command goes on from here.", file=sys.stderr)
         return EXIT_STOPPED
     print(f"\n{table(plan, results(plan), escape=False)}\n\ntable: {plan.sweep.folder / 'table.md'}")
+    print(f"report: {sweep_report(plan.sweep.folder).write()}")
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
     return EXIT_FAILED if failures else 0

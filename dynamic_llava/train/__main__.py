@@ -75,12 +75,14 @@ def _train(config: RunConfig) -> int:
     # Imported here, so that --help and a mistyped key answer at once.
     hide_bars()
     from dynamic_llava.train.distributed import leave
+    from dynamic_llava.train.report import training_report
     from dynamic_llava.train.run import run
 
     result = run(config)
+    leave()
     if os.environ.get("RANK", "0") == "0":
         print(f"trained checkpoint: {result.folder}\nlog: {result.run_folder / 'metrics.jsonl'}")
-    leave()
+        print(f"report: {training_report(result.run_folder).write()}")
     return 0
 
 

@@ -15,9 +15,9 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dynamic_llava.config import TrainConfig
+from dynamic_llava.config.run import target_of
 from dynamic_llava.files import replace_file, writing
 from dynamic_llava.train.distributed import anywhere
-from dynamic_llava.train.meter import target_of
 from dynamic_llava.train.stopping import StopRequest
 
 log = logging.getLogger(__name__)

@@ -23,11 +23,6 @@ SCHEDULED = ("image_keep_rate", "output_keep_rate")
 """The targets that train.keep_rate_schedule moves: the first is a setting of the method, the second one of the call."""
 
 
-def target_of(rate: str) -> str:
-    """Return the name under which the target of a keep rate is logged: image_keep_rate -> image_keep_target."""
-    return rate.removesuffix("rate") + "target"
-
-
 @dataclass
 class Meter:
     """Sums over the micro-batches since the last line; nothing is read on the host before `collect`.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from dynamic_llava.config import LoraConfig, SparsityConfig, TrainConfig
+from dynamic_llava.config.run import target_of
 from dynamic_llava.costs import llava_shape, training_flops
 from dynamic_llava.data import FILLER, EpochSampler, SftDataset
 from dynamic_llava.data.prepare import BROKEN
@@ -27,7 +28,7 @@ from dynamic_llava.sparsity.training import scheduled_keep_rate, temperature
 from dynamic_llava.train.checkpoints import Checkpoints, least_bytes
 from dynamic_llava.train.failures import agree_on_failure, handle_unread
 from dynamic_llava.train.health import check_finite, trained_weights
-from dynamic_llava.train.meter import SCHEDULED, Meter, batch_flops, peak_flops, target_of
+from dynamic_llava.train.meter import SCHEDULED, Meter, batch_flops, peak_flops
 from dynamic_llava.train.optimizer import build_optimizer, clip_separately
 
 Batch = dict[str, Tensor]

@@ -1,14 +1,17 @@
-"""One look for every picture: colours that mean one thing each, type sizes for a slide, figures without a display."""
+"""One look for every picture: colours that mean one thing each, type sizes for a slide, figures without a display.
+
+matplotlib is imported by what draws with it: a page needs the colours alone.
+"""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from matplotlib import font_manager, rc_context
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import ImageFont
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 INK = "#1f2933"
 """Text and axes; kept words."""
@@ -89,19 +92,24 @@ def looks(names: Iterable[str]) -> dict[str, Look]:
     return found
 
 
-def new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> "Figure":
     """A white figure of width x height inches with constrained layout, drawn without a display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained", facecolor=PAPER)
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
     return figure
 
 
-def save(figure: Figure, path: Path, dpi: int = 130, also: Sequence[str] = ()) -> Path:
+def save(figure: "Figure", path: Path, dpi: int = 130, also: Sequence[str] = ()) -> Path:
     """Write the figure in the format of its ending, PNG, SVG or PDF (folders are made), and return the path.
 
     also: more endings, such as .svg, that it is written with beside it.
     """
+    from matplotlib import rc_context
+
     path.parent.mkdir(parents=True, exist_ok=True)
     undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
     with rc_context({"svg.hashsalt": "dynamic_llava"}):  # the same figure is the same file
@@ -110,7 +118,7 @@ def save(figure: Figure, path: Path, dpi: int = 130, also: Sequence[str] = ()) -
     return path
 
 
-def tidy_axes(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
+def tidy_axes(axes: "Axes", title: str, xlabel: str, ylabel: str) -> None:
     """Title to the left, no box, light horizontal grid. The texts are shown as they are: a $ is a $."""
     axes.set_title(title, loc="left", fontsize=LABEL, color=INK, fontweight="bold", parse_math=False)
     axes.set_xlabel(xlabel, fontsize=LABEL, color=QUIET, parse_math=False)
@@ -125,5 +133,7 @@ def tidy_axes(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
 
 def font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
     """The typeface of the figures, to measure text with; `size` in pixels."""
+    from matplotlib import font_manager
+
     properties = font_manager.FontProperties(family="DejaVu Sans", weight="bold" if bold else "normal")
     return ImageFont.truetype(font_manager.findfont(properties), size)

@@ -1,10 +1,8 @@
 """`dynamic-llava look`: pictures show the record, the page stands alone, texts stay texts, mistakes are told."""
 
-import base64
 import io
 import json
 import re
-from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,65 +21,17 @@ from dynamic_llava.methods import METHODS as METHODS_BY_NAME
 from dynamic_llava.viz.cache_growth import DENSE_CALCULATED
 from dynamic_llava.viz.patches import PatchView
 from tests.builders import LEARNED
+from tests.pages import HOSTILE, Page, check_alone, pixels_of
 from tests.tiny_pipeline import write_checkpoint, write_test_set
 
-HOSTILE = '<script>alert("x")</script> & <img src=http://evil.example/x onerror=alert(1)> \'"$5 $6'
 SIZES = {"square.png": (64, 64), "portrait.png": (50, 81), "landscape.png": (130, 40)}
 METHODS = {"dynamic": {}, "random": {"image_keep_rate": 0.3}, "pyramiddrop": {"layers": (1, 2), "stage_keep_rate": 0.5}}
 
 
-class Page(HTMLParser):
-    """What a browser would make of a page: pictures, addresses, tags, and the texts of elements by their class."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.attributes, self.images, self.drawings = [], [], [], []
-        self.texts, self._open = {}, []
-        self.feed(text)
-        self.close()
-        assert not self._open, f"not closed: {self._open}"
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.attributes += attributes
-        if tag == "img":
-            self.images.append(dict(attributes))
-        if tag == "svg":
-            self.drawings.append(dict(attributes))
-        if tag not in ("img", "meta"):
-            self._open.append((tag, dict(attributes).get("class", tag)))
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append(tag)
-        self.attributes += attributes
-
-    def handle_endtag(self, tag):
-        assert self._open and self._open.pop()[0] == tag
-
-    def handle_data(self, data):
-        for _, name in self._open:
-            self.texts.setdefault(name, []).append(data)
-
-
-def pixels_of(image):
-    kind, _, data = image["src"].partition(",")
-    assert kind == "data:image/png;base64"
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
-
-
-def check_alone(text):
-    """Nothing in it leads outside, nothing runs, every picture says what it shows."""
-    page = Page(text)
-    assert not {"script", "link", "iframe", "object", "embed", "form", "base", "a"} & set(page.tags)
-    addresses = [value for name, value in page.attributes if name in ("src", "href", "srcset", "poster", "xlink:href")]
-    assert all(value.startswith("data:image/png;base64,") for value in addresses)
-    assert not [name for name, _ in page.attributes if name.startswith("on")]
-    css = "".join(page.texts["style"])
-    assert "url(" not in css and "@import" not in css and "prefers-color-scheme: dark" in css
-    assert any(value and "default-src 'none'" in value for name, value in page.attributes if name == "content")
-    assert page.images and all(image["alt"].strip() for image in page.images)
-    assert all(one.get("aria-label") or one.get("aria-hidden") == "true" for one in page.drawings)
-    assert sum("aria-label" in one for one in page.drawings) == 1
+def check_look(text):
+    """A page that stands alone, with pictures and one chart."""
+    page = check_alone(text)
+    assert page.images and sum("aria-label" in one for one in page.drawings) == 1
     return page
 
 
@@ -113,7 +63,7 @@ def test_a_page_of_one_or_two_images_shows_the_record(made, count, capsys):
     options = {"images": tuple(made.folder / name for name in list(SIZES)[:count]), "max_new_tokens": 4}
     methods = tuple({"name": name, **settings} for name, settings in METHODS.items())
     found = look(LookOptions(model=made.model, methods=methods, ask="What?", **options))
-    page = check_alone(page_of(found, cache_lines(found.sights)))
+    page = check_look(page_of(found, cache_lines(found.sights)))
     check_pictures(page, list(SIZES)[:count], {name: asked(made, name, count, ["What?"], 4)[0] for name in METHODS})
 
 
@@ -130,7 +80,7 @@ def test_what_the_page_of_three_images_shows_is_the_record(made, capsys, tmp_pat
         assert Image.open(out / f"{name}.png").width > 500
         assert (out / f"{name}.svg").read_text().rstrip().endswith("</svg>")
         assert (out / f"{name}.pdf").read_bytes().startswith(b"%PDF")
-    page = check_alone((out / "index.html").read_text(encoding="utf-8"))
+    page = check_look((out / "index.html").read_text(encoding="utf-8"))
     numbers = json.loads((out / "look.json").read_text())
     records = {name: asked(made, name, 3, QUESTIONS, 6) for name in TWO_METHODS}
     check_pictures(page, list(SIZES), {name: kept for name, (kept, _) in records.items()})
@@ -172,7 +122,7 @@ def test_every_method_can_be_looked_at(made, name, capsys):
             look(looking)
         return
     found = look(looking)
-    page = check_alone(page_of(found, cache_lines(found.sights)))
+    page = check_look(page_of(found, cache_lines(found.sights)))
     original, *shown = (pixels_of(one) for one in page.images)
     numbers = PatchView(SIZES["portrait.png"], (8, 8)).numbers(*original.shape[1::-1])
     assert np.array_equal((shown[0] == original).all(2), np.isin(numbers, found.sights[0].kept[0]))
@@ -211,7 +161,7 @@ def looked(pieces, question="Q", label="dense", name="a.png", grid=TWO):
 
 def test_hostile_texts_of_model_user_and_files_stay_texts():
     found = looked([Piece(HOSTILE, 0, True), Piece("</article>", 0, False)], HOSTILE, HOSTILE, HOSTILE)
-    page = check_alone(page_of(found, cache_lines(found.sights)))
+    page = check_look(page_of(found, cache_lines(found.sights)))
     assert "".join(page.texts["answer"]) == f"{HOSTILE}</article>"
     assert "".join(page.texts["dropped"]).startswith("</article>")
     assert HOSTILE in "".join(page.texts["h2"]) and HOSTILE in "".join(page.texts["h3"])

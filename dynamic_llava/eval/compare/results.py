@@ -1,4 +1,4 @@
-"""What each method came to on each task, as compare.json holds it, with intervals and fronts; the picture's panels."""
+"""What each method came to on each task, as compare.json holds it, with intervals and fronts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -7,7 +7,7 @@ from typing import Any
 from dynamic_llava.eval.compare.bootstrap import paired_intervals
 from dynamic_llava.eval.compare.contenders import Entrant
 from dynamic_llava.eval.compare.split import Split
-from dynamic_llava.eval.compare.table import COSTS, LOWER_IS_BETTER, fronts, short_names
+from dynamic_llava.eval.compare.table import COSTS, LOWER_IS_BETTER, fronts
 from dynamic_llava.eval.metrics.tally import Tally
 from dynamic_llava.eval.summary import TaskRow
 from dynamic_llava.eval.tasks import Score, Task, task_label
@@ -109,38 +109,4 @@ def _metric(score: Any, reference: Any, name: str, interval: tuple[float, float]
         "difference": metric.value - reference.metrics[name].value if there else None,
         "low": None if interval is None else interval[0],
         "high": None if interval is None else interval[1],
-    }
-
-
-def panels_of(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the panels of the picture: each task's main metric against each cost."""
-    panels = []
-    short = short_names(found["models"])
-    for cost, (axis, units) in COSTS.items():
-        rows = [row for task in found["tasks"].values() for row in task["rows"]]
-        largest = max((row["costs"].get(cost, 0) for row in rows), default=0)
-        measure, scale = next((one for one in units.items() if largest >= one[1]), list(units.items())[-1])
-        for task in found["tasks"].values():
-            points = [_point(row, task["shown"][0], cost, scale, short) for row in task["rows"]]
-            unit = next((row["metrics"][task["shown"][0]]["unit"] for row in task["rows"] if row["metrics"]), "")
-            panels.append({
-                "title": task["title"], "cost": f"{axis}, {measure}", "quality": f"{task['shown'][0]}, {unit}",
-                "lower_is_better": unit in LOWER_IS_BETTER, "points": [one for one in points if one is not None],
-            })  # fmt: skip
-    return [panel for panel in panels if panel["points"]]
-
-
-def _point(
-    row: Mapping[str, Any], metric: str, cost: str, scale: float, short: Mapping[str, str]
-) -> dict[str, Any] | None:
-    if metric not in row["metrics"] or cost not in row["costs"]:
-        return None
-    found = row["metrics"][metric]
-    return {
-        "name": f"{row['method']} on {short[row['model']]}" if len(short) > 1 else row["method"],
-        "cost": row["costs"][cost] / scale,
-        "quality": found["value"],
-        "interval": None if found["low"] is None else (found["low"], found["high"]),
-        "difference": found["difference"],
-        "front": cost in row["front"],
     }

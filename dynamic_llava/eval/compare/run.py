@@ -18,9 +18,10 @@ from dynamic_llava.eval.answers import AnswerLine, read_answers
 from dynamic_llava.eval.compare.bootstrap import LEVEL, RESAMPLES, SEED
 from dynamic_llava.eval.compare.budgets import EqualBudget
 from dynamic_llava.eval.compare.contenders import Contender, Entrant, contenders_of, enter, folder_name
-from dynamic_llava.eval.compare.results import Outcome, panels_of, task_results
+from dynamic_llava.eval.compare.report import comparison_report
+from dynamic_llava.eval.compare.results import Outcome, task_results
 from dynamic_llava.eval.compare.spelling import read_methods
-from dynamic_llava.eval.compare.table import page, table_of_cells
+from dynamic_llava.eval.compare.table import page, panels_of, table_of_cells
 from dynamic_llava.eval.efficiency import Clock, interleaved_times
 from dynamic_llava.eval.folder import PLACE, identity_of
 from dynamic_llava.eval.options import RunOptions
@@ -33,6 +34,7 @@ from dynamic_llava.eval.writing import write_json, write_text
 from dynamic_llava.files import EXIT_WRITE_FAILED
 from dynamic_llava.provenance import environment
 from dynamic_llava.viz.curves import draw_quality_against_cost
+from dynamic_llava.viz.run_report import REPORT
 
 RESULT, PAGE, CELLS, PICTURE = "compare.json", "compare.md", "compare.csv", "compare.png"
 TIMES = "times"
@@ -220,6 +222,8 @@ class Comparison:
             write_text(folder / CELLS, table_of_cells(found))
             if whole and any(panels := panels_of(found)):
                 draw_quality_against_cost(folder / PICTURE, panels, title=found["equal"] or "")
+            if whole:
+                comparison_report(folder).write()
         except OSError as error:
             print(f"{page(found)}\nerror: {error}", file=sys.stderr)
             self.unwritten = True
@@ -230,6 +234,8 @@ class Comparison:
         if self.shard.first:
             self._write(whole=True)
             print((f"\n{page(self.results())}\n" if table else "") + f"table: {self.options.run.output_folder / PAGE}")
+            if not self.unwritten:
+                print(f"report: {self.options.run.output_folder / REPORT}")
             for outcome in failed:
                 print(
                     f"error: {outcome.row.label}, {outcome.entrant.label}: {outcome.row.error}",

@@ -13,9 +13,9 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from dynamic_llava.eval.compare.bootstrap import LEVEL
-from dynamic_llava.eval.compare.results import panels_of
+from dynamic_llava.eval.compare.report import comparison_report
 from dynamic_llava.eval.compare.split import GROUPS, joined
-from dynamic_llava.eval.compare.table import COSTS, fronts, page, table_of_cells
+from dynamic_llava.eval.compare.table import COSTS, fronts, page, panels_of, table_of_cells
 from dynamic_llava.eval.metrics.seeds import mean_and_interval
 from dynamic_llava.eval.reading import LIST, OBJECT, fields_of, read_json
 from dynamic_llava.eval.writing import write_json, write_text
@@ -82,13 +82,15 @@ class Seeds:
 
 
 def join_seeds(folders: Sequence[Path], output: Path) -> Path:
-    """Write the joined comparison as compare.json, .md, .csv, .png and .svg; return the page's path."""
+    """Write the joined comparison as compare.json, .md, .csv, .png and .svg, and its report; return the path of .md."""
     found = Seeds.read(folders).joined()
     write_json(output / "compare.json", found, indent=1)
     write_text(output / "compare.csv", table_of_cells(found))
     if panels := panels_of(found):
         draw_quality_against_cost(output / "compare.png", panels, title=found["equal"] or "")
-    return write_text(output / "compare.md", page(found))
+    written = write_text(output / "compare.md", page(found))
+    comparison_report(output).write()
+    return written
 
 
 def _alike(found: Mapping[str, Any]) -> dict[str, Any]:

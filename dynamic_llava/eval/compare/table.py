@@ -1,4 +1,4 @@
-"""What a comparison found, as compare.json holds it, and what follows from that: the page, the table of cells, fronts.
+"""What a comparison found, as compare.json holds it, and what follows: page, cells, fronts, panels of the picture.
 
 Text that a user, a model or a data file wrote stands in code spans on the page.
 """
@@ -15,7 +15,10 @@ from dynamic_llava.eval.summary import MEBI, TERA
 from dynamic_llava.eval.writing import MISSING, code, markdown
 
 COSTS: Mapping[str, tuple[str, Mapping[str, float]]] = {
-    "prefill_flop_exact": ("prefill", {"TFLOP": TERA, "GFLOP": 1e9, "MFLOP": 1e6}),
+    "prefill_flop_exact": (
+        "prefill",
+        {"TFLOP (calculated)": TERA, "GFLOP (calculated)": 1e9, "MFLOP (calculated)": 1e6},
+    ),
     "kv_bytes": ("keys and values", {"GiB": 2**30, "MiB": MEBI, "KiB": 2**10}),
 }
 """Costs that quality is drawn against: what they are of, and units, largest first, with what they are."""
@@ -108,12 +111,46 @@ def page(found: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main_table(found: Mapping[str, Any], *, escape: bool = True) -> str:
-    """Return the table of the page, as markdown; `escape=False` for a terminal."""
+def main_table(found: Mapping[str, Any]) -> str:
+    """Return the table of the page, as markdown."""
     short, is_split = short_names(found["models"]), _is_split(found)
     head = (*HEAD[:-1], *(SPLIT_HEAD if is_split else ()), HEAD[-1])
     table = [head, *(line for task in found["tasks"].values() for line in _task_lines(task, short, is_split))]
-    return markdown([[cell.replace("|", r"\|") if escape else cell for cell in line] for line in table])
+    return markdown([[cell.replace("|", r"\|") for cell in line] for line in table])
+
+
+def panels_of(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the panels of the picture: each task's main metric against each cost."""
+    panels = []
+    short = short_names(found["models"])
+    for cost, (axis, units) in COSTS.items():
+        rows = [row for task in found["tasks"].values() for row in task["rows"]]
+        largest = max((row["costs"].get(cost, 0) for row in rows), default=0)
+        measure, scale = next((one for one in units.items() if largest >= one[1]), list(units.items())[-1])
+        for task in found["tasks"].values():
+            points = [_point(row, task["shown"][0], cost, scale, short) for row in task["rows"]]
+            unit = next((row["metrics"][task["shown"][0]]["unit"] for row in task["rows"] if row["metrics"]), "")
+            panels.append({
+                "title": task["title"], "cost": f"{axis}, {measure}", "quality": f"{task['shown'][0]}, {unit}",
+                "lower_is_better": unit in LOWER_IS_BETTER, "points": [one for one in points if one is not None],
+            })  # fmt: skip
+    return [panel for panel in panels if panel["points"]]
+
+
+def _point(
+    row: Mapping[str, Any], metric: str, cost: str, scale: float, short: Mapping[str, str]
+) -> dict[str, Any] | None:
+    if metric not in row["metrics"] or cost not in row["costs"]:
+        return None
+    found = row["metrics"][metric]
+    return {
+        "name": f"{row['method']} on {short[row['model']]}" if len(short) > 1 else row["method"],
+        "cost": row["costs"][cost] / scale,
+        "quality": found["value"],
+        "interval": None if found["low"] is None else (found["low"], found["high"]),
+        "difference": found["difference"],
+        "front": cost in row["front"],
+    }
 
 
 def _is_split(found: Mapping[str, Any]) -> bool:

@@ -1,6 +1,6 @@
 """The tiny world's main job: train I|T, I and the dense control, evaluate every row, draw, report.
 
-    runs/<name>/                 config.yaml, metrics.jsonl, results.json, table.md and pictures/ of the whole job
+    runs/<name>/                 config.yaml, metrics.jsonl, results.json, table.md and report.html of the whole job
     runs/<name>/seed<k>/         the same of one seed, and a folder per training (both, image, control, untrained, and
                                  both_35 for r_OT 0.35)
     runs/<name>/seed<k>/rows/    a file for each measured row
@@ -37,8 +37,9 @@ from dynamic_llava.provenance import environment, fingerprint, source_digest
 from dynamic_llava.tiny.job.config import JobConfig
 from dynamic_llava.tiny.job.evaluation import UNTRAINED, Evaluator, SeedEvaluation
 from dynamic_llava.tiny.job.outputs import RowFiles
-from dynamic_llava.tiny.job.page import report_text
+from dynamic_llava.tiny.job.page import in_short, report_text
 from dynamic_llava.tiny.job.pictures import draw_pictures
+from dynamic_llava.tiny.job.report import job_report
 from dynamic_llava.tiny.job.rivals import check_rivals, compare_rivals, compared_in
 from dynamic_llava.tiny.job.rows import BOTH, other_rate, row_keys
 from dynamic_llava.tiny.job.testset import TestSet, read_test_set
@@ -174,10 +175,10 @@ def _main(config: JobConfig, folder: Path) -> Path:
             _compare(job)
     compared = compared_in(folder, seeds) if tiny.rivals else None
     _write_job(folder, config, jobs, results, compared)
-    print("\n" + report_text(results, config.sparsity, compared, escape=False))
-    seconds = time.perf_counter() - begun
-    print(f"\n{seconds:.0f} s in all; table: {folder / 'table.md'}; numbers: {folder / 'results.json'}")
-    print("pictures: " + ", ".join(str(path) for path in sorted((jobs[0].folder / "pictures").glob("*.png"))))
+    page, seconds = job_report(folder).write(), time.perf_counter() - begun
+    print(f"\n{seconds:.0f} s in all; tables: {folder / 'table.md'}; pictures: {jobs[0].folder / 'pictures'}\n")
+    print("\n".join(f"{name:<14} {text}" for name, text in in_short(results, config.sparsity)))
+    print(f"\nreport: {page}")
     return folder
 
 

@@ -1,21 +1,15 @@
-"""The tiny world's report: its targets, all tables of a job as text, and the page docs/results/tiny.md.
-
-A target is a number with its bounds that the tiny world must show; the mean over seeds meets it or not.
-"""
+"""All tables of the tiny world's job as text, what they say in five lines, and the page docs/results/tiny.md."""
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dynamic_llava.config import SparsityConfig
-from dynamic_llava.eval.metrics.seeds import mean_and_interval
-from dynamic_llava.eval.writing import markdown
 from dynamic_llava.files import replace_file, writing
 from dynamic_llava.tiny.job.rivals import compared_in, rivals_section
-from dynamic_llava.tiny.job.rows import other_rate
 from dynamic_llava.tiny.job.tables import (
     COST_COLUMNS,
     DESCRIPTION_COLUMNS,
@@ -26,6 +20,7 @@ from dynamic_llava.tiny.job.tables import (
     notes,
     table,
 )
+from dynamic_llava.tiny.job.targets import judged, target_table
 
 ANALYSIS = "<!-- analysis: written by hand, kept when the page is generated again -->"
 """Line of a results page below which nothing is generated."""
@@ -39,9 +34,6 @@ README_ROWS = (
 )  # fmt: skip
 """Rows that the README shows."""
 
-WINDOWS = {"sinks": "sinks + window", "recent": "random + window"}
-"""Beginning of a row's key, behind "inside_" -> the rule that it drops output tokens by."""
-
 DESCRIPTION_INTRO = (
     "Perplexity of the reference descriptions (teacher-forced); recall of objects stated with size, colour and shape "
     "in generated descriptions; their length; image and output tokens that stay from the sparse layer on (%), under "
@@ -49,35 +41,96 @@ DESCRIPTION_INTRO = (
     "teacher forcing (%)."
 )
 
-STATED = {"late counts, forced": "forced/count", "relations, forced": "forced/relation"}
-"""What targets say of the long descriptions -> metric."""
-
 STATED_INTRO = (
     " Relations and counts of the long descriptions, %: forced, the words that tell them and are the likeliest ones "
     "behind the reference text; else the statements that generated descriptions make."
 )
 
-Metrics = Mapping[str, Mapping[str, float]]
-"""Row key -> metrics of one seed; "overlap/..." are the overlap rows, "training" the realised rates at its end."""
+IN_SHORT = "## In short"
+"""Heading of what the tables say in five lines."""
+
+SHOWN_MISSES = 3
+"""Missed targets that are named in short; it counts the others."""
+SHORT_ROWS = {
+    "control": "dense control",
+    "dynamic": "Dynamic I|T",
+    "fastv": "FastV-like",
+    "random_image": "random image",
+}
+"""Rows that are compared in short -> what they are called there."""
+LEARNED_ROWS = ("control", "dynamic")
+"""Those whose recall and costs are compared in short."""
 
 
-def report_text(
-    results: Sequence[Mapping[str, Any]], settings: SparsityConfig, compared: Path | None = None, *, escape: bool = True
+def in_short(results: Sequence[Mapping[str, Any]], settings: SparsityConfig) -> list[tuple[str, str]]:
+    """Return what the given seeds' results say, in five lines: what each is about, and its text.
+
+    What was not measured is left out. ValueError when no result is given.
+    """
+    rows = {row["key"]: row["metrics"] for row in aggregate(results)}
+    goal = f"{100 * settings.image_keep_rate:g} and {100 * settings.output_keep_rate:g} %"
+    lines = [
+        ("short answers", _each(rows, SHORT_ROWS, "accuracy/all", "{:.1f} %", 100)),
+        ("descriptions", "; ".join(filter(None, (
+            _each(rows, SHORT_ROWS, "ppl", "{:.3f}", name="perplexity "),
+            _each(rows, LEARNED_ROWS, "attribute_recall", "{:.1f} %", 100, "objects stated "),
+        )))),
+        ("kept", ", ".join(filter(None, (
+            _one(rows, "keep_image", "{:.1f} % of image tokens", 100),
+            _one(rows, "keep_output_generated", "{:.1f} % of output tokens", 100),
+        )))),
+        ("cost", "; ".join(filter(None, (
+            _each(rows, LEARNED_ROWS, "prefill_gflop_exact", "{:.3f}", name="calculated GFLOP of a prefill "),
+            _each(rows, LEARNED_ROWS, "kv_kib", "{:.1f}", name="KiB of keys and values "),
+        )))),
+        ("targets", _targets_in_short(results, settings)),
+    ]  # fmt: skip
+    return [(name, f"{text} (aimed at: {goal})" if name == "kept" else text) for name, text in lines if text]
+
+
+def _each(
+    rows: Mapping[str, Any], keys: Iterable[str], metric: str, form: str, scale: float = 1, name: str = ""
 ) -> str:
-    """All tables of the given seeds' results, as markdown; `escape=False` for a terminal.
+    """Return a metric's mean of each row that has it: "dense control 99.0 %, Dynamic I|T 97.7 %", behind its name."""
+    said = ", ".join(
+        f"{SHORT_ROWS[key]} {form.format(scale * rows[key][metric].mean)}"
+        for key in keys
+        if metric in rows.get(key, ())
+    )
+    return name + said if said else ""
+
+
+def _one(rows: Mapping[str, Any], metric: str, form: str, scale: float = 1) -> str:
+    """Return a metric's mean of the learned selection; empty where it has none."""
+    found = rows.get("dynamic", {}).get(metric)
+    return "" if found is None else form.format(scale * found.mean)
+
+
+def _targets_in_short(results: Sequence[Mapping[str, Any]], settings: SparsityConfig) -> str:
+    found = judged(results, settings)
+    missed = [target.statement for target, _, verdict in found if verdict == "MISSED"]
+    others = Counter(verdict for *_, verdict in found if verdict not in ("met", "MISSED"))
+    met = f"{len(found) - len(missed) - others.total()} of {len(found)} met"
+    said = [met, *(f"{count} {verdict}" for verdict, count in others.items())]
+    more = [f"and {len(missed) - SHOWN_MISSES} more"] if len(missed) > SHOWN_MISSES else []
+    return "; ".join([", ".join(said), *([f"MISSED: {'; '.join(missed[:SHOWN_MISSES])}"] if missed else []), *more])
+
+
+def report_text(results: Sequence[Mapping[str, Any]], settings: SparsityConfig, compared: Path | None = None) -> str:
+    """What the given seeds' results say in short, and all tables of them, as markdown.
 
     `compared`: folder of the comparison with rivals, if any. Raises ValueError when no result is given.
     """
     rows, overlap = aggregate(results), aggregate(results, "overlap")
     parts = [
-        f"## Short answers\n\n{_intro(results)}\n\n" + table(rows, answer_columns(rows), escape=escape),
-        f"## Descriptions\n\n{_description_intro(rows)}\n\n" + table(rows, DESCRIPTION_COLUMNS, escape=escape),
-        f"## Cost\n\n{_cost_intro(results)}\n\n" + table(rows, COST_COLUMNS, escape=escape),
-        "## Kept patches and objects\n\nPercent; one question per image.\n\n"
-        + table(overlap, OVERLAP_COLUMNS, escape=escape),
-        rivals_section(compared, escape=escape),
+        f"{IN_SHORT}\n\n" + "\n".join(f"- **{name}**: {text}" for name, text in in_short(results, settings)),
+        f"## Short answers\n\n{_intro(results)}\n\n" + table(rows, answer_columns(rows)),
+        f"## Descriptions\n\n{_description_intro(rows)}\n\n" + table(rows, DESCRIPTION_COLUMNS),
+        f"## Cost\n\n{_cost_intro(results)}\n\n" + table(rows, COST_COLUMNS),
+        "## Kept patches and objects\n\nPercent; one question per image.\n\n" + table(overlap, OVERLAP_COLUMNS),
+        rivals_section(compared),
         "## Cached = uncached\n\n" + _agreement(results),
-        "## Targets\n\n" + target_table(results, settings, escape=escape),
+        "## Targets\n\n" + target_table(results, settings),
         f"## Rows\n\nNumbers in these lines are those of seed {results[0]['seed']}.\n\n" + notes([*rows, *overlap]),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -197,164 +250,3 @@ def _environment(results: Sequence[Mapping[str, Any]]) -> str:
     }
     seconds = [result["seconds"] for result in results]
     return f"{'; '.join(sorted(kinds))}. {sum(seconds) / len(seconds):.0f} s per seed."
-
-
-@dataclass(frozen=True)
-class MeanTarget:
-    """One target: a statement about the mean over seeds, and its bounds."""
-
-    statement: str
-    value: Callable[[Metrics], float]
-    """Reads the number from one seed's metrics; a KeyError means that a row is missing."""
-    least: float | None = None
-    most: float | None = None
-    strict: bool = False
-    """Whether a mean that equals a bound misses the target."""
-    digits: int = 1
-    by_interval: bool = False
-    """Whether the interval over seeds decides: a mean whose interval holds a bound is undecided."""
-
-    def verdict(self, mean: float, half: float | None) -> str:
-        """Return met, MISSED, or undecided; of one seed, which has no interval, the mean decides."""
-        if not self.by_interval or half is None:
-            return "met" if self.met(mean) else "MISSED"
-        ends = {self.met(mean - half), self.met(mean + half)}
-        return "undecided" if len(ends) > 1 else "met" if ends == {True} else "MISSED"
-
-    def met(self, mean: float) -> bool:
-        """Whether `mean` lies within the bounds."""
-        if self.strict and mean in (self.least, self.most):
-            return False
-        return (self.least is None or mean >= self.least) and (self.most is None or mean <= self.most)
-
-    def bounds(self) -> str:
-        """The bounds in words."""
-        low, high = (None if v is None else f"{v:g}" for v in (self.least, self.most))
-        if low is not None and high is not None:
-            return f"{low} to {high}"
-        if low is not None:
-            return f"above {low}" if self.strict else f"at least {low}"
-        return f"below {high}" if self.strict else f"at most {high}"
-
-
-def _lead(row: str, metric: str, scale: float = 1.0, learned: str = "dynamic") -> Callable[[Metrics], float]:
-    """Dynamic I|T minus another row."""
-    return lambda m: scale * (m[learned][metric] - m[row][metric])
-
-
-def _lag(row: str, metric: str, scale: float = 1.0, learned: str = "dynamic") -> Callable[[Metrics], float]:
-    """Another row minus Dynamic I|T."""
-    return lambda m: scale * (m[row][metric] - m[learned][metric])
-
-
-def _percent(row: str, metric: str) -> Callable[[Metrics], float]:
-    return lambda m: 100 * m[row][metric]
-
-
-def targets(settings: SparsityConfig, rates: Sequence[float] = (), *, long: bool = False) -> list[MeanTarget]:
-    """The targets for the keep rates in `settings` and Dynamic I|T at the further r_OT `rates`.
-
-    The bounds on short answers are those of the default world; the long one has some on its statements instead.
-    """
-    points = "accuracy/all", 100
-    short = [
-        MeanTarget("accuracy, dense control minus Dynamic I|T (points)", _lag("control", *points), most=2),
-        MeanTarget("accuracy, Dynamic I|T minus FastV-like (points)", _lead("fastv", *points), least=6),
-        MeanTarget("accuracy, Dynamic I|T minus random image (points)", _lead("random_image", *points), least=20),
-        MeanTarget("objects hit by the kept patches (%)", _percent("overlap/dynamic", "objects_hit"), least=97),
-    ]
-    blind = [
-        MeanTarget(
-            "description PPL, Dynamic I|T / dense control",
-            lambda m: m["dynamic"]["ppl"] / m["control"]["ppl"], most=1.06, digits=3,
-        ),
-        *(
-            MeanTarget(
-                f"PPL, {name} output minus learned, equal keep", _lag(row, "ppl"), least=0, strict=True, digits=4
-            )
-            for name, row in (("random", "inside_random"), ("alternate", "inside_alternate"))
-        ),
-        *(
-            MeanTarget(
-                f"attribute recall, learned minus {name} output, equal keep (points)",
-                _lead(row, "attribute_recall", 100), least=0, strict=True,
-            )
-            for name, row in (("random", "inside_random"), ("alternate", "inside_alternate"))
-        ),
-    ]  # fmt: skip
-    windows = _window_targets(settings.output_keep_rate, "", long)
-    windows += [target for rate in rates for target in _window_targets(rate, other_rate(rate), long)]
-    return [*(() if long else short), *blind, *windows, *_keep_targets(settings, rates)]
-
-
-def _keep_targets(settings: SparsityConfig, rates: Sequence[float]) -> list[MeanTarget]:
-    image, output = 100 * settings.image_keep_rate, 100 * settings.output_keep_rate
-    others = [
-        MeanTarget(
-            f"output keep rate, teacher-forced, r_OT {rate:g} (%)",
-            _percent(f"dynamic{other_rate(rate)}", "keep_output_forced"), 100 * rate - 8, 100 * rate + 8,
-        )
-        for rate in rates
-    ]  # fmt: skip
-    return [
-        MeanTarget("image keep rate, end of training (%)", _percent("training", "image"), image - 5, image + 5),
-        MeanTarget("output keep rate, end of training (%)", _percent("training", "output"), output - 5, output + 5),
-        MeanTarget("image keep rate, inference (%)", _percent("dynamic", "keep_image"), image - 8, image + 8),
-        MeanTarget(
-            "output keep rate, teacher-forced (%)",
-            _percent("dynamic", "keep_output_forced"), output - 8, output + 8,
-        ),
-        MeanTarget(
-            "output keep rate, generating (%)",
-            _percent("dynamic", "keep_output_generated"), output - 8, output + 8,
-        ),
-        *others,
-    ]  # fmt: skip
-
-
-def _window_targets(rate: float, suffix: str, long: bool) -> list[MeanTarget]:
-    """What learned admission must show to be worth having: more than simple rules show at equal slots, with certainty.
-
-    `suffix`: of the keys of the rows at this r_OT. What is teacher-forced and what is generated may disagree, so both
-    are judged.
-    """
-    above: dict[str, Any] = {"least": 0, "strict": True, "by_interval": True}
-    told = STATED if long else {"attribute recall": "attribute_recall"}
-    found = []
-    for key, rule in WINDOWS.items():
-        row, learned, at = f"inside_{key}{suffix}", f"dynamic{suffix}", f"equal slots, r_OT {rate:g}"
-        found.append(MeanTarget(f"PPL, {rule} minus learned, {at}", _lag(row, "ppl", 1, learned), digits=4, **above))
-        found += [
-            MeanTarget(f"{name}, learned minus {rule}, {at} (points)", _lead(row, metric, 100, learned), **above)
-            for name, metric in told.items()
-        ]
-    return found
-
-
-def rates_of(result: Mapping[str, Any]) -> list[float]:
-    """The further r_OT of a seed's results, from the keys of its rows."""
-    keys = [row["key"].removeprefix("dynamic_") for row in result["rows"] if row["key"].startswith("dynamic_")]
-    return [float(key) / 100 for key in keys if key.replace(".", "").isdigit()]
-
-
-def metrics_of(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """One seed's results.json as row key -> metrics."""
-    metrics = {row["key"]: row["metrics"] for row in result["rows"]}
-    metrics |= {f"overlap/{row['key']}": row["metrics"] for row in result.get("overlap", [])}
-    return metrics | {"training": result.get("training", {})}
-
-
-def target_table(results: Sequence[Mapping[str, Any]], settings: SparsityConfig, *, escape: bool = True) -> str:
-    """Markdown table of the targets over the given seeds; a target whose row was not run says so."""
-    lines = [["target", "bound", "measured", "verdict"]]
-    per_seed = [metrics_of(result) for result in results]
-    for target in targets(settings, rates_of(results[0]), long=results[0].get("world") == "long"):
-        statement = target.statement.replace("|", r"\|") if escape else target.statement
-        try:
-            mean, half = mean_and_interval([target.value(metrics) for metrics in per_seed])
-        except KeyError:
-            lines.append([statement, target.bounds(), "-", "not run"])
-            continue
-        text = f"{mean:.{target.digits}f}" + ("" if half is None else f" ± {half:.{target.digits}f}")
-        lines.append([statement, target.bounds(), text, target.verdict(mean, half)])
-    return markdown(lines)

@@ -87,7 +87,7 @@ def compared_in(folder: Path, seeds: Sequence[int]) -> Path | None:
     return own[0] if len(own) == 1 else join_seeds(own, folder / "compare").parent
 
 
-def rivals_section(compared: Path | None, *, escape: bool = True) -> str:
+def rivals_section(compared: Path | None) -> str:
     """Return the section of the report; "" without a comparison."""
     if compared is None:
         return ""
@@ -97,4 +97,4 @@ def rivals_section(compared: Path | None, *, escape: bool = True) -> str:
         f"dense control, and through the learned selection, on its own model, every one with {found['equal']} of an "
         "image in the last layer. compare/compare.md explains the columns, and docs/comparing.md how to add a method."
     )
-    return f"## Rivals at equal image tokens\n\n{intro}\n\n{main_table(found, escape=escape)}"
+    return f"## Rivals at equal image tokens\n\n{intro}\n\n{main_table(found)}"

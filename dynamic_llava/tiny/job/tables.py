@@ -115,19 +115,14 @@ def _cell(values: list[float]) -> Cell:
     return Cell(mean, half, tuple(values))
 
 
-def table(
-    rows: Sequence[dict[str, Any]], columns: Sequence[MetricColumn], *, first: str = "row", escape: bool = True
-) -> str:
-    """Markdown table of aggregated rows; columns that no row fills, and rows without any of the columns, are left out.
-
-    `escape=False` leaves the bar of "I|T" as it is: for reading on a terminal.
-    """
+def table(rows: Sequence[dict[str, Any]], columns: Sequence[MetricColumn], *, first: str = "row") -> str:
+    """Markdown table of aggregated rows; columns that no row fills, and rows without any column, are left out."""
     filled = [column for column in columns if any(column.key in row["metrics"] for row in rows)]
     lines = [[first, *(column.header for column in filled)]]
     for row in rows:
         cells = [_text(row["metrics"].get(column.key), column) for column in filled]
         if any(cell != MISSING for cell in cells):
-            lines.append([row["title"].replace("|", r"\|") if escape else row["title"], *cells])
+            lines.append([row["title"].replace("|", r"\|"), *cells])
     return markdown(lines)
 
 

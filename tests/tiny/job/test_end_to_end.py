@@ -1,6 +1,7 @@
 """`bash scripts/train.sh` in small: the shipped configuration and base, a few real training steps, every row."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -38,7 +39,9 @@ def test_the_main_job_runs_from_the_command_line(run_job, capsys):
     assert metrics["base"]["attribute_recall"] > 0.8
     assert result["agreement"]["answers_equal"] == result["agreement"]["descriptions_equal"] == 1.0
     assert [row["key"] for row in result["overlap"]][-1] == "untrained"
-    assert "## Targets" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "\ntargets " in printed and printed.endswith("report: runs/tiny/report.html\n")
+    assert "## Targets" in Path("runs/tiny/table.md").read_text()
 
 
 @pytest.mark.slow
@@ -52,5 +55,6 @@ def test_the_long_world_runs_at_three_rates(run_job, capsys):
             assert 0 <= metrics[key]["forced/count"] <= 1 and 0 <= metrics[key]["forced/relation"] <= 1
     assert "image" not in result["trainings"] and set(result["trainings"]) == {"both", "both_35", "both_20", "control"}
     printed = "".join(capsys.readouterr())
-    assert "late counts, forced, learned minus sinks + window, equal slots, r_OT 0.2" in printed
+    table = Path("runs/tiny_long/table.md").read_text()
+    assert "late counts, forced, learned minus sinks + window, equal slots, r_OT 0.2" in table
     assert "of which tiny.description_tokens" not in printed

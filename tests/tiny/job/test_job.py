@@ -15,6 +15,7 @@ from dynamic_llava.model import DynamicLlavaForConditionalGeneration
 from dynamic_llava.tiny.job import job, rivals
 from dynamic_llava.tiny.job.config import JobConfig, TinyJobConfig
 from dynamic_llava.tiny.job.job import main
+from dynamic_llava.tiny.job.report import job_report
 from dynamic_llava.train.run import RunResult, write_config
 from tests.tiny_pipeline import SPARSITY, write_checkpoint
 
@@ -72,8 +73,16 @@ def test_one_seed_writes_everything_and_says_where(config, trained, capsys, capl
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert {(line["seed"], line["training"]) for line in lines} == {(4, "both"), (4, "control")}
     printed = capsys.readouterr().out
-    assert "Dynamic I|T, no cache" in printed and str(folder / "table.md") in printed
-    assert "kept_patches.png" in printed
+    assert str(folder / "table.md") in printed and str(folder / "seed4" / "pictures") in printed
+    said = printed.strip().splitlines()
+    assert said[-1] == f"report: {folder / 'report.html'}"
+    for line, name in zip(said[-7:-2], ("short answers", "descriptions", "kept", "cost", "targets"), strict=True):
+        assert line.startswith(name)
+    assert "| row" not in printed  # whole tables are in the files
+    page = (folder / "report.html").read_bytes()
+    assert job_report(folder).page().encode() == page and not job_report(folder).problems
+    assert b"Dynamic I|T, no cache" in page and b"Made with" in page and b"keep rate by word" in page
+    assert b"The tiny world: seed4" in job_report(folder / "seed4").page().encode()
     assert r"Dynamic I\|T" in (folder / "table.md").read_text()
 
 
