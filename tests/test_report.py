@@ -207,8 +207,8 @@ def test_a_half_written_file_is_named(run, capsys):
 def test_spoilt_files_make_no_traceback_and_no_markup(run):
     for path in files_of(run):
         data = path.read_bytes()
-        for place, odd in enumerate(ODD):
-            ways = ("bytes", "cut") if path.suffix == ".png" else SPOILS if place < 6 else SPOILS[:1]
+        for place, odd in enumerate(ODD[::2]):
+            ways = ("bytes", "cut") if path.suffix == ".png" else SPOILS if place < 2 else SPOILS[:1]
             for how in ways:
                 path.write_bytes(spoil(data, path.suffix, how, 7 * place + len(how), odd))
                 page = report_of(run).page()

@@ -101,6 +101,8 @@ def from_markdown(text: str) -> list[str]:
     out: list[str] = []
     for block in re.split(r"\n[ \t]*\n", text.strip()):
         out += _block(block.strip("\n").split("\n"))
+    while out and out[-1].startswith("<h"):  # with nothing below it: the text was cut off
+        out.pop()
     return out
 
 
