@@ -5,7 +5,7 @@ n image tokens of one image, T output tokens, D hidden size.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -17,18 +17,21 @@ from torch.nn import functional as F
 class TokenLayout:
     """The kind of each token (docs/method.md, section 1), of every row by itself.
 
-    A valid token that is neither image nor output is a prompt token and, unless a method decides on questions too,
-    never dropped. The tokens of an image follow one another; two images may be neighbours, and each may have a length
-    of its own.
+    A valid token that is neither image nor newline nor output is a prompt token and, unless a method decides on
+    questions too, never dropped. The tokens of an image follow one another; two images may be neighbours, and each may
+    have a length of its own. Newline tokens (LLaVA-NeXT) stand among those of an image, never first, and are none of
+    them: no method is asked about them, so they stay, and no budget, rate or length of an image counts them.
     """
 
     valid: Tensor
     """(B, N) bool: a real token, not padding."""
     image: Tensor
-    """(B, N) int64: at an image token the number of its image, which counts the images of the batch row by row; -1
-    elsewhere."""
+    """(B, N) int64: at an image token, and at a newline of an image, the number of the image, which counts the images
+    of the batch row by row; -1 elsewhere."""
     output: Tensor
     """(B, N) bool: a token of an answer."""
+    newline: Tensor | None = None
+    """(B, N) bool: the newline tokens; None where images have none."""
 
     @classmethod
     def build(
@@ -38,12 +41,14 @@ class TokenLayout:
         output_mask: Tensor | None,
         image_lengths: int | Sequence[int] | None = None,
         past: int = 0,
+        newlines: Tensor | None = None,
     ) -> "TokenLayout":
         """Lay out a chunk of N tokens behind `past` tokens of a live cache.
 
         `image` is (B, N) bool, the tokens that stand for images; `image_lengths` holds the tokens of each image in row
-        order, or is one number for all, or None where no token is one of an image, whatever `image` says. The masks
-        are (B, N), or (B, past + N). Raises ValueError for a mask of another shape.
+        order, or is one number for all, or None where no token is one of an image, whatever `image` says. `newlines`
+        (T,) bool, T tokens of all images in row order, tells which of them are newlines. The masks are (B, N), or
+        (B, past + N). Raises ValueError for a mask of another shape.
         """
         valid = torch.ones_like(image)
         if attention_mask is not None:
@@ -53,23 +58,34 @@ class TokenLayout:
             output = chunk_of("output_mask", output_mask, image, past).to(image) & valid
         if image_lengths is None:
             return cls(valid, torch.full(image.shape, -1, device=image.device), output)
-        return cls(valid, _numbered(image & ~output & valid, image_lengths), output)
+        image = image & ~output & valid
+        return cls(valid, _numbered(image, image_lengths), output, _spread(image, newlines))
 
     @classmethod
-    def of_starts(cls, valid: Tensor, image: Tensor, starts: Tensor, output: Tensor) -> "TokenLayout":
-        """Lay out tokens given as four masks (B, N) bool; `starts` marks the first token of each image."""
+    def of_starts(
+        cls, valid: Tensor, image: Tensor, starts: Tensor, output: Tensor, newline: Tensor | None = None
+    ) -> "TokenLayout":
+        """Lay out tokens given as masks (B, N) bool.
+
+        `image` marks image tokens and their newlines, `starts` the first token of each image.
+        """
         number_BN = starts.flatten().cumsum(0).view(starts.shape) - 1
-        return cls(valid, torch.where(image, number_BN, -1), output)
+        return cls(valid, torch.where(image, number_BN, -1), output, newline)
 
     @cached_property
     def is_image(self) -> Tensor:
         """(B, N) bool: an image token."""
+        return self.in_image if self.newline is None else self.in_image & ~self.newline
+
+    @cached_property
+    def in_image(self) -> Tensor:
+        """(B, N) bool: an image token or a newline among them."""
         return self.image >= 0
 
     @property
     def prompt(self) -> Tensor:
-        """(B, N) bool: tokens that are neither image nor output."""
-        return self.valid & ~self.is_image & ~self.output
+        """(B, N) bool: tokens that are neither of an image nor output."""
+        return self.valid & ~self.in_image & ~self.output
 
     def questions(self, seen_images: Tensor | None = None, among: Tensor | None = None) -> Tensor:
         """(B, N) bool: prompt tokens behind the row's first image; each run of them is a question.
@@ -131,19 +147,25 @@ class TokenLayout:
 
     def select_rows(self, choose: Callable[[Tensor], Tensor]) -> "TokenLayout":
         """Return the layout of a choice of rows (reordered, repeated, selected); images are numbered anew."""
-        chosen = (choose(mask) for mask in (self.valid, self.is_image, self.image_starts, self.output))
-        return TokenLayout.of_starts(*chosen)
+        chosen = (choose(mask) for mask in (self.valid, self.in_image, self.image_starts, self.output))
+        return replace(TokenLayout.of_starts(*chosen), newline=None if self.newline is None else choose(self.newline))
 
     @staticmethod
     def joined(layouts: "Sequence[TokenLayout]") -> "TokenLayout":
         """Return the layout of several chunks of the same rows, one behind the other; images are numbered anew."""
-        masks = zip(*((one.valid, one.is_image, one.image_starts, one.output) for one in layouts), strict=True)
-        return TokenLayout.of_starts(*(torch.cat(parts, dim=1) for parts in masks))
+        masks = zip(*((one.valid, one.in_image, one.image_starts, one.output) for one in layouts), strict=True)
+        newline = None
+        if any(one.newline is not None for one in layouts):
+            each = [torch.zeros_like(one.valid) if one.newline is None else one.newline for one in layouts]
+            newline = torch.cat(each, dim=1)
+        return replace(TokenLayout.of_starts(*(torch.cat(parts, dim=1) for parts in masks)), newline=newline)
 
     def packed(self, packing: "Packing") -> "TokenLayout":
         """Return the layout of the packed tokens, with filler as padding; images keep their numbers."""
         image = torch.where(packing.valid, packing.take(self.image), -1)
-        return TokenLayout(packing.take(self.valid) & packing.valid, image, packing.take(self.output) & packing.valid)
+        newline = None if self.newline is None else packing.take(self.newline) & packing.valid
+        valid, output = packing.take(self.valid) & packing.valid, packing.take(self.output) & packing.valid
+        return TokenLayout(valid, image, output, newline)
 
     def output_rank(self) -> Tensor:
         """(B, N) int64: the index of each output token among its row's output tokens (undefined elsewhere)."""
@@ -183,13 +205,13 @@ class TokenLayout:
         """
         computed = keep | self.newest()
         if every_step:
-            image_ends = self.is_image & ~F.pad(self.is_image, (0, 1))[:, 1:]
+            image_ends = self.in_image & ~F.pad(self.in_image, (0, 1))[:, 1:]
             computed = computed | self.output | image_ends
         return computed
 
     def same_image(self) -> Tensor:
-        """(B, N, N) bool: pairs of tokens of one image, each with itself too."""
-        return self.is_image[:, :, None] & (self.image[:, :, None] == self.image[:, None])
+        """(B, N, N) bool: pairs of tokens of one image, newlines among them, each with itself too."""
+        return self.in_image[:, :, None] & (self.image[:, :, None] == self.image[:, None])
 
     def question_end(self) -> Tensor:
         """(B,) int64: the last real token before the row's first output token; 0 where there is none."""
@@ -248,6 +270,14 @@ def _numbered(image_BN: Tensor, lengths: int | Sequence[int]) -> Tensor:
         ends_I = torch.tensor(lengths, dtype=torch.int64, device=image_BN.device).cumsum(0)
         number_BN = torch.searchsorted(ends_I, place_BN, right=True)
     return torch.where(image_BN, number_BN, -1)
+
+
+def _spread(image_BN: Tensor, newlines_T: Tensor | None) -> Tensor | None:
+    """(B, N) bool: newlines at the tokens of images, of which there may be more or fewer than in newlines_T."""
+    if newlines_T is None or not len(newlines_T):
+        return None
+    place_BN = (image_BN.flatten().cumsum(0).view(image_BN.shape) - 1).clamp(0, len(newlines_T) - 1)
+    return image_BN & newlines_T.to(image_BN.device)[place_BN]
 
 
 def _last_true(mask: Tensor) -> Tensor:

@@ -45,7 +45,9 @@ TEXT_CONFIGS = {
 """Family of decoders -> its configuration, which takes the sizes that all have."""
 
 
-def tiny_config(kv_heads=4, attention="sdpa", layers=LAYERS, family="llama", projector="mlp", **sparsity):
+def tiny_config(
+    kv_heads=4, attention="sdpa", layers=LAYERS, family="llama", projector="mlp", image_grid_pinpoints=None, **sparsity
+):
     """Return a configuration of 6 layers, hidden 64, 16 tokens per image; kv_heads 4 is MHA, 2 is GQA."""
     vision = CLIPVisionConfig(
         hidden_size=32,
@@ -78,6 +80,7 @@ def tiny_config(kv_heads=4, attention="sdpa", layers=LAYERS, family="llama", pro
         initializer_range=0.15,
         tie_word_embeddings=False,
         projector=projector,
+        image_grid_pinpoints=image_grid_pinpoints,
         sparsity=replace(TINY_SPARSITY, **sparsity),
     )
     config._attn_implementation = attention

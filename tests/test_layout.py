@@ -1,10 +1,13 @@
 """The layout's bookkeeping against its definition, token by token."""
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamic_llava import TokenLayout
+from dynamic_llava.layout import Packing
 from dynamic_llava.sparsity.cache import DecisionLog
 
 
@@ -80,3 +83,41 @@ def test_images_of_any_lengths_are_numbered_gathered_and_put_back(data):
         for kind in ("valid", "image", "output"):
             assert torch.equal(getattr(other, kind), getattr(layout, kind)), kind
     assert torch.equal(until, 9 * layout.valid)
+
+
+@given(st.data())
+def test_newlines_stand_among_the_tokens_of_images_and_are_none_of_them(data):
+    """They are no prompt either, wherever chunks are cut, joined, chosen or noted."""
+    masks, images = ragged(data)
+    newlines = [place > 0 and data.draw(st.booleans()) for _, columns in images for place in range(len(columns))]
+    expected = torch.zeros_like(masks["image"])
+    expected[masks["image"]] = torch.tensor(newlines, dtype=torch.bool)
+    plain = TokenLayout.build(masks["image"], masks["valid"], masks["output"], [len(its) for _, its in images])
+    layout = replace(plain, newline=expected)
+    built = TokenLayout.build(
+        masks["image"],
+        masks["valid"],
+        masks["output"],
+        [len(its) for _, its in images],
+        newlines=torch.tensor(newlines),
+    )
+    assert torch.equal(layout.is_image, masks["image"] & ~expected) and torch.equal(layout.prompt, plain.prompt)
+    assert layout.image_lengths().sum() == len(newlines) - sum(newlines)
+    for kind in ("image_starts", "in_image"):
+        assert torch.equal(getattr(layout, kind), getattr(plain, kind)), kind
+    assert torch.equal(layout.same_image(), plain.same_image())
+    values = torch.rand(expected.shape)
+    put = layout.scatter_images(layout.gather_images(values) + 1, torch.zeros(expected.shape))
+    assert torch.equal(put, torch.where(layout.is_image, values + 1, 0))
+    order = data.draw(st.lists(st.integers(0, len(expected) - 1), min_size=1, max_size=5))
+    chosen = layout.select_rows(lambda mask: mask[order])
+    assert torch.equal(chosen.newline, expected[order]) and torch.equal(chosen.is_image, layout.is_image[order])
+    log = DecisionLog(block=2, layers=9)
+    parts = [plain.select_rows(lambda mask: mask[:, :0]), layout]
+    for part in parts:
+        log.add(part, 9 * part.valid)
+    packing = Packing.of(layout.valid)
+    packed = layout.packed(packing)
+    assert torch.equal(packed.newline[packing.valid], expected[layout.valid])
+    for other in (TokenLayout.joined(parts), log.so_far()[0], *([built] if newlines else [])):
+        assert torch.equal(other.newline, expected) and torch.equal(other.image, layout.image)

@@ -10,6 +10,7 @@ from dynamic_llava.checkpoints import names
 from dynamic_llava.checkpoints.names import Rule
 from dynamic_llava.engine.decoder import FAMILIES
 from dynamic_llava.files import brief
+from dynamic_llava.model.tiles import pinpoints_of
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,11 @@ def _by_config(folder: Path, config: dict[str, Any], stored: Collection[str]) ->
         raise ValueError(
             f"{folder}: config.json is ambiguous: it has text_config, as llava-hf, and mm_ settings, as the original "
             f"LLaVA ({found}); keep one of them"
+        )
+    if kind in ("llava_next", "dynamic_llava") and pinpoints_of(config) is not None:
+        raise ValueError(
+            f"{folder} is a LLaVA-NeXT ({found}), which is not converted: the model loads llava-hf's folder as it is, "
+            "by DynamicLlavaForConditionalGeneration.from_pretrained, and there is no way back into that layout yet"
         )
     if kind == "dynamic_llava":
         return OURS

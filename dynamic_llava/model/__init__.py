@@ -25,10 +25,10 @@ AutoModelForMultimodalLM.register(DynamicLlavaConfig, DynamicLlavaForConditional
 for names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
     names.setdefault("dynamic_llava", "DynamicLlavaForConditionalGeneration")
 # A class of another name does not inherit LLaVA's tensor names: without these two lines a dense checkpoint would load
-# with a randomly initialised head.
+# with a randomly initialised head. LLaVA-NeXT's are LLaVA's, and its newline.
 register_checkpoint_conversion_mapping("DynamicLlavaModel", get_checkpoint_conversion_mapping("LlavaModel"))
 register_checkpoint_conversion_mapping(
-    "DynamicLlavaForConditionalGeneration", get_checkpoint_conversion_mapping("llava")
+    "DynamicLlavaForConditionalGeneration", get_checkpoint_conversion_mapping("llava_next")
 )
 
 __all__ = [

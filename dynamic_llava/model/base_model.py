@@ -50,6 +50,8 @@ class DynamicLlavaPreTrainedModel(LlavaPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, Projector):  # asked behind the modules in it
             module.initialise()
+        if isinstance(module, DynamicLlavaModel) and module.tiling is not None:
+            nn.init.normal_(module.image_newline, std=self.config.text_config.hidden_size**-0.5)
 
     def settings_of_call(self, output_keep_rate: float | None) -> SparsityConfig:
         """Return the checkpoint's settings, with the rate r_OT that a training call may give instead."""
@@ -67,6 +69,8 @@ class DynamicLlavaModel(ImageInputs, DynamicLlavaPreTrainedModel, LlavaModel):
         serve_sparsely(self.vision_tower.encoder.layers, self.vision_tower.config, TowerNames)
         activation = ACT2FN[config.projector_hidden_act]
         self.multi_modal_projector = find_projector(config.projector)(config, activation)
+        if self.tiling is not None:
+            self.image_newline = nn.Parameter(torch.empty(config.text_config.hidden_size))
         self.language_model = FAMILIES[config.text_config.model_type](config.text_config, config.sparsity)
         self.post_init()
 
@@ -101,8 +105,13 @@ class DynamicLlavaModel(ImageInputs, DynamicLlavaPreTrainedModel, LlavaModel):
         image_sizes: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
-        """As the parent's, with the learned tokens of a method that adds some behind those of each image."""
-        if image_sizes is not None:
+        """As the parent's, with the learned tokens of a method that adds some behind those of each image.
+
+        Of a LLaVA-NeXT as transformers' own class for it: tiles in, the tokens of whole images with their newlines out.
+        """
+        if self.tiling is not None:
+            pixel_values = self.tiles_of(pixel_values, image_sizes)
+        elif image_sizes is not None:
             kwargs["image_sizes"] = image_sizes
         outputs = super().get_image_features(
             pixel_values=pixel_values,
@@ -110,6 +119,8 @@ class DynamicLlavaModel(ImageInputs, DynamicLlavaPreTrainedModel, LlavaModel):
             vision_feature_select_strategy=vision_feature_select_strategy,
             **{**kwargs, "return_dict": True},
         )
+        if self.tiling is not None:
+            outputs.pooler_output = self.packed(outputs.pooler_output, image_sizes)
         if count := self.config.added_image_tokens:
             added_nD = self.language_model.added_image_tokens(count)
             outputs.pooler_output = [torch.cat([one, added_nD.to(one)]) for one in outputs.pooler_output]
@@ -162,6 +173,7 @@ class DynamicLlavaModel(ImageInputs, DynamicLlavaPreTrainedModel, LlavaModel):
             image_mask,
             vision_feature_layer,
             vision_feature_select_strategy,
+            image_sizes,
         )
         self.check_tokens(inputs)
         tokens = {"attention_mask": attention_mask, "position_ids": position_ids, "cache": cache}
@@ -169,7 +181,7 @@ class DynamicLlavaModel(ImageInputs, DynamicLlavaPreTrainedModel, LlavaModel):
             if mm_encoder_outputs:
                 kwargs["mm_encoder_outputs"] = mm_encoder_outputs
             return self._dense_forward(inputs, tokens, output_mask, image_sizes=image_sizes, **kwargs)
-        check_served({**kwargs, "image_sizes": image_sizes})
+        check_served({**kwargs, "image_sizes": image_sizes if self.tiling is None else None})
         plan = {"method": method, "masked": masked, "answers_only": answers_only, "tau": tau, "compile": compile}
         plan["asked"] = asked
         plan |= {"keep_mask": keep_mask, "sample_key": sample_key, "loss_scale": loss_scale}
@@ -188,7 +200,10 @@ class DynamicLlavaModel(ImageInputs, DynamicLlavaPreTrainedModel, LlavaModel):
         if output_mask is None and tokens == 1 and live:
             output_mask = torch.ones_like(image) if is_step else ~image  # it continues the answer
         lengths = None if is_step else self.lengths_of(inputs)
-        layout = TokenLayout.build(image, given["attention_mask"], output_mask, lengths, seen)
+        newlines = None
+        if self.tiling is not None and lengths:
+            newlines = self.newlines_of(inputs.image_sizes)
+        layout = TokenLayout.build(image, given["attention_mask"], output_mask, lengths, seen, newlines)
         idle = plan["method"].is_dense and plan["keep_mask"] is None
         cuts = () if idle else cuts_of(plan["method"], self.config.text_config.num_hidden_layers)
         images = None
@@ -196,7 +211,7 @@ class DynamicLlavaModel(ImageInputs, DynamicLlavaPreTrainedModel, LlavaModel):
             reads = next((cut for cut in cuts if cut.reads_tower and plan["keep_mask"] is None), None)
             images = self.images_of_call(inputs, layout, reads, **kwargs)
             if images is None and inputs.input_ids is not None:
-                _refuse_places_without_images(layout.is_image)
+                _refuse_places_without_images(layout.in_image)
             elif images is None and inputs.image_mask is not None:
                 check_images(layout, lengths)
             plan["has_images"] = bool(layout.is_image.any())
@@ -220,7 +235,7 @@ class DynamicLlavaModel(ImageInputs, DynamicLlavaPreTrainedModel, LlavaModel):
                 "that it could hold for; give it to a method with a cut, such as get_method('dense', layer=2)"
             )
         outputs = self.language_model(
-            inputs_embeds=self.embed(inputs, images, layout.is_image),
+            inputs_embeds=self.embed(inputs, images, layout.in_image),
             plan=Plan(cuts=cuts, layout=layout, **plan),
             **given,
             **kwargs,
@@ -260,7 +275,8 @@ class DynamicLlavaModel(ImageInputs, DynamicLlavaPreTrainedModel, LlavaModel):
             **kwargs,
         )
         if "image_hidden_states" in outputs:  # transformers before 5.24 gives all images as one row of tokens
-            features = outputs["image_hidden_states"].unflatten(0, (-1, self.image_length(inputs.feature_strategy)))
+            lengths = self.lengths_of(inputs)
+            features = outputs["image_hidden_states"].split(lengths)
             outputs = {**outputs, "image_hidden_states": features}
         result = DynamicModelOutput.of(outputs)
         if images is not None:

@@ -1,4 +1,4 @@
-"""The configuration of a Dynamic-LLaVA checkpoint: LLaVA-1.5's own plus the sparsity settings."""
+"""The configuration of a Dynamic-LLaVA checkpoint: LLaVA-1.5's or LLaVA-NeXT's own plus the sparsity settings."""
 
 from typing import Any
 
@@ -8,12 +8,26 @@ from dynamic_llava.config import SparsityConfig, check_sparse_layer
 from dynamic_llava.engine.learned import added_tokens, check_names, parts_of
 from dynamic_llava.files import brief
 from dynamic_llava.model.loading import spare_learned
-from dynamic_llava.model.supported import check_architecture, check_kernels, check_place, naming_config, refuse_trust
+from dynamic_llava.model.supported import (
+    check_architecture,
+    check_kernels,
+    check_place,
+    naming_config,
+    refuse_trust,
+)
+from dynamic_llava.model.tiles import pinpoints_of
 from dynamic_llava.projectors import DEFAULT, image_tokens, layers_of
+
+NO_ADDED = (
+    "sparsity.method adds {} learned tokens to an image, and a LLaVA-NeXT has images of any size, for which that is "
+    "not offered; choose a method that adds none, or a LLaVA-1.5"
+)
 
 
 class DynamicLlavaConfig(LlavaConfig):
     """LlavaConfig with `sparsity`; a dense llava-hf config.json is accepted and gets the paper's settings.
+
+    One of a LLaVA-NeXT (model_type llava_next) has `image_grid_pinpoints`, and nothing else tells it from a LLaVA-1.5.
 
     Setting `sparsity` to a dict changes the named settings and keeps the others, so
     `from_pretrained(folder, sparsity={"image_keep_rate": 0.3})` overrides one value of a checkpoint.
@@ -30,6 +44,9 @@ class DynamicLlavaConfig(LlavaConfig):
     """SparsityConfig, or a dict of some of its fields, or None for the paper's values."""
     projector: Any = DEFAULT
     """Name of the projector, one of PROJECTORS, or package.module:Class of a module that is imported already."""
+    image_grid_pinpoints: Any = None
+    """Of a LLaVA-NeXT the heights and widths in pixels into which an image may be resized; None: all images have one
+    size."""
     untrained_predictors: Any = None
     """Names of the learned parts that were newly initialised beside a dense checkpoint and are untrained since."""
 
@@ -42,13 +59,14 @@ class DynamicLlavaConfig(LlavaConfig):
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read config.json; a dense LLaVA-1.5 one counts as ours. ValueError for any other architecture."""
+        """Read config.json; that of a dense LLaVA-1.5 or LLaVA-NeXT counts as ours. ValueError for any other one."""
         if args:
             check_place(args[0], kwargs)
         values, rest = super().get_config_dict(*args, **kwargs)
         source = str(args[0]) if args else "the checkpoint"
         check_kernels(source, values)
         check_architecture(source, values)
+        values["image_grid_pinpoints"] = pinpoints_of(values)
         values["model_type"] = cls.model_type
         if values.get("quantization_config"):
             method = _method_of(kwargs.get("sparsity")) or _method_of(values.get("sparsity"))
@@ -65,6 +83,8 @@ class DynamicLlavaConfig(LlavaConfig):
         parts = {"text_config": self.text_config, "vision_config": self.vision_config}
         values = {name: {**vars(part), "model_type": part.model_type} for name, part in parts.items()}
         check_architecture("the configuration", {**vars(self), "model_type": self.model_type, **values})
+        if self.image_grid_pinpoints is not None and self.added_image_tokens:
+            raise ValueError(NO_ADDED.format(self.added_image_tokens))
         length = image_tokens(self)  # a ValueError where the projector is unknown, or takes no such images
         if self.added_image_tokens:
             self.image_seq_length = length
@@ -82,6 +102,8 @@ class DynamicLlavaConfig(LlavaConfig):
         if not isinstance(value, SparsityConfig):
             raise ValueError(f"sparsity={brief(value)} must be a SparsityConfig or a dict of its fields")
         super().__setattr__(key, value)
+        if self.__dict__.get("image_grid_pinpoints") is not None and added_tokens(value):
+            raise ValueError(NO_ADDED.format(added_tokens(value)))
         if current is not None and current.method != value.method:
             self.untrained_predictors = []  # those of the other method's parts
             self.image_seq_length += added_tokens(value) - added_tokens(current)
@@ -101,6 +123,8 @@ class DynamicLlavaConfig(LlavaConfig):
         values = super().to_dict()
         if isinstance(values.get("sparsity"), SparsityConfig):
             values["sparsity"] = values["sparsity"].to_dict()
+        if values.get("image_grid_pinpoints") is None:
+            values.pop("image_grid_pinpoints", None)
         if values.get("projector") == DEFAULT:
             del values["projector"]  # LLaVA-1.5's; so the file is that of every earlier version
         return values

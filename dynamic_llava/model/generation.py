@@ -40,7 +40,7 @@ SWITCHES = ("sparsity", "method", "image_keep_rate", "output_threshold", "output
 """Arguments of `generate` that choose the method; the same as those of `forward`."""
 GENERATION = "generation"
 """Key of a sparse generation's state among the arguments that `generate` hands from step to step."""
-ROWS_OF_IMAGES = ("pixel_values", "image_features")
+ROWS_OF_IMAGES = ("pixel_values", "image_features", "image_sizes")
 """Arguments with one entry per image, which are repeated row by row, not image by image."""
 
 
@@ -73,12 +73,12 @@ class SparseGeneration:
             inputs: (B, N) input ids (or input_ids=, or inputs_embeds=), left padded, with attention_mask (B, N).
             generation_config: transformers' GenerationConfig.
             positional: the arguments that follow in transformers.
-            kwargs: pixel_values (I, 3, S, S) in row order; the switches sparsity, method, image_keep_rate,
-                output_keep_rate and output_threshold of `forward`; kv_budget, bytes (an int, or "512MiB") that the keys
-                and values of a row may take at the end of max_new_tokens, which chooses output_keep_rate; sample_key
-                (B,); use_cache; compile=True to run every cached step as one compiled graph; output_mask (B, N) bool if
-                some of the given tokens belong to an answer. A later turn passes the `cache` of the earlier call, all
-                ids so far, and the pixel_values of the new images only.
+            kwargs: pixel_values (I, 3, S, S) in row order, of a LLaVA-NeXT tiles and their image_sizes (I, 2); the
+                switches sparsity, method, image_keep_rate, output_keep_rate and output_threshold of `forward`;
+                kv_budget, bytes (an int, or "512MiB") that the keys and values of a row may take at the end of
+                max_new_tokens, which chooses output_keep_rate; sample_key (B,); use_cache; compile=True to run every
+                cached step as one compiled graph; output_mask (B, N) bool if some of the given tokens belong to an
+                answer. A later turn passes the `cache` of the earlier call, all ids so far, and the new images only.
 
         With return_dict_in_generate=True the output has `sparsity`, a SparsityRecord of the whole sequence, earlier
         turns on the same cache included (None for a dense generation), and `cache`. Raises ValueError before any
@@ -210,6 +210,7 @@ class SparseGeneration:
         if expand_size > 1 and any(value is not None for value in images.values()):
             # transformers before 5.24 would repeat image by image, which mixes up rows that hold several.
             order = self._repeated(input_ids, {**model_kwargs, **images}, expand_size)
+            images["pixel_values"] = self.model.filled(images["pixel_values"], images["image_sizes"])
             images = {name: _chosen(value, order) for name, value in images.items()}
         expanded_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
@@ -317,11 +318,13 @@ class SparseGeneration:
             given.get("sample_key"),
             given.get("vision_feature_select_strategy"),
         )
+        sizes = given.get("image_sizes")
         if features is not None:
             new = {
                 name: value for name, value in given.items() if name != CACHE
             }  # the cache was empty, if it was given
-            features = _chosen(features, self._repeated(ids, {**new, "image_features": features}, repeats))
+            order = self._repeated(ids, {**new, "image_features": features}, repeats)
+            features, sizes = _chosen(features, order), _chosen(sizes, order)
         fed: dict[str, Any] = {"input_ids": sequences[:, :-1]}
         if embeds is not None:
             words = self.get_input_embeddings()(answers[:, :-1])  # type: ignore[attr-defined]
@@ -331,6 +334,7 @@ class SparseGeneration:
             **fed,
             attention_mask=mask,
             image_features=features,
+            image_sizes=sizes,
             vision_feature_select_strategy=strategy,
             output_mask=output,
             method=Method() if generation.method.evicts else generation.method,  # what is evicted was kept before
@@ -359,8 +363,8 @@ def _without_fillers(input_ids: Tensor, attention_mask: Tensor | None, output_ma
 def _inputs_of(input_ids: Tensor | None, given: dict[str, Any]) -> Inputs:
     names = ("inputs_embeds", "pixel_values", "image_features", "image_mask")
     embeds, *images = (given.get(name) for name in names)
-    strategy = given.get("vision_feature_select_strategy")
-    return Inputs(None if embeds is not None else input_ids, embeds, *images, None, strategy)
+    strategy, sizes = given.get("vision_feature_select_strategy"), given.get("image_sizes")
+    return Inputs(None if embeds is not None else input_ids, embeds, *images, None, strategy, sizes)
 
 
 def _chosen(images: Tensor | Sequence[Tensor] | None, order: list[int]) -> Tensor | list[Tensor] | None:

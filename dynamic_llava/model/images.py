@@ -20,6 +20,7 @@ from dynamic_llava.methods import CLIP_EVIDENCE, Cut, Evidence, Method
 from dynamic_llava.methods.grid import middles
 from dynamic_llava.model import text_tower
 from dynamic_llava.model.arguments import check_shapes
+from dynamic_llava.model.tiles import TiledImages
 from dynamic_llava.projectors import STRATEGIES, find_projector, image_tokens
 from dynamic_llava.sparsity.decisions import budget
 
@@ -33,7 +34,7 @@ class Inputs:
     inputs_embeds: Tensor | None
     """(B, N, D), or None where ids are given."""
     pixel_values: Tensor | None
-    """(I, 3, S, S) float."""
+    """(I, 3, S, S) float; of images of any size their tiles, (I, most, 3, S, S), or one image's behind the other's."""
     image_features: Tensor | Sequence[Tensor] | None
     """(I, n, D), or (n, D) for each image with an n of its own, instead of pixels."""
     image_mask: Tensor | None
@@ -42,6 +43,8 @@ class Inputs:
     """vision_feature_layer; None: the configuration's."""
     feature_strategy: str | None
     """vision_feature_select_strategy; None: the configuration's."""
+    image_sizes: Any = None
+    """(I, 2) int64: height and width of each image in pixels, where the model takes images of any size."""
 
     @property
     def has_images(self) -> bool:
@@ -49,7 +52,7 @@ class Inputs:
         return self.pixel_values is not None or self.image_features is not None
 
 
-class ImageInputs:
+class ImageInputs(TiledImages):
     """What DynamicLlavaModel does with images before its language model runs."""
 
     @property
@@ -59,7 +62,11 @@ class ImageInputs:
 
     @property
     def tokens_per_image(self) -> int:
-        """n: image tokens that one image becomes."""
+        """n: image tokens that one image becomes. ValueError where that depends on its size."""
+        if self.tiling is not None:
+            raise ValueError(
+                "an image of a LLaVA-NeXT becomes as many tokens as its size makes; ask tiling.tokens((height, width))"
+            )
         return self.image_length(None)
 
     def image_length(self, strategy: str | None) -> int:
@@ -69,10 +76,13 @@ class ImageInputs:
     def lengths_of(self, inputs: Inputs) -> int | list[int]:
         """Return how many tokens each image of a call fills, in row order, or the one number of all.
 
-        Features given as a list say their lengths themselves. Raises ValueError for features of another shape.
+        Features given as a list say their lengths themselves; images of any size have those that their sizes make.
+        Raises ValueError for features of another shape.
         """
         features, per_image = inputs.image_features, self.image_length(inputs.feature_strategy)
         width = self.config.text_config.hidden_size
+        if self.tiling is not None and isinstance(features, Tensor):
+            features = list(features)
         if isinstance(features, Tensor):
             if features.dim() != 3 or tuple(features.shape[1:]) != (per_image, width):
                 raise ValueError(
@@ -88,7 +98,10 @@ class ImageInputs:
                         f"image_features[{number}] has shape {shape}; give each image as a tensor (tokens, {width}) of "
                         "at least one token"
                     )
-            return [len(one) for one in features]
+            if self.tiling is None:
+                return [len(one) for one in features]
+        if self.tiling is not None:
+            return self.tiled_lengths(inputs.image_sizes, features, inputs.has_images or inputs.image_mask is not None)
         return per_image
 
     def check_feature_layer(self, layer: int | list[int] | None) -> None:
@@ -154,8 +167,11 @@ class ImageInputs:
         features = features.to(embeds.device, embeds.dtype)
         return embeds.masked_scatter(image_BN[..., None], features)
 
-    def check_pixels(self, pixel_values: Tensor) -> None:
-        """Raise ValueError unless pixels have the shape that the vision tower takes, (I, 3, S, S)."""
+    def check_pixels(self, pixel_values: Tensor, image_sizes: Any = None) -> None:
+        """Raise ValueError unless pixels have the shape that the vision tower takes, (I, 3, S, S), or are tiles."""
+        if self.tiling is not None:
+            self.tiles_of(pixel_values, image_sizes)
+            return
         vision, shape = self.config.vision_config, tuple(pixel_values.shape)
         wanted = (vision.num_channels, vision.image_size, vision.image_size)
         if shape[1:] != wanted:
@@ -170,15 +186,17 @@ class ImageInputs:
         layer: int | list[int] | None = None,
         strategy: str | None = None,
         cut: Cut | None = None,
+        image_sizes: Any = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Run the vision tower and the projector on (I, 3, S, S); `pooler_output` is one (n, D) per image.
 
-        With a cut that reads the tower it is an EncodedImages, which holds what the cut is shown. Raises ValueError for
-        pixels of another shape, and for a cut that this model's tower or projector cannot serve. `kwargs` may ask for
-        output_hidden_states and output_attentions.
+        Images of any size come as tiles with their `image_sizes` (I, 2). With a cut that reads the tower it is an
+        EncodedImages, which holds what the cut is shown. Raises ValueError for pixels of another shape, and for a cut
+        that this model's tower or projector cannot serve. `kwargs` may ask for output_hidden_states and
+        output_attentions.
         """
-        self.check_pixels(pixel_values)
+        self.check_pixels(pixel_values, image_sizes)
         layers = layer if layer is not None else self.config.vision_feature_layer
         layers = [layers] if isinstance(layers, int) else layers
         reading = None if cut is None else self._reading(cut, layers, strategy)
@@ -186,6 +204,7 @@ class ImageInputs:
             pixel_values = pixel_values.to(self.device)
         asked = {name: value for name, value in kwargs.items() if name.startswith("output_") and value}
         to_tower: dict[str, Any] = {} if reading is None else {"tower": reading}
+        to_tower |= {} if self.tiling is None else {"image_sizes": image_sizes}
         side = coarse = self._patches_along
         if cut is not None and cut.picture_side is not None:
             coarse = budget(cut.picture_side, side)
@@ -224,6 +243,12 @@ class ImageInputs:
         if not cut.reads_tower:
             return None
         wanted = cut.asked_of_tower
+        if self.tiling is not None:
+            raise ValueError(
+                f"the method decides about patches by the vision tower ({wanted}), which sees an image of a LLaVA-NeXT "
+                "tile by tile: patches are shown twice, some hold padding alone, and no class token has seen them all; "
+                "use a method that decides by projected features or by attention, such as divprune or fastv"
+            )
         strategy = strategy if strategy is not None else self.config.vision_feature_select_strategy
         self.image_length(strategy)  # refuses a strategy that is none
         added = self.config.added_image_tokens
@@ -268,9 +293,10 @@ class ImageInputs:
             given = features if isinstance(features, EncodedImages) else list(features)
             return BaseModelOutputWithPooling(pooler_output=given)
         if pixels is not None:
-            self.check_pixels(pixels)
-            check_images(layout, lengths, len(pixels))
-            return self.encode_images(pixels, inputs.feature_layer, inputs.feature_strategy, cut, **kwargs)
+            self.check_pixels(pixels, inputs.image_sizes)
+            check_images(layout, lengths, len(pixels) if isinstance(lengths, int) else len(lengths))
+            given = {**kwargs, "image_sizes": inputs.image_sizes}
+            return self.encode_images(pixels, inputs.feature_layer, inputs.feature_strategy, cut, **given)
         if self.training and torch.is_grad_enabled() and not bool(layout.is_image.any()):
             return self._no_images()
         return None
@@ -294,10 +320,13 @@ class ImageInputs:
         A blank image passes the vision tower and the projector all the same: the other processes of a run use theirs,
         and where weights are spread over processes (ZeRO-3) or gradients are averaged, all have to take part.
         """
-        vision = self.config.vision_config
+        vision, sizes = self.config.vision_config, None
         like = next(self.vision_tower.parameters())
-        blank = like.new_zeros(1, vision.num_channels, vision.image_size, vision.image_size)
-        features = torch.stack(features_of(self.encode_images(blank)))
+        if self.tiling is None:
+            blank = like.new_zeros(1, vision.num_channels, vision.image_size, vision.image_size)
+        else:
+            blank, sizes = self.blank_tiles(like)
+        features = torch.stack(features_of(self.encode_images(blank, image_sizes=sizes)))
         return BaseModelOutputWithPooling(pooler_output=features[:0])
 
 
@@ -342,19 +371,19 @@ def check_images(layout: TokenLayout, lengths: int | Sequence[int], images: int 
     where no more is known of them than their tokens.
     """
     one = isinstance(lengths, int)
-    found, pieces = torch.stack([layout.is_image.sum(), layout.image_starts.sum()]).tolist()
-    count = images if images is not None else found // lengths
+    found, pieces = torch.stack([layout.in_image.sum(), layout.image_starts.sum()]).tolist()
+    count = images if images is not None else found // lengths if one else len(lengths)
     wanted = count * lengths if one else sum(lengths)
     if found == wanted and pieces == count:
         return
-    if found != wanted and images is not None:
+    if found != wanted and (images is not None or not one):
         size = str(lengths) if one else ", ".join(map(str, lengths))
         as_images = f" ({found / lengths:g} images)" if one else ""
         raise ValueError(
-            f"{images} images of {size} tokens were given for {found} image tokens{as_images}; give one image per "
+            f"{count} images of {size} tokens were given for {found} image tokens{as_images}; give one image per "
             "<image> place"
         )
-    if one and bool((layout.is_image.sum(1) % lengths).any()):
+    if one and bool((layout.in_image.sum(1) % lengths).any()):
         raise ValueError(
             f"a row holds part of an image: its image tokens are not a multiple of {lengths}; "
             "truncate prompts between images, never inside one"

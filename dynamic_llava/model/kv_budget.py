@@ -40,6 +40,11 @@ def check_kv_budget(kv_budget: int | str, config: Any, method: Method) -> Dynami
     and a checkpoint without a calibration.
     """
     bytes_of(kv_budget)
+    if getattr(config, "image_grid_pinpoints", None) is not None:
+        raise ValueError(
+            "kv_budget counts images of one size, and those of a LLaVA-NeXT have any; give output_keep_rate or "
+            "output_threshold instead"
+        )
     if not isinstance(method, Dynamic):
         raise ValueError(f"kv_budget means nothing to method {method.name!r}; leave it out, or give its own settings")
     if not method.sparsifies_output or method.output_selection != "threshold":

@@ -44,7 +44,9 @@ class DynamicLlavaForConditionalGeneration(
 
     Arguments of `forward`:
         input_ids: (B, N) int64; an image is `tokens_per_image` image tokens, or as many as its features in a list.
-        pixel_values: (I, 3, S, S) float, all images of the batch in row order.
+        pixel_values: (I, 3, S, S) float, all images of the batch in row order; of a LLaVA-NeXT their tiles,
+            (I, most, 3, S, S), or those of all images one after the other, (tiles, 3, S, S).
+        image_sizes: (I, 2) int64, of a LLaVA-NeXT the height and width in pixels of each image, also beside features.
         attention_mask: (B, N) 1 = real token; padding on either side. On a live cache it covers the past too.
         inputs_embeds: (B, N, D) instead of input_ids. Images that come along fill the tokens of `image_mask`, or,
             without it, those equal to the image token's embedding.

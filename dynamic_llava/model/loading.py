@@ -38,6 +38,8 @@ _OTHER_SOURCES = ("state_dict", "subfolder", "variant", "gguf_file")
 """Arguments of from_pretrained that take the weights from elsewhere than the folder's usual files."""
 
 
+_HEADLESS = {"LlavaModel", "LlavaNextModel", "DynamicLlavaModel"}
+"""Classes without the language-model head."""
 _EXPECTED = ContextVar("new weights are expected", default=False)
 _LEFT_OUT_ANYWAY = ("lm_head",)
 """What transformers excludes by itself, but only where no list is given."""
@@ -287,9 +289,7 @@ def _settings(path: Path, config: dict[str, Any]) -> SparsityConfig:
 def _saved_without_head(config: dict[str, Any]) -> bool:
     tied = any((part or {}).get("tie_word_embeddings") for part in (config, config.get("text_config")))
     named = config.get("architectures")
-    return (
-        not tied and isinstance(named, list) and bool({"LlavaModel", "DynamicLlavaModel"}.intersection(map(str, named)))
-    )
+    return not tied and isinstance(named, list) and bool(_HEADLESS.intersection(map(str, named)))
 
 
 def check_loaded(source: str, info: dict[str, Any]) -> None:
@@ -302,7 +302,7 @@ def check_loaded(source: str, info: dict[str, Any]) -> None:
     problems = [f"{what} {_some(sorted(map(str, names)))}" for what, names in findings.items() if names]
     if problems:
         raise ValueError(
-            f"{source} is not a LLaVA-1.5 checkpoint of this configuration: {'; '.join(problems)}. Only "
+            f"{source} is not a LLaVA checkpoint of this configuration: {'; '.join(problems)}. Only "
             "predictors as a whole may be missing; check that the folder is complete and in llava-hf layout"
         )
 

@@ -23,6 +23,7 @@ from dynamic_llava.costs import llava_shape, parameter_counts
 from dynamic_llava.engine.decoder import FAMILIES
 from dynamic_llava.engine.learned import learned_costs
 from dynamic_llava.files import brief, brief_text
+from dynamic_llava.model.tiles import check_tiles
 from dynamic_llava.model.weight_files import all_weight_files, holds_model
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
@@ -112,8 +113,8 @@ def check_kernels(source: str | Path, values: Mapping[str, Any]) -> None:
             )
 
 
-OUR_TYPES = ("llava", "dynamic_llava")
-"""model_type of config.json: llava-hf's, and this library's own."""
+OUR_TYPES = ("llava", "dynamic_llava", "llava_next")
+"""model_type of config.json: llava-hf's for LLaVA-1.5, this library's own, and llava-hf's for LLaVA-NeXT."""
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "max_position_embeddings", "image_size", "patch_size",
@@ -134,8 +135,8 @@ def check_architecture(source: str | Path, values: Mapping[str, Any]) -> None:
     found = values.get("model_type", OUR_TYPES[0])
     if found not in OUR_TYPES:
         raise ValueError(
-            f"{source} has model_type {brief(found)}; give a LLaVA-1.5 checkpoint in llava-hf layout ('llava') or one "
-            "of ours ('dynamic_llava')"
+            f"{source} has model_type {brief(found)}; give a LLaVA-1.5 or LLaVA-NeXT checkpoint in llava-hf layout "
+            "('llava', 'llava_next') or one of ours ('dynamic_llava')"
         )
     for part, (words, carried) in _PARTS.items():
         settings = values.get(part)
@@ -151,6 +152,7 @@ def check_architecture(source: str | Path, values: Mapping[str, Any]) -> None:
         _check_sizes(source, part, settings or {})
     _check_window(source, values.get("text_config") or {})
     _check_tower(source, values, values.get("vision_config") or {})
+    check_tiles(source, values, values.get("vision_config") or {})
 
 
 def _check_window(source: str | Path, text: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from dynamic_llava.model.supported import (
     refuse_adapter,
     refuse_code,
 )
+from dynamic_llava.model.tiles import pinpoints_of
 from dynamic_llava.processing.base_template import Ends
 from dynamic_llava.processing.image_processor import DynamicLlavaImageProcessor
 from dynamic_llava.processing.images import CLIP_MEAN, CLIP_STD
@@ -138,6 +139,12 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 def _sizes_of_model(name: str, values: dict[str, Any]) -> dict[str, Any]:
     check_architecture(name, values)
+    if pinpoints_of(values) is not None:
+        raise ValueError(
+            f"{name} is a LLaVA-NeXT, whose images become as many tokens as their sizes make, and this processor makes "
+            "images of one size alone: so training, eval, chat, look and calibrate do not carry it yet. Make inputs by "
+            "transformers' own LlavaNextProcessor of the dense checkpoint, and give them to the model, which does"
+        )
     own = ("sparsity", "projector", "untrained_predictors")  # the keys that DynamicLlavaConfig adds
     with naming_config(name):
         config = LlavaConfig.from_dict({key: value for key, value in values.items() if key not in own})

@@ -167,7 +167,8 @@ def _read(path: Path, image_tokens: int | None) -> Base:
     except (OSError, ValueError, AttributeError, KeyError) as error:
         raise ValueError(f"{path} is no config.json of a vision-language model: {str(error).splitlines()[0]}") from None
     if image_tokens is None:
-        if config.model_type not in ("llava", "dynamic_llava"):
+        tiled = getattr(config, "image_grid_pinpoints", None) is not None
+        if config.model_type not in ("llava", "dynamic_llava") or tiled:
             raise ValueError(f"{path} is of a {config.model_type}, whose images differ in length; give --image-tokens")
         image_tokens = llava_shape(config).tokens_per_image
     return Base(config.model_type, decoder, image_tokens, str(path))

@@ -26,6 +26,7 @@ from dynamic_llava.projectors.registry import (
     tokens_of,
 )
 from dynamic_llava.projectors.resampler import Resampler
+from dynamic_llava.projectors.tiles import Size, Tiling
 from dynamic_llava.projectors.tokenpacker import TokenPacker, TokenPacker3, TokenPacker4
 
 __all__ = [
@@ -41,6 +42,8 @@ __all__ = [
     "PixelShuffle",
     "Projector",
     "Resampler",
+    "Size",
+    "Tiling",
     "TokenPacker",
     "TokenPacker3",
     "TokenPacker4",

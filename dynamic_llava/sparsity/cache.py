@@ -191,13 +191,17 @@ class DecisionLog:
         self.block, self.layers = block, layers
         self.tokens = 0
         """N: columns so far; known on the host."""
-        self._kinds: Tensor | None = None  # (B, W, 4) uint8: valid, image, output (or first token of an image), until
+        # (B, W, 4) uint8: valid, image (2 a newline of one), output (or first token of an image), until
+        self._kinds: Tensor | None = None
+        self._has_newlines = False
 
     def add(self, layout: TokenLayout, until_BN: Tensor) -> None:
         """Append a chunk and what became of it: until_BN (B, N) int64, the first layer that no longer sees a token."""
         # No token is both image and output, so the two together can mark where an image begins.
         begins_BN = layout.output | layout.image_starts
-        kinds = layout.valid, layout.is_image, begins_BN, until_BN
+        image_BN = layout.in_image if layout.newline is None else layout.in_image + layout.newline.to(torch.uint8)
+        self._has_newlines = self._has_newlines or layout.newline is not None
+        kinds = layout.valid, image_BN, begins_BN, until_BN
         chunk_BN4 = torch.stack([one.to(torch.uint8) for one in kinds], dim=-1)
         end = self.tokens + chunk_BN4.shape[1]
         if self._kinds is None or end > self._kinds.shape[1]:
@@ -214,8 +218,10 @@ class DecisionLog:
         if self._kinds is None:
             raise RuntimeError("nothing has been decided yet; add a first chunk")
         valid, image, begins, until = self._kinds[:, : self.tokens].movedim(-1, 0).unbind()
+        newline = image == 2 if self._has_newlines else None
         valid, image, begins = valid.bool(), image.bool(), begins.bool()
-        return TokenLayout.of_starts(valid, image, image & begins, begins & ~image), until.to(torch.int64)
+        layout = TokenLayout.of_starts(valid, image, image & begins, begins & ~image, newline)
+        return layout, until.to(torch.int64)
 
     def latest(self) -> Tensor:
         """(B,) bool: whether the newest column stays to the end. RuntimeError before any."""
