@@ -183,18 +183,19 @@ def centre_text_margins(model, ids):
         predictor.head[-1].bias[1] -= keep_margin(predictor(entering[0])).median()
 
 
-def dense_twin(model):
-    """Return transformers' own LLaVA with the very same weights and attention implementation."""
+def dense_twin(model, kind=LlavaForConditionalGeneration, **settings):
+    """Return transformers' own class `kind` with the very same weights and attention implementation."""
     config = model.config
-    plain = LlavaForConditionalGeneration.config_class(
+    plain = kind.config_class(
         vision_config=config.vision_config,
         text_config=config.text_config,
-        image_token_id=config.image_token_id,
+        image_token_index=config.image_token_id,
         image_seq_length=config.image_seq_length,
         tie_word_embeddings=False,
+        **settings,
     )
     plain._attn_implementation = config._attn_implementation
-    twin = LlavaForConditionalGeneration(plain).eval()
+    twin = kind(plain).eval()
     own = {name: value for name, value in model.state_dict().items() if "_predictor" not in name}
     twin.load_state_dict(own, strict=True)
     twin.generation_config = model.generation_config

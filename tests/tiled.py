@@ -3,7 +3,7 @@
 from functools import lru_cache
 
 import torch
-from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+from transformers import LlavaNextForConditionalGeneration
 
 from dynamic_llava.projectors import Tiling
 from tests.builders import (
@@ -13,6 +13,7 @@ from tests.builders import (
     PAD,
     PATCH,
     build_model,
+    dense_twin,
     words,
 )
 
@@ -33,21 +34,7 @@ def next_model(attention="sdpa", family="llama", **settings):
 
 def next_twin(model):
     """Return transformers' own LLaVA-NeXT with the very same weights and attention implementation."""
-    config = model.config
-    plain = LlavaNextConfig(
-        vision_config=config.vision_config,
-        text_config=config.text_config,
-        image_token_index=config.image_token_id,
-        image_grid_pinpoints=PINPOINTS,
-        image_seq_length=config.image_seq_length,
-        tie_word_embeddings=False,
-    )
-    plain._attn_implementation = config._attn_implementation
-    twin = LlavaNextForConditionalGeneration(plain).eval()
-    own = {name: value for name, value in model.state_dict().items() if "_predictor" not in name}
-    twin.load_state_dict(own, strict=True)
-    twin.generation_config = model.generation_config
-    return twin
+    return dense_twin(model, LlavaNextForConditionalGeneration, image_grid_pinpoints=PINPOINTS)
 
 
 def tiles_of(names, seed=0):
